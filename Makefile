@@ -1,0 +1,52 @@
+# Each target sets up .venv by itself; only Python 3.11 and make are needed.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# One thread a test process: two processes with two threads each slow each other down tenfold.
+TEST_ENV := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
+
+.PHONY: help demo test test-all lint format bench clean
+
+help:
+	@echo "make demo      export EfficientNet-Lite0 to four engines and prove the numbers"
+	@echo "make test      the tests, without those marked slow"
+	@echo "make test-all  every test"
+	@echo "make lint      ruff and mypy"
+	@echo "make format    let ruff format the code"
+	@echo "make bench     the benchmarks, one after the other"
+
+demo: $(READY)
+	$(BIN)/deploykit demo --output demo-output
+
+test: $(READY)
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2
+
+test-all: $(READY)
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "slow or not slow"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-output
+
+# timm declares torchvision, whose wheels are CUDA builds: both come without their dependencies.
+$(READY): pyproject.toml constraints.txt
+	@echo "deploykit: making $(VENV) (about 2 GB; a few minutes the first time)"
+	@command -v $(PYTHON) >/dev/null || { echo "deploykit: no $(PYTHON) here; name one with make PYTHON=python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@echo "deploykit: installing the tested versions from constraints.txt"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps timm torchvision
+	@touch $(READY)
+	@echo "deploykit: ready"

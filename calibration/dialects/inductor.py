@@ -1,0 +1,156 @@
+"""Inductor on x86: the plan's Q/DQ around each convolution and linear of the torch program.
+
+Inductor lowers ``dequantize -> conv2d/linear -> (relu) -> quantize`` with uint8 activations and
+int8 per-channel weights to oneDNN's integer kernels when it freezes the weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from deploykit.calibration.half import HalfPlan
+from deploykit.calibration.plan import QuantizationPlan
+from deploykit.calibration.precision import PrecisionPlan
+from deploykit.calibration.ranges import quantize_weight
+from deploykit.errors import ExportError
+from deploykit.fusion.program import export_program
+from deploykit.graph import Graph
+
+_WEIGHTED = (
+    torch.ops.aten.conv2d.default,
+    torch.ops.aten.conv2d.padding,
+    torch.ops.aten.linear.default,
+)
+
+
+def render(master: Graph, plan: PrecisionPlan) -> Graph:
+    """The master program in the precision of the plan (None: FP32).
+
+    Raises:
+        ExportError: the graph has no torch form.
+    """
+    if master.program is None:
+        raise ExportError("the graph has no torch program; trace the backbone first.")
+    if plan is None:
+        return replace(master, model=None)
+    module = master.program.module()
+    if isinstance(plan, QuantizationPlan):
+        _insert_qdq(module, plan)
+        wrapped: nn.Module = module
+    elif isinstance(plan, HalfPlan):
+        _keep_in_float(module, plan, torch.float16)
+        wrapped = _Cast(module, torch.float16)
+    else:
+        wrapped = _Cast(module.to(torch.bfloat16), torch.bfloat16)
+    return replace(master, model=None, program=export_program(wrapped, master.input))
+
+
+class _Cast(nn.Module):
+    """A module of another dtype between float32 inputs and outputs."""
+
+    def __init__(self, inner: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.inner = inner
+        self.dtype = dtype
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """``(N, C, H, W)`` float32 to the tuple of outputs in float32."""
+        return tuple(output.float() for output in self.inner(images.to(self.dtype)))
+
+
+def _keep_in_float(module: GraphModule, plan: HalfPlan, dtype: torch.dtype) -> None:
+    """Convert a module but for the nodes of some weights, with casts around those."""
+    kept = {node: node.args[1] for node in _weighted_nodes(module) if str(node.args[1].target) in plan.float_weights}
+    floats = {
+        str(argument.target): _value(module, argument).clone()
+        for node in kept
+        for argument in node.args[1:3]
+        if isinstance(argument, Node)
+    }
+    module.to(dtype)
+    for target, value in floats.items():
+        owner, _, name = target.rpartition(".")
+        setattr(module.get_submodule(owner), name, nn.Parameter(value, requires_grad=False))
+    for node in kept:
+        with module.graph.inserting_before(node):
+            source = module.graph.call_function(torch.ops.aten.to.dtype, (node.args[0], torch.float32))
+        with module.graph.inserting_after(node):
+            result = module.graph.call_function(torch.ops.aten.to.dtype, (node, dtype))
+        node.replace_all_uses_with(result, delete_user_cb=lambda user, result=result: user is not result)
+        node.update_arg(0, source)
+    module.recompile()
+
+
+def _insert_qdq(module: GraphModule, plan: QuantizationPlan) -> None:
+    quantized: dict[tuple[Node, str], Node] = {}
+    for node in _weighted_nodes(module):
+        weight_node = node.args[1]
+        use = plan.placement.weights.get(str(weight_node.target))
+        if use is None:
+            continue
+        scale, zero_point = plan.range_of(use.input).affine()
+        source = node.args[0]
+        if (source, use.input) not in quantized:
+            quantized[source, use.input] = _quantize_activation(module, source, scale, zero_point)
+        node.update_arg(0, quantized[source, use.input])
+        _quantize_weight(module, node, plan)
+    module.recompile()
+
+
+def _quantize_activation(module: GraphModule, source: Node, scale: float, zero_point: int) -> Node:
+    settings = (scale, zero_point, 0, 255, torch.uint8)
+    operators = torch.ops.quantized_decomposed
+    with module.graph.inserting_after(source):
+        integers = module.graph.call_function(operators.quantize_per_tensor.default, (source, *settings))
+    with module.graph.inserting_after(integers):
+        return module.graph.call_function(operators.dequantize_per_tensor.default, (integers, *settings))
+
+
+def _quantize_weight(module: GraphModule, node: Node, plan: QuantizationPlan) -> None:
+    weight_node: Any = node.args[1]
+    target = str(weight_node.target)
+    owner, _, name = target.rpartition(".")
+    holder = module.get_submodule(owner)
+    integers, scales = quantize_weight(_value(module, weight_node).numpy(), axis=0)
+    names = {"integers": f"{name}_integers", "scales": f"{name}_scales", "zeros": f"{name}_zeros"}
+    holder.register_buffer(names["integers"], torch.from_numpy(integers))
+    holder.register_buffer(names["scales"], torch.from_numpy(scales))
+    holder.register_buffer(names["zeros"], torch.zeros(len(scales), dtype=torch.int64))
+    with module.graph.inserting_before(node):
+        parts = [module.graph.get_attr(f"{owner}.{names[key]}") for key in ("integers", "scales", "zeros")]
+        restored = module.graph.call_function(
+            torch.ops.quantized_decomposed.dequantize_per_channel.default, (*parts, 0, -127, 127, torch.int8)
+        )
+    node.update_arg(1, restored)
+    shift = plan.bias_shift.get(target)
+    if shift is not None and np.any(shift):
+        _shift_bias(module, node, owner, torch.from_numpy(np.asarray(shift, np.float32)))
+
+
+def _shift_bias(module: GraphModule, node: Node, owner: str, shift: Tensor) -> None:
+    bias_node: Any = node.args[2] if len(node.args) > 2 else None
+    bias = shift if bias_node is None else _value(module, bias_node) + shift
+    module.get_submodule(owner).register_buffer("shifted_bias", bias)
+    with module.graph.inserting_before(node):
+        shifted = module.graph.get_attr(f"{owner}.shifted_bias")
+    node.args = (node.args[0], node.args[1], shifted, *node.args[3:])
+
+
+def _weighted_nodes(module: GraphModule) -> list[Any]:
+    return [
+        node
+        for node in module.graph.nodes
+        if node.target in _WEIGHTED and isinstance(node.args[1], Node) and node.args[1].op == "get_attr"
+    ]
+
+
+def _value(module: GraphModule, node: Node) -> Tensor:
+    owner, _, name = str(node.target).rpartition(".")
+    value: Tensor = getattr(module.get_submodule(owner), name)
+    return value.detach()

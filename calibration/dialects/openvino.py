@@ -1,0 +1,15 @@
+"""OpenVINO: uint8 activations, int8 weights, float biases; a convolution fuses the float activation after it."""
+
+from __future__ import annotations
+
+from deploykit.calibration.dialects import onnxruntime
+from deploykit.calibration.dialects.qdq import QdqStyle
+from deploykit.calibration.precision import PrecisionPlan
+from deploykit.graph import Graph
+
+STYLE = QdqStyle(symmetric=False, all_writes=False, integer_bias=False, drop_activations=True)
+
+
+def render(master: Graph, plan: PrecisionPlan) -> Graph:
+    """The master graph in the plan's precision, as ONNX; raises ExportError as ONNX Runtime's dialect does."""
+    return onnxruntime.render(master, plan, STYLE)

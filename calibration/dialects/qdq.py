@@ -1,0 +1,175 @@
+"""Q/DQ nodes from a quantization plan: the part that the ONNX dialects share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+
+from deploykit.calibration.placement import IntegerWeight
+from deploykit.calibration.plan import QuantizationPlan
+from deploykit.calibration.ranges import quantize_weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class QdqStyle:
+    """Where a runtime wants Q/DQ nodes, and of which type.
+
+    ``symmetric``: activations int8 with zero point 0, instead of uint8 with any. ``all_writes``:
+    also on what a convolution writes for float nodes to read. ``integer_bias``: biases int32.
+    ``drop_activations``: leave out a Relu or Clip that the quantized range does by itself.
+    """
+
+    symmetric: bool
+    all_writes: bool
+    integer_bias: bool
+    drop_activations: bool
+
+
+def insert_qdq(model: onnx.ModelProto, plan: QuantizationPlan, style: QdqStyle) -> onnx.ModelProto:
+    """A copy of a master graph (or a part of it) with the plan's Q/DQ nodes."""
+    return _Renderer(model, plan, style).render()
+
+
+class _Renderer:
+    """One rendering: the graph being rewritten and what has been inserted."""
+
+    def __init__(self, model: onnx.ModelProto, plan: QuantizationPlan, style: QdqStyle) -> None:
+        self.model = ir.from_proto(model)
+        self.graph = self.model.graph
+        self.plan = plan
+        self.style = style
+        self.values = {value.name: value for value in self.graph.inputs}
+        self.values |= {value.name: value for node in self.graph for value in node.outputs}
+
+    def render(self) -> onnx.ModelProto:
+        placement = self.plan.placement
+        for name, use in placement.weights.items():
+            if name in self.graph.initializers and use.output in self.values:
+                self._quantize_weight(name, use)
+        integer_nodes = {use.node for use in placement.weights.values()}
+        written = placement.writes if self.style.all_writes else placement.reads
+        for name in dict.fromkeys((*placement.reads, *written)):
+            if name in self.values:
+                self._quantize_activation(self.values[name], integer_nodes)
+        self.graph.sort()
+        passes.RemoveUnusedNodesPass()(self.model)
+        for node in self.graph:
+            for value in node.outputs:
+                if not value.is_graph_output():
+                    value.shape = None  # stale types and shapes mislead TensorRT's parser
+        return ir.to_proto(self.model)
+
+    def _quantize_weight(self, name: str, use: IntegerWeight) -> None:
+        weight = self.graph.initializers[name]
+        assert weight.const_value is not None  # noqa: S101  (an initializer has a value; narrows the type)
+        integers, scales = quantize_weight(weight.const_value.numpy(), use.axis)
+        zeros = np.zeros(len(scales), np.int8)
+        restored = self._dequantize(name, integers, scales, zeros, axis=use.axis)
+        node = next(node for node in weight.consumers() if node.name == use.node)
+        node.replace_input_with(1, restored)
+        self._correct_bias(node, name, use, scales)
+        if not list(weight.consumers()):
+            del self.graph.initializers[name]
+
+    def _correct_bias(self, node: ir.Node, weight: str, use: IntegerWeight, scales: npt.NDArray[np.float32]) -> None:
+        """Shift the bias by the plan's correction, and write it as int32 where the style asks for it."""
+        shift = np.asarray(self.plan.bias_shift.get(weight, 0.0), np.float32)
+        old = self.graph.initializers.get(use.bias) if use.bias else None
+        if old is None and (node.op_type == "MatMul" or not np.any(shift)):
+            return
+        bias = np.zeros(len(scales), np.float32) if old is None else old.const_value.numpy()  # type: ignore[union-attr]
+        bias = (bias + shift).astype(np.float32)
+        if self.style.integer_bias and node.op_type == "Conv":
+            step = np.float32(self.plan.range_of(use.input).affine()[0]) * scales
+            limit = 2**31 - 1
+            integers = np.clip(np.round(bias / step.astype(np.float64)), -limit, limit).astype(np.int32)
+            value = self._dequantize(f"{weight}/bias", integers, step, np.zeros(len(step), np.int32), axis=0)
+        else:
+            value = self._constant(f"{weight}/bias", bias)
+        if node.op_type == "MatMul":
+            add = next(iter(node.outputs[0].consumers()))
+            add.replace_input_with(list(add.inputs).index(old), value)
+        elif len(node.inputs) > 2:
+            node.replace_input_with(2, value)
+        else:
+            node.resize_inputs(3)
+            node.replace_input_with(2, value)
+
+    def _quantize_activation(self, value: ir.Value, integer_nodes: set[str]) -> None:
+        """Put a Q/DQ pair behind a tensor: for all its readers, or for integer kernels where the writer is float."""
+        tensor = str(value.name)
+        scale, zero_point = self._parameters(tensor)
+        everyone = tensor in self.plan.placement.writes
+        readers = [use for use in value.uses() if everyone or use.node.name in integer_nodes]
+        source = self._without_activation(value, zero_point) if everyone else value
+        constants = (self._constant(f"{tensor}/scale", scale), self._constant(f"{tensor}/zero_point", zero_point))
+        quantize = ir.node("QuantizeLinear", [source, *constants], name=f"{tensor}/quantize")
+        quantize.outputs[0].name = f"{tensor}/integers"
+        dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], *constants], name=f"{tensor}/dequantize")
+        restored = dequantize.outputs[0]
+        restored.name = f"{tensor}/restored"
+        self.graph.extend([quantize, dequantize])
+        for reader in readers:
+            reader.node.replace_input_with(reader.idx, restored)
+        if everyone and value.is_graph_output():
+            self._take_over_output(value, restored)
+
+    def _take_over_output(self, value: ir.Value, restored: ir.Value) -> None:
+        """Let the restored integers be the graph's output, so that the kernel before can write integers."""
+        name = value.name
+        restored.shape, restored.type = value.shape, value.type
+        self.graph.outputs[list(self.graph.outputs).index(value)] = restored
+        value.name = f"{name}/float"
+        restored.name = name
+
+    def _without_activation(self, value: ir.Value, zero_point: npt.NDArray[Any]) -> ir.Value:
+        """What to quantize instead of a Relu's or Clip's output, when rounding to the range clips as it does."""
+        node = value.producer()
+        if not self.style.drop_activations or node is None or node.op_type not in ("Relu", "Clip") or zero_point != 0:
+            return value
+        if node.op_type == "Clip":
+            low, high = (_scalar(operand) for operand in (*node.inputs[1:], None, None)[:2])
+            top = self.plan.range_of(str(value.name)).high
+            # The range is measured after the Clip, so it may pass the bound by a rounding error only.
+            if low != 0.0 or (high is not None and top > high * (1 + 1e-6)):
+                return value
+        source = node.inputs[0]
+        return source if source is not None and len(list(source.uses())) == 1 else value
+
+    def _parameters(self, tensor: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[Any]]:
+        measured = self.plan.range_of(tensor)
+        if self.style.symmetric:
+            return np.array(measured.symmetric(), np.float32), np.array(0, np.int8)
+        scale, zero_point = measured.affine()
+        return np.array(scale, np.float32), np.array(zero_point, np.uint8)
+
+    def _dequantize(
+        self, name: str, integers: npt.NDArray[Any], scales: npt.NDArray[Any], zeros: npt.NDArray[Any], *, axis: int
+    ) -> ir.Value:
+        parts = [
+            self._constant(f"{name}/{part}", array)
+            for part, array in (("integers", integers), ("scale", scales), ("zero_point", zeros))
+        ]
+        node = ir.node("DequantizeLinear", parts, {"axis": axis}, name=f"{name}/dequantize")
+        node.outputs[0].name = f"{name}/restored"
+        self.graph.append(node)
+        return node.outputs[0]
+
+    def _constant(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
+        tensor = ir.tensor(array, name=name)
+        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        self.graph.register_initializer(value)
+        return value
+
+
+def _scalar(value: ir.Value | None) -> float | None:
+    if value is None:
+        return None
+    constant = value.const_value
+    return None if constant is None else float(constant.numpy())

@@ -1,0 +1,321 @@
+"""From photographs to what a model is called with, and a calibration set from whatever the user has."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from deploykit.errors import CalibrationError, SpecError
+from deploykit.runtimes.base import FloatArray, check_images
+from deploykit.spec import InputSpec
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+_RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+PathLike: TypeAlias = str | os.PathLike[str]
+CalibrationSource: TypeAlias = "PathLike | Sequence[PathLike] | npt.NDArray[Any] | Iterable[Any] | CalibrationSet"
+
+
+def load_images(files: PathLike | Sequence[PathLike], spec: InputSpec) -> FloatArray:
+    """Decode and preprocess image files as the weights were trained.
+
+    Args:
+        files: one file, or several.
+        spec: a model's ``input_spec``: size, channels and preprocessing.
+
+    Returns:
+        ``(N, C, H, W)`` float32, normalised.
+
+    Raises:
+        CalibrationError: a file is missing, unreadable or not an image; each one is named.
+    """
+    paths = [Path(files)] if isinstance(files, (str, os.PathLike)) else [Path(file) for file in files]
+    images: list[FloatArray] = []
+    problems: list[str] = []
+    for path in paths:
+        try:
+            images.append(read_image(path, spec))
+        except CalibrationError as error:
+            problems.append(str(error))
+    if problems:
+        raise CalibrationError("\n".join(problems))
+    if not images:
+        raise CalibrationError("no image files were given; expected at least one.")
+    return np.stack(images)
+
+
+def read_image(path: Path, spec: InputSpec) -> FloatArray:
+    """One file to ``(C, H, W)`` float32, turned upright by its EXIF orientation.
+
+    Raises:
+        CalibrationError: missing, unreadable, or not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            return preprocess(ImageOps.exif_transpose(image), spec)
+    except FileNotFoundError as error:
+        raise CalibrationError(f"{path}: no such file.") from error
+    except UnidentifiedImageError as error:
+        raise CalibrationError(f"{path}: not an image that Pillow can read. Remove or replace the file.") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise CalibrationError(f"{path}: cannot be decoded ({error}). Remove or replace the file.") from error
+
+
+def preprocess(image: Image.Image, spec: InputSpec) -> FloatArray:
+    """A decoded image to ``(C, H, W)`` float32, as timm's evaluation transform does it.
+
+    Raises:
+        SpecError: the model takes neither 1 nor 3 channels, so a photograph does not fit it.
+    """
+    if spec.channels not in (1, 3):
+        raise SpecError(
+            f"the model takes {spec.channels} channels and an image file has 1 or 3. "
+            f"Pass arrays of shape (N, {spec.channels}, {spec.height}, {spec.width}) instead of files."
+        )
+    fitted = _fit(image.convert("RGB" if spec.channels == 3 else "L"), spec)
+    pixels = np.asarray(fitted, np.float32).reshape(spec.height, spec.width, spec.channels) / 255
+    mean, std = (np.asarray(values, np.float32) for values in (spec.preprocessing.mean, spec.preprocessing.std))
+    return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1), np.float32)
+
+
+def _fit(image: Image.Image, spec: InputSpec) -> Image.Image:
+    """Resize and crop to the spec's size."""
+    how = spec.preprocessing
+    target = (math.floor(spec.height / how.crop_pct), math.floor(spec.width / how.crop_pct))
+    height, width = _resized(image.height, image.width, target, how.crop_mode)
+    resized = image.resize((width, height), _RESAMPLING[how.interpolation])
+    top, left = round((height - spec.height) / 2), round((width - spec.width) / 2)
+    if top >= 0 and left >= 0:
+        return resized.crop((left, top, left + spec.width, top + spec.height))
+    fill = tuple(round(255 * value) for value in how.mean)
+    canvas = Image.new(image.mode, (spec.width, spec.height), fill if spec.channels == 3 else fill[0])
+    canvas.paste(resized, (-left, -top))
+    return canvas
+
+
+def _resized(height: int, width: int, target: tuple[int, int], crop_mode: str) -> tuple[int, int]:
+    """The size to resize to before the crop, ``(height, width)``, rounded as timm rounds it."""
+    if crop_mode == "squash":
+        return target
+    if crop_mode == "center" and target[0] == target[1]:
+        short = min(height, width)
+        return (
+            target[0] if height == short else int(target[0] * height / short),
+            target[1] if width == short else int(target[1] * width / short),
+        )
+    ratios = (height / target[0], width / target[1])
+    ratio = max(ratios) if crop_mode == "border" else min(ratios)
+    return round(height / ratio), round(width / ratio)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationSet:
+    """Images to calibrate with, read again on every pass and never all in memory at once.
+
+    Either ``files`` (decoded and preprocessed by ``spec``) or ``arrays`` (an ``(N, C, H, W)``
+    float32 array, memory-mapped where it came from a file, normalised as the model expects).
+    """
+
+    spec: InputSpec
+    files: tuple[Path, ...] = ()
+    arrays: FloatArray | None = None
+    skip_corrupt: bool = False
+
+    def __len__(self) -> int:
+        return len(self.files) if self.arrays is None else len(self.arrays)
+
+    def images(self) -> Iterator[FloatArray]:
+        """Each image as ``(C, H, W)``.
+
+        Raises:
+            CalibrationError: a corrupt file, unless ``skip_corrupt``, which warns; or none left.
+        """
+        if self.arrays is not None:
+            for position, image in enumerate(self.arrays):
+                yield _checked(np.asarray(image)[None], self.spec, f"image {position}")[0]
+            return
+        read = 0
+        for path in self.files:
+            try:
+                image = read_image(path, self.spec)
+            except CalibrationError as error:
+                if not self.skip_corrupt:
+                    raise CalibrationError(f"{error} To leave such files out, pass skip_corrupt=True.") from error
+                warnings.warn(f"left out of calibration: {error}", stacklevel=2)
+                continue
+            read += 1
+            yield image
+        if not read:
+            raise CalibrationError(f"none of the {len(self.files)} calibration files could be read.")
+
+    def batches(self, size: int) -> Iterator[FloatArray]:
+        """Batches of exactly ``size`` images; a last partial batch is filled up by repeating its images."""
+        pending: list[FloatArray] = []
+        for image in self.images():
+            pending.append(image)
+            if len(pending) == size:
+                yield np.stack(pending)
+                pending = []
+        if pending:
+            yield np.stack([pending[index % len(pending)] for index in range(size)])
+
+    def sample(self, count: int) -> FloatArray:
+        """Up to ``count`` images, evenly spaced over the set, ``(N, C, H, W)``."""
+        positions = {int(position) for position in np.linspace(0, len(self) - 1, min(count, len(self)))}
+        if self.arrays is not None:
+            chosen = np.asarray(self.arrays)[sorted(positions)]
+            return np.concatenate([_checked(image[None], self.spec, "an image") for image in chosen])
+        chosen_files = tuple(self.files[position] for position in sorted(positions))
+        subset = CalibrationSet(spec=self.spec, files=chosen_files, skip_corrupt=self.skip_corrupt)
+        return np.stack(list(subset.images()))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the content of the images and the preprocessing."""
+        digest = hashlib.sha256(repr(self.spec.preprocessing).encode())
+        digest.update(repr(self.spec.shape[1:]).encode())
+        if self.arrays is not None:
+            for image in self.arrays:
+                digest.update(np.ascontiguousarray(image).tobytes())
+        for path in self.files:
+            digest.update(hashlib.sha256(_read_bytes(path)).digest())
+        return digest.hexdigest()
+
+
+def calibration_set(source: CalibrationSource, spec: InputSpec, *, skip_corrupt: bool = False) -> CalibrationSet:
+    """Whatever the user has, as a `CalibrationSet`.
+
+    Args:
+        source: a folder (searched recursively), an image file, a list of files, a ``.npy`` or
+            ``.npz`` file, an array ``(N, C, H, W)``, an iterable of such arrays or torch tensors
+            (or of tuples that start with one, as a DataLoader gives), or a `CalibrationSet`.
+        spec: the model's input.
+        skip_corrupt: leave unreadable image files out with a warning instead of raising.
+
+    Raises:
+        CalibrationError: nothing to read, or something that cannot be read.
+    """
+    if isinstance(source, CalibrationSet):
+        return source
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        if path.suffix in (".npy", ".npz"):
+            return _from_arrays(_load_array(path), spec, str(path))
+        files = _find_images(path)
+        return CalibrationSet(spec=spec, files=files, skip_corrupt=skip_corrupt)
+    if isinstance(source, np.ndarray) or hasattr(source, "detach"):
+        return _from_arrays(_to_array(source), spec, "the array")
+    if not isinstance(source, Iterable):
+        raise CalibrationError(
+            f"calibration is a {type(source).__name__}; expected a folder, files, an array or an iterable of batches."
+        )
+    if isinstance(source, Sequence) and source and all(isinstance(item, (str, os.PathLike)) for item in source):
+        files = tuple(file for item in source for file in _find_images(Path(item)))
+        return CalibrationSet(spec=spec, files=files, skip_corrupt=skip_corrupt)
+    return _from_arrays(_spool(source), spec, "the iterable")
+
+
+def _find_images(path: Path) -> tuple[Path, ...]:
+    if path.is_file():
+        return (path,)
+    if not path.exists():
+        raise CalibrationError(f"{path}: no such file or folder. Give a folder of images to calibrate with.")
+    try:
+        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+        other = sum(1 for file in path.rglob("*") if file.is_file()) - len(found)
+    except OSError as error:
+        raise CalibrationError(f"{path}: cannot be read ({error}).") from error
+    if not found:
+        raise CalibrationError(
+            f"{path}: no image files in the folder ({other} other files). Expected {', '.join(sorted(IMAGE_SUFFIXES))}."
+        )
+    return tuple(found)
+
+
+def _load_array(path: Path) -> npt.NDArray[Any]:
+    try:
+        if path.suffix == ".npy":
+            loaded: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+            return loaded
+        with np.load(path, allow_pickle=False) as archive:
+            names = list(archive.files)
+            if len(names) != 1:
+                raise CalibrationError(f"{path}: holds the arrays {names}; expected exactly one.")
+            array: npt.NDArray[Any] = archive[names[0]]
+            return array
+    except FileNotFoundError as error:
+        raise CalibrationError(f"{path}: no such file.") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise CalibrationError(f"{path}: not a readable NumPy file without pickles ({error}).") from error
+
+
+def _from_arrays(arrays: npt.NDArray[Any], spec: InputSpec, name: str) -> CalibrationSet:
+    if arrays.ndim != 4 or arrays.shape[1:] != spec.shape[1:] or arrays.dtype != np.float32:
+        raise CalibrationError(
+            f"{name} is {arrays.shape} {arrays.dtype}; calibration arrays are what the model is called with: "
+            f"(N, {spec.channels}, {spec.height}, {spec.width}) float32, normalised."
+        )
+    if not len(arrays):
+        raise CalibrationError(f"{name} holds no images; expected at least one.")
+    return CalibrationSet(spec=spec, arrays=arrays)
+
+
+def _checked(image: FloatArray, spec: InputSpec, name: str) -> FloatArray:
+    try:
+        return check_images(image, InputSpec(channels=spec.channels, height=spec.height, width=spec.width))
+    except SpecError as error:
+        raise CalibrationError(f"{name} of the calibration set cannot be used: {error}") from error
+
+
+def _to_array(batch: Any) -> npt.NDArray[Any]:
+    if isinstance(batch, (tuple, list)) and batch:
+        batch = batch[0]
+    if hasattr(batch, "detach"):
+        batch = batch.detach().cpu().numpy()
+    return np.asarray(batch)
+
+
+def _spool(batches: Iterable[Any]) -> npt.NDArray[Any]:
+    """An iterable that can be read once, as an array on disk: every pass and the digest read it again."""
+    shape: tuple[int, ...] | None = None
+    count = 0
+    with tempfile.NamedTemporaryFile(prefix="deploykit-calibration-") as spool:
+        for batch in batches:
+            array = _to_array(batch)
+            if array.ndim != 4 or array.dtype != np.float32 or (shape and array.shape[1:] != shape):
+                raise CalibrationError(
+                    f"a batch of the iterable is {array.shape} {array.dtype}; expected (N, C, H, W) float32, "
+                    "all of one size."
+                )
+            shape = array.shape[1:]
+            count += len(array)
+            spool.write(np.ascontiguousarray(array).tobytes())
+        if shape is None:
+            raise CalibrationError("the iterable gave no batches; expected at least one.")
+        spool.flush()
+        # The mapping keeps the unlinked file alive until the array is dropped.
+        return np.memmap(spool.name, np.float32, "r", shape=(count, *shape))
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CalibrationError(f"{path}: cannot be read ({error}).") from error

@@ -1,0 +1,143 @@
+"""Which tensors of a master graph run in integers: found from the graph alone, before any image is seen.
+
+Convolutions and matrix products with constant weights run in integers, and so do the residual
+adds and max-poolings between them, since a float island there costs two conversions of a whole
+map. Everything else stays in float, with a reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import onnx
+import onnx_ir as ir
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntegerWeight:
+    """A constant weight, its output channels' axis, and the node and bias that go with it."""
+
+    node: str
+    axis: int
+    input: str
+    output: str
+    bias: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Tensors by name.
+
+    ``reads`` are read by integer kernels. ``writes`` are written by them (after the Relu or Clip
+    that the kernel fuses). ``same_range`` maps the output of a max-pooling to its input, whose
+    range it shares. ``float_nodes`` maps each weighted node that stays in float to the reason.
+    """
+
+    weights: dict[str, IntegerWeight] = field(default_factory=dict)
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    same_range: dict[str, str] = field(default_factory=dict)
+    float_nodes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Every tensor that needs a range of its own."""
+        return tuple(name for name in dict.fromkeys((*self.reads, *self.writes)) if name not in self.same_range)
+
+
+def place(model: onnx.ModelProto) -> Placement:
+    """Find the integer part of a master graph."""
+    graph = ir.from_proto(model).graph
+    weights: dict[str, IntegerWeight] = {}
+    reads: dict[str, None] = {}
+    writes: dict[str, None] = {}
+    same_range: dict[str, str] = {}
+    float_nodes: dict[str, str] = {}
+    for node in graph:
+        if node.op_type in ("Conv", "Gemm", "MatMul") and _constant(node.inputs[1]):
+            reason = _why_float(node, weights)
+            if reason:
+                float_nodes[_name(node)] = reason
+                continue
+            weights[_text(node.inputs[1])] = _weight(node)
+            reads[_text(node.inputs[0])] = None
+            if node.op_type == "Conv":
+                writes[_text(_after_activation(node.outputs[0]))] = None
+        elif node.op_type == "Add" and all(_text(value) in writes for value in node.inputs):
+            reads.update(dict.fromkeys(_text(value) for value in node.inputs))
+            writes[_text(_after_activation(node.outputs[0]))] = None
+        elif node.op_type == "MaxPool" and _text(node.inputs[0]) in writes:
+            source, pooled = _text(node.inputs[0]), _text(node.outputs[0])
+            reads[source] = None
+            writes[pooled] = None
+            same_range[pooled] = source
+    return Placement(
+        weights=weights,
+        reads=tuple(reads),
+        writes=tuple(writes),
+        same_range=same_range,
+        float_nodes=float_nodes,
+    )
+
+
+def fused_activation(value: ir.Value) -> ir.Node | None:
+    """The Relu or Clip that alone reads a value, which integer kernels fuse; None where there is none."""
+    consumers = list(value.consumers())
+    if len(consumers) != 1 or value.is_graph_output():
+        return None
+    node = consumers[0]
+    return node if node.op_type in ("Relu", "Clip") else None
+
+
+def _after_activation(value: ir.Value) -> ir.Value:
+    node = fused_activation(value)
+    return node.outputs[0] if node is not None else value
+
+
+def _weight(node: ir.Node) -> IntegerWeight:
+    transposed = node.op_type == "Gemm" and bool(node.attributes.get_int("transB", 0))
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if node.op_type == "MatMul":
+        bias = _added_bias(node.outputs[0])
+    return IntegerWeight(
+        node=_name(node),
+        axis=0 if node.op_type == "Conv" or transposed else 1,
+        input=_text(node.inputs[0]),
+        output=_text(node.outputs[0]),
+        bias=bias.name if bias is not None else None,
+    )
+
+
+def _added_bias(value: ir.Value) -> ir.Value | None:
+    """The constant vector that an Add after a MatMul adds, when nothing else reads the product."""
+    consumers = list(value.consumers())
+    if len(consumers) != 1 or consumers[0].op_type != "Add":
+        return None
+    for operand in consumers[0].inputs:
+        if operand is not None and _constant(operand) and operand.shape is not None and len(operand.shape) == 1:
+            return operand
+    return None
+
+
+def _why_float(node: ir.Node, weights: dict[str, IntegerWeight]) -> str | None:
+    if _text(node.inputs[1]) in weights:
+        return "its weight is shared with another node"
+    rank = len(node.inputs[1].shape or ()) if node.inputs[1] is not None else 0
+    if node.op_type == "MatMul" and rank != 2:
+        return f"its weight has rank {rank}, and integer kernels take matrices"
+    shape = node.outputs[0].shape
+    if node.op_type == "Conv" and shape is not None and list(shape[2:]) == [1, 1]:
+        return "it works on a 1x1 map (squeeze-and-excitation): nothing to gain"
+    return None
+
+
+def _constant(value: ir.Value | None) -> bool:
+    return value is not None and value.is_initializer()
+
+
+def _text(value: ir.Value | None) -> str:
+    return (value.name or "") if value is not None else ""
+
+
+def _name(node: ir.Node) -> str:
+    return node.name or node.op_type

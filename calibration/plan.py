@@ -1,0 +1,201 @@
+"""The quantization plan: what calibration found, once, for every runtime's dialect to render."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+
+from deploykit.calibration.placement import Placement, place
+from deploykit.calibration.ranges import ActivationRange, Histogram, quantize_weight
+from deploykit.errors import CalibrationError
+from deploykit.optional import require
+from deploykit.runtimes.base import FloatArray
+from deploykit.spec import BATCH_DIM, Int8
+
+PLAN_FILE = "quantization-plan.json"
+SHIFT_FILE = "quantization-plan.npz"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationPlan:
+    """Ranges and placement for one network, from one set of images.
+
+    ``key`` is the digest of the weights, the images with their preprocessing, and the settings.
+    ``bias_shift`` maps a weight to the ``(channels,)`` mean error that rounding it makes in its
+    node's output, which a dialect adds to the bias.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    key: str
+    calibrator: str
+    images: int
+    placement: Placement
+    ranges: dict[str, ActivationRange]
+    bias_shift: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+
+    def range_of(self, tensor: str) -> ActivationRange:
+        """The range of a tensor, or of the tensor whose range it shares."""
+        return self.ranges[self.placement.same_range.get(tensor, tensor)]
+
+    def save(self, folder: Path) -> None:
+        """Write the plan into ``folder``: `PLAN_FILE` to read, and the bias shifts in `SHIFT_FILE`."""
+        readable = replace(self, bias_shift={})
+        (folder / PLAN_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(readable), indent=1) + b"\n")
+        np.savez(folder / SHIFT_FILE, allow_pickle=False, **self.bias_shift)
+
+    @staticmethod
+    def load(folder: Path) -> QuantizationPlan:
+        """Read a plan that `save` wrote.
+
+        Raises:
+            CalibrationError: a file is missing, or not a plan of this schema.
+        """
+        try:
+            plan = msgspec.json.decode((folder / PLAN_FILE).read_bytes(), type=QuantizationPlan)
+            with np.load(folder / SHIFT_FILE, allow_pickle=False) as shifts:
+                return replace(plan, bias_shift=dict(shifts))
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, msgspec.MsgspecError) as error:
+            raise CalibrationError(
+                f"{folder}: {PLAN_FILE} or {SHIFT_FILE} is not readable ({error}). Calibrate again."
+            ) from error
+
+
+def plan_key(weights_digest: str, images_digest: str, settings: Int8) -> str:
+    """What a plan is keyed by: equal keys give equal plans."""
+    text = "\n".join((weights_digest, images_digest, settings.calibrator, str(settings.percentile)))
+    return hashlib.sha256(f"{text}\n{settings.bias_correction}".encode()).hexdigest()
+
+
+def calibrate(
+    model: onnx.ModelProto,
+    batches: Iterable[FloatArray],
+    settings: Int8,
+    *,
+    key: str,
+    on_batch: Callable[[int], None] | None = None,
+) -> QuantizationPlan:
+    """Run the master graph over the images once and choose every range.
+
+    Args:
+        model: the FP32 master graph.
+        batches: ``(N, C, H, W)`` float32 batches of the size that the graph takes.
+        settings: the calibrator and whether to correct biases.
+        key: what the plan is keyed by, from `plan_key`.
+        on_batch: called with the number of images seen so far.
+
+    Raises:
+        CalibrationError: no images, or activations that are not finite.
+        MissingDependency: onnxruntime, which runs the graph, is not installed.
+    """
+    placement = place(model)
+    if not placement.weights:
+        raise CalibrationError("the graph has no convolution or matrix product with constant weights to quantize.")
+    probes = _BiasProbes(model, placement) if settings.bias_correction else None
+    session = onnx_session(_instrument(model, placement, probes))
+    tensors = [name for name in placement.tensors if name != model.graph.input[0].name]
+    wanted = [*tensors, *(probes.outputs if probes else ())]
+    histograms = {name: Histogram() for name in placement.tensors}
+    sums: dict[str, npt.NDArray[np.float64]] = {}
+    seen = count = 0
+    for batch in batches:
+        found = session.run(wanted, {model.graph.input[0].name: batch})
+        for name, values in zip(wanted, found, strict=True):
+            if name in histograms:
+                histograms[name].update(values)
+            else:
+                sums[name] = sums.get(name, 0.0) + values.astype(np.float64)
+        if model.graph.input[0].name in histograms:
+            histograms[model.graph.input[0].name].update(batch)
+        seen, count = seen + len(batch), count + 1
+        if on_batch:
+            on_batch(seen)
+    if not seen:
+        raise CalibrationError("the calibration set gave no images; expected at least one.")
+    shift = {
+        weight: (sums[output] / count).astype(np.float32)
+        for output, weight in (probes.outputs.items() if probes else ())
+    }
+    return QuantizationPlan(
+        key=key,
+        calibrator=settings.calibrator,
+        images=seen,
+        placement=placement,
+        ranges={name: histogram.choose(settings) for name, histogram in histograms.items()},
+        bias_shift=shift,
+    )
+
+
+class _BiasProbes:
+    """Beside each integer node, the same node with the rounding error of its weight, averaged a channel."""
+
+    def __init__(self, model: onnx.ModelProto, placement: Placement) -> None:
+        self._weights = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._placement = placement
+        self.outputs = {f"{weight}/mean_error": weight for weight in placement.weights}
+
+    def add_to(self, graph: ir.Graph) -> None:
+        """Insert the probes into a copy of the master graph."""
+        nodes = {node.name: node for node in graph}
+        for output, weight in self.outputs.items():
+            use = self._placement.weights[weight]
+            values = onnx.numpy_helper.to_array(self._weights[weight])
+            integers, scales = quantize_weight(values, use.axis)
+            shape = [1] * values.ndim
+            shape[use.axis] = -1
+            error = _constant(graph, f"{weight}/error", values - integers * scales.reshape(shape))
+            node = nodes[use.node]
+            twin = ir.node(node.op_type, [node.inputs[0], error], dict(node.attributes), name=f"{weight}/twin")
+            channel = 1 if node.op_type == "Conv" else -1
+            rank = len(node.outputs[0].shape or ())
+            axes = [axis for axis in range(rank) if axis != channel % rank]
+            mean = ir.node(
+                "ReduceMean", [twin.outputs[0], _constant(graph, f"{weight}/axes", np.array(axes))], {"keepdims": 0}
+            )
+            mean.outputs[0].name = output
+            graph.extend([twin, mean])
+            graph.outputs.append(mean.outputs[0])
+
+
+def _constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def _instrument(model: onnx.ModelProto, placement: Placement, probes: _BiasProbes | None) -> onnx.ModelProto:
+    """The graph with every tensor that needs a range as an output."""
+    copy = ir.from_proto(model)
+    values = {value.name: value for node in copy.graph for value in node.outputs}
+    present = {value.name for value in copy.graph.outputs}
+    for name in placement.tensors:
+        if name in values and name not in present:
+            copy.graph.outputs.append(values[name])
+    if probes:
+        probes.add_to(copy.graph)
+    return ir.to_proto(copy)
+
+
+def onnx_session(model: onnx.ModelProto) -> Any:
+    """A graph opened in ONNX Runtime on the CPU, to measure with."""
+    onnxruntime = require("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def calibration_batch(model: onnx.ModelProto) -> int:
+    """How many images a calibration batch holds: the graph's own batch, or 4 when it is dynamic."""
+    dimension = model.graph.input[0].type.tensor_type.shape.dim[0]
+    return 4 if dimension.dim_param == BATCH_DIM else int(dimension.dim_value)

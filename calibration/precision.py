@@ -1,0 +1,67 @@
+"""One plan for each precision, made from the master graph and images before any runtime is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import onnx
+
+from deploykit.calibration.half import HalfPlan, plan_half
+from deploykit.calibration.images import CalibrationSet
+from deploykit.calibration.plan import QuantizationPlan, calibrate, calibration_batch, plan_key
+from deploykit.errors import CalibrationError
+from deploykit.runtimes.base import FloatArray
+from deploykit.spec import Bf16, Fp16, Int8, Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bf16Plan:
+    """Everything in bfloat16: its range is float32's, so nothing overflows."""
+
+
+PrecisionPlan: TypeAlias = QuantizationPlan | HalfPlan | Bf16Plan | None
+"""What a dialect renders; None is FP32."""
+
+
+def plan_precision(
+    model: onnx.ModelProto,
+    precision: Precision,
+    *,
+    calibration: CalibrationSet | None,
+    probe: FloatArray,
+    weights_digest: str,
+    on_image: Callable[[int], None] | None = None,
+) -> PrecisionPlan:
+    """Make the plan that a precision needs.
+
+    Args:
+        model: the FP32 master graph.
+        precision: what is wanted.
+        calibration: the images for INT8.
+        probe: a few images ``(N, C, H, W)`` on which FP16's rounding is measured.
+        weights_digest: the digest of the backbone's weights, part of the plan's key.
+        on_image: called with the number of images calibrated so far.
+
+    Raises:
+        CalibrationError: INT8 without images: deploykit never calibrates on random data.
+    """
+    if isinstance(precision, Fp16):
+        return plan_half(model, probe, min_sqnr_db=precision.min_sqnr_db)
+    if isinstance(precision, Bf16):
+        return Bf16Plan()
+    if not isinstance(precision, Int8):
+        return None
+    if calibration is None:
+        raise CalibrationError(
+            "int8 needs images to calibrate with, and none were given. Pass calibration=FOLDER (or files, an array, "
+            "an iterable of batches): a hundred typical photographs are enough. Random data is never used."
+        )
+    return calibrate(
+        model,
+        calibration.batches(calibration_batch(model)),
+        precision,
+        key=plan_key(weights_digest, calibration.digest, precision),
+        on_batch=on_image,
+    )

@@ -1,0 +1,134 @@
+"""Streaming statistics of activations, and the range that each calibrator picks from them.
+
+Memory is constant in the number of images: a tensor keeps its exact minimum and maximum and a
+histogram of evenly spaced samples, whose bins double in width whenever a value falls outside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from deploykit.errors import CalibrationError
+from deploykit.spec import Int8
+
+BINS = 2048
+SAMPLES_PER_IMAGE = 16384
+
+Array: TypeAlias = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationRange:
+    """What a tensor's quantization covers: ``low <= 0 <= high`` when affine, ``-amax..amax`` when symmetric."""
+
+    low: float
+    high: float
+    amax: float
+
+    def affine(self) -> tuple[float, int]:
+        """Scale and zero point for uint8: ``x = (q - zero_point) * scale``."""
+        scale = max(self.high - self.low, 1e-8) / 255
+        return scale, int(np.clip(round(-self.low / scale), 0, 255))
+
+    def symmetric(self) -> float:
+        """Scale for int8 with zero point 0 and ``q`` in -127..127."""
+        return max(self.amax, 1e-8) / 127
+
+
+class Histogram:
+    """The distribution of one tensor, fed a batch at a time."""
+
+    def __init__(self) -> None:
+        self.low = np.inf
+        self.high = -np.inf
+        self._edge = 0.0  # the bins cover -edge..edge
+        self._counts = np.zeros(BINS, np.int64)
+
+    def update(self, values: Array) -> None:
+        """Add one batch of the tensor, of any shape.
+
+        Raises:
+            CalibrationError: NaN or infinity in the values.
+        """
+        low, high = float(values.min()), float(values.max())
+        if not np.isfinite(low) or not np.isfinite(high):
+            raise CalibrationError("an activation is NaN or infinite in FP32. Check the images and the weights.")
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        self._widen(max(abs(low), abs(high)))
+        flat = values.reshape(-1)
+        step = max(1, flat.size // (SAMPLES_PER_IMAGE * values.shape[0]))
+        if self._edge > 0:
+            self._counts += np.histogram(flat[::step], BINS, (-self._edge, self._edge))[0]
+
+    def _widen(self, magnitude: float) -> None:
+        if self._edge == 0.0:
+            self._edge = magnitude
+        while self._edge < magnitude:
+            middle = self._counts.reshape(-1, 2).sum(1)
+            self._counts = np.pad(middle, BINS // 4)
+            self._edge *= 2
+
+    def choose(self, settings: Int8) -> ActivationRange:
+        """The range that a calibrator picks; it always holds 0, so that padding is exact."""
+        if not np.isfinite(self.low):
+            raise CalibrationError("no batch was seen, so there is no range. Give at least one image.")
+        low, high = min(self.low, 0.0), max(self.high, 0.0)
+        if settings.calibrator == "minmax" or self._edge == 0.0:
+            return ActivationRange(low=low, high=high, amax=max(-low, high))
+        if settings.calibrator == "percentile":
+            low, high = self._percentile(low, high, settings.percentile)
+            return ActivationRange(low=low, high=high, amax=max(-low, high))
+        amax = self._least_error(-max(-low, high), max(-low, high), levels=254)[1]
+        low, high = self._least_error(low, high, levels=255)
+        return ActivationRange(low=low, high=high, amax=amax)
+
+    def _percentile(self, low: float, high: float, percent: float) -> tuple[float, float]:
+        share = np.cumsum(self._counts) / self._counts.sum()
+        edges = np.linspace(-self._edge, self._edge, BINS + 1)
+        tail = (1 - percent / 100) / (2 if low < 0 < high else 1)
+        lower = edges[np.searchsorted(share, tail, side="right")] if low < 0 else 0.0
+        upper = edges[np.searchsorted(share, 1 - tail) + 1] if high > 0 else 0.0
+        return max(low, min(float(lower), 0.0)), min(high, max(float(upper), 0.0))
+
+    def _least_error(self, low: float, high: float, *, levels: int) -> tuple[float, float]:
+        """Shrink each end in turn to the least mean squared error of quantizing the histogram."""
+        used = np.flatnonzero(self._counts)
+        centres = (np.linspace(-self._edge, self._edge, BINS + 1)[:-1] + self._edge / BINS)[used]
+        counts = self._counts[used]
+        shares = np.linspace(0.3, 1.0, 71)
+        if low == -high:
+            best = min(shares, key=lambda share: _error(centres, counts, low * share, high * share, levels))
+            return float(low * best), float(high * best)
+        best = min(shares, key=lambda share: _error(centres, counts, low, high * share, levels))
+        high *= best
+        if low < 0:
+            best = min(shares, key=lambda share: _error(centres, counts, low * share, high, levels))
+            low *= best
+        return float(low), float(high)
+
+
+def _error(centres: Array, counts: Array, low: float, high: float, levels: int) -> float:
+    scale = max(high - low, 1e-12) / levels
+    offset = round(-low / scale)
+    rounded = (np.clip(np.round(centres / scale) + offset, 0, levels) - offset) * scale
+    return float(np.sum(counts * (rounded - centres) ** 2))
+
+
+def quantize_weight(weight: Array, axis: int) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """A weight to int8 in -127..127 with one scale a channel of ``axis``, and those scales.
+
+    A channel that BatchNorm folding left at zero, or far below the others, gets a scale of a
+    ten-thousandth of the largest: a scale of zero would give NaN.
+    """
+    moved = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1).astype(np.float64)
+    amax = np.abs(moved).max(axis=1)
+    floor = max(float(amax.max()) * 1e-4, 1e-8)
+    scales = (np.maximum(amax, floor) / 127).astype(np.float32)
+    shape = [1] * weight.ndim
+    shape[axis] = -1
+    rounded = np.round(weight / scales.reshape(shape))
+    return np.clip(rounded, -127, 127).astype(np.int8), scales

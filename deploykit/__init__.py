@@ -1,0 +1,122 @@
+"""Vision backbones, compiled and quantized for the edge, with the numbers that prove nothing broke.
+
+The public names below are resolved when first used: importing deploykit imports neither torch nor
+a runtime.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deploykit.backbones.base import BaseBackbone
+    from deploykit.backbones.registry import backbone_names, register_backbone
+    from deploykit.calibration.images import CalibrationSet, load_images
+    from deploykit.errors import (
+        BundleError,
+        CalibrationError,
+        DeployKitError,
+        DeviceUnavailable,
+        ExportError,
+        FusionError,
+        IncompatibleEngine,
+        MissingDependency,
+        ParityError,
+        SpecError,
+        WeightsError,
+    )
+    from deploykit.facade import create_backbone, export_backbone, load_bundle, verify_bundle
+    from deploykit.spec import (
+        BackboneSpec,
+        BatchRange,
+        Bf16,
+        FeatureLevel,
+        Fp16,
+        Fp32,
+        InputSpec,
+        Int8,
+        Preprocessing,
+        TensorSpec,
+    )
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "create_backbone": "facade",
+    "load_bundle": "facade",
+    "export_backbone": "facade",
+    "verify_bundle": "facade",
+    "BaseBackbone": "backbones.base",
+    "register_backbone": "backbones.registry",
+    "backbone_names": "backbones.registry",
+    "CalibrationSet": "calibration.images",
+    "load_images": "calibration.images",
+    "BackboneSpec": "spec",
+    "BatchRange": "spec",
+    "FeatureLevel": "spec",
+    "InputSpec": "spec",
+    "Preprocessing": "spec",
+    "TensorSpec": "spec",
+    "Fp32": "spec",
+    "Fp16": "spec",
+    "Bf16": "spec",
+    "Int8": "spec",
+    "DeployKitError": "errors",
+    "SpecError": "errors",
+    "WeightsError": "errors",
+    "MissingDependency": "errors",
+    "FusionError": "errors",
+    "CalibrationError": "errors",
+    "ExportError": "errors",
+    "BundleError": "errors",
+    "IncompatibleEngine": "errors",
+    "DeviceUnavailable": "errors",
+    "ParityError": "errors",
+}
+
+__all__ = [
+    "BackboneSpec",
+    "BaseBackbone",
+    "BatchRange",
+    "Bf16",
+    "BundleError",
+    "CalibrationError",
+    "CalibrationSet",
+    "DeployKitError",
+    "DeviceUnavailable",
+    "ExportError",
+    "FeatureLevel",
+    "Fp16",
+    "Fp32",
+    "FusionError",
+    "IncompatibleEngine",
+    "InputSpec",
+    "Int8",
+    "MissingDependency",
+    "ParityError",
+    "Preprocessing",
+    "SpecError",
+    "TensorSpec",
+    "WeightsError",
+    "__version__",
+    "backbone_names",
+    "create_backbone",
+    "export_backbone",
+    "load_bundle",
+    "load_images",
+    "register_backbone",
+    "verify_bundle",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'deploykit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"deploykit.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

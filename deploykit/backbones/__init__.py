@@ -1,0 +1,1 @@
+"""Backbone families, their registry and their weights."""

@@ -1,0 +1,156 @@
+"""The one attention primitive, and the transformer parts that several families share.
+
+Parameter names are timm's: ``attn.qkv``, ``attn.proj``, ``mlp.fc1``, ``mlp.fc2``, ``ls1.gamma``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deploykit.optional import require
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, *, bias: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """``softmax(query @ key^T * scale + bias) @ value`` (Vaswani et al. 2017).
+
+    Args:
+        query: ``(N, heads, T, D)``.
+        key: ``(N, heads, S, D)``.
+        value: ``(N, heads, S, V)``.
+        bias: broadcastable to ``(N, heads, T, S)``, added to the scores; position bias or a mask.
+        scale: of the scores; None: ``D ** -0.5``.
+
+    Returns:
+        ``(N, heads, T, V)``.
+    """
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+
+
+def onnx_translations() -> dict[Any, Any]:
+    """The ONNX form of `attend`, for ``torch.onnx.export(custom_translation_table=...)``.
+
+    Two matrix products and a softmax of static shapes; torch's own translation transposes the keys by
+    a dozen nodes of shape arithmetic. Needs onnxscript.
+    """
+    op = require("onnxscript").opset21
+
+    def attention(  # noqa: PLR0917  (torch's signature)
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Any:
+        if is_causal or enable_gqa or dropout_p:
+            raise NotImplementedError("attention with is_causal, enable_gqa or dropout has no ONNX form in deploykit")
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        scaled = query if factor == 1.0 else op.Mul(query, op.Constant(value_float=factor))
+        scores = op.MatMul(scaled, op.Transpose(key, perm=[0, 1, 3, 2]))
+        if attn_mask is not None and attn_mask.dtype.name == "BOOL":
+            scores = op.Where(attn_mask, scores, op.Constant(value_float=float("-inf")))
+        elif attn_mask is not None:
+            scores = op.Add(scores, attn_mask)
+        return op.MatMul(op.Softmax(scores, axis=-1), value)
+
+    return {torch.ops.aten.scaled_dot_product_attention.default: attention}
+
+
+def split_heads(projected: Tensor, heads: int) -> Tensor:
+    """``(N, T, heads * D)`` to ``(N, heads, T, D)``."""
+    tokens, width = projected.shape[1], projected.shape[2]
+    return projected.reshape(-1, tokens, heads, width // heads).transpose(1, 2)
+
+
+def merge_heads(attended: Tensor) -> Tensor:
+    """``(N, heads, T, D)`` to ``(N, T, heads * D)``."""
+    heads, tokens, width = attended.shape[1], attended.shape[2], attended.shape[3]
+    return attended.transpose(1, 2).reshape(-1, tokens, heads * width)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over ``(N, T, dim)`` tokens; ``qkv`` holds the three projections."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, tokens: Tensor, queries: int | None = None) -> Tensor:
+        """``(N, T, dim)`` to ``(N, T, dim)``, or to the first ``queries`` tokens only."""
+        query, key, value = split_heads(self.qkv(tokens), 3 * self.heads).chunk(3, dim=1)
+        if queries is not None:
+            query = query[:, :, :queries]
+        return self.proj(merge_heads(attend(query, key, value)))  # type: ignore[no-any-return]
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an activation between."""
+
+    def __init__(self, dim: int, hidden: int, act: type[nn.Module] = nn.GELU) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = act()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """``(..., dim)`` to ``(..., dim)``."""
+        return self.fc2(self.act(self.fc1(tokens)))  # type: ignore[no-any-return]
+
+
+class LayerScale(nn.Module):
+    """A learned factor a channel (Touvron et al. 2021, "Going deeper with Image Transformers")."""
+
+    def __init__(self, dim: int, initial: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), initial))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """``(..., dim)`` to ``(..., dim)``."""
+        return tokens * self.gamma
+
+
+class TransformerBlock(nn.Module):
+    """A pre-norm block over ``(N, T, dim)``: attention and an MLP, each with a residual.
+
+    Args:
+        dim: channels of a token.
+        heads: attention heads.
+        mlp_ratio: hidden channels of the MLP over ``dim``.
+        layer_scale: the initial layer scale; None: no layer scale.
+        act: the activation of the MLP.
+        norm_eps: epsilon of both LayerNorms.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        layer_scale: float | None = None,
+        act: type[nn.Module] = nn.GELU,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn = SelfAttention(dim, heads)
+        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act)
+        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+
+    def forward(self, tokens: Tensor, queries: int | None = None) -> Tensor:
+        """``(N, T, dim)`` to ``(N, T, dim)``, or to the first ``queries`` tokens only."""
+        shortcut = tokens if queries is None else tokens[:, :queries]
+        tokens = shortcut + self.ls1(self.attn(self.norm1(tokens), queries))
+        return tokens + self.ls2(self.mlp(self.norm2(tokens)))  # type: ignore[no-any-return]

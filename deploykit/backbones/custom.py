@@ -1,0 +1,406 @@
+"""Backbones from elsewhere: any timm model as ``timm/<name>``, and a module of your own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from deploykit.backbones.base import BackboneOptions, BaseBackbone, PretrainedSource
+from deploykit.backbones.checkpoint import SUFFIXES
+from deploykit.backbones.features import WHOLE_IMAGE
+from deploykit.backbones.weights import Pretrained
+from deploykit.errors import SpecError, WeightsError, nearest
+from deploykit.optional import require
+from deploykit.spec import FeatureLevel, InputSpec, Preprocessing, parse_image_size
+
+PREFIX = "timm/"
+
+
+class TimmBackbone(BaseBackbone):
+    """A model of timm behind deploykit's interface; ``model`` is timm's module, with timm's parameter names.
+
+    A level is what timm's ``features_only`` gives: in a pyramid its index follows its stride, in an
+    isotropic model it is the block's number, and by default the last three blocks are returned.
+    Receptive fields are not computed: every level says 0.
+    """
+
+    family: ClassVar[str] = "timm"
+    variants: ClassVar[Mapping[str, Any]] = {}
+    output_strides: ClassVar[tuple[int, ...]] = (8, 16, 32)
+    takes_patch_size: ClassVar[bool] = True
+
+    def __init__(self, name: str, options: BackboneOptions, model: nn.Module, source: PretrainedSource) -> None:
+        infos = _feature_infos(model)
+        isotropic = len({info["reduction"] for info in infos}) == 1 and len(infos) > 1
+        if isotropic and options.output_indices is None:
+            options = replace(options, output_indices=tuple(range(len(infos)))[-3:])
+        super().__init__(name, options)
+        self.model = model
+        self._modules_by_level = [str(info["module"]) for info in infos]
+        strides, channels = [int(info["reduction"]) for info in infos], [int(info["num_chs"]) for info in infos]
+        self._first = 0 if isotropic else sum(stride < 2 for stride in strides)
+        self.finish(_levels(strides[self._first :], channels[self._first :]), pretrained=source)
+
+    def forward(self, images: Tensor) -> Any:
+        """See `BaseBackbone`."""
+        if self.spec.features_only:
+            return super().forward(images)
+        return self.model(images)
+
+    def forward_levels(self, images: Tensor, depth: int) -> tuple[list[Tensor], Tensor]:
+        """See `BaseBackbone.forward_levels`; the state is that of timm's ``forward_features``."""
+        model: Any = self.model
+        if depth == 0:
+            return [], model.forward_features(images)
+        indices = list(range(self._first, self._first + depth))
+        if depth < len(self.all_levels) or self.spec.features_only:
+            maps = model.forward_intermediates(
+                images, indices=indices, stop_early=True, intermediates_only=True, output_fmt="NCHW"
+            )
+            return list(maps), maps[-1]
+        trunk, maps = model.forward_intermediates(images, indices=indices, output_fmt="NCHW")
+        return list(maps), trunk
+
+    def forward_head(self, trunk: Tensor) -> Tensor:
+        """See `BaseBackbone.forward_head`."""
+        model: Any = self.model
+        output: Tensor = model.forward_head(trunk)
+        return output
+
+    def stage_modules(self) -> dict[str, tuple[nn.Module, ...]]:
+        """See `BaseBackbone.stage_modules`: timm's modules up to and including the one that gives the level."""
+        ends = self._modules_by_level[self._first :]
+        stages: dict[str, list[nn.Module]] = {level.name: [] for level in self.all_levels}
+        pieces = _pieces(self.model, "", self._modules_by_level)
+        names = [path for path, _ in pieces]
+        start = 0
+        for level, end in zip(self.all_levels, ends, strict=True):
+            if end not in names:
+                raise SpecError(
+                    f"timm does not say which modules of {self.name} make the level {level.name!r} "
+                    f"(it names {end!r}). Freeze parameters of backbone.model by hand."
+                )
+            stop = names.index(end) + 1
+            stages[level.name] = [module for _, module in pieces[start:stop]]
+            start = max(start, stop)
+        return {name: tuple(modules) for name, modules in stages.items()}
+
+    def freeze(self, up_to: str | None) -> None:
+        """As `BaseBackbone.freeze`; parameters of the model itself (class token, positions) go with the first level."""
+        super().freeze(up_to)
+        for parameter in self.model.parameters(recurse=False):
+            parameter.requires_grad_(up_to is None)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As `BaseBackbone.set_grad_checkpointing`, by timm's own.
+
+        Raises:
+            SpecError: the model has none.
+        """
+        model: Any = self.model
+        try:
+            model.set_grad_checkpointing(enable)
+        except (AssertionError, AttributeError, NotImplementedError) as error:
+            raise SpecError(f"{self.name} has no gradient checkpointing in timm ({error}). Leave it off.") from error
+        self.grad_checkpointing = enable
+
+    def _spec_for(self, shape: tuple[int, ...]) -> InputSpec:
+        config: Mapping[str, Any] = getattr(self.model, "pretrained_cfg", None) or {}
+        return self.input_spec if config.get("fixed_input_size") else super()._spec_for(shape)
+
+
+class ModuleBackbone(BaseBackbone):
+    """A user's own module behind deploykit's interface; see `wrap_module`."""
+
+    family: ClassVar[str] = "custom"
+    variants: ClassVar[Mapping[str, Any]] = {}
+    fixed_size: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        name: str,
+        options: BackboneOptions,
+        module: nn.Module,
+        *,
+        levels: Sequence[FeatureLevel],
+        order: Sequence[int],
+        preprocessing: Preprocessing,
+    ) -> None:
+        super().__init__(name, options)
+        self.module = module
+        self._order = tuple(order)
+        size = options.image_size or (224, 224)
+        self.finish(
+            levels,
+            pretrained=PretrainedSource(tag="", preprocessing=preprocessing, image_size=size, label_set=None),
+        )
+
+    def forward_levels(self, images: Tensor, depth: int) -> tuple[list[Tensor], Tensor]:
+        """See `BaseBackbone.forward_levels`; the whole module runs, and its logits are the state."""
+        outputs = list(_named_outputs(self.module(images)).values())
+        if not self.all_levels:
+            return [], outputs[0]
+        maps = [outputs[position] for position in self._order[:depth]]
+        return maps, maps[-1]
+
+    def forward_head(self, trunk: Tensor) -> Tensor:
+        """The module's ``(N, D)`` output, as it is.
+
+        Raises:
+            SpecError: the module gives feature maps.
+        """
+        if self.all_levels:
+            raise SpecError(f"{self.name} gives feature maps and has no head. Wrap a module that ends in (N, D).")
+        return trunk
+
+    def stage_modules(self) -> dict[str, tuple[nn.Module, ...]]:
+        """See `BaseBackbone.stage_modules`: the module is one piece, which goes with its deepest level."""
+        names = [level.name for level in self.all_levels] or [self.spec.head_name]
+        return {**dict.fromkeys(names[:-1], ()), names[-1]: (self.module,)}
+
+
+def build_timm(name: str, options: BackboneOptions, pretrained: Pretrained = False) -> BaseBackbone:
+    """A timm model in eval mode.
+
+    Args:
+        name: timm's name, with or without ``timm/`` before it, with or without ``.<tag>``.
+        options: as for deploykit's own; ``hierarchical`` is refused.
+        pretrained: True, a tag, or a checkpoint file: all as timm loads them.
+
+    Raises:
+        MissingDependency: timm is not installed.
+        SpecError: timm has no such model, or it refuses the options.
+        WeightsError: timm cannot get the weights.
+    """
+    timm = require("timm")
+    own = name.removeprefix(PREFIX)
+    base = own.partition(".")[0]
+    if not timm.is_model(base):
+        raise SpecError(f"timm {timm.__version__} has no model {own!r}. {nearest(base, timm.list_models())}")
+    if options.hierarchical:
+        raise SpecError(
+            f"{PREFIX}{own} was given hierarchical={options.hierarchical!r}, which only deploykit's own plain ViTs "
+            "have. Leave it out, or choose a name like vit_small_patch16_224."
+        )
+    arguments = _timm_arguments(own, options, pretrained)
+    probe = timm.get_pretrained_cfg(arguments["model_name"])
+    if probe is None:
+        tags = [tag.partition(".")[2] for tag in timm.list_pretrained(f"{base}.*")]
+        raise SpecError(f"timm's {base} has no weights {arguments['model_name']!r}. {nearest(own, tags)}")
+    model = _create(timm, arguments, bool(pretrained), probe.fixed_input_size)
+    source = _source(timm, model)
+    backbone = TimmBackbone(f"{PREFIX}{own}", options, model, source)
+    if pretrained:
+        backbone.spec = replace(backbone.spec, weights=_weights_name(model, pretrained))
+    return backbone.eval()
+
+
+def _timm_arguments(name: str, options: BackboneOptions, pretrained: Pretrained) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"in_chans": options.in_channels}
+    arguments["num_classes"] = 0 if options.features_only else options.num_classes
+    if options.output_stride != 32:
+        arguments["output_stride"] = options.output_stride
+    if options.patch_size is not None:
+        arguments["patch_size"] = options.patch_size
+    if options.image_size is not None:
+        arguments["img_size"] = options.image_size
+    if isinstance(pretrained, Path) or (isinstance(pretrained, str) and pretrained.endswith(SUFFIXES)):
+        path = Path(pretrained).expanduser()
+        if not path.exists():
+            raise WeightsError(f"there is no file {path}; expected a checkpoint. Check the path.")
+        arguments["pretrained_cfg_overlay"] = {"file": str(path)}
+    elif isinstance(pretrained, str):
+        name = f"{name.partition('.')[0]}.{pretrained}"
+    return {"model_name": name, **arguments}
+
+
+def _create(timm: Any, arguments: dict[str, Any], pretrained: bool, fixed_size: bool) -> nn.Module:
+    if not fixed_size:
+        # Models of any size mostly have no such parameter.
+        arguments = {key: value for key, value in arguments.items() if key != "img_size"}
+    name = arguments["model_name"]
+    try:
+        model: nn.Module = timm.create_model(**arguments, pretrained=pretrained)
+    except Exception as error:  # timm, the hub's client and its HTTP library raise what they like
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if pretrained and _builds(timm, arguments):
+            raise WeightsError(
+                f"timm cannot get the weights of {name}: {reason}. Pass a checkpoint file as pretrained=, or fill "
+                "the model hub's cache on a machine that reaches the hub."
+            ) from error
+        options = ", ".join(f"{key}={value!r}" for key, value in arguments.items() if key != "model_name")
+        raise SpecError(f"timm cannot build {name} with {options}: {reason}. Leave out the option it names.") from error
+    return model
+
+
+def _builds(timm: Any, arguments: dict[str, Any]) -> bool:
+    """Whether the model itself can be built, so that only its weights fail."""
+    try:
+        timm.create_model(**arguments, pretrained=False)
+    except Exception:  # as above: any failure is the answer
+        return False
+    return True
+
+
+def _source(timm: Any, model: nn.Module) -> PretrainedSource:
+    """What timm says of the weights: their preprocessing, size and classes."""
+    data = timm.data.resolve_model_data_config(model)
+    config: Any = model.pretrained_cfg
+    classes = int(config.get("num_classes") or 0)
+    return PretrainedSource(
+        tag=str(config.get("tag") or ""),
+        preprocessing=Preprocessing(
+            mean=tuple(data["mean"]),
+            std=tuple(data["std"]),
+            interpolation=data["interpolation"],
+            crop_pct=data["crop_pct"],
+            crop_mode=data["crop_mode"],
+        ),
+        image_size=(data["input_size"][1], data["input_size"][2]),
+        num_classes=classes,
+        label_set="imagenet-1k" if classes == 1000 else None,
+    )
+
+
+def _weights_name(model: nn.Module, pretrained: Pretrained) -> str:
+    config: Any = model.pretrained_cfg
+    return Path(pretrained).name if not isinstance(pretrained, bool) else str(config.get("tag") or "default")
+
+
+def _feature_infos(model: nn.Module) -> list[dict[str, Any]]:
+    """The ``feature_info`` of timm as dicts; empty where the model cannot give intermediate maps."""
+    if not hasattr(model, "forward_intermediates"):
+        return []
+    info: Any = getattr(model, "feature_info", [])
+    return [dict(level) for level in getattr(info, "info", info)]
+
+
+def _pieces(module: nn.Module, path: str, ends: Sequence[str]) -> list[tuple[str, nn.Module]]:
+    """The modules below ``module`` in order, taken apart only where a level ends inside one."""
+    pieces: list[tuple[str, nn.Module]] = []
+    for name, child in module.named_children():
+        own = f"{path}.{name}" if path else name
+        inside = any(end.startswith(f"{own}.") for end in ends)
+        pieces += _pieces(child, own, ends) if inside else [(own, child)]
+    return pieces
+
+
+def wrap_module(
+    module: nn.Module,
+    image_size: int | tuple[int, int],
+    *,
+    in_channels: int = 3,
+    name: str | None = None,
+    output_indices: tuple[int, ...] | None = None,
+    preprocessing: Preprocessing = Preprocessing(),
+) -> BaseBackbone:
+    """A module of your own as a backbone, in eval mode; the module is shared, not copied.
+
+    It runs once on zeros to see what it gives. ``(N, D)`` is taken for logits of D classes. A map
+    ``(N, C, H, W)``, or a list, tuple or dict of maps, becomes levels: strides from the sizes, a dict's
+    names as they are, other names and all indices by deploykit's convention (stem, stage1, ...; or
+    block0, ... when all strides are equal). The image size is fixed from then on.
+
+    Args:
+        module: takes ``(N, in_channels, H, W)`` float32.
+        image_size: pixels, or ``(height, width)``.
+        in_channels: channels of an image.
+        name: of the backbone; None: the module's class name in lower case.
+        output_indices: the levels to return; None: all.
+        preprocessing: how the module's weights expect a photograph.
+
+    Raises:
+        SpecError: the module fails on zeros, has no parameters, or gives something else.
+    """
+    if isinstance(module, BaseBackbone):
+        return module
+    size = parse_image_size(image_size)
+    name = name or type(module).__name__.lower()
+    outputs = _probe(module, name, (1, in_channels, *size))
+    maps = [output for output in outputs.values() if output.dim() == 4]
+    order: list[int] = []
+    levels: list[FeatureLevel] = []
+    if maps:
+        order, levels = _levels_of_maps(outputs, size)
+    options = BackboneOptions(
+        features_only=bool(maps),
+        output_indices=output_indices,
+        num_classes=0 if maps else next(iter(outputs.values())).shape[1],
+        in_channels=in_channels,
+        image_size=size,
+    )
+    return ModuleBackbone(name, options, module, levels=levels, order=order, preprocessing=preprocessing).eval()
+
+
+def _probe(module: nn.Module, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    parameter = next(module.parameters(), None)
+    if parameter is None:
+        raise SpecError(f"{name} has no parameters; expected a network. Wrap the module that holds the weights.")
+    training = {part: part.training for part in module.modules()}
+    zeros = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
+    try:
+        with torch.no_grad():
+            raw = module.eval()(zeros)
+    except Exception as error:  # the user's own code
+        raise SpecError(
+            f"{name} fails on images {shape}: {error}. Check image_size and in_channels of wrap_module()."
+        ) from error
+    finally:
+        for part, mode in training.items():
+            part.training = mode
+    outputs = _named_outputs(raw)
+    shapes = {key: tuple(output.shape) if isinstance(output, Tensor) else None for key, output in outputs.items()}
+    all_maps = all(found is not None and len(found) == 4 and found[0] == shape[0] for found in shapes.values())
+    logits = len(shapes) == 1 and all(found is not None and len(found) == 2 for found in shapes.values())
+    if not shapes or not (all_maps or logits):
+        found = shapes or type(raw).__name__
+        raise SpecError(
+            f"{name} gives {found} for images {shape}; expected one (N, D) tensor, or one or more (N, C, H, W) maps. "
+            "Wrap it in a module that returns only those."
+        )
+    return outputs
+
+
+def _named_outputs(raw: Any) -> dict[str, Any]:
+    """What a module returned, by name; positions where it gave no names."""
+    if isinstance(raw, Mapping):
+        return {str(key): output for key, output in raw.items()}
+    if isinstance(raw, (list, tuple)):
+        return {str(position): output for position, output in enumerate(raw)}
+    return {"0": raw}
+
+
+def _levels_of_maps(outputs: Mapping[str, Tensor], size: tuple[int, int]) -> tuple[list[int], list[FeatureLevel]]:
+    """The order of the outputs from shallow to deep, and their levels in that order."""
+    strides = [max(1, round(size[0] / output.shape[2])) for output in outputs.values()]
+    order = sorted(range(len(strides)), key=lambda position: strides[position])
+    channels = [list(outputs.values())[position].shape[1] for position in order]
+    levels = _levels([strides[position] for position in order], channels)
+    keys = [list(outputs)[position] for position in order]
+    if not all(key.isdecimal() for key in keys):
+        levels = [replace(level, name=key) for level, key in zip(levels, keys, strict=True)]
+    return order, levels
+
+
+def _levels(strides: Sequence[int], channels: Sequence[int]) -> list[FeatureLevel]:
+    """Levels by deploykit's convention, from strides in the order in which the maps are made."""
+    if len(strides) > 1 and len(set(strides)) == 1:
+        indices = list(range(len(strides)))
+        names = [f"block{index}" for index in indices]
+    else:
+        indices = []
+        for stride in strides:
+            by_stride = max(0, round(math.log2(stride)) - 1)
+            # A dilated stage keeps the stride of the one before it, and its own place.
+            indices.append(max(by_stride, indices[-1] + 1) if indices else by_stride)
+        names = ["stem" if index == 0 else f"stage{index}" for index in indices]
+    return [
+        FeatureLevel(name=name, index=index, channels=width, stride=stride, receptive_field=WHOLE_IMAGE)
+        for name, index, width, stride in zip(names, indices, channels, strides, strict=True)
+    ]

@@ -1,0 +1,51 @@
+"""Receptive fields of convolutional levels, and how dilation replaces stride."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+WHOLE_IMAGE = 0
+"""The receptive field of a level in which each value sees the whole image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReceptiveField:
+    """The side of the input square that one value sees, in pixels, and the step between values.
+
+    Follows Araujo, Norris and Sim, "Computing Receptive Fields of Convolutional Neural Networks",
+    Distill 2019: a layer with kernel k, stride s and dilation d grows the field by
+    ``(k - 1) * d * step`` and multiplies the step by s.
+    """
+
+    size: int = 1
+    step: int = 1
+    whole_image: bool = False
+
+    def conv(self, kernel: int, stride: int = 1, dilation: int = 1) -> ReceptiveField:
+        """After a convolution or a pooling."""
+        return replace(self, size=self.size + (kernel - 1) * dilation * self.step, step=self.step * stride)
+
+    def everywhere(self) -> ReceptiveField:
+        """After a layer that looks at the whole image: attention, squeeze-and-excitation."""
+        return replace(self, whole_image=True)
+
+    @property
+    def pixels(self) -> int:
+        """The size in pixels, or `WHOLE_IMAGE`."""
+        return WHOLE_IMAGE if self.whole_image else self.size
+
+
+@dataclass(frozen=True, kw_only=True)
+class DilationPlan:
+    """Turns strides into dilation once ``output_stride`` is reached (Chen et al. 2017, DeepLabv3)."""
+
+    output_stride: int = 32
+    stride: int = 1
+    dilation: int = 1
+
+    def next(self, stride: int) -> tuple[DilationPlan, int, int]:
+        """The plan after a stage of this stride, and the stride and dilation that the stage is built with."""
+        if self.stride * stride > self.output_stride:
+            after = replace(self, dilation=self.dilation * stride)
+            return after, 1, after.dilation
+        return replace(self, stride=self.stride * stride), stride, self.dilation

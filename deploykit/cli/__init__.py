@@ -1,0 +1,1 @@
+"""The deploykit command, one file a subcommand."""

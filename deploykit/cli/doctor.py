@@ -1,0 +1,213 @@
+"""``deploykit doctor``: what this machine can export for and run, and the command that adds what is absent."""
+
+from __future__ import annotations
+
+import importlib.util
+import json as json_module
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deploykit
+from deploykit.cli.output import JsonFlag, show, show_json, table
+from deploykit.cli.processor import Processor, read_processor
+from deploykit.optional import PACKAGES, installed_version
+
+EXAMPLE = "Example: deploykit doctor --json"
+PROBE_SECONDS = 120.0
+
+_RUNTIME_PACKAGES = {
+    "torch": "torch",
+    "torch_compile": "torch",
+    "onnxruntime": "onnxruntime",
+    "openvino": "openvino",
+    "tensorrt": "tensorrt_rtx",
+}
+_PROBE = """
+import json, sys
+name = sys.argv[1]
+if name == "torch":
+    from deploykit.optional import require
+    require("torch")
+    from deploykit.runtimes.run_torch import torch_devices as devices
+else:
+    from deploykit.runtimes.base import load_runtime
+    devices = load_runtime(name).devices
+print("devices:" + json.dumps(devices()))
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeHealth:
+    """A runtime here: ``version`` None means that its package is absent, and ``install`` is the command.
+
+    ``devices`` are those that the adapter can open; ``problem`` says why there are none to name.
+    """
+
+    runtime: str
+    package: str
+    version: str | None
+    devices: tuple[str, ...] = ()
+    problem: str | None = None
+    install: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Health:
+    """Everything that doctor found; folders are paths on this machine."""
+
+    python: str
+    deploykit: str
+    platform: str
+    processor: Processor
+    runtimes: tuple[RuntimeHealth, ...]
+    build_packages: dict[str, str | None]
+    compiler: str | None
+    weights: tuple[str, ...]
+    hub_cache: str
+    engine_cache: str
+
+
+def doctor(json: JsonFlag = False) -> None:
+    """Show the processor, the runtimes with their devices, and how to install what is absent."""
+    health = examine()
+    if json:
+        show_json(health)
+        return
+    _show_page(health)
+
+
+def examine() -> Health:
+    """Look at everything; whatever is broken becomes a word in its row, never an error."""
+    from deploykit.cache import EngineCache
+
+    return Health(
+        python=f"{platform.python_version()} ({sys.executable})",
+        deploykit=deploykit.__version__,
+        platform=f"{platform.system()} {platform.machine()}",
+        processor=read_processor(),
+        runtimes=_examine_runtimes(),
+        build_packages={name: installed_version(name) for name in PACKAGES if name not in _RUNTIME_PACKAGES.values()},
+        compiler=find_compiler(),
+        weights=_weights_packages(),
+        hub_cache=_hub_cache(),
+        engine_cache=str(EngineCache().root),
+    )
+
+
+def _examine_runtimes() -> tuple[RuntimeHealth, ...]:
+    """Ask each installed runtime for its devices, each in a process of its own: a broken one may crash it."""
+    running = {
+        name: _start_probe(name)
+        for name, package in _RUNTIME_PACKAGES.items()
+        if installed_version(package) is not None
+    }
+    found = []
+    for name, package in _RUNTIME_PACKAGES.items():
+        devices, problem = _finish_probe(running[name]) if name in running else ((), None)
+        found.append(
+            RuntimeHealth(
+                runtime=name,
+                package=package,
+                version=installed_version(package),
+                devices=devices,
+                problem=problem,
+                install=PACKAGES[package].command,
+            )
+        )
+    return tuple(found)
+
+
+def _start_probe(runtime: str) -> subprocess.Popen[str]:
+    root = str(Path(str(deploykit.__file__)).parent.parent)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    return subprocess.Popen(
+        [sys.executable, "-c", _PROBE, runtime],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env=environment,
+    )
+
+
+def _finish_probe(probe: subprocess.Popen[str]) -> tuple[tuple[str, ...], str | None]:
+    """The devices, or why they cannot be told."""
+    try:
+        said, complaint = probe.communicate(timeout=PROBE_SECONDS)
+    except subprocess.TimeoutExpired:
+        probe.kill()
+        probe.communicate()
+        return (), f"broken: it did not answer in {PROBE_SECONDS:g} s"
+    answers = [line.removeprefix("devices:") for line in said.splitlines() if line.startswith("devices:")]
+    if probe.returncode == 0 and answers:
+        return tuple(json_module.loads(answers[-1])), None
+    if probe.returncode < 0:
+        return (), f"broken: importing it ends the process (signal {-probe.returncode})"
+    last = [line for line in complaint.splitlines() if line.strip()]
+    return (), f"broken: {last[-1].strip() if last else 'no reason given'}"
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler that torch_compile would use: ``$CXX``, else one of the usual names."""
+    named = os.environ.get("CXX")
+    for name in [named] if named else ["g++", "clang++", "c++"]:
+        if found := shutil.which(name):
+            return found
+    return None
+
+
+def _weights_packages() -> tuple[str, ...]:
+    """``tag for variants`` of each installed weights package, or what is wrong with one."""
+    from deploykit.backbones.weight_packages import installed_offers
+    from deploykit.errors import WeightsError
+
+    try:
+        return tuple(f"{offer.tag} for {', '.join(offer.variants)}" for offer in installed_offers())
+    except WeightsError as error:
+        return (f"broken: {error}",)
+
+
+def _hub_cache() -> str:
+    if importlib.util.find_spec("huggingface_hub") is None:
+        return f"huggingface_hub is not installed: {PACKAGES['huggingface_hub'].command}"
+    try:
+        return str(importlib.import_module("huggingface_hub.constants").HF_HUB_CACHE)
+    except Exception as error:  # a broken package may raise anything
+        return f"broken: {error}"
+
+
+def _show_page(health: Health) -> None:
+    chip = health.processor
+    instructions = ", ".join(chip.int8) or "none of the INT8 kind: int8 engines may be no faster than fp32"
+    facts: dict[str, Any] = {
+        "python": health.python,
+        "deploykit": health.deploykit,
+        "platform": health.platform,
+        "processor": f"{chip.model}, {chip.cores} cores",
+        "int8": instructions + (f" (absent: {', '.join(chip.absent)})" if chip.absent else ""),
+        "compiler": health.compiler or "no C++ compiler: torch_compile cannot export; apt-get install g++, or set CXX",
+        "weights": "; ".join(health.weights) or "no weights package: weights come from the hub or from files",
+        "hub cache": health.hub_cache,
+        "engine cache": health.engine_cache,
+        "for export": ", ".join(f"{name} {version or 'absent'}" for name, version in health.build_packages.items()),
+    }
+    show(*(f"{name:<13} {value}" for name, value in facts.items()), "")
+    rows = [
+        [
+            row.runtime,
+            row.version or "absent",
+            row.problem or (", ".join(row.devices) or "no device here: it can build, not run") if row.version else "",
+            "" if row.version and not row.problem else row.install,
+        ]
+        for row in health.runtimes
+    ]
+    show(table(("runtime", "version", "devices", "to install"), rows))
+    ready = {row.runtime for row in health.runtimes if row.devices}
+    first = next((name for name in ("onnxruntime", "openvino", "tensorrt", "torch_compile") if name in ready), None)
+    show(f"Next: deploykit export resnet18 --runtime {first}" if first else "Next: install a runtime, as above.")

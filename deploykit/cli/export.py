@@ -1,0 +1,144 @@
+"""``deploykit export``: a backbone to a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploykit.cli import export_options as opt
+from deploykit.cli.output import JsonFlag, show, show_json, size_text
+from deploykit.spec import parse_precision
+
+if TYPE_CHECKING:
+    from deploykit.bundle import Manifest
+    from deploykit.cli.export_check import ExportPlan
+
+EXAMPLE = "Example: deploykit export resnet18 --runtime onnxruntime"
+
+
+def export(
+    name: opt.NameArgument,
+    *,
+    backbone: opt.BackboneOption = None,
+    pretrained: opt.PretrainedFlag = False,
+    weights: opt.WeightsOption = None,
+    features_only: opt.FeaturesFlag = opt.DEFAULTS["features_only"],
+    output_indices: opt.IndicesOption = None,
+    output_stride: opt.StrideOption = opt.DEFAULTS["output_stride"],
+    num_classes: opt.ClassesOption = opt.DEFAULTS["num_classes"],
+    in_channels: opt.ChannelsOption = opt.DEFAULTS["in_channels"],
+    image_size: opt.SizeOption = None,
+    patch_size: opt.PatchOption = None,
+    hierarchical: opt.HierarchicalFlag = False,
+    runtime: opt.RuntimeOption,
+    precision: opt.PrecisionOption = opt.DEFAULTS["precision"],
+    batch_size: opt.BatchOption = str(opt.DEFAULTS["batch_size"]),
+    target: opt.TargetOption = None,
+    calibration: opt.CalibrationOption = None,
+    skip_corrupt: opt.SkipFlag = False,
+    calibrator: opt.CalibratorOption = None,
+    min_sqnr_db: opt.SqnrOption = None,
+    min_top1_agreement: opt.AgreementOption = None,
+    output: opt.OutputOption = None,
+    overwrite: opt.OverwriteFlag = False,
+    dry_run: opt.DryRunFlag = False,
+    json: JsonFlag = False,
+) -> None:
+    """Compile a backbone for a runtime, quantize it where asked, compare it with torch, and write a bundle."""
+    chosen, source = opt.choose_weights(name, backbone=backbone, pretrained=pretrained, weights=weights)
+    settings = opt.settings_of(calibrator=calibrator, min_sqnr_db=min_sqnr_db, min_top1_agreement=min_top1_agreement)
+    choice = opt.ExportChoice(
+        name=chosen,
+        pretrained=source,
+        runtime=runtime,
+        precision=parse_precision(precision, settings),
+        batch=opt.batch_of(batch_size),
+        target=target,
+        calibration=tuple(calibration or ()),
+        skip_corrupt=skip_corrupt,
+        output=Path(output) if output is not None else opt.default_output(chosen, runtime, precision),
+        overwrite=overwrite,
+        options={
+            "features_only": features_only,
+            "output_indices": None if output_indices is None else opt.integers_of(output_indices, "--output-indices"),
+            "output_stride": output_stride,
+            "num_classes": num_classes,
+            "in_channels": in_channels,
+            "image_size": opt.image_size_of(image_size),
+            "patch_size": patch_size,
+            "hierarchical": hierarchical,
+        },
+    )
+    _check_and_export(choice, dry_run=dry_run, json=json)
+
+
+def _check_and_export(choice: opt.ExportChoice, *, dry_run: bool, json: bool) -> None:
+    from deploykit.cli.export_check import check_export
+
+    plan = check_export(choice)
+    if dry_run:
+        show_json({"dry_run": True, "plan": plan}) if json else show(*_planned(plan))
+        return
+    manifest = _export(choice)
+    _report(choice.output, manifest, json=json)
+
+
+def _export(choice: opt.ExportChoice) -> Manifest:
+    from deploykit.cli.export_check import calibration_source
+    from deploykit.cli.progress import export_progress
+    from deploykit.facade import export_backbone
+
+    with export_progress() as progress:
+        return export_backbone(
+            choice.name,
+            choice.output,
+            runtime=choice.runtime,
+            precision=choice.precision,
+            calibration=calibration_source(choice.calibration),
+            batch_size=choice.batch,
+            target=choice.target,
+            pretrained=choice.pretrained,
+            overwrite=choice.overwrite,
+            skip_corrupt=choice.skip_corrupt,
+            progress=progress,
+            **choice.options,
+        )
+
+
+def _planned(plan: ExportPlan) -> list[str]:
+    """What a dry run prints."""
+    spec = plan.input
+    settings = ", ".join(f"{name} {value}" for name, value in plan.settings.items() if value is not None)
+    rows: dict[str, Any] = {
+        "backbone": f"{plan.backbone.name} ({plan.backbone.family}), weights: {plan.weights}",
+        "input": f"{spec.batch} x {spec.channels} x {spec.height} x {spec.width} {spec.dtype}",
+        "outputs": ", ".join(plan.outputs),
+        "engine": f"{plan.runtime} {plan.runtime_version}" + (f", target {plan.target}" if plan.target else ""),
+        "precision": f"{plan.precision}: {settings}",
+        "calibration": f"{plan.calibration_images} images" if plan.calibration_images else "none",
+        "bundle": plan.output,
+    }
+    return [
+        "Every option is in order. An export would make:",
+        *(f"  {name:<12} {value}" for name, value in rows.items()),
+        "Nothing was built. Run the same command without --dry-run to build it.",
+    ]
+
+
+def _report(folder: Path, manifest: Manifest, *, json: bool) -> None:
+    from deploykit.export.pipeline import PARITY_FILE
+    from deploykit.parity.report import ParityReport
+
+    parity = ParityReport.load(folder / PARITY_FILE)
+    if json:
+        show_json({"bundle": str(folder), "status": manifest.status, "manifest": manifest, "parity": parity})
+        return
+    size = size_text(sum(record.size for record in manifest.files.values()))
+    show(parity.render(), f"Wrote {folder}: {len(manifest.files)} files, {size}, status {manifest.status}.")
+    if manifest.status == "built":
+        show(
+            f"It was built and never executed: {manifest.runtime} has no device here. "
+            f"Copy it to its device, and run there: deploykit verify {folder}"
+        )
+        return
+    show(f"Next: deploykit verify {folder}", f"      deploykit run {folder} IMAGE")

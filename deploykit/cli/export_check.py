@@ -1,0 +1,157 @@
+"""All that can be refused before an export begins, and what would be made: nothing is built here."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploykit.bundle import is_bundle
+from deploykit.cli.export_options import ExportChoice
+from deploykit.errors import BundleError, CalibrationError, SpecError
+from deploykit.optional import installed_version, require
+from deploykit.runtimes.base import load_runtime
+from deploykit.spec import BackboneSpec, FeatureLevel, InputSpec, parse_image_size
+
+if TYPE_CHECKING:
+    from deploykit.backbones.base import BackboneOptions, BaseBackbone
+
+BUILD_PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
+"""What an export needs beside the package of its runtime."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportPlan:
+    """What would be made; ``levels`` are those that parity compares or the engine returns."""
+
+    backbone: BackboneSpec
+    weights: str
+    input: InputSpec
+    outputs: tuple[str, ...]
+    levels: tuple[FeatureLevel, ...]
+    runtime: str
+    runtime_version: str
+    precision: str
+    settings: dict[str, Any]
+    target: str | None
+    calibration_images: int
+    output: str
+
+
+def check_export(choice: ExportChoice) -> ExportPlan:
+    """Check every option, by building the backbone without memory or weights.
+
+    Raises:
+        SpecError, WeightsError, CalibrationError, BundleError, MissingDependency: what is wrong.
+    """
+    check_output(choice.output, overwrite=choice.overwrite)
+    if is_bundle(Path(choice.name)):
+        raise SpecError(f"{choice.name} is a bundle already. Give a backbone's name: `deploykit list` shows them.")
+    for package in BUILD_PACKAGES:
+        require(package)
+    backbone, weights = _without_memory(choice)
+    _check_engine(choice, backbone)
+    spec = replace(backbone.input_spec, batch=choice.batch)
+    return ExportPlan(
+        backbone=backbone.spec,
+        weights=weights,
+        input=spec,
+        outputs=backbone.spec.output_names,
+        levels=backbone.spec.levels,
+        runtime=choice.runtime,
+        runtime_version=installed_version(load_runtime(choice.runtime).package) or "unknown",
+        precision=choice.precision.name,
+        settings=vars(choice.precision),
+        target=choice.target,
+        calibration_images=_count_images(choice, spec),
+        output=str(choice.output),
+    )
+
+
+def check_output(folder: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that cannot or must not be written.
+
+    Raises:
+        BundleError: it is taken, or its parent is not writable.
+    """
+    if folder.exists() and not is_bundle(folder):
+        raise BundleError(f"{folder} exists and is not a bundle, so it will not be replaced. Choose another with -o.")
+    if folder.exists() and not overwrite:
+        raise BundleError(f"{folder} holds a bundle already. Choose another folder with -o, or add --overwrite.")
+    parent = next(each for each in folder.absolute().parents if each.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise BundleError(f"{parent} is not a folder that can be written to. Choose another place with -o.")
+
+
+def _check_engine(choice: ExportChoice, backbone: BaseBackbone) -> None:
+    from deploykit.export.pipeline import ExportRequest, check_request
+
+    check_request(
+        ExportRequest(
+            backbone=backbone,
+            runtime=choice.runtime,
+            precision=choice.precision,
+            batch=choice.batch,
+            target=choice.target,
+        )
+    )
+    require(load_runtime(choice.runtime).package)
+    if choice.precision.name == "int8" and not choice.calibration:
+        raise CalibrationError(
+            "int8 needs images to calibrate with, and none were given. Add --calibration FOLDER: a hundred typical "
+            "photographs are enough. Random data is never used."
+        )
+
+
+def _count_images(choice: ExportChoice, spec: InputSpec) -> int:
+    from deploykit.calibration.images import calibration_set
+
+    source = calibration_source(choice.calibration)
+    return len(calibration_set(source, spec, skip_corrupt=choice.skip_corrupt)) if source is not None else 0
+
+
+def calibration_source(paths: tuple[str, ...]) -> str | list[str] | None:
+    """What `export_backbone` takes as ``calibration``."""
+    if len(paths) < 2:
+        return paths[0] if paths else None
+    return list(paths)
+
+
+def _without_memory(choice: ExportChoice) -> tuple[BaseBackbone, str]:
+    """The backbone on torch's meta device, and a word on its weights."""
+    from deploykit.backbones.base import BackboneOptions
+    from deploykit.backbones.registry import backbone_class, resolve_name
+    from deploykit.backbones.weights import default_source, resolve_source
+
+    options = BackboneOptions(**(choice.options | {"image_size": _size(choice)}))
+    if choice.name.startswith("timm/"):
+        from deploykit.facade import create_backbone
+
+        built: Any = create_backbone(choice.name, **choice.options)
+        return built, str(choice.pretrained) if choice.pretrained else "random"
+    if os.sep in choice.name:
+        raise SpecError(f"{choice.name} is a path, and neither a checkpoint file nor there. Check the path.")
+    name = resolve_name(choice.name)
+    found = resolve_source(name, choice.pretrained, default_source(backbone_class(name), name))
+    if found is None:
+        return shape_of(name, options), "random"
+    backbone = shape_of(name, replace(options, architecture=found.architecture))
+    if found.preprocessing is not None:
+        backbone.set_preprocessing(found.preprocessing)
+    return backbone, found.tag
+
+
+def shape_of(name: str, options: BackboneOptions) -> BaseBackbone:
+    """A backbone of the registry on torch's meta device: shapes only, no memory, no numbers."""
+    import torch
+
+    from deploykit.backbones.registry import build
+
+    with torch.device("meta"):
+        return build(name, options)
+
+
+def _size(choice: ExportChoice) -> tuple[int, int] | None:
+    size = choice.options.get("image_size")
+    return None if size is None else parse_image_size(size)

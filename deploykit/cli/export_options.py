@@ -1,0 +1,280 @@
+"""The options of ``deploykit export``: how each is described, and from its text to its value."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deploykit.errors import SpecError
+from deploykit.facade import create_backbone
+from deploykit.runtimes.base import RUNTIMES
+from deploykit.spec import PRECISIONS, Batch, BatchRange, Int8, Precision, parse_batch, parse_image_size
+
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+
+DEFAULTS: dict[str, Any] = {
+    name: parameter.default for name, parameter in inspect.signature(create_backbone).parameters.items()
+}
+"""The command's defaults are those of `create_backbone`."""
+
+_BUDGETS = ", ".join(
+    f"{name} {next(entry.default for entry in fields(kind) if entry.name == 'min_sqnr_db'):g}"
+    for name, kind in PRECISIONS.items()
+)
+_BACKBONE, _ENGINE, _NUMBERS, _BUNDLE = "Backbone", "Engine", "Calibration and budget", "Output"
+
+
+def _option(*names: str, panel: str, help: str, metavar: str | None = None, default: str | None = None) -> Any:
+    return typer.Option(
+        *names, rich_help_panel=panel, help=help, metavar=metavar, show_default=default if default else True
+    )
+
+
+NameArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME_OR_WEIGHTS",
+        help="A backbone that `deploykit list` shows, timm/NAME, or a checkpoint file (then with --backbone).",
+    ),
+]
+BackboneOption = Annotated[
+    str | None, _option("--backbone", panel=_BACKBONE, metavar="NAME", help="Whose weights a checkpoint file holds.")
+]
+PretrainedFlag = Annotated[
+    bool, _option("--pretrained", panel=_BACKBONE, help="Load the default weights instead of random ones.")
+]
+WeightsOption = Annotated[
+    str | None,
+    _option("--weights", panel=_BACKBONE, metavar="FILE|TAG", help="Load a .safetensors or .pth file, or a hub tag."),
+]
+FeaturesFlag = Annotated[
+    bool, _option("--features-only", panel=_BACKBONE, help="Return feature maps by level instead of logits.")
+]
+IndicesOption = Annotated[
+    str | None,
+    _option(
+        "--output-indices",
+        panel=_BACKBONE,
+        metavar="I,J,...",
+        default="all levels",
+        help="Which levels: index i has stride 2**(i+1) pixels, so 2,3,4 is strides 8, 16, 32.",
+    ),
+]
+StrideOption = Annotated[
+    int,
+    _option("--output-stride", panel=_BACKBONE, metavar="8|16|32", help="Stride of the last level, in pixels."),
+]
+ClassesOption = Annotated[
+    int, _option("--num-classes", panel=_BACKBONE, help="Outputs of the classifier; 0 for the pooled embedding.")
+]
+ChannelsOption = Annotated[int, _option("--in-channels", panel=_BACKBONE, help="Channels of the images.")]
+SizeOption = Annotated[
+    str | None,
+    _option(
+        "--image-size",
+        panel=_BACKBONE,
+        metavar="S|HxW",
+        default="the size of the weights",
+        help="In pixels: 224, or height x width as 256x320.",
+    ),
+]
+PatchOption = Annotated[
+    int | None,
+    _option("--patch-size", panel=_BACKBONE, default="the variant's", help="Another patch for a plain ViT, in pixels."),
+]
+HierarchicalFlag = Annotated[
+    bool, _option("--hierarchical", panel=_BACKBONE, help="A pyramid of strides 4 to 32 from a plain ViT.")
+]
+RuntimeOption = Annotated[
+    str,
+    _option("--runtime", panel=_ENGINE, metavar="|".join(RUNTIMES), help="The runtime that will open the engine."),
+]
+PrecisionOption = Annotated[
+    str,
+    _option(
+        "--precision",
+        panel=_ENGINE,
+        metavar="|".join(PRECISIONS),
+        help="What the engine computes in; int8 needs images.",
+    ),
+]
+BatchOption = Annotated[
+    str,
+    _option(
+        "--batch-size",
+        panel=_ENGINE,
+        metavar="N|dynamic|MIN,OPT,MAX",
+        help=f"Images a call: fixed, or a range; dynamic is {BatchRange().min},{BatchRange().opt},{BatchRange().max}.",
+    ),
+]
+TargetOption = Annotated[
+    str | None,
+    _option(
+        "--target",
+        panel=_ENGINE,
+        default="the runtime's own",
+        help="What the engine is built for, where its runtime has targets: sm89.",
+    ),
+]
+CalibrationOption = Annotated[
+    list[str] | None,
+    _option(
+        "--calibration",
+        panel=_NUMBERS,
+        metavar="PATH",
+        help="Images for int8: a folder, a file, or one .npy/.npz array. Give it again for more.",
+    ),
+]
+SkipFlag = Annotated[
+    bool, _option("--skip-corrupt", panel=_NUMBERS, help="Leave unreadable images out with a warning.")
+]
+CalibratorOption = Annotated[
+    str | None,
+    _option(
+        "--calibrator",
+        panel=_NUMBERS,
+        metavar="mse|minmax|percentile",
+        default=Int8().calibrator,
+        help="How int8 chooses a range from the images.",
+    ),
+]
+SqnrOption = Annotated[
+    float | None,
+    _option(
+        "--min-sqnr-db",
+        panel=_NUMBERS,
+        default=_BUDGETS,
+        help="Budget of every level against torch fp32, in dB.",
+    ),
+]
+AgreementOption = Annotated[
+    float | None,
+    _option(
+        "--min-top1-agreement",
+        panel=_NUMBERS,
+        default="no gate",
+        help="Budget of the logits: the share of images whose top-1 class must stay, 0 to 1.",
+    ),
+]
+OutputOption = Annotated[
+    str | None,
+    _option(
+        "--output",
+        "-o",
+        panel=_BUNDLE,
+        metavar="FOLDER",
+        default="NAME-RUNTIME-PRECISION",
+        help="The bundle to write.",
+    ),
+]
+OverwriteFlag = Annotated[
+    bool, _option("--overwrite", panel=_BUNDLE, help="Replace an existing bundle, once the new one is whole.")
+]
+DryRunFlag = Annotated[
+    bool, _option("--dry-run", panel=_BUNDLE, help="Check every option and print what would be made; build nothing.")
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportChoice:
+    """What the user asked for; ``options`` are the options of `create_backbone` that shape the module."""
+
+    name: str
+    pretrained: bool | str
+    runtime: str
+    precision: Precision
+    batch: Batch
+    target: str | None
+    calibration: tuple[str, ...]
+    skip_corrupt: bool
+    output: Path
+    overwrite: bool
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def choose_weights(name: str, *, backbone: str | None, pretrained: bool, weights: str | None) -> tuple[str, bool | str]:
+    """The backbone's name, and what `create_backbone` takes as ``pretrained``.
+
+    Raises:
+        SpecError: a checkpoint without the backbone's name, or options that exclude each other.
+    """
+    if weights is not None and pretrained:
+        raise SpecError("--pretrained and --weights were both given. Leave out --pretrained, or the file or tag.")
+    is_checkpoint = name.endswith(WEIGHT_SUFFIXES) or Path(name).is_file()
+    if not is_checkpoint:
+        if backbone is not None:
+            raise SpecError(
+                f"--backbone {backbone} was given, and {name!r} is no checkpoint file ({', '.join(WEIGHT_SUFFIXES)}). "
+                f"Leave out --backbone, or write: deploykit export {backbone} --weights FILE."
+            )
+        return name, weights if weights is not None else pretrained
+    if backbone is None:
+        raise SpecError(
+            f"{name} is a checkpoint, and a checkpoint does not say which backbone it belongs to. "
+            "Add --backbone NAME (`deploykit list` shows the names)."
+        )
+    if weights is not None or pretrained:
+        raise SpecError(f"{name} is a checkpoint already. Leave out {'--weights' if weights else '--pretrained'}.")
+    return backbone, name
+
+
+def batch_of(text: str) -> Batch:
+    """``"4"``, ``"dynamic"`` or ``"1,4,8"`` to a batch.
+
+    Raises:
+        SpecError: anything else, or sizes out of order.
+    """
+    if "," not in text:
+        return parse_batch(text)
+    sizes = integers_of(text, "--batch-size")
+    if len(sizes) != 3:
+        raise SpecError(f"--batch-size is {text!r}; expected N, dynamic, or the three numbers MIN,OPT,MAX.")
+    return BatchRange(min=sizes[0], opt=sizes[1], max=sizes[2])
+
+
+def image_size_of(text: str | None) -> tuple[int, int] | None:
+    """``"224"`` or ``"256x320"`` to (height, width) in pixels.
+
+    Raises:
+        SpecError: anything else.
+    """
+    if text is None:
+        return None
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise SpecError(f"--image-size is {text!r}; expected one number of pixels (224), or height x width (256x320).")
+    return parse_image_size((int(sides[0]), int(sides[-1])))
+
+
+def integers_of(text: str, option: str) -> tuple[int, ...]:
+    """``"2,3,4"`` to ints.
+
+    Raises:
+        SpecError: a part is not an int.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise SpecError(f"{option} is {text!r}; expected whole numbers with commas between, as in 2,3,4.") from error
+
+
+def settings_of(**settings: Any) -> dict[str, Any]:
+    """The precision's settings that were given.
+
+    Raises:
+        SpecError: a top-1 agreement outside 0 to 1.
+    """
+    agreement = settings.get("min_top1_agreement")
+    if agreement is not None and not 0 <= agreement <= 1:
+        raise SpecError(f"--min-top1-agreement is {agreement:g}; it is a share of the images, from 0 to 1.")
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def default_output(name: str, runtime: str, precision: str) -> Path:
+    """``NAME-RUNTIME-PRECISION`` in the current folder."""
+    return Path(f"{name.replace('/', '-').replace(os.sep, '-')}-{runtime}-{precision}")

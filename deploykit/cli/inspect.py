@@ -1,0 +1,163 @@
+"""``deploykit inspect``: what a bundle says of itself, as a page; needs no runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from deploykit.cli.output import BundleArgument, JsonFlag, show, show_json, size_text, table
+from deploykit.errors import BundleError
+
+if TYPE_CHECKING:
+    from deploykit.bundle import Manifest
+    from deploykit.parity.report import ParityReport
+
+EXAMPLE = "Example: deploykit inspect resnet18-onnxruntime-fp32"
+
+PARITY_FILE = "parity.json"
+PLAN_FILE = "quantization-plan.json"
+SHOWN_FLOAT_NODES = 12
+
+Section: TypeAlias = tuple[str, list[tuple[str, str]]]
+
+_STATUS = {
+    "built": "built, never executed",
+    "executed": "executed, not compared with torch",
+    "parity_checked": "executed and compared with torch",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationSummary:
+    """``float_nodes`` maps each weighted node that stays in float to the reason."""
+
+    calibrator: str
+    images: int
+    integer_weights: int
+    activation_ranges: int
+    float_nodes: dict[str, str]
+
+
+def inspect(bundle: BundleArgument, json: JsonFlag = False) -> None:
+    """Show a bundle's backbone, input, engine, precision, files, stored parity and quantization.
+
+    Every file is checked against its digest first; the runtime need not be installed.
+    """
+    from deploykit.bundle import open_bundle
+    from deploykit.parity.report import ParityReport
+
+    folder = Path(bundle)
+    manifest = open_bundle(folder)
+    parity = ParityReport.load(folder / PARITY_FILE) if PARITY_FILE in manifest.files else None
+    quantization = read_quantization(folder / PLAN_FILE) if PLAN_FILE in manifest.files else None
+    if json:
+        show_json({"bundle": bundle, "manifest": manifest, "parity": parity, "quantization": quantization})
+        return
+    for title, rows in _sections(manifest, quantization):
+        width = max(len(name) for name, _ in rows)
+        show(title, *(f"  {name:<{width}}  {value}" for name, value in rows), "")
+    _show_levels(manifest)
+    if parity is not None:
+        show(_as_stored(parity), "")
+    show(f"Next: deploykit verify {bundle}")
+
+
+def read_quantization(path: Path) -> QuantizationSummary:
+    """The plan's figures, read without onnx, which the plan's own class needs.
+
+    Raises:
+        BundleError: not a quantization plan.
+    """
+    import msgspec
+
+    try:
+        plan: Any = msgspec.json.decode(path.read_bytes())
+        placement = plan["placement"]
+        return QuantizationSummary(
+            calibrator=str(plan["calibrator"]),
+            images=int(plan["images"]),
+            integer_weights=len(placement["weights"]),
+            activation_ranges=len(plan["ranges"]),
+            float_nodes=dict(placement["float_nodes"]),
+        )
+    except (OSError, msgspec.MsgspecError, KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"{path} is not a quantization plan ({error!r}). Export the bundle again.") from error
+
+
+def _sections(manifest: Manifest, quantization: QuantizationSummary | None) -> Iterator[Section]:
+    backbone, spec, how = manifest.backbone, manifest.input, manifest.input.preprocessing
+    yield (
+        "Backbone",
+        [
+            ("name", f"{backbone.name} ({backbone.family})"),
+            ("weights", f"{backbone.weights or 'random'}, digest {manifest.weights_digest[:12]}"),
+            ("returns", "feature maps by level" if backbone.features_only else backbone.head_name),
+            ("output stride", f"{backbone.output_stride} px"),
+            ("labels", backbone.label_set or "none"),
+        ],
+    )
+    yield (
+        "Input",
+        [
+            (spec.name, f"{spec.batch} x {spec.channels} x {spec.height} x {spec.width} {spec.dtype} {spec.layout}"),
+            ("mean, std", f"{_figures(how.mean)}; {_figures(how.std)} (of RGB in 0 to 1)"),
+            ("resize", f"{how.interpolation}, crop {how.crop_pct:g}, {how.crop_mode}"),
+        ],
+    )
+    yield (
+        "Engine",
+        [
+            ("runtime", f"{manifest.runtime} {manifest.runtime_version}"),
+            ("status", _STATUS[manifest.status]),
+            ("precision", f"{manifest.precision}: {_pairs(manifest.precision_settings)}"),
+            ("target", manifest.target or "the runtime's own"),
+            ("tied to", _pairs(manifest.requires) or "nothing beyond the runtime's version"),
+            ("fusions", _pairs(manifest.fusions) or "none"),
+            ("made with", _pairs(manifest.tools)),
+        ],
+    )
+    if quantization is not None:
+        yield "Quantization", _quantization_rows(quantization)
+    files = [(name, size_text(record.size)) for name, record in manifest.files.items()]
+    yield "Files, each equal to its digest", files
+
+
+def _quantization_rows(plan: QuantizationSummary) -> list[tuple[str, str]]:
+    rows = [
+        ("calibrator", f"{plan.calibrator}, {plan.images} images"),
+        ("integers", f"{plan.integer_weights} weights, {plan.activation_ranges} activation ranges"),
+        ("float", f"{len(plan.float_nodes)} nodes"),
+    ]
+    rows += [("", f"{node}: {reason}") for node, reason in list(plan.float_nodes.items())[:SHOWN_FLOAT_NODES]]
+    if len(plan.float_nodes) > SHOWN_FLOAT_NODES:
+        rows.append(("", f"and {len(plan.float_nodes) - SHOWN_FLOAT_NODES} more: see {PLAN_FILE}"))
+    return rows
+
+
+def _show_levels(manifest: Manifest) -> None:
+    returned = {output.name: output.shape for output in manifest.outputs}
+    levels = {level.name: level for level in manifest.backbone.levels}
+    rows = []
+    for name in dict.fromkeys((*levels, *returned)):
+        level = levels.get(name)
+        figures = (level.index, level.channels, level.stride, level.receptive_field or "all") if level else ("",) * 4
+        shape = " x ".join(map(str, returned[name])) if name in returned else "not returned"
+        rows.append([name, *map(str, figures), shape])
+    columns = ("output", "index", "channels", "stride px", "receptive field px", "shape")
+    show(table(columns, rows, right=columns[1:5], title="Levels and outputs"), "")
+
+
+def _as_stored(parity: ParityReport) -> Any:
+    made = parity.render()
+    made.title = f"Parity when exported: {made.title}"
+    return made
+
+
+def _pairs(mapping: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in mapping.items() if value is not None)
+
+
+def _figures(values: tuple[float, ...]) -> str:
+    return " ".join(f"{value:g}" for value in values)

@@ -1,0 +1,134 @@
+"""The deploykit command: its subcommands, and what an error becomes."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+import deploykit
+from deploykit.cli import doctor, export, inspect, list, run, verify
+from deploykit.cli.output import show, show_error, shown_warnings
+from deploykit.errors import CalibrationError, DeployKitError, MissingDependency, SpecError
+from deploykit.optional import PACKAGES
+
+BAD_USAGE = 2
+FAILED = 1
+INTERRUPTED = 130
+
+_SPELLINGS = {
+    "skip_corrupt=True": "--skip-corrupt",
+    "overwrite=True": "--overwrite",
+    "pretrained=<file>": "--weights FILE",
+    "batch_size='dynamic'": "--batch-size dynamic",
+    "device='cpu'": "--device cpu",
+}
+"""What a message calls an option of the Python interface, and what the command calls it."""
+
+_SETTINGS = {"help_option_names": ["-h", "--help"]}
+
+app = typer.Typer(
+    add_completion=False,
+    context_settings=_SETTINGS,
+    epilog="Example: deploykit export resnet18 --runtime onnxruntime",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command("export", epilog=export.EXAMPLE, context_settings=_SETTINGS)(export.export)
+app.command("run", epilog=run.EXAMPLE, context_settings=_SETTINGS)(run.run)
+app.command("verify", epilog=verify.EXAMPLE, context_settings=_SETTINGS)(verify.verify)
+app.command("inspect", epilog=inspect.EXAMPLE, context_settings=_SETTINGS)(inspect.inspect)
+app.command("list", epilog=list.EXAMPLE, context_settings=_SETTINGS)(list.list_backbones)
+app.command("doctor", epilog=doctor.EXAMPLE, context_settings=_SETTINGS)(doctor.doctor)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        show(f"deploykit {deploykit.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Vision backbones, compiled and quantized for the edge, with the numbers that prove nothing broke.
+
+    Exit codes: 0 done; 1 failed, or a bundle is damaged or outside its budget; 2 bad usage; 130 interrupted.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code; ``--debug`` is taken at any place."""
+    given = [*(sys.argv[1:] if arguments is None else arguments)]
+    debug = "--debug" in given
+    command = typer.main.get_command(app)
+    try:
+        with shown_warnings(), _stopped_like_interrupted():
+            code = command.main([word for word in given if word != "--debug"], "deploykit", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except Exception as error:
+        if debug:
+            raise
+        return _report(error)
+    if code == INTERRUPTED:
+        show_error("interrupted; nothing was left half-written.")
+    return code if isinstance(code, int) else 0
+
+
+@contextmanager
+def _stopped_like_interrupted() -> Iterator[None]:
+    """Take SIGTERM as Ctrl-C, so that a stopped export removes what it has begun."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _report(error: Exception) -> int:
+    """Print an error as one message, and choose the exit code."""
+    if isinstance(error, DeployKitError):
+        message = str(error)
+        for spelling, option in _SPELLINGS.items():
+            message = message.replace(spelling, option)
+        show_error(message)
+        return BAD_USAGE if isinstance(error, (SpecError, CalibrationError)) else FAILED
+    # Newer releases of typer carry their own click, so usage errors share no base that can be imported.
+    describe = getattr(error, "format_message", None)
+    if callable(describe):
+        context = getattr(error, "ctx", None)
+        where = context.command_path if context is not None else "deploykit"
+        if describe():  # a bare `deploykit` has printed the help already
+            show_error(f"{describe()} See `{where} --help`.")
+        return BAD_USAGE
+    package = PACKAGES.get((getattr(error, "name", None) or "").partition(".")[0])
+    if isinstance(error, ModuleNotFoundError) and package is not None:
+        missing = MissingDependency(
+            f"{package.feature} needs the package {package.distribution!r}, which is not installed. "
+            f"Install it: {package.command}",
+            package=package.module,
+            command=package.command,
+        )
+        return _report(missing)
+    show_error(
+        f"{type(error).__name__}: {error}. This is a fault in deploykit, not in what you asked for: "
+        "run the same command with --debug and report what it prints."
+    )
+    return FAILED

@@ -1,0 +1,108 @@
+"""What the commands print: tables and text on stdout, errors, warnings and progress on stderr, JSON for programs."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+
+PIPED_WIDTH = 160
+"""The width of a table that goes to a file or a pipe, in characters."""
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of text.")]
+DeviceOption = Annotated[
+    str, typer.Option("--device", help="Where to run: auto, or a device that `deploykit doctor` lists.")
+]
+BundleArgument = Annotated[str, typer.Argument(metavar="BUNDLE", help="A folder that `deploykit export` wrote.")]
+
+
+@cache
+def stderr_console() -> Console:
+    """The one console on stderr, so that a line does not break a running progress bar."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, markup=False)
+
+
+def show(*renderables: RenderableType) -> None:
+    """Print text as it is, or tables, on stdout."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)
+    for renderable in renderables:
+        is_text = isinstance(renderable, str)
+        console.print(renderable, soft_wrap=is_text, markup=not is_text)
+
+
+def table(
+    columns: Iterable[str], rows: Iterable[Iterable[str]], *, right: Iterable[str] = (), title: str = ""
+) -> Table:
+    """A plain table; ``right`` names the columns of figures."""
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(title=Text(title, style="bold") if title else None, title_justify="left")
+    figures = set(right)
+    for column in columns:
+        made.add_column(column, justify="right" if column in figures else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(cell) for cell in row))
+    return made
+
+
+def show_json(value: Any) -> None:
+    """Print dataclasses, mappings, lists and plain values as indented JSON on stdout."""
+    import msgspec
+
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n")
+
+
+def show_error(message: str) -> None:
+    """Print ``error: ...`` on stderr."""
+    _labelled("error", message, "bold red")
+
+
+def show_warning(message: str) -> None:
+    """Print ``warning: ...`` on stderr."""
+    _labelled("warning", message, "yellow")
+
+
+def _labelled(label: str, message: str, style: str) -> None:
+    from rich.text import Text
+
+    stderr_console().print(Text.assemble((f"{label}: ", style), message), soft_wrap=True)
+
+
+@contextmanager
+def shown_warnings() -> Iterator[None]:
+    """Print each warning of deploykit's own once, as one line; those of other packages are not for the user."""
+    seen: set[str] = set()
+
+    def print_once(message: Warning | str, *_: Any, **__: Any) -> None:
+        if str(message) not in seen:
+            seen.add(str(message))
+            show_warning(str(message))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", category=UserWarning, module=r"deploykit\.")
+        warnings.showwarning = print_once
+        yield
+
+
+def size_text(size: float) -> str:
+    """Bytes to ``"1.5 MB"``."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"

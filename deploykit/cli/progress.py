@@ -1,0 +1,81 @@
+"""The progress of an export: bars on a terminal, one plain line a stage elsewhere; always on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from deploykit.cli.output import stderr_console
+
+if TYPE_CHECKING:
+    from deploykit.export.pipeline import Progress
+
+STAGES: dict[str, str] = {
+    "load": "load the backbone and its weights",
+    "trace": "trace the module",
+    "fuse": "fuse",
+    "to_onnx": "write the master ONNX graph",
+    "plan": "plan the precision",
+    "render": "render the runtime's dialect",
+    "lower": "build the engine",
+    "parity": "compare with torch",
+    "bundle": "write the bundle",
+}
+"""The stages of `deploykit.export.pipeline` in their order, after the one that comes before it."""
+
+
+@contextmanager
+def export_progress() -> Iterator[Progress]:
+    """What `export_backbone` reports to; begins with the stage ``load``."""
+    show = _bars if stderr_console().is_terminal else _lines
+    with show() as progress:
+        progress.stage("load")
+        yield progress
+
+
+@contextmanager
+def _bars() -> Iterator[Progress]:
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    from deploykit.export.pipeline import Progress
+
+    columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bars(*columns, console=stderr_console(), transient=True) as bars:
+        stages = bars.add_task("export", total=len(STAGES))
+        images = bars.add_task("calibrate, images", total=None, visible=False)
+
+        def stage(name: str) -> None:
+            done = list(STAGES).index(name) if name in STAGES else None
+            bars.update(stages, description=STAGES.get(name, name), completed=done)
+
+        def seen(count: int, total: int) -> None:
+            bars.update(images, completed=count, total=total, visible=count < total)
+
+        yield Progress(stage=stage, images=seen)
+
+
+@contextmanager
+def _lines() -> Iterator[Progress]:
+    from deploykit.export.pipeline import Progress
+
+    console, start = stderr_console(), monotonic()
+    told = 0
+
+    def line(text: str) -> None:
+        console.print(f"{monotonic() - start:6.1f} s  {text}", soft_wrap=True)
+
+    def stage(name: str) -> None:
+        place = f"[{list(STAGES).index(name) + 1}/{len(STAGES)}] " if name in STAGES else ""
+        line(f"{place}{STAGES.get(name, name)}")
+
+    def seen(count: int, total: int) -> None:
+        nonlocal told
+        quarter = 4 * count // max(total, 1)
+        if quarter > told:
+            told = quarter
+            line(f"      calibrated {count} of {total} images")
+
+    yield Progress(stage=stage, images=seen)

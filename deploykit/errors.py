@@ -1,0 +1,92 @@
+"""Every error that deploykit raises on purpose.
+
+::
+
+    DeployKitError
+    ├── SpecError            unknown name, bad option, bad input to a model
+    ├── WeightsError         a checkpoint is missing, unreadable or does not fit
+    ├── MissingDependency    an optional package is not installed
+    ├── FusionError          a fusion pass broke its numeric contract
+    ├── CalibrationError     images or settings from which no INT8 ranges can be had
+    ├── ExportError          a graph could not be exported or lowered
+    ├── BundleError          a bundle is corrupt, tampered, partial or from a newer schema
+    ├── IncompatibleEngine   an engine was built for another runtime version or device
+    ├── DeviceUnavailable    the device asked for is not here
+    └── ParityError          an engine's numbers are outside their budget
+
+A message says what was observed, what was expected, and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DeployKitError(Exception):
+    """Root of the tree: catch it to catch everything that deploykit raises on purpose."""
+
+
+class SpecError(DeployKitError, ValueError):
+    """An unknown name, an option out of range, or images that the model cannot take."""
+
+
+class WeightsError(DeployKitError):
+    """A checkpoint is missing, unreadable, or does not fit the backbone."""
+
+
+class MissingDependency(DeployKitError, ImportError):
+    """An optional package is not installed.
+
+    Attributes:
+        package: the name to import.
+        command: the pip command that installs it.
+    """
+
+    def __init__(self, message: str, *, package: str, command: str) -> None:
+        super().__init__(message)
+        self.package = package
+        self.command = command
+
+
+class FusionError(DeployKitError):
+    """A fusion pass failed, or changed the numbers by more than it promised."""
+
+
+class CalibrationError(DeployKitError):
+    """Images or settings from which no INT8 ranges can be had."""
+
+
+class ExportError(DeployKitError):
+    """A graph could not be exported, quantized or lowered to a runtime's form."""
+
+
+class BundleError(DeployKitError):
+    """A bundle is corrupt, tampered with, incomplete, or written by a newer deploykit."""
+
+
+class IncompatibleEngine(DeployKitError):
+    """An engine was built for another runtime version or another device."""
+
+
+class DeviceUnavailable(DeployKitError):
+    """The device that was asked for is not on this machine."""
+
+
+class ParityError(DeployKitError):
+    """An engine's numbers are outside their budget."""
+
+
+def nearest(name: str, known: Iterable[str], *, limit: int = 3) -> str:
+    """Say which known spellings are nearest to ``name``, as the end of a message.
+
+    Returns ``"Did you mean 'resnet50', 'resnet101'?"``, or the list of all known
+    names when none is near and the list is short.
+    """
+    names = sorted(set(known))
+    close = difflib.get_close_matches(name, names, n=limit, cutoff=0.6)
+    if close:
+        return f"Did you mean {', '.join(map(repr, close))}?"
+    if len(names) <= 24:
+        return f"Known: {', '.join(names)}."
+    return f"{len(names)} names are known, from {names[0]!r} to {names[-1]!r}."

@@ -1,0 +1,295 @@
+"""The story of deploykit, top to bottom: name a backbone, choose a runtime, call the model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from deploykit.bundle import Manifest, is_bundle, open_bundle
+from deploykit.cache import EngineCache
+from deploykit.errors import BundleError, SpecError, nearest
+from deploykit.parity.compare import compare
+from deploykit.parity.reference import ParityReference
+from deploykit.parity.report import ParityReport
+from deploykit.runtimes.base import RUNTIMES, Runtime, load_runtime, run_in_batches
+from deploykit.spec import BatchRange, Precision, parse_batch, parse_image_size, parse_precision
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from deploykit.backbones.base import BackboneOptions, BaseBackbone
+    from deploykit.calibration.images import CalibrationSource
+    from deploykit.export.pipeline import ExportRequest, Progress
+
+Model: TypeAlias = "BaseBackbone | Runtime"
+
+
+def create_backbone(
+    name: str | os.PathLike[str] | nn.Module,
+    *,
+    pretrained: bool | str | os.PathLike[str] = False,
+    features_only: bool = False,
+    output_indices: tuple[int, ...] | None = None,
+    output_stride: int = 32,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    image_size: int | tuple[int, int] | None = None,
+    patch_size: int | None = None,
+    hierarchical: bool | str = False,
+    runtime: str = "torch",
+    precision: str | Precision = "fp32",
+    calibration: CalibrationSource | None = None,
+    batch_size: int | str | tuple[int, int, int] | BatchRange = 1,
+    device: str = "auto",
+    target: str | None = None,
+    cache: bool = True,
+) -> Model:
+    """A backbone in a runtime, called the same way whatever the runtime.
+
+    ``model(images)`` takes ``(N, C, H, W)`` float32, normalised as ``model.input_spec`` says, and
+    returns a dict of feature maps by level (``features_only``), ``(N, num_classes)`` logits, or the
+    ``(N, D)`` embedding (``num_classes=0``).
+
+    Args:
+        name: a variant, an alias, ``"timm/<name>"``, a module, or the folder of a bundle.
+        pretrained: True, a tag of the hub, or a ``.safetensors`` or ``.pth`` file.
+        features_only: return feature maps instead of logits.
+        output_indices: which levels; index i of a pyramid has stride ``2 ** (i + 1)``. None: all.
+        output_stride: 8, 16 or 32, by dilation, for the families that can.
+        num_classes: outputs of the classifier; 0 for the embedding.
+        in_channels: channels of the images.
+        image_size: pixels, an int or (height, width); None: the size of the weights.
+        patch_size: another patch for a plain ViT.
+        hierarchical: a pyramid of strides 4 to 32 from a plain ViT.
+        runtime: ``torch``, ``torch_compile``, ``onnxruntime``, ``openvino`` or ``tensorrt``.
+        precision: ``fp32``, ``fp16``, ``bf16``, ``int8``, or its dataclass with settings.
+        calibration: the images for INT8: a folder, files, an array, an iterable of batches.
+        batch_size: an int, ``"dynamic"``, (min, opt, max) or a `BatchRange`.
+        device: where it runs; ``"auto"`` is the runtime's first device.
+        target: what an engine is built for, where the runtime has targets (``"sm89"``).
+        cache: keep built engines, keyed by all that decides them.
+
+    Raises:
+        DeployKitError: see `deploykit.errors` for the tree; every message says what to do.
+    """
+    if not _is_module(name) and is_bundle(Path(os.fspath(name))):  # type: ignore[arg-type]
+        return load_bundle(os.fspath(name), device=device)  # type: ignore[arg-type]
+    if runtime != "torch" and runtime not in RUNTIMES:
+        raise SpecError(f"unknown runtime {runtime!r}. {nearest(runtime, ['torch', *RUNTIMES])}")
+    chosen, batch = parse_precision(precision), parse_batch(batch_size)
+    options = _options(
+        features_only=features_only,
+        output_indices=output_indices,
+        output_stride=output_stride,
+        num_classes=num_classes,
+        in_channels=in_channels,
+        image_size=image_size,
+        patch_size=patch_size,
+        hierarchical=hierarchical,
+    )
+    backbone = _build(name, options, pretrained)
+    if runtime == "torch":
+        return _in_torch(backbone, chosen, device)
+    request = _request(
+        backbone,
+        runtime=runtime,
+        precision=chosen,
+        batch=batch,
+        calibration=calibration,
+        target=target,
+        probe_levels=False,
+    )
+    return _open_built(request, device=device, cache=cache)
+
+
+def export_backbone(
+    name: str | nn.Module,
+    output: str | os.PathLike[str],
+    *,
+    runtime: str,
+    precision: str | Precision = "fp32",
+    calibration: CalibrationSource | None = None,
+    batch_size: int | str | tuple[int, int, int] | BatchRange = 1,
+    target: str | None = None,
+    pretrained: bool | str | os.PathLike[str] = False,
+    overwrite: bool = False,
+    skip_corrupt: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Manifest:
+    """Write a backbone as a bundle that `load_bundle` and ``deploykit verify`` open without torch.
+
+    Args:
+        name: as for `create_backbone`, without bundles.
+        output: the folder to write; taken only when it is a bundle and ``overwrite`` is on.
+        runtime: the engine's runtime.
+        precision: as for `create_backbone`.
+        calibration: as for `create_backbone`.
+        batch_size: as for `create_backbone`.
+        target: as for `create_backbone`.
+        pretrained: as for `create_backbone`.
+        overwrite: replace an existing bundle, once the new one is whole.
+        skip_corrupt: leave unreadable calibration images out with a warning.
+        progress: hears of each stage.
+        options: ``features_only``, ``output_indices`` and the other options of `create_backbone`.
+
+    Raises:
+        DeployKitError: see `deploykit.errors`; nothing is left at ``output`` then.
+    """
+    from deploykit.export.pipeline import export
+
+    backbone = _build(name, _options(**options), pretrained)
+    request = _request(
+        backbone,
+        runtime=runtime,
+        precision=parse_precision(precision),
+        batch=parse_batch(batch_size),
+        calibration=calibration,
+        target=target,
+        probe_levels=True,
+        skip_corrupt=skip_corrupt,
+    )
+    return export(request, Path(output), overwrite=overwrite, progress=progress)
+
+
+def load_bundle(folder: str | os.PathLike[str], *, device: str = "auto") -> Runtime:
+    """Verify a bundle and open its engine; needs the runtime's package and NumPy, not torch.
+
+    Raises:
+        BundleError: not a bundle, or one that is damaged, incomplete or from a newer schema.
+        MissingDependency: the runtime's package is not installed.
+        IncompatibleEngine, DeviceUnavailable: the engine cannot run here.
+    """
+    path = Path(folder)
+    manifest = open_bundle(path)
+    return load_runtime(manifest.runtime)(manifest, path, device=device)
+
+
+def verify_bundle(folder: str | os.PathLike[str], *, device: str = "auto") -> ParityReport:
+    """Run a bundle's engine on the reference images that it carries and compare with torch's outputs.
+
+    Needs no torch and no weights. The report's ``passed`` says whether every output is within the
+    budget that the engine was exported with; ``raise_for_failures()`` makes it an error.
+
+    Raises:
+        BundleError: not a bundle, or one that is damaged.
+        IncompatibleEngine, DeviceUnavailable: the engine cannot run here.
+    """
+    path = Path(folder)
+    with load_bundle(path, device=device) as model:
+        reference = ParityReference.load(path / "reference.npz")
+        found = reference.sample(run_in_batches(model, reference.images))
+        levels = compare(
+            reference.expected,
+            found,
+            min_sqnr_db=model.precision.min_sqnr_db,
+            min_top1_agreement=model.precision.min_top1_agreement,
+        )
+        return ParityReport(
+            runtime=model.runtime,
+            runtime_version=model.manifest.runtime_version,
+            precision=model.precision.name,
+            images=len(reference),
+            min_sqnr_db=model.precision.min_sqnr_db,
+            min_top1_agreement=model.precision.min_top1_agreement,
+            levels=levels,
+        )
+
+
+def _is_module(name: object) -> bool:
+    return hasattr(name, "state_dict")
+
+
+def _options(*, image_size: int | tuple[int, int] | None = None, **options: Any) -> BackboneOptions:
+    from deploykit.backbones.base import BackboneOptions
+
+    size = None if image_size is None else parse_image_size(image_size)
+    try:
+        return BackboneOptions(image_size=size, **options)
+    except TypeError as error:
+        raise SpecError(f"{error}. See create_backbone for the options.") from error
+
+
+def _build(name: Any, options: BackboneOptions, pretrained: Any) -> BaseBackbone:
+    """A name, a ``timm/`` name or a module, as a backbone with its weights."""
+    from deploykit.backbones.base import BaseBackbone
+    from deploykit.backbones.registry import build_backbone
+
+    if isinstance(name, BaseBackbone):
+        return name
+    if _is_module(name):
+        from deploykit.backbones.custom import wrap_module
+
+        return wrap_module(name, image_size=options.image_size or (224, 224), in_channels=options.in_channels)
+    text = os.fspath(name)
+    if text.startswith("timm/"):
+        from deploykit.backbones.custom import build_timm
+
+        return build_timm(text, options, pretrained)
+    if os.sep in text or Path(text).exists():
+        raise BundleError(
+            f"{text}: a path, but not a bundle (no manifest.json in it). Export one with deploykit export."
+        )
+    return build_backbone(text, options, pretrained)
+
+
+def _in_torch(backbone: BaseBackbone, precision: Precision, device: str) -> BaseBackbone:
+    """The module itself, in a dtype and on a device."""
+    from deploykit.runtimes.run_torch import place_module
+
+    return place_module(backbone, precision, device)
+
+
+def _request(
+    backbone: BaseBackbone,
+    *,
+    runtime: str,
+    precision: Precision,
+    batch: Any,
+    calibration: CalibrationSource | None,
+    target: str | None,
+    probe_levels: bool,
+    skip_corrupt: bool = False,
+) -> ExportRequest:
+    from deploykit.calibration.images import calibration_set
+    from deploykit.export.pipeline import ExportRequest, check_request
+
+    images = None
+    if calibration is not None:
+        images = calibration_set(calibration, backbone.input_spec, skip_corrupt=skip_corrupt)
+    request = ExportRequest(
+        backbone=backbone,
+        runtime=runtime,
+        precision=precision,
+        batch=batch,
+        calibration=images,
+        target=target,
+        probe_levels=probe_levels,
+    )
+    check_request(request)
+    return request
+
+
+def _open_built(request: ExportRequest, *, device: str, cache: bool) -> Runtime:
+    """The engine of a request: from the cache, built into it, or built for this model alone."""
+    from deploykit.export.pipeline import cache_parts, export
+
+    def build(folder: Path) -> None:
+        export(request, folder)
+
+    if cache:
+        engines = EngineCache()
+        return load_bundle(engines.get_or_build(engines.key(cache_parts(request)), build), device=device)
+    scratch = Path(tempfile.mkdtemp(prefix="deploykit-engine-"))
+    try:
+        build(scratch / "bundle")
+        model = load_bundle(scratch / "bundle", device=device)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    weakref.finalize(model, shutil.rmtree, scratch, ignore_errors=True)
+    return model

@@ -1,0 +1,1 @@
+"""Named graph passes, each numerically proved."""

@@ -1,0 +1,97 @@
+"""The only door to optional packages."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+from types import ModuleType
+
+from deploykit.errors import DeployKitError, MissingDependency
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptionalPackage:
+    """An optional package: what it is imported as, what brings it, and what it is for."""
+
+    module: str
+    distribution: str
+    extra: str
+    feature: str
+
+    @property
+    def command(self) -> str:
+        """The pip command that installs it with the extra of deploykit that needs it."""
+        return f"pip install 'deploykit[{self.extra}]'"
+
+
+PACKAGES: dict[str, OptionalPackage] = {
+    package.module: package
+    for package in (
+        OptionalPackage(module="torch", distribution="torch", extra="export", feature="torch backbones and export"),
+        OptionalPackage(module="safetensors", distribution="safetensors", extra="export", feature="safetensors files"),
+        OptionalPackage(
+            module="huggingface_hub",
+            distribution="huggingface_hub",
+            extra="export",
+            feature="pretrained weights from the model hub",
+        ),
+        OptionalPackage(module="onnx", distribution="onnx", extra="export", feature="ONNX export"),
+        OptionalPackage(module="onnx_ir", distribution="onnx-ir", extra="export", feature="ONNX graph passes"),
+        OptionalPackage(module="onnxscript", distribution="onnxscript", extra="export", feature="ONNX export"),
+        OptionalPackage(
+            module="onnxruntime", distribution="onnxruntime", extra="onnxruntime", feature="the onnxruntime runtime"
+        ),
+        OptionalPackage(module="openvino", distribution="openvino", extra="openvino", feature="the openvino runtime"),
+        OptionalPackage(
+            module="tensorrt_rtx", distribution="tensorrt_rtx", extra="tensorrt", feature="the tensorrt runtime"
+        ),
+        OptionalPackage(module="timm", distribution="timm", extra="timm", feature="timm/<name> backbones"),
+    )
+}
+
+
+def require(module: str) -> ModuleType:
+    """Import an optional package, or say how to install it.
+
+    Args:
+        module: the dotted name to import; its first part is a key of `PACKAGES`.
+
+    Raises:
+        MissingDependency: the package is not installed; the message has the pip command.
+        DeployKitError: the package is installed and fails to import; the cause is chained.
+    """
+    root = module.partition(".")[0]
+    package = PACKAGES[root]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == root:
+            raise MissingDependency(
+                f"{package.feature} needs the package {package.distribution!r}, which is not installed. "
+                f"Install it: {package.command}",
+                package=root,
+                command=package.command,
+            ) from error
+        raise _broken(package, error) from error
+    except (ImportError, OSError) as error:
+        raise _broken(package, error) from error
+
+
+def _broken(package: OptionalPackage, error: Exception) -> DeployKitError:
+    return DeployKitError(
+        f"the package {package.distribution!r} is installed but does not import ({error}). "
+        f"Reinstall it: pip install --force-reinstall {package.distribution}"
+    )
+
+
+def installed_version(module: str) -> str | None:
+    """The installed version of an optional package, without importing it; None when absent."""
+    package = PACKAGES[module]
+    if importlib.util.find_spec(module) is None:
+        return None
+    try:
+        return importlib.metadata.version(package.distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

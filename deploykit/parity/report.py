@@ -1,0 +1,175 @@
+"""The parity report: every level's figures against its budget, as it is stored in a bundle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from deploykit.errors import BundleError, ParityError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MAX_SQNR_DB = 300.0
+"""JSON has no infinity: equal arrays are stored as 300 dB, and a broken level as -300 dB."""
+
+MAX_RELATIVE_L2 = 1e15
+"""The relative L2 of -300 dB, stored for a broken level."""
+
+MAX_MAX_ABS = 3.4028234663852886e38
+"""float32's largest value, stored as the max-abs of a level with NaN or infinity."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelParity:
+    """The figures of one feature level, of the logits, or of the embedding.
+
+    ``sqnr_db`` is in dB, capped at +-`MAX_SQNR_DB`; ``top1_agreement`` is from 0 to 1, and None
+    where there are no logits. ``measured_on`` says what ran: ``engine``, or another runtime that
+    ran the same graph where the engine cannot run here.
+    """
+
+    name: str
+    sqnr_db: float
+    cosine: float
+    relative_l2: float
+    max_abs: float
+    top1_agreement: float | None = None
+    measured_on: str = "engine"
+    passed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityReport:
+    """What was compared with what, on how many images, within which budget, and every level.
+
+    ``min_sqnr_db`` is in dB and holds for every level; ``min_top1_agreement`` is from 0 to 1 and
+    holds for the logits; None: no such gate.
+    """
+
+    reference: str = "torch fp32"
+    runtime: str
+    runtime_version: str
+    precision: str
+    images: int
+    min_sqnr_db: float
+    min_top1_agreement: float | None = None
+    levels: tuple[LevelParity, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every level is within the budget; a report of no levels or images never passes."""
+        return bool(self.levels) and self.images > 0 and all(level.passed for level in self.levels)
+
+    def failures(self) -> tuple[LevelParity, ...]:
+        """The levels outside the budget, shallow to deep."""
+        return tuple(level for level in self.levels if not level.passed)
+
+    def raise_for_failures(self) -> None:
+        """Do nothing when `passed`.
+
+        Raises:
+            ParityError: names every failing level with its figure and budget.
+        """
+        if self.passed:
+            return
+        if not self.levels or self.images < 1:
+            raise ParityError(
+                f"the parity report covers {len(self.levels)} levels and {self.images} images; expected at least one "
+                "of each. Compare again with images."
+            )
+        lines = "".join(f"\n  {self._why(level)}" for level in self.failures())
+        raise ParityError(
+            f"{self.runtime} {self.runtime_version} at {self.precision} is outside its budget against "
+            f"{self.reference} on {self.images} images, in {len(self.failures())} of {len(self.levels)} levels:"
+            f"{lines}\n{self._remedy()}"
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the report as JSON.
+
+        Raises:
+            BundleError: the file cannot be written.
+        """
+        try:
+            path.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
+        except OSError as error:
+            raise BundleError(f"the parity report {path} cannot be written: {error}.") from error
+
+    @classmethod
+    def load(cls, path: Path) -> ParityReport:
+        """Read what `save` wrote.
+
+        Raises:
+            BundleError: the file is missing, unreadable, or not a parity report.
+        """
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=cls)
+        except OSError as error:
+            raise BundleError(f"the parity report {path} cannot be read: {error}. Export the bundle again.") from error
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise BundleError(
+                f"{path} is not a parity report ({error}). The bundle is damaged: copy or export it again."
+            ) from error
+
+    def render(self) -> Table:
+        """A table for a terminal, one row a level."""
+        from rich.table import Table
+
+        table = Table(
+            title=f"{self.runtime} {self.runtime_version} {self.precision} against {self.reference}",
+            caption=f"{self.images} images; budget {self._budget()}",
+        )
+        elsewhere = any(level.measured_on != "engine" for level in self.levels)
+        agreement = any(level.top1_agreement is not None for level in self.levels)
+        table.add_column("level")
+        for heading in ("SQNR dB", "cosine", "relative L2", "max-abs", *(["top-1"] if agreement else [])):
+            table.add_column(heading, justify="right")
+        for heading in (*(["measured on"] if elsewhere else []), "result"):
+            table.add_column(heading)
+        for level in self.levels:
+            row = [level.name, _decibels(level.sqnr_db), f"{level.cosine:.6f}"]
+            row += [f"{level.relative_l2:.3g}", f"{level.max_abs:.3g}"]
+            row += [_share(level.top1_agreement)] if agreement else []
+            row += [level.measured_on] if elsewhere else []
+            table.add_row(*row, "[green]pass[/green]" if level.passed else "[red]FAIL[/red]")
+        return table
+
+    def _budget(self) -> str:
+        gate = "" if self.min_top1_agreement is None else f", top-1 agreement {self.min_top1_agreement:.1%}"
+        return f"{self.min_sqnr_db:g} dB{gate}"
+
+    def _why(self, level: LevelParity) -> str:
+        parts = []
+        if level.sqnr_db <= -MAX_SQNR_DB:
+            parts.append("NaN, infinity, or values where the reference has none")
+        elif level.sqnr_db < self.min_sqnr_db:
+            parts.append(f"{level.sqnr_db:.1f} dB; budget at least {self.min_sqnr_db:g} dB")
+        gate, agreement = self.min_top1_agreement, level.top1_agreement
+        if gate is not None and agreement is not None and agreement < gate:
+            parts.append(f"top-1 agreement {agreement:.1%}; budget at least {gate:.1%}")
+        return f"{level.name}: {', '.join(parts) or 'marked as failed'}"
+
+    def _remedy(self) -> str:
+        if self.precision == "int8":
+            return (
+                "Calibrate with more images like those it will see, try another calibrator, keep the worst layers "
+                "in float, or lower min_sqnr_db if the task's own accuracy holds."
+            )
+        return (
+            "Look for the first failing level, which is where the conversion went wrong; export at fp32 to tell a "
+            "precision's loss from a wrong graph, or lower min_sqnr_db if the task's own accuracy holds."
+        )
+
+
+def _decibels(value: float) -> str:
+    if value >= MAX_SQNR_DB:
+        return "exact"
+    return "broken" if value <= -MAX_SQNR_DB else f"{value:.1f}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"

@@ -1,0 +1,93 @@
+"""ONNX Runtime: opens ``model.onnx`` with one execution provider, and only that one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from deploykit.errors import BundleError, DeviceUnavailable, IncompatibleEngine
+from deploykit.optional import require
+from deploykit.runtimes.base import FloatArray, Runtime
+
+PROVIDERS: dict[str, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+"""The execution provider behind each device; ``auto`` is the CPU."""
+
+_LOG_ERRORS = 3
+_UNREADABLE = ("InvalidProtobuf", "NoSuchFile", "NoModel")
+_NO_GRAPH = "No graph was found in the protobuf"  # how onnxruntime reports an empty file
+
+
+class OnnxRuntime(Runtime):
+    """An ONNX file in ONNX Runtime.
+
+    The session uses onnxruntime's own thread count. It is shared by all callers: onnxruntime runs
+    one session from several threads at once, and allocates new outputs for every run.
+    """
+
+    runtime: ClassVar[str] = "onnxruntime"
+    package: ClassVar[str] = "onnxruntime"
+    version_policy: ClassVar[Literal["exact", "same_or_newer"]] = "same_or_newer"
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "int8")
+
+    def _open(self, engine: Path, device: str) -> str:
+        ort = require("onnxruntime")
+        name = "cpu" if device == "auto" else device.lower()
+        if name not in self.devices():
+            raise DeviceUnavailable(
+                f"onnxruntime has no device {device!r} here; it has {', '.join(self.devices())} "
+                f"(providers: {', '.join(ort.get_available_providers())}). Choose one of these, or for cuda "
+                "install onnxruntime-gpu in place of onnxruntime."
+            )
+        session = _create_session(ort, engine, PROVIDERS[name])
+        active = session.get_providers()[0]
+        if active != PROVIDERS[name]:
+            raise DeviceUnavailable(
+                f"onnxruntime was asked for {PROVIDERS[name]} and made a session on {active}. "
+                f"Check the driver and libraries that {PROVIDERS[name]} needs, or use device='cpu'."
+            )
+        _check_outputs(session, self._output_names, engine)
+        self._session: Any = session
+        self._input_name = self.input_spec.name
+        self._names = list(self._output_names)
+        return name
+
+    def _run(self, images: FloatArray) -> list[FloatArray]:
+        outputs: list[FloatArray] = self._session.run(self._names, {self._input_name: images})
+        return outputs
+
+    def _close(self) -> None:
+        self._session = None
+
+    @classmethod
+    def devices(cls) -> tuple[str, ...]:
+        """The devices whose execution provider this build of onnxruntime carries."""
+        available = require("onnxruntime").get_available_providers()
+        return tuple(device for device, provider in PROVIDERS.items() if provider in available)
+
+
+def _create_session(ort: Any, engine: Path, provider: str) -> Any:
+    """A session on ``provider``, with onnxruntime's own fallback to the CPU switched off."""
+    options = ort.SessionOptions()
+    options.log_severity_level = _LOG_ERRORS
+    try:
+        return ort.InferenceSession(str(engine), options, providers=[provider], enable_fallback=0)
+    except Exception as error:
+        # onnxruntime's exceptions share no base class but Exception.
+        if type(error).__name__ in _UNREADABLE or _NO_GRAPH in str(error):
+            raise BundleError(
+                f"{engine.name} is not a readable ONNX file ({error}). Export the bundle again, or copy it again."
+            ) from error
+        raise IncompatibleEngine(
+            f"onnxruntime {ort.__version__} refuses {engine.name}: {error}. "
+            "Install the onnxruntime that the manifest names, or export the bundle again here."
+        ) from error
+
+
+def _check_outputs(session: Any, expected: tuple[str, ...], engine: Path) -> None:
+    found = [output.name for output in session.get_outputs()]
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise BundleError(
+            f"{engine.name} has the outputs {', '.join(found)}; the manifest names also {', '.join(missing)}. "
+            "The engine is not the one that the manifest describes: export the bundle again."
+        )

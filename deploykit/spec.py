@@ -1,0 +1,298 @@
+"""What deploykit's parts tell each other: frozen, keyword-only, checked once at the door.
+
+Nothing here imports torch or a runtime, so the device that only runs an engine can read it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeAlias
+
+from deploykit.errors import SpecError, nearest
+
+Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+CropMode: TypeAlias = Literal["center", "squash", "border"]
+Calibrator: TypeAlias = Literal["mse", "minmax", "percentile"]
+
+BATCH_DIM = "batch"
+"""The name of the dynamic batch dimension in every exported graph."""
+
+
+def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise SpecError(f"{field} is {value!r}. {nearest(str(value), choices)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureLevel:
+    """One feature map of a backbone.
+
+    ``index`` counts strides in a pyramid (index i has stride ``2 ** (i + 1)``) and blocks in a
+    plain ViT. ``stride`` and ``receptive_field`` are in input pixels. A receptive field of 0
+    means that each value sees the whole image (attention, squeeze-and-excitation).
+    """
+
+    name: str
+    index: int
+    channels: int
+    stride: int
+    receptive_field: int
+
+
+class FeatureInfo(tuple[FeatureLevel, ...]):
+    """The levels that a model returns, shallow to deep, with timm's accessors beside them."""
+
+    __slots__ = ()
+
+    def names(self) -> list[str]:
+        """The key of each level in the dict of features."""
+        return [level.name for level in self]
+
+    def channels(self) -> list[int]:
+        """The number of channels of each level."""
+        return [level.channels for level in self]
+
+    def reduction(self) -> list[int]:
+        """The stride of each level, in input pixels."""
+        return [level.stride for level in self]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How a photograph becomes the tensor that the weights were trained on, in timm's terms.
+
+    ``mean`` and ``std`` are for RGB in [0, 1]. The image is resized to ``size / crop_pct`` and
+    then cropped to ``size``: ``center`` keeps the aspect ratio and cuts the middle, ``squash``
+    resizes both sides without keeping it, ``border`` keeps the whole image and fills with the mean.
+    """
+
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    interpolation: Interpolation = "bicubic"
+    crop_pct: float = 0.875
+    crop_mode: CropMode = "center"
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std):
+            raise SpecError(
+                f"mean has {len(self.mean)} channels and std has {len(self.std)}. Give both one value a channel."
+            )
+        if any(value <= 0 for value in self.std):
+            raise SpecError(f"std is {self.std}; every value must be above 0.")
+        if not 0 < self.crop_pct <= 1:
+            raise SpecError(f"crop_pct is {self.crop_pct}; it must be above 0 and at most 1.")
+        _check_choice("interpolation", self.interpolation, ("nearest", "bilinear", "bicubic", "lanczos"))
+        _check_choice("crop_mode", self.crop_mode, ("center", "squash", "border"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchRange:
+    """A dynamic batch: the engine takes ``min`` to ``max`` images and is tuned for ``opt``."""
+
+    min: int = 1
+    opt: int = 1
+    max: int = 8
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise SpecError(
+                f"the batch range is min={self.min}, opt={self.opt}, max={self.max}; "
+                "it must satisfy 1 <= min <= opt <= max."
+            )
+
+    def __str__(self) -> str:
+        return f"{self.min}..{self.max}"
+
+
+Batch: TypeAlias = int | BatchRange
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSpec:
+    """What a model is called with: ``(N, C, H, W)`` float32, normalised by ``preprocessing``."""
+
+    name: str = "images"
+    batch: Batch = 1
+    channels: int = 3
+    height: int = 224
+    width: int = 224
+    dtype: str = "float32"
+    layout: str = "NCHW"
+    preprocessing: Preprocessing = Preprocessing()
+
+    @property
+    def shape(self) -> tuple[int | str, int, int, int]:
+        """``(batch, C, H, W)``, with `BATCH_DIM` for a dynamic batch."""
+        batch = self.batch if isinstance(self.batch, int) else BATCH_DIM
+        return (batch, self.channels, self.height, self.width)
+
+    def accepts_batch(self, count: int) -> bool:
+        """Whether a call with ``count`` images is within the engine's batch."""
+        if isinstance(self.batch, int):
+            return count == self.batch
+        return self.batch.min <= count <= self.batch.max
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """One output of an engine; a dynamic batch is the string `BATCH_DIM`."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneSpec:
+    """Which backbone, with which options: all that decides the numbers, except the weights.
+
+    ``image_size`` is ``(height, width)`` in pixels. ``levels`` are those that the backbone
+    returns with ``features_only=True``, shallow to deep.
+    """
+
+    name: str
+    family: str
+    levels: tuple[FeatureLevel, ...]
+    features_only: bool = False
+    output_stride: int = 32
+    num_classes: int = 1000
+    in_channels: int = 3
+    image_size: tuple[int, int] = (224, 224)
+    patch_size: int | None = None
+    hierarchical: bool = False
+    weights: str | None = None
+    label_set: str | None = None
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """The names of what a call returns: the levels, or ``logits``, or ``embedding``."""
+        if self.features_only:
+            return tuple(level.name for level in self.levels)
+        return (self.head_name,)
+
+    @property
+    def head_name(self) -> str:
+        """``logits``, or ``embedding`` when there is no classifier."""
+        return "logits" if self.num_classes > 0 else "embedding"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp32:
+    """IEEE single precision; nothing is lost but the order of additions."""
+
+    name: ClassVar[str] = "fp32"
+    min_sqnr_db: float = 80.0
+    min_top1_agreement: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp16:
+    """IEEE half precision, by casts in the graph; inputs and outputs stay float32."""
+
+    name: ClassVar[str] = "fp16"
+    min_sqnr_db: float = 45.0
+    min_top1_agreement: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bf16:
+    """bfloat16: float32's range with 8 bits of mantissa; inputs and outputs stay float32."""
+
+    name: ClassVar[str] = "bf16"
+    min_sqnr_db: float = 25.0
+    min_top1_agreement: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8:
+    """8-bit integers by Q/DQ nodes: per-channel weights, per-tensor activations.
+
+    Args:
+        min_sqnr_db: the budget of every feature level and of the logits, in dB against torch FP32.
+        min_top1_agreement: the share of images, 0 to 1, whose top-1 class must stay; None: no gate.
+        calibrator: how a range is chosen from the statistics: ``mse`` (least squared error),
+            ``minmax``, or ``percentile``.
+        percentile: the share of values inside the range for ``percentile``, in percent.
+        bias_correction: shift each bias by the mean error that rounding the weights makes
+            (Nagel et al. 2019, "Data-Free Quantization", section 4.2, with measured means).
+    """
+
+    name: ClassVar[str] = "int8"
+    min_sqnr_db: float = 12.0
+    min_top1_agreement: float | None = None
+    calibrator: Calibrator = "mse"
+    percentile: float = 99.99
+    bias_correction: bool = True
+
+    def __post_init__(self) -> None:
+        _check_choice("calibrator", self.calibrator, ("mse", "minmax", "percentile"))
+        if not 50 < self.percentile <= 100:
+            raise SpecError(f"percentile is {self.percentile}; it must be above 50 and at most 100.")
+
+
+Precision: TypeAlias = Fp32 | Fp16 | Bf16 | Int8
+
+PRECISIONS: dict[str, type[Fp32] | type[Fp16] | type[Bf16] | type[Int8]] = {
+    "fp32": Fp32,
+    "fp16": Fp16,
+    "bf16": Bf16,
+    "int8": Int8,
+}
+
+
+def parse_precision(precision: str | Precision, settings: Mapping[str, Any] | None = None) -> Precision:
+    """``"int8"``, or the dataclass itself, to the dataclass; ``settings`` are its fields.
+
+    Raises:
+        SpecError: no such precision, or a setting that it does not have.
+    """
+    if not isinstance(precision, str):
+        if not isinstance(precision, (Fp32, Fp16, Bf16, Int8)):
+            raise SpecError(f"precision is {precision!r}; give one of {', '.join(PRECISIONS)}, or its dataclass.")
+        return precision
+    if precision not in PRECISIONS:
+        raise SpecError(f"unknown precision {precision!r}. {nearest(precision, PRECISIONS)}")
+    kind = PRECISIONS[precision]
+    known = {field.name for field in dataclasses.fields(kind)}
+    for key in settings or {}:
+        if key not in known:
+            raise SpecError(f"precision {precision!r} has no setting {key!r}. {nearest(key, known)}")
+    return kind(**(settings or {}))
+
+
+def parse_batch(batch_size: int | str | tuple[int, int, int] | BatchRange) -> Batch:
+    """An int, ``"dynamic"``, ``(min, opt, max)`` or a `BatchRange`, checked.
+
+    Raises:
+        SpecError: anything else, or sizes out of order.
+    """
+    if isinstance(batch_size, BatchRange):
+        return batch_size
+    if isinstance(batch_size, bool):
+        raise SpecError(f"batch_size is {batch_size!r}; give an int, 'dynamic', or (min, opt, max).")
+    if isinstance(batch_size, int):
+        if batch_size < 1:
+            raise SpecError(f"batch_size is {batch_size}; it must be at least 1.")
+        return batch_size
+    if batch_size == "dynamic":
+        return BatchRange()
+    if isinstance(batch_size, str) and batch_size.isdecimal():
+        return parse_batch(int(batch_size))
+    if isinstance(batch_size, (tuple, list)) and len(batch_size) == 3:
+        low, opt, high = batch_size
+        return BatchRange(min=low, opt=opt, max=high)
+    raise SpecError(f"batch_size is {batch_size!r}; give an int, 'dynamic', or (min, opt, max).")
+
+
+def parse_image_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """An int or ``(height, width)`` in pixels to ``(height, width)``.
+
+    Raises:
+        SpecError: not one or two positive ints.
+    """
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(size) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in size):
+        raise SpecError(f"image_size is {image_size!r}; give one int, or (height, width), in pixels.")
+    return (size[0], size[1])

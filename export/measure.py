@@ -1,0 +1,155 @@
+"""What an engine gives against what torch gives in FP32, as a report and as a reference to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from deploykit.backbones.base import BaseBackbone
+from deploykit.bundle import Manifest, Status
+from deploykit.calibration.images import CalibrationSet
+from deploykit.errors import DeviceUnavailable
+from deploykit.export.lowering import Engine, Lowering
+from deploykit.export.to_onnxruntime import to_onnxruntime
+from deploykit.graph import Graph
+from deploykit.parity.compare import compare
+from deploykit.parity.report import LevelParity, ParityReport
+from deploykit.runtimes.base import FloatArray, Runtime, load_runtime, run_in_batches
+from deploykit.spec import InputSpec, Precision
+
+PARITY_IMAGES = 16
+
+
+def parity_images(calibration: CalibrationSet | None, spec: InputSpec) -> FloatArray:
+    """`PARITY_IMAGES` images evenly spaced over the calibration set, or synthetic ones where there is none.
+
+    The synthetic images have the 1/f amplitude spectrum of photographs (Field 1987) from a fixed
+    seed. They show whether a conversion is right; they never set a quantization range.
+    """
+    if calibration is not None:
+        return calibration.sample(PARITY_IMAGES)
+    generator = np.random.default_rng(0)
+    shape = (PARITY_IMAGES, spec.channels, spec.height, spec.width)
+    vertical, horizontal = np.fft.fftfreq(spec.height)[:, None], np.fft.rfftfreq(spec.width)[None]
+    frequency = np.maximum(np.hypot(vertical, horizontal), 1 / max(spec.height, spec.width))
+    noise = np.fft.irfft2(np.fft.rfft2(generator.standard_normal(shape)) / frequency, s=shape[2:])
+    noise /= noise.std(axis=(1, 2, 3), keepdims=True)
+    return np.ascontiguousarray(noise, np.float32)
+
+
+def torch_outputs(backbone: BaseBackbone, images: FloatArray) -> dict[str, FloatArray]:
+    """Every level and the head of a backbone in FP32 on the CPU, one image at a time."""
+    parts: list[dict[str, Any]] = []
+    with torch.inference_mode():
+        parts.extend(backbone.forward_everything(torch.from_numpy(image[None])) for image in images)
+    return {name: np.concatenate([part[name].numpy() for part in parts]) for name in parts[0]}
+
+
+def measure(
+    manifest: Manifest,
+    folder: Path,
+    *,
+    images: FloatArray,
+    expected: dict[str, FloatArray],
+    precision: Precision,
+    whole: Graph | None,
+    lower: Lowering,
+) -> tuple[ParityReport, Status]:
+    """Run an engine where this machine can, and compare every output with torch.
+
+    Args:
+        manifest: the engine's, with ``status="built"``.
+        folder: where its files are.
+        images: ``(N, C, H, W)`` to compare on.
+        expected: torch's outputs in FP32 for every level and the head.
+        precision: its budget.
+        whole: the same graph with every level as an output, for engines that give the head only:
+            lowered in the same way, it shows the levels inside. None: only what the engine gives.
+        lower: the lowering that made the engine.
+
+    Returns:
+        The report, and what was seen of the engine. Where its device is not here, the report holds
+        what the same graph gives in ONNX Runtime, marked as a proxy, and the status stays ``built``.
+    """
+    try:
+        levels = _levels_of(manifest, folder, images, expected, precision, measured_on="engine")
+        status: Status = "parity_checked"
+        if whole is not None:
+            inner = _compare_lowered(
+                manifest, whole, lower, images=images, expected=expected, precision=precision, measured_on="probe"
+            )
+            levels = (*(level for level in inner if level.name not in {each.name for each in levels}), *levels)
+    except DeviceUnavailable:
+        status, levels = "built", ()
+        if whole is not None and whole.model is not None:
+            proxy = replace(manifest, runtime="onnxruntime")
+            levels = _compare_lowered(
+                proxy,
+                whole,
+                to_onnxruntime,
+                images=images,
+                expected=expected,
+                precision=precision,
+                measured_on="proxy: onnxruntime",
+            )
+    report = ParityReport(
+        runtime=manifest.runtime,
+        runtime_version=manifest.runtime_version,
+        precision=precision.name,
+        images=len(images),
+        min_sqnr_db=precision.min_sqnr_db,
+        min_top1_agreement=precision.min_top1_agreement,
+        levels=levels,
+    )
+    return report, status
+
+
+def _compare_lowered(
+    manifest: Manifest,
+    graph: Graph,
+    lower: Lowering,
+    *,
+    images: FloatArray,
+    expected: dict[str, FloatArray],
+    precision: Precision,
+    measured_on: str,
+) -> tuple[LevelParity, ...]:
+    """Lower a graph into a temporary folder and compare what it gives."""
+    with TemporaryDirectory(prefix="deploykit-probe-") as scratch:
+        engine: Engine = lower(graph, Path(scratch), target=manifest.target)
+        probe = replace(
+            manifest,
+            outputs=graph.outputs,
+            engine=engine.file,
+            runtime_version=engine.runtime_version,
+            requires=engine.requires,
+            backbone=replace(manifest.backbone, features_only=True),  # a dict of every output
+        )
+        return _levels_of(probe, Path(scratch), images, expected, precision, measured_on=measured_on)
+
+
+def _levels_of(
+    manifest: Manifest,
+    folder: Path,
+    images: FloatArray,
+    expected: dict[str, FloatArray],
+    precision: Precision,
+    *,
+    measured_on: str,
+) -> tuple[LevelParity, ...]:
+    adapter: Callable[..., Runtime] = load_runtime(manifest.runtime)
+    with adapter(manifest, folder) as model:
+        found = run_in_batches(model, images)
+    return compare(
+        {name: expected[name] for name in found},
+        found,
+        min_sqnr_db=precision.min_sqnr_db,
+        min_top1_agreement=precision.min_top1_agreement if "logits" in found else None,
+        measured_on=measured_on,
+    )

@@ -1,0 +1,1 @@
+"""Tests of the backbones, against timm where it is installed."""

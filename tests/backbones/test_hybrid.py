@@ -1,0 +1,68 @@
+"""ViTs on a ResNetV2 stem against timm, and as graphs whose filters are constants."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from deploykit.backbones.base import BackboneOptions
+from deploykit.backbones.hybrid import VARIANTS, HybridViT, StandardisedConv
+from deploykit.errors import SpecError
+from tests.backbones import against_timm, transformers
+from tests.backbones.test_vit import TRANSFORMER_OPS
+
+SMALL = "vit_small_r26_s32_224"
+HYBRID_OPS = TRANSFORMER_OPS | {"GroupNormalization", "Relu", "MaxPool"}
+
+
+class Shallow(HybridViT):
+    """The same stems with three transformer blocks."""
+
+    variants = {name: replace(variant, depth=3) for name, variant in VARIANTS.items()}  # noqa: RUF012
+
+
+@pytest.mark.parametrize(("name", "size"), [(SMALL, (96, 160)), (SMALL, (72, 100))], ids=str)
+def test_three_blocks_are_timms(timm, name, size):
+    transformers.assert_equals_timm(timm, Shallow, name, size, depth=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [None, (96, 160)], ids=str)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_everything_is_timms(timm, name, size):
+    transformers.assert_equals_timm(timm, HybridViT, name, size)
+
+
+def test_default_weights_and_preprocessing_are_timms(timm):
+    against_timm.assert_sources_are_timms(timm, HybridViT)
+
+
+def test_a_native_checkpoint_is_resampled_for_another_size():
+    weights = Shallow(SMALL, BackboneOptions()).state_dict()
+    model = Shallow(SMALL, BackboneOptions(image_size=(96, 160))).eval()
+    model.load_state_dict(model.adapt_state_dict(weights), strict=True)
+    assert model.pos_embed.shape == (1, 1 + 3 * 5, 384)
+
+
+@pytest.mark.parametrize("options", [{"patch_size": 8}, {"hierarchical": True}], ids=str)
+def test_options_of_a_plain_vit_are_refused(options):
+    with pytest.raises(SpecError, match="plain ViT"):
+        HybridViT(SMALL, BackboneOptions(**options))
+
+
+def test_gradients_reach_the_filters_and_survive_checkpointing():
+    transformers.assert_gradients_survive_checkpointing(Shallow, SMALL, image_size=(64, 64), num_classes=10)
+
+
+def test_the_graphs_filters_follow_the_weights():
+    conv = StandardisedConv(3, 8, 3).eval()
+    conv.load_state_dict({"weight": torch.randn(8, 3, 3, 3)})
+    filters = conv.get_buffer("filters")
+    assert torch.equal(filters, conv.graph_constants()["filters"])
+    torch.testing.assert_close(filters.mean((1, 2, 3)), torch.zeros(8), atol=1e-6, rtol=0)
+    torch.testing.assert_close(filters.var((1, 2, 3), correction=0), torch.ones(8), atol=1e-4, rtol=0)
+
+
+def test_exports_with_a_dynamic_batch(tmp_path):
+    model = transformers.build(Shallow, SMALL, image_size=(64, 96))
+    transformers.assert_exports(model, tmp_path / "hybrid.onnx", HYBRID_OPS)

@@ -1,0 +1,100 @@
+"""``deploykit doctor``: what is here, whatever is broken."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+import pytest
+
+from deploykit.cli import doctor as doctor_module
+from deploykit.cli.processor import read_processor
+
+
+def test_the_machine_is_told_as_json_and_as_text(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("DEPLOYKIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(doctor_module, "_RUNTIME_PACKAGES", {"torch": "torch", "onnxruntime": "onnxruntime"})
+    told = call("doctor", "--json").json()
+    rows = {row["runtime"]: row for row in told["runtimes"]}
+    assert rows["onnxruntime"]["version"] == importlib.metadata.version("onnxruntime")
+    assert "cpu" in rows["onnxruntime"]["devices"]
+    assert "cpu" in rows["torch"]["devices"]
+    assert told["engine_cache"] == str(tmp_path / "engines")
+    text = call("doctor")
+    assert text.code == 0
+    assert text.out.splitlines()[-1] == "Next: deploykit export resnet18 --runtime onnxruntime"
+
+
+def test_an_absent_runtime_has_its_pip_command(call, monkeypatch):
+    monkeypatch.setattr(doctor_module, "installed_version", lambda package: None)
+    done = call("doctor")
+    assert done.code == 0
+    for extra in ("export", "onnxruntime", "openvino", "tensorrt"):
+        assert f"pip install 'deploykit[{extra}]'" in done.out
+    assert done.out.splitlines()[-1] == "Next: install a runtime, as above."
+
+
+@pytest.mark.parametrize(
+    ("code", "problem"),
+    [
+        ("raise OSError('libfoo.so.1: cannot open shared object file')", "libfoo.so.1"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "signal 11"),
+    ],
+    ids=["raises", "crashes"],
+)
+def test_a_broken_runtime_is_a_word_in_its_row(call, tmp_path, monkeypatch, code, problem):
+    (tmp_path / "openvino").mkdir()
+    (tmp_path / "openvino" / "__init__.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(doctor_module, "_RUNTIME_PACKAGES", {"openvino": "openvino"})
+    (row,) = call("doctor", "--json").json()["runtimes"]
+    assert row["devices"] == []
+    assert row["problem"].startswith("broken: ")
+    assert problem in row["problem"]
+    text = call("doctor")
+    assert text.code == 0
+    assert problem in text.out
+
+
+def test_a_runtime_that_hangs_is_given_up(call, tmp_path, monkeypatch):
+    (tmp_path / "openvino").mkdir()
+    (tmp_path / "openvino" / "__init__.py").write_text("import time; time.sleep(600)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(doctor_module, "PROBE_SECONDS", 1.0)
+    monkeypatch.setattr(doctor_module, "_RUNTIME_PACKAGES", {"openvino": "openvino"})
+    (row,) = call("doctor", "--json").json()["runtimes"]
+    assert row["problem"] == "broken: it did not answer in 1 s"
+
+
+def test_a_broken_weights_package_is_a_word_in_its_row(call, monkeypatch):
+    from deploykit.errors import WeightsError
+
+    def broken():
+        raise WeightsError("the entry point 'mine' fails")
+
+    monkeypatch.setattr(doctor_module, "_RUNTIME_PACKAGES", {})
+    monkeypatch.setattr("deploykit.backbones.weight_packages.installed_offers", broken)
+    done = call("doctor")
+    assert done.code == 0
+    assert "broken: the entry point 'mine' fails" in done.out
+
+
+@pytest.mark.parametrize(
+    ("text", "model", "int8"),
+    [
+        ("model name\t: Core X\nflags\t\t: sse avx2 avx_vnni\n", "Core X", ("AVX2", "AVX-VNNI")),
+        ("model name\t: Xeon X\nflags\t\t: avx2 avx512_vnni amx_int8\n", "Xeon X", ("AVX2", "AVX512-VNNI", "AMX-INT8")),
+        ("Features\t: fp asimd asimddp i8mm\nModel\t\t: Board X\n", "Board X", ("dotprod", "i8mm")),
+        ("Features\t: fp asimd\nModel\t\t: Board Y\n", "Board Y", ()),
+    ],
+)
+def test_int8_instructions_are_read_from_cpuinfo(tmp_path, text, model, int8):
+    (tmp_path / "cpuinfo").write_text(text)
+    found = read_processor(tmp_path / "cpuinfo")
+    assert (found.model, found.int8) == (model, int8)
+    assert found.cores >= 1
+
+
+def test_a_system_without_cpuinfo_still_has_a_processor(tmp_path):
+    found = read_processor(tmp_path / "absent")
+    assert found.model
+    assert (found.int8, found.absent) == ((), ())

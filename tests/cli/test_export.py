@@ -1,0 +1,246 @@
+"""``deploykit export``: bundles, plans, progress, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import deploykit
+from deploykit.bundle import read_manifest
+
+HERE = ("--runtime", "onnxruntime", "--image-size", "64")
+
+
+def test_an_export_ends_with_the_table_and_the_next_commands(call, tmp_path, monkeypatch, photos):
+    monkeypatch.chdir(tmp_path)
+    done = call("export", "resnet18", "--runtime", "onnxruntime", "--num-classes", "7", "--image-size", "48x64")
+    assert done.code == 0, done.err
+    folder = "resnet18-onnxruntime-fp32"
+    assert [entry.name for entry in tmp_path.iterdir()] == [folder]
+    assert "status parity_checked" in done.out
+    assert all(f"│ {level} " in done.out for level in ("stem", "stage4", "logits"))
+    assert done.out.splitlines()[-2:] == [f"Next: deploykit verify {folder}", f"      deploykit run {folder} IMAGE"]
+    assert [line.split("] ")[0][-3:] for line in done.err.splitlines()] == [f"{count}/9" for count in range(1, 10)]
+    manifest = read_manifest(tmp_path / folder)
+    assert (manifest.backbone.num_classes, manifest.input.height, manifest.input.width) == (7, 48, 64)
+    assert call("verify", folder).code == 0
+
+
+def test_int8_settings_reach_the_bundle(exported_features):
+    folder, done = exported_features
+    told = done.json()
+    manifest = read_manifest(folder)
+    assert told["status"] == "parity_checked"
+    assert told["manifest"]["weights_digest"] == manifest.weights_digest
+    assert [level["name"] for level in told["parity"]["levels"]] == ["stage2", "stage3"]
+    assert (told["parity"]["min_sqnr_db"], told["parity"]["images"]) == (20, 4)
+    assert manifest.precision == "int8"
+    assert manifest.precision_settings["calibrator"] == "minmax"
+    assert (manifest.input.batch.min, manifest.input.batch.opt, manifest.input.batch.max) == (1, 2, 4)
+    assert "calibrated 4 of 4 images" in done.err
+
+
+def test_a_checkpoint_is_exported_under_its_backbone(call, tmp_path):
+    model = deploykit.create_backbone("resnet18", image_size=64)
+    torch.save(model.state_dict(), tmp_path / "mine.pth")
+    done = call("export", tmp_path / "mine.pth", "--backbone", "resnet18", *HERE, "-o", tmp_path / "out", "--json")
+    assert done.code == 0, done.err
+    assert read_manifest(tmp_path / "out").backbone.weights == "mine.pth"
+
+
+def test_a_dry_run_tells_the_plan_and_builds_nothing(call, tmp_path, photos):
+    out = tmp_path / "out"
+    words = ("export", "resnet50", "--runtime", "openvino", "--precision", "int8", "--calibration", photos)
+    text = call(*words, "--features-only", "--output-indices", "2,3,4", "-o", out, "--dry-run")
+    assert text.code == 0, text.err
+    assert "stage2, stage3, stage4" in text.out
+    assert "4 images" in text.out
+    told = call(*words, "--batch-size", "dynamic", "-o", out, "--dry-run", "--json").json()["plan"]
+    assert told["backbone"]["name"] == "resnet50"
+    assert told["outputs"] == ["logits"]
+    assert told["input"]["batch"] == {"min": 1, "opt": 1, "max": 8}
+    assert told["calibration_images"] == 4
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def corrupt(tmp_path_factory, photos):
+    """Two photographs, and one file cut short."""
+    folder = tmp_path_factory.mktemp("corrupt")
+    for name in ("coffee", "chelsea"):
+        (folder / f"{name}.jpg").write_bytes((photos / f"{name}.jpg").read_bytes())
+    (folder / "broken.jpg").write_bytes((photos / "rocket.jpg").read_bytes()[:5000])
+    return folder
+
+
+def test_a_corrupt_photograph_is_named_and_stops_the_export(call, tmp_path, corrupt):
+    out = tmp_path / "out"
+    done = call("export", "resnet18", *HERE, "--precision", "int8", "--calibration", corrupt, "-o", out)
+    assert done.code == 2
+    assert "broken.jpg" in done.err
+    assert "--skip-corrupt" in done.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_corrupt_photograph_is_left_out_when_asked(call, tmp_path, corrupt):
+    out = tmp_path / "out"
+    words = ("export", "resnet18", *HERE, "--precision", "int8", "--calibration", corrupt, "-o", out)
+    done = call(*words, "--skip-corrupt", "--json")
+    assert done.code == 0, done.err
+    assert done.err.count("warning: left out of calibration") == 1
+    assert "broken.jpg" in done.err
+    assert done.json()["parity"]["images"] == 2
+
+
+USAGE = {
+    "unknown backbone": (("resnet19", *HERE), "Did you mean 'resnet18'"),
+    "unknown runtime": (("resnet18", "--runtime", "onnxrt"), "Did you mean 'onnxruntime'"),
+    "torch has no engine": (("resnet18", "--runtime", "torch"), "no engine to export"),
+    "unknown precision": (("resnet18", *HERE, "--precision", "int9"), "Did you mean 'int8'"),
+    "precision not of the runtime": (("resnet18", *HERE, "--precision", "bf16"), "it has fp32, fp16, int8"),
+    "int8 without images": (("resnet18", *HERE, "--precision", "int8"), "--calibration FOLDER"),
+    "setting not of the precision": (("resnet18", *HERE, "--calibrator", "mse"), "has no setting 'calibrator'"),
+    "unknown calibrator": (("resnet18", *HERE, "--precision", "int8", "--calibrator", "mes"), "Did you mean 'mse'"),
+    "agreement above 1": (("resnet18", *HERE, "--min-top1-agreement", "90"), "from 0 to 1"),
+    "absent level": (("resnet18", *HERE, "--features-only", "--output-indices", "2,9"), "It has 0 (stem, stride 2)"),
+    "indices that are no numbers": (("resnet18", *HERE, "--output-indices", "a,b"), "--output-indices is 'a,b'"),
+    "impossible stride": (("efficientnet_b0", *HERE, "--output-stride", "7"), "it must be 8, 16 or 32"),
+    "image size": (("resnet18", "--runtime", "onnxruntime", "--image-size", "1x2x3"), "256x320"),
+    "batch of one comma": (("resnet18", *HERE, "--batch-size", "1,2"), "MIN,OPT,MAX"),
+    "batch out of order": (("resnet18", *HERE, "--batch-size", "4,2,1"), "1 <= min <= opt <= max"),
+    "checkpoint without its name": (("mine.pth", *HERE), "Add --backbone NAME"),
+    "backbone without a checkpoint": (("resnet18", *HERE, "--backbone", "resnet18"), "Leave out --backbone"),
+    "two weights": (("resnet18", *HERE, "--pretrained", "--weights", "a1_in1k"), "both given"),
+    "no such path": (("somewhere/else", *HERE), "Check the path"),
+}
+
+
+@pytest.mark.parametrize("case", USAGE)
+def test_bad_usage_gives_2_and_leaves_nothing(call, tmp_path, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    words, message = USAGE[case]
+    done = call("export", *words)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("error: ")
+    assert message in done.err
+    assert "Traceback" not in done.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_calibration_folder_without_images_is_refused(call, tmp_path):
+    (tmp_path / "empty").mkdir()
+    words = ("export", "resnet18", *HERE, "--precision", "int8", "-o", tmp_path / "out", "--calibration")
+    empty, absent = call(*words, tmp_path / "empty"), call(*words, tmp_path / "absent")
+    assert (empty.code, absent.code) == (2, 2)
+    assert "no image files in the folder" in empty.err
+    assert "no such file or folder" in absent.err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["empty"]
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((2, 64, 64, 3), np.float32), "(2, 64, 64, 3)"),
+        (np.zeros((2, 3, 64, 64), np.uint8), "uint8"),
+        (np.full((2, 3, 64, 64), np.nan, np.float32), "NaN"),
+    ],
+    ids=["layout", "dtype", "NaN"],
+)
+def test_calibration_arrays_must_be_what_the_model_takes(call, tmp_path, array, message):
+    np.save(tmp_path / "images.npy", array)
+    words = ("--precision", "int8", "--calibration", tmp_path / "images.npy", "-o", tmp_path / "out")
+    done = call("export", "resnet18", *HERE, *words)
+    assert done.code == 2
+    assert message in done.err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["images.npy"]
+
+
+def test_weights_that_do_not_fit_are_refused(call, tmp_path):
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "wrong.pth")
+    done = call("export", "resnet18", *HERE, "--weights", tmp_path / "wrong.pth", "-o", tmp_path / "out")
+    assert done.code == 1
+    assert "missing" in done.err
+    assert "conv1.weight" in done.err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["wrong.pth"]
+
+
+def test_a_taken_folder_stays_as_it_is(call, tmp_path, classifier):
+    (tmp_path / "notes.txt").write_text("mine")
+    other = call("export", "resnet18", *HERE, "-o", tmp_path)
+    bundle = call("export", "resnet18", *HERE, "-o", classifier)
+    assert (other.code, bundle.code) == (1, 1)
+    assert "is not a bundle, so it will not be replaced" in other.err
+    assert "--overwrite" in bundle.err
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_missing_runtime_package_gives_the_pip_command(call, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    done = call("export", "resnet18", "--runtime", "openvino", "-o", tmp_path / "out")
+    assert done.code == 1
+    assert "pip install 'deploykit[openvino]'" in done.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_outside_the_budget_name_each_level_and_leave_nothing(call, tmp_path, photos):
+    words = ("--precision", "int8", "--calibration", photos, "--min-sqnr-db", "90", "-o", tmp_path / "out")
+    done = call("export", "resnet18", *HERE, *words)
+    assert (done.code, done.out) == (1, "")
+    assert all(f"\n  {level}: " in done.err for level in ("stem", "stage4", "logits"))
+    assert "budget at least 90 dB" in done.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_nothing(call, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, limits[1]))
+    try:
+        done = call("export", "resnet18", *HERE, "-o", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert done.code == 1
+    assert "Nothing was left behind" in done.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_export_gives_130_and_leaves_nothing(tmp_path, stop):
+    words = ["export", "resnet18", *HERE, "-o", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "deploykit", *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        for line in process.stderr:
+            if "trace the module" in line:
+                process.send_signal(stop)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == 130
+    assert "error: interrupted" in rest
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_engine_that_cannot_run_here_is_said_to_be_built_only(call, tmp_path, photos):
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+    from deploykit.runtimes.run_tensorrt import cuda_capabilities
+
+    if cuda_capabilities():
+        pytest.skip("there is a CUDA device here, so the plan runs")
+    out = tmp_path / "out"
+    made = call("export", "resnet18", "--runtime", "tensorrt", "--image-size", "64", "-o", out)
+    assert made.code == 0, made.err
+    assert "built and never executed" in made.out
+    verified = call("verify", out, "--json")
+    assert verified.code == 1
+    assert json.loads(verified.out)["error"] == "DeviceUnavailable"
+    assert "was built and never executed" in verified.err
+    assert call("run", out, photos).code == 1
+    shown = call("inspect", out)
+    assert shown.code == 0
+    assert "built, never executed" in shown.out
+    assert "compute_capability sm" in shown.out

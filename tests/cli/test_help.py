@@ -1,0 +1,81 @@
+"""Help needs neither torch nor any runtime: each is made impossible to import."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+COMMANDS = ("export", "run", "verify", "inspect", "list", "doctor")
+BLOCKED = ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "openvino", "tensorrt_rtx", "timm", "skimage")
+
+SCRIPT = """
+import contextlib, io, json, sys
+from importlib.abc import MetaPathFinder
+
+class Block(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError("No module named " + repr(name), name=name)
+        return None
+
+sys.meta_path.insert(0, Block())
+from deploykit.cli.main import main
+
+answers = {{}}
+for words in {calls!r}:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(words)
+    answers[" ".join(words)] = [code, out.getvalue(), err.getvalue()]
+print(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def without_packages():
+    """Exit code, stdout and stderr of each call in a process where the packages cannot be imported."""
+    calls = [["--help"], ["-h"], ["--version"]]
+    calls += [[command, flag] for command in COMMANDS for flag in ("-h", "--help")]
+    calls += [["list"], ["export", "resnet18", "--runtime", "onnxruntime"]]
+    script = SCRIPT.format(blocked=set(BLOCKED), calls=calls)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_prints_help_with_an_example_last(without_packages, command, flag):
+    code, out, err = without_packages[f"{command} {flag}"]
+    assert (code, err) == (0, "")
+    assert f"deploykit {command}" in out
+    assert out.strip().splitlines()[-1].strip().startswith(f"Example: deploykit {command}")
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_the_root_help_lists_every_command(without_packages, flag):
+    code, out, _ = without_packages[flag]
+    assert code == 0
+    assert all(f"│ {command} " in out for command in COMMANDS)
+
+
+def test_the_version_is_printed(without_packages):
+    import deploykit
+
+    assert without_packages["--version"] == [0, f"deploykit {deploykit.__version__}\n", ""]
+
+
+@pytest.mark.parametrize("words", ["list", "export resnet18 --runtime onnxruntime"])
+def test_without_torch_the_error_has_the_pip_command(without_packages, words):
+    code, out, err = without_packages[words]
+    assert (code, out) == (1, "")
+    assert err.startswith("error: ")
+    assert "pip install 'deploykit[export]'" in err
+
+
+def test_python_dash_m_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "deploykit", "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("deploykit ")

@@ -1,0 +1,49 @@
+"""``deploykit inspect``: a bundle's page, without the runtime."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def no_runtime(monkeypatch):
+    """Neither the runtime nor onnx can be imported."""
+    for name in ("onnxruntime", "onnx", "onnx_ir"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+def test_the_page_tells_all_of_a_quantized_bundle(call, features):
+    done = call("inspect", features)
+    assert done.code == 0, done.err
+    for expected in (
+        "resnet18 (resnet)",
+        "random, digest ",
+        "1..4 x 3 x 64 x 64 float32 NCHW",
+        "0.485 0.456 0.406; 0.229 0.224 0.225",
+        "executed and compared with torch",
+        "calibrator minmax",
+        "minmax, 4 images",
+        "fold-batchnorm",
+        "model.onnx",
+        "batch x 128 x 8 x 8",
+        "budget 20 dB",
+    ):
+        assert expected in done.out
+    assert done.out.splitlines()[-1] == f"Next: deploykit verify {features}"
+
+
+def test_json_holds_the_manifest_the_parity_and_the_quantization(call, features):
+    told = call("inspect", features, "--json").json()
+    plan = json.loads((features / "quantization-plan.json").read_text())
+    assert told["manifest"] == json.loads((features / "manifest.json").read_text())
+    assert told["parity"] == json.loads((features / "parity.json").read_text())
+    assert told["quantization"]["integer_weights"] == len(plan["placement"]["weights"]) > 0
+    assert told["quantization"]["float_nodes"] == plan["placement"]["float_nodes"]
+
+
+def test_a_float_bundle_has_no_quantization(call, classifier):
+    assert call("inspect", classifier, "--json").json()["quantization"] is None
+    assert "Quantization" not in call("inspect", classifier).out

@@ -1,0 +1,93 @@
+"""``deploykit verify``: 0 for a bundle that is whole and within its budget, 1 for any other."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+
+from deploykit.bundle import read_manifest, write_manifest
+
+
+@pytest.fixture
+def copy(tmp_path, classifier):
+    return shutil.copytree(classifier, tmp_path / "copy")
+
+
+def test_a_good_bundle_gives_0(call, classifier):
+    text, told = call("verify", classifier), call("verify", classifier, "--json")
+    assert (text.code, told.code) == (0, 0)
+    assert "logits" in text.out
+    assert text.out.splitlines()[-1] == f"Next: deploykit run {classifier} IMAGE"
+    assert told.json()["passed"] is True
+    assert told.json()["report"]["levels"][0]["sqnr_db"] > 80
+
+
+def test_numbers_outside_the_budget_give_1(call, copy):
+    manifest = read_manifest(copy)
+    for name in ("manifest.json", "manifest.sha256"):
+        (copy / name).unlink()
+    strict = manifest.precision_settings | {"min_sqnr_db": 250.0}
+    write_manifest(copy, dataclasses.replace(manifest, precision_settings=strict))
+    text, told = call("verify", copy), call("verify", copy, "--json")
+    assert (text.code, told.code) == (1, 1)
+    assert "OUTSIDE its budget: logits" in text.out
+    assert told.json()["passed"] is False
+
+
+def _flip(folder):
+    content = bytearray((folder / "model.onnx").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "model.onnx").write_bytes(content)
+    return "model.onnx: SHA-256"
+
+
+def _remove(folder):
+    (folder / "reference.npz").unlink()
+    return "reference.npz: missing"
+
+
+def _newer(folder):
+    raw = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(raw | {"schema_version": 99}))
+    (folder / "manifest.sha256").unlink()
+    return "schema version 99"
+
+
+@pytest.mark.parametrize("damage", [_flip, _remove, _newer])
+@pytest.mark.parametrize("command", ["verify", "inspect", "run"])
+def test_a_damaged_bundle_gives_1_and_names_the_file(call, copy, photos, damage, command):
+    message = damage(copy)
+    done = call(command, copy, *([photos] if command == "run" else []))
+    assert (done.code, done.out) == (1, "")
+    assert message in done.err
+
+
+def test_a_damaged_bundle_is_json_too(call, copy):
+    _flip(copy)
+    told = call("verify", copy, "--json")
+    assert told.code == 1
+    assert (told.json()["passed"], told.json()["error"]) == (False, "BundleError")
+
+
+def test_a_folder_that_is_no_bundle_gives_1(call, tmp_path):
+    done = call("verify", tmp_path)
+    assert done.code == 1
+    assert "is not a bundle" in done.err
+
+
+def test_a_device_that_is_not_here_gives_1(call, classifier):
+    done = call("verify", classifier, "--device", "npu")
+    assert done.code == 1
+    assert "no device 'npu' here" in done.err
+
+
+def test_a_missing_runtime_gives_the_pip_command(call, classifier, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    done = call("verify", classifier)
+    assert done.code == 1
+    assert "pip install 'deploykit[onnxruntime]'" in done.err

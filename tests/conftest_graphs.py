@@ -1,0 +1,151 @@
+"""A small real network, its exported graphs and its engines, each made once for all tests."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from deploykit.bundle import Manifest
+from deploykit.export.lowering import LOWERINGS, Engine, Graph
+from deploykit.runtimes.base import Runtime, load_runtime
+from deploykit.spec import BackboneSpec, BatchRange, FeatureLevel, InputSpec, TensorSpec
+
+SIDE = 32
+LEVELS = (
+    FeatureLevel(name="stem", index=0, channels=8, stride=2, receptive_field=3),
+    FeatureLevel(name="stage1", index=1, channels=16, stride=4, receptive_field=7),
+)
+RAN_HERE = ("torch_compile", "onnxruntime", "openvino")
+
+
+class TinyBackbone(nn.Module):
+    """Two levels and ten logits."""
+
+    def __init__(self, *, features_only: bool) -> None:
+        super().__init__()
+        self.features_only = features_only
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.stage1 = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1), nn.SiLU())
+        self.classifier = nn.Linear(16, 10)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        stem = self.stem(images)
+        stage1 = self.stage1(stem)
+        if self.features_only:
+            return stem, stage1
+        return (self.classifier(stage1.mean((2, 3))),)
+
+
+def spec_of(*, features_only: bool) -> BackboneSpec:
+    return BackboneSpec(
+        name="tiny",
+        family="tiny",
+        levels=LEVELS,
+        features_only=features_only,
+        num_classes=10,
+        image_size=(SIDE, SIDE),
+    )
+
+
+@functools.cache
+def network(*, features_only: bool) -> TinyBackbone:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = TinyBackbone(features_only=features_only)
+        norm = module.stem[1]
+        with torch.no_grad():
+            norm.running_mean.normal_(0, 0.2)
+            norm.running_var.uniform_(0.5, 2)
+            norm.weight.uniform_(0.5, 1.5)
+            norm.bias.normal_(0, 0.2)
+    return module.eval()
+
+
+@functools.cache
+def tiny_graph(*, features_only: bool = True, dynamic: bool = True) -> Graph:
+    """The network as an ONNX model and a program; batch 1 to 8 where ``dynamic``, else 1."""
+    module = network(features_only=features_only)
+    names = spec_of(features_only=features_only).output_names
+    example = (torch.zeros(2 if dynamic else 1, 3, SIDE, SIDE),)
+    dims = ({0: torch.export.Dim("batch", min=1, max=8)},) if dynamic else None
+    with warnings.catch_warnings():
+        # torch.export.export copies deprecated pytree nodes of its own.
+        warnings.simplefilter("ignore", category=FutureWarning)
+        warnings.simplefilter("ignore", category=DeprecationWarning)
+        program = torch.export.export(module, example, dynamic_shapes=dims)
+        onnx_program = torch.onnx.export(
+            program, dynamo=True, input_names=["images"], output_names=list(names), opset_version=20, verbose=False
+        )
+    assert onnx_program is not None
+    batch = BatchRange() if dynamic else 1
+    with torch.no_grad():
+        shapes = [tuple(output.shape[1:]) for output in module(*example)]
+    return Graph(
+        input=InputSpec(batch=batch, height=SIDE, width=SIDE),
+        outputs=tuple(
+            TensorSpec(name=name, shape=("batch" if dynamic else 1, *shape))
+            for name, shape in zip(names, shapes, strict=True)
+        ),
+        model=onnx_program.model_proto,
+        program=program,
+    )
+
+
+def lower(runtime: str, graph: Graph, folder: Path) -> Engine:
+    module, _, function = LOWERINGS[runtime].partition(":")
+    engine: Engine = getattr(__import__(module, fromlist=[function]), function)(graph, folder)
+    return engine
+
+
+def manifest_of(runtime: str, graph: Graph, engine: Engine, **changes: object) -> Manifest:
+    features_only = graph.outputs[0].name in spec_of(features_only=True).output_names
+    fields: dict[str, object] = {
+        "backbone": spec_of(features_only=features_only),
+        "input": graph.input,
+        "outputs": graph.outputs,
+        "runtime": runtime,
+        "runtime_version": engine.runtime_version,
+        "precision": "fp32",
+        "engine": engine.file,
+        "requires": engine.requires,
+        "weights_digest": "0" * 64,
+    }
+    return Manifest(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="deploykit-tests-")
+
+
+@functools.cache
+def engine_of(runtime: str, *, features_only: bool = True, dynamic: bool = True) -> tuple[Manifest, Path]:
+    """A manifest and the folder that holds its engine; do not write there."""
+    graph = tiny_graph(features_only=features_only, dynamic=dynamic)
+    folder = Path(_scratch().name) / f"{runtime}-{features_only}-{dynamic}"
+    folder.mkdir()
+    return manifest_of(runtime, graph, lower(runtime, graph, folder)), folder
+
+
+def open_engine(manifest: Manifest, folder: Path, device: str = "auto") -> Runtime:
+    return load_runtime(manifest.runtime)(manifest, folder, device=device)
+
+
+def photographs(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(count, 3, SIDE, SIDE)).astype(np.float32)
+
+
+def reference(images: np.ndarray, *, features_only: bool = True) -> list[np.ndarray]:
+    with torch.no_grad():
+        return [output.numpy() for output in network(features_only=features_only)(torch.from_numpy(images))]
+
+
+def sqnr_db(expected: np.ndarray, actual: np.ndarray) -> float:
+    noise = np.square(expected.astype(np.float64) - actual).sum()
+    return float(10 * np.log10(np.square(expected.astype(np.float64)).sum() / max(noise, 1e-30)))

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+
+from deploykit.errors import DeviceUnavailable, IncompatibleEngine
+from deploykit.runtimes.run_onnxruntime import OnnxRuntime
+from tests.conftest_graphs import engine_of, open_engine
+
+no_cuda = pytest.mark.skipif(
+    "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this onnxruntime has CUDA"
+)
+
+
+@no_cuda
+def test_cuda_is_refused_where_the_provider_is_absent():
+    with pytest.raises(DeviceUnavailable, match=r"'cuda'.*CPUExecutionProvider.*onnxruntime-gpu"):
+        open_engine(*engine_of("onnxruntime"), "cuda")
+
+
+@no_cuda
+@pytest.mark.filterwarnings("ignore:Specified provider 'CUDAExecutionProvider':UserWarning")
+def test_a_session_that_fell_back_to_the_cpu_is_refused(monkeypatch: pytest.MonkeyPatch):
+    # A provider that is built in and cannot start: onnxruntime then gives a CPU session and no error.
+    monkeypatch.setattr(OnnxRuntime, "devices", classmethod(lambda cls: ("cpu", "cuda")))
+    with pytest.raises(DeviceUnavailable, match="made a session on CPUExecutionProvider"):
+        open_engine(*engine_of("onnxruntime"), "cuda")
+
+
+def test_an_operator_that_the_runtime_lacks_is_incompatible(tmp_path: Path):
+    manifest, folder = engine_of("onnxruntime")
+    model = onnx.load(folder / manifest.engine)
+    model.graph.node[0].op_type = "NoSuchOperator"
+    onnx.save(model, tmp_path / manifest.engine)
+    with pytest.raises(IncompatibleEngine, match="NoSuchOperator"):
+        open_engine(manifest, tmp_path)
