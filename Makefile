@@ -1,5 +1,5 @@
 # Each target sets up .venv by itself; only Python 3.11 and make are needed.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -43,7 +43,7 @@ clean:
 # timm declares torchvision, whose wheels are CUDA builds: both come without their dependencies.
 $(READY): pyproject.toml constraints.txt
 	@echo "deploykit: making $(VENV) (about 2 GB; a few minutes the first time)"
-	@command -v $(PYTHON) >/dev/null || { echo "deploykit: no $(PYTHON) here; name one with make PYTHON=python3"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "deploykit: no Python here; name one with make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@echo "deploykit: installing the tested versions from constraints.txt"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"

@@ -68,7 +68,7 @@ def read_image(path: Path, spec: InputSpec) -> FloatArray:
         CalibrationError: missing, unreadable, or not an image.
     """
     try:
-        with Image.open(path) as image:
+        with path.open("rb") as file, Image.open(file) as image:
             return preprocess(ImageOps.exif_transpose(image), spec)
     except FileNotFoundError as error:
         raise CalibrationError(f"{path}: no such file.") from error
@@ -89,10 +89,19 @@ def preprocess(image: Image.Image, spec: InputSpec) -> FloatArray:
             f"the model takes {spec.channels} channels and an image file has 1 or 3. "
             f"Pass arrays of shape (N, {spec.channels}, {spec.height}, {spec.width}) instead of files."
         )
-    fitted = _fit(image.convert("RGB" if spec.channels == 3 else "L"), spec)
+    fitted = _fit(_eight_bit(image).convert("RGB" if spec.channels == 3 else "L"), spec)
     pixels = np.asarray(fitted, np.float32).reshape(spec.height, spec.width, spec.channels) / 255
     mean, std = (np.asarray(values, np.float32) for values in (spec.preprocessing.mean, spec.preprocessing.std))
     return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1), np.float32)
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """The image in a mode that Pillow converts to RGB without cutting off its values."""
+    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
+        return Image.fromarray(np.clip(np.asarray(image, np.float32) / 257, 0, 255).round().astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA")
+    return image
 
 
 def _fit(image: Image.Image, spec: InputSpec) -> Image.Image:
@@ -122,7 +131,7 @@ def _resized(height: int, width: int, target: tuple[int, int], crop_mode: str) -
         )
     ratios = (height / target[0], width / target[1])
     ratio = max(ratios) if crop_mode == "border" else min(ratios)
-    return round(height / ratio), round(width / ratio)
+    return max(1, round(height / ratio)), max(1, round(width / ratio))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +222,7 @@ def calibration_set(source: CalibrationSource, spec: InputSpec, *, skip_corrupt:
         CalibrationError: nothing to read, or something that cannot be read.
     """
     if isinstance(source, CalibrationSet):
-        return source
+        return _made_for(source, spec)
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         if path.suffix in (".npy", ".npz"):
@@ -230,6 +239,16 @@ def calibration_set(source: CalibrationSource, spec: InputSpec, *, skip_corrupt:
         files = tuple(file for item in source for file in _find_images(Path(item)))
         return CalibrationSet(spec=spec, files=files, skip_corrupt=skip_corrupt)
     return _from_arrays(_spool(source), spec, "the iterable")
+
+
+def _made_for(source: CalibrationSet, spec: InputSpec) -> CalibrationSet:
+    made, wanted = ((each.shape[1:], each.preprocessing) for each in (source.spec, spec))
+    if made != wanted:
+        raise CalibrationError(
+            f"the calibration set was made for {made[0]} with {made[1]}; the model takes {wanted[0]} with {wanted[1]}. "
+            "Make it with the model's own input_spec."
+        )
+    return source
 
 
 def _find_images(path: Path) -> tuple[Path, ...]:

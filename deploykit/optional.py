@@ -47,6 +47,7 @@ PACKAGES: dict[str, OptionalPackage] = {
         OptionalPackage(
             module="tensorrt_rtx", distribution="tensorrt_rtx", extra="tensorrt", feature="the tensorrt runtime"
         ),
+        OptionalPackage(module="skimage", distribution="scikit-image", extra="demo", feature="the demo's photographs"),
         OptionalPackage(module="timm", distribution="timm", extra="timm", feature="timm/<name> backbones"),
     )
 }

@@ -72,12 +72,8 @@ class Packed8:
     def __init__(self, tensor: Tensor, low: Tensor, high: Tensor) -> None:
         largest = torch.maximum(low.abs(), high.abs())
         self._step = torch.maximum((high - low) / STEPS, largest * MIN_STEP).clamp_min_(1e-30)
-        self._lowest = (low / self._step).round_()
-        scaled = tensor / self._step
-        codes = scaled.round()
-        # A value that would round to zero keeps its sign: a zero means something to a ReLU.
-        codes += scaled.sign_() * (codes == 0)
-        self._codes = codes.sub_(self._lowest).to(torch.uint8)
+        self._lowest = _round_with_sign(low / self._step)
+        self._codes = _round_with_sign(tensor / self._step).sub_(self._lowest).to(torch.uint8)
         self._dtype = tensor.dtype
         self._storage = storage_reference(tensor)
 
@@ -189,6 +185,13 @@ def _compress(tensor: Tensor, bits: int) -> Saved:
     dims = _group_dims(tensor)
     low, high = tensor.amin(dims, keepdim=True).float(), tensor.amax(dims, keepdim=True).float()
     return Packed8(tensor, low, high) if bool((high - low).isfinite().all()) else Kept(tensor)
+
+
+def _round_with_sign(values: Tensor) -> Tensor:
+    """Rounded, but to 1 or -1 what would round to zero: a zero means something to a ReLU."""
+    codes = values.round()
+    codes += values.sign_() * (codes == 0)
+    return codes
 
 
 def _group_dims(tensor: Tensor) -> tuple[int, ...]:

@@ -189,11 +189,14 @@ def build_timm(name: str, options: BackboneOptions, pretrained: Pretrained = Fal
             "have. Leave it out, or choose a name like vit_small_patch16_224."
         )
     arguments = _timm_arguments(own, options, pretrained)
-    probe = timm.get_pretrained_cfg(arguments["model_name"])
-    if probe is None:
+    try:
+        config = timm.get_pretrained_cfg(arguments["model_name"])
+    except RuntimeError as error:
         tags = [tag.partition(".")[2] for tag in timm.list_pretrained(f"{base}.*")]
-        raise SpecError(f"timm's {base} has no weights {arguments['model_name']!r}. {nearest(own, tags)}")
-    model = _create(timm, arguments, bool(pretrained), probe.fixed_input_size)
+        raise SpecError(
+            f"timm's {base} has no weights {arguments['model_name']!r}. {nearest(str(pretrained or own), tags)}"
+        ) from error
+    model = _create(timm, arguments, bool(pretrained), bool(config and config.fixed_input_size))
     source = _source(timm, model)
     backbone = TimmBackbone(f"{PREFIX}{own}", options, model, source)
     if pretrained:

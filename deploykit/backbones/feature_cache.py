@@ -207,7 +207,7 @@ class _Folder:
     def read(self, key: str, names: tuple[str, ...]) -> Features | None:
         path = self._root / f"{key}{SUFFIX}"
         try:
-            with np.load(path, allow_pickle=False) as stored:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 entry = {name: stored[f"arr_{position}"] for position, name in enumerate(names)}
             os.utime(path)
         except FileNotFoundError:

@@ -150,7 +150,6 @@ class _Tape:
         self._kept: WeakValueDictionary[TensorKey, Kept] = WeakValueDictionary()
         self._recipes: dict[tuple[int, int], _Recipe] = {}
         self._memo = _Memo()
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, unpack)
 
     def find(self, tensor: Tensor) -> Saved | None:
         """How the tensor comes back in the backward pass, if it is known to."""
@@ -166,7 +165,11 @@ class _Tape:
         key = (output.untyped_storage()._cdata, output._version)
         self._recipes[key] = _Recipe(module, source, output, self._memo)
 
-    def _pack(self, tensor: Tensor) -> Saved:
+    def close(self) -> None:
+        """Leave the recipes to the graph, which needs only some of them."""
+        self._recipes.clear()
+
+    def pack(self, tensor: Tensor) -> Saved:
         if is_parameter(tensor):
             return Kept(tensor)
         known = self.find(tensor)
@@ -198,20 +201,22 @@ def _enter(model: nn.Module, args: Any) -> None:
         return
     wanted = model.training and torch.is_grad_enabled() and not compression_depth()
     # A model inside such a model records on the outer one's tape.
-    own = _Tape() if wanted and _active_tape() is None else None
-    if own is not None:
-        own.hooks.__enter__()
-        _state.tape = own
-    _state.owners = [*getattr(_state, "owners", []), own]
+    hooks = None
+    if wanted and _active_tape() is None:
+        _state.tape = _Tape()
+        hooks = torch.autograd.graph.saved_tensors_hooks(_state.tape.pack, unpack)
+        hooks.__enter__()
+    _state.owners = [*getattr(_state, "owners", []), hooks]
 
 
 def _leave(model: nn.Module, args: Any, output: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    *_state.owners, own = _state.owners
-    if own is not None:
+    *_state.owners, hooks = _state.owners
+    if hooks is not None:
+        hooks.__exit__()
+        _state.tape.close()
         _state.tape = None
-        own.hooks.__exit__()
 
 
 def _record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

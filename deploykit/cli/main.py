@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import deploykit
-from deploykit.cli import doctor, export, inspect, list, run, verify
+from deploykit.cli import demo, doctor, export, inspect, list, run, verify
 from deploykit.cli.output import show, show_error, shown_warnings
 from deploykit.errors import CalibrationError, DeployKitError, MissingDependency, SpecError
 from deploykit.optional import PACKAGES
@@ -44,6 +44,7 @@ app.command("run", epilog=run.EXAMPLE, context_settings=_SETTINGS)(run.run)
 app.command("verify", epilog=verify.EXAMPLE, context_settings=_SETTINGS)(verify.verify)
 app.command("inspect", epilog=inspect.EXAMPLE, context_settings=_SETTINGS)(inspect.inspect)
 app.command("list", epilog=list.EXAMPLE, context_settings=_SETTINGS)(list.list_backbones)
+app.command("demo", epilog=demo.EXAMPLE, context_settings=_SETTINGS)(demo.demo)
 app.command("doctor", epilog=doctor.EXAMPLE, context_settings=_SETTINGS)(doctor.doctor)
 
 
@@ -95,7 +96,7 @@ def _stopped_like_interrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = signal.SIG_DFL
     try:
         yield
     finally:

@@ -24,19 +24,22 @@ class Shallow(CoAtNet):
     variants = {NAME: replace(VARIANTS[NAME], depths=(1, 1, 2, 1))}  # noqa: RUF012
 
 
-def test_everything_is_timms_at_a_rectangular_size(timm):
-    transformers.assert_equals_timm(timm, CoAtNet, NAME, (96, 160))
+def test_shallow_stages_are_timms(timm):
+    transformers.assert_equals_timm(timm, Shallow, NAME, (96, 160), depths=(1, 1, 2, 1))
 
 
 @pytest.mark.slow
-def test_everything_is_timms_at_the_native_size(timm):
-    transformers.assert_equals_timm(timm, CoAtNet, NAME)
+@pytest.mark.parametrize("size", [None, (96, 160)], ids=str)
+def test_everything_is_timms(timm, size):
+    transformers.assert_equals_timm(timm, CoAtNet, NAME, size)
 
 
 def test_default_weights_and_preprocessing_are_timms(timm):
     against_timm.assert_sources_are_timms(timm, CoAtNet)
 
 
+# timm's own interpolation warns.
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence:UserWarning", "ignore:torch.searchsorted:UserWarning")
 @pytest.mark.parametrize("size", [(14, 14), (4, 9), (20, 5)], ids=str)
 def test_position_biases_are_resampled_as_timm_does(timm, size):
     from timm.layers import resize_rel_pos_bias_table

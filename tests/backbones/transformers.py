@@ -53,8 +53,9 @@ def assert_gradients_survive_checkpointing(backbone, name, **options):
     model = build(backbone, name, **options).train()
     images = torch.randn(2, 3, *model.spec.image_size)
     runs = []
-    last = [module for module in model.modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)][-2]
-    last.register_forward_hook(lambda *_: runs.append(model.grad_checkpointing))
+    deepest = list(model.stage_modules().values())[-1][0]
+    layers = [module for module in deepest.modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)]
+    layers[0].register_forward_hook(lambda *_: runs.append(model.grad_checkpointing))
     gradients = []
     for enable in (False, True):
         model.zero_grad()

@@ -18,17 +18,21 @@ from deploykit.bundle import read_manifest
 HERE = ("--runtime", "onnxruntime", "--image-size", "64")
 
 
-def test_an_export_ends_with_the_table_and_the_next_commands(call, tmp_path, monkeypatch, photos):
+def test_a_checkpoint_becomes_a_bundle_and_the_last_lines_say_what_is_next(call, tmp_path, monkeypatch):
+    model = deploykit.create_backbone("resnet18", num_classes=7)
+    torch.save(model.state_dict(), tmp_path / "mine.pth")
     monkeypatch.chdir(tmp_path)
-    done = call("export", "resnet18", "--runtime", "onnxruntime", "--num-classes", "7", "--image-size", "48x64")
+    words = ("--runtime", "onnxruntime", "--num-classes", "7", "--image-size", "48x64")
+    done = call("export", "mine.pth", "--backbone", "resnet18", *words)
     assert done.code == 0, done.err
     folder = "resnet18-onnxruntime-fp32"
-    assert [entry.name for entry in tmp_path.iterdir()] == [folder]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["mine.pth", folder]
     assert "status parity_checked" in done.out
     assert all(f"│ {level} " in done.out for level in ("stem", "stage4", "logits"))
     assert done.out.splitlines()[-2:] == [f"Next: deploykit verify {folder}", f"      deploykit run {folder} IMAGE"]
     assert [line.split("] ")[0][-3:] for line in done.err.splitlines()] == [f"{count}/9" for count in range(1, 10)]
     manifest = read_manifest(tmp_path / folder)
+    assert manifest.backbone.weights == "mine.pth"
     assert (manifest.backbone.num_classes, manifest.input.height, manifest.input.width) == (7, 48, 64)
     assert call("verify", folder).code == 0
 
@@ -45,14 +49,6 @@ def test_int8_settings_reach_the_bundle(exported_features):
     assert manifest.precision_settings["calibrator"] == "minmax"
     assert (manifest.input.batch.min, manifest.input.batch.opt, manifest.input.batch.max) == (1, 2, 4)
     assert "calibrated 4 of 4 images" in done.err
-
-
-def test_a_checkpoint_is_exported_under_its_backbone(call, tmp_path):
-    model = deploykit.create_backbone("resnet18", image_size=64)
-    torch.save(model.state_dict(), tmp_path / "mine.pth")
-    done = call("export", tmp_path / "mine.pth", "--backbone", "resnet18", *HERE, "-o", tmp_path / "out", "--json")
-    assert done.code == 0, done.err
-    assert read_manifest(tmp_path / "out").backbone.weights == "mine.pth"
 
 
 def test_a_dry_run_tells_the_plan_and_builds_nothing(call, tmp_path, photos):

@@ -75,6 +75,14 @@ def test_the_crop_mode_changes_what_the_engine_sees(call, classifier, tmp_path):
     assert tops["center"] != tops["squash"] != tops["border"] != tops["center"]
 
 
+@pytest.fixture
+def unreadable(tmp_path, monkeypatch):
+    """The current folder, with an empty folder and a file that is no image."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.jpg").write_text("not an image")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -85,10 +93,8 @@ def test_the_crop_mode_changes_what_the_engine_sees(call, classifier, tmp_path):
         (("notes.jpg", "--crop-mode", "centre"), "Did you mean 'center'"),
     ],
 )
-def test_images_that_cannot_be_read_are_bad_usage(call, classifier, tmp_path, monkeypatch, words, message):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "notes.jpg").write_text("not an image")
+@pytest.mark.usefixtures("unreadable")
+def test_images_that_cannot_be_read_are_bad_usage(call, classifier, words, message):
     done = call("run", classifier, *words)
     assert (done.code, done.out) == (2, "")
     assert message in done.err

@@ -1,0 +1,134 @@
+"""``deploykit demo``: one pretrained backbone, four engines, and the numbers that prove them."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import typer
+
+from deploykit.cli.output import show, stderr_console, table
+from deploykit.cli.progress import export_progress
+from deploykit.errors import DeviceUnavailable, MissingDependency
+
+if TYPE_CHECKING:
+    from deploykit.parity.report import ParityReport
+
+EXAMPLE = "Example: deploykit demo --output demo-output"
+
+BACKBONE = "efficientnet_lite0"
+SHOWN = ("chelsea.png", "coffee.png", "rocket.jpg")
+"""The photographs whose labels are printed; none is calibrated on."""
+CALIBRATED = ("astronaut.png", "motorcycle_left.png", "ihc.png", "hubble_deep_field.jpg", "retina.jpg")
+CROPS = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoEngine:
+    """One engine of the demo."""
+
+    runtime: str
+    precision: str
+
+    @property
+    def name(self) -> str:
+        """The name of its folder and its column."""
+        return f"{self.runtime}-{self.precision}"
+
+
+ENGINES = (
+    DemoEngine(runtime="onnxruntime", precision="int8"),
+    DemoEngine(runtime="openvino", precision="int8"),
+    DemoEngine(runtime="openvino", precision="fp16"),
+    DemoEngine(runtime="tensorrt", precision="int8"),
+)
+
+
+def demo(
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="The folder for the photographs and the four bundles.")
+    ] = Path("demo-output"),
+) -> None:
+    """Export EfficientNet-Lite0 with its ImageNet weights to four engines, and print what each one gives.
+
+    Calibrates on crops of scikit-image's photographs and shows three others that it was not calibrated on.
+    """
+    from deploykit.calibration.images import load_images
+    from deploykit.facade import create_backbone
+    from deploykit.labels import class_labels
+
+    photographs = photograph_folder()
+    crops = write_crops(photographs, output / "calibration")
+    torch_model: Any = create_backbone(BACKBONE, pretrained=True)
+    images = load_images([photographs / name for name in SHOWN], torch_model.input_spec)
+    labels = class_labels(torch_model.spec.label_set) or ()
+    columns = {"torch-fp32": [_label(torch_model(image[None]), labels) for image in images]}
+    for engine in ENGINES:
+        columns[engine.name] = _export_and_label(engine, output / engine.name, crops, images, labels)
+    rows = ([Path(name).stem, *(column[row] for column in columns.values())] for row, name in enumerate(SHOWN))
+    show(table(["photo", *columns], rows, title=f"top-1 of {BACKBONE}, with its probability"))
+    show(f"\nNext: deploykit verify {output / ENGINES[0].name}")
+
+
+def write_crops(photographs: Path, folder: Path, *, count: int = CROPS) -> Path:
+    """Write square crops, half to all of the short side, at random places from a fixed seed."""
+    from PIL import Image
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        name = CALIBRATED[number % len(CALIBRATED)]
+        with Image.open(photographs / name) as photograph:
+            side = int(min(photograph.size) * generator.uniform(0.5, 1.0))
+            left, top = (int(generator.integers(0, length - side + 1)) for length in photograph.size)
+            crop = photograph.convert("RGB").crop((left, top, left + side, top + side))
+        crop.resize((256, 256)).save(folder / f"{number:03d}-{Path(name).stem}.png")
+    return folder
+
+
+def _export_and_label(engine: DemoEngine, folder: Path, crops: Path, images: Any, labels: tuple[str, ...]) -> list[str]:
+    """Export one engine, print its parity, and label the photographs with it where it runs."""
+    from deploykit.facade import export_backbone, load_bundle
+    from deploykit.parity.report import ParityReport
+
+    stderr_console().print(f"\n{engine.name}", style="bold")
+    start = monotonic()
+    with export_progress() as progress:
+        manifest = export_backbone(
+            BACKBONE,
+            folder,
+            runtime=engine.runtime,
+            precision=engine.precision,
+            calibration=crops,
+            pretrained=True,
+            overwrite=True,
+            progress=progress,
+        )
+    report: ParityReport = ParityReport.load(folder / "parity.json")
+    show(report.render(), f"{engine.name}: {manifest.status} in {monotonic() - start:.0f} s, {folder}\n")
+    try:
+        with load_bundle(folder) as model:
+            return [_label(model(image[None]), labels) for image in images]
+    except (DeviceUnavailable, MissingDependency) as error:
+        show(f"{engine.name}: {error}\n")
+        return ["built, not run here"] * len(images)
+
+
+def _label(logits: Any, labels: tuple[str, ...]) -> str:
+    """``"285 Egyptian cat 0.75"`` from ``(1, classes)`` logits."""
+    scores = np.asarray(logits, np.float64)[0]
+    shares = np.exp(scores - scores.max())
+    best = int(scores.argmax())
+    return f"{best} {labels[best] if labels else ''} {shares[best] / shares.sum():.2f}"
+
+
+def photograph_folder() -> Path:
+    """Where scikit-image keeps its photographs."""
+    from deploykit.optional import require
+
+    return Path(require("skimage").__file__).parent / "data"

@@ -1,0 +1,175 @@
+"""timm/<name> against timm itself, and modules of a user's own."""
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from deploykit.backbones.base import BackboneOptions
+from deploykit.backbones.custom import build_timm, wrap_module
+from deploykit.errors import MissingDependency, SpecError, WeightsError
+
+PYRAMID = [(0, "stem", 2), (1, "stage1", 4), (2, "stage2", 8), (3, "stage3", 16), (4, "stage4", 32)]
+
+
+def indices_names_strides(backbone):
+    return [(level.index, level.name, level.stride) for level in backbone.feature_info]
+
+
+class Tiny(nn.Module):
+    """Three convolutions of stride 2 and whatever ``give`` makes of their maps."""
+
+    def __init__(self, give):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(width, 4, 3, stride=2, padding=1) for width in (1, 4, 4))
+        self.give = give
+
+    def forward(self, images):
+        maps = []
+        for conv in self.convs:
+            images = conv(images)
+            maps.append(images)
+        return self.give(maps)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "ghostnet_050"])
+def test_timm_pyramid_gives_timms_features_and_logits(timm, name):
+    backbone = build_timm(f"timm/{name}", BackboneOptions(image_size=(64, 96)))
+    reference = timm.create_model(name, features_only=True).eval()
+    weights = {key.replace(".", "_"): value for key, value in backbone.model.state_dict().items()}
+    reference.load_state_dict({key: weights[key.replace(".", "_")] for key in reference.state_dict()})
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        outputs = backbone.forward_everything(images)
+        logits, expected = backbone.model(images), reference(images)
+    assert indices_names_strides(backbone) == PYRAMID
+    assert backbone.feature_info.channels() == reference.feature_info.channels()
+    torch.testing.assert_close(outputs.pop("logits"), logits)
+    for ours, theirs in zip(outputs.values(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_timm_transformer_levels_are_its_last_blocks_at_another_size(timm):
+    options = BackboneOptions(features_only=True, image_size=(64, 96))
+    backbone = build_timm("timm/vit_tiny_patch16_224", options)
+    features = backbone(torch.randn(1, 3, 64, 96))
+    assert list(features) == ["block9", "block10", "block11"]
+    assert {tuple(feature.shape) for feature in features.values()} == {(1, 192, 4, 6)}
+    with pytest.raises(SpecError, match="expected"):
+        backbone(torch.randn(1, 3, 96, 64))
+
+
+def test_timm_selected_levels_stop_the_trunk_early(timm):
+    backbone = build_timm("timm/resnet18", BackboneOptions(features_only=True, output_indices=(1, 2)))
+    runs = []
+    backbone.model.layer3.register_forward_hook(lambda *_: runs.append("layer3"))
+    assert list(backbone(torch.randn(1, 3, 64, 64))) == ["stage1", "stage2"]
+    assert runs == []
+
+
+def test_timm_input_spec_is_timms_data_config(timm):
+    preprocessing = build_timm("timm/tf_efficientnet_lite0", BackboneOptions()).input_spec.preprocessing
+    assert (preprocessing.mean, preprocessing.std) == ((0.5,) * 3, (0.5,) * 3)
+    assert (preprocessing.interpolation, preprocessing.crop_pct) == ("bicubic", 0.875)
+
+
+def test_timm_stages_freeze_up_to_a_level(timm):
+    backbone = build_timm("timm/resnet18", BackboneOptions())
+    backbone.freeze("stage2")
+    free = {name.split(".")[0] for name, weight in backbone.model.named_parameters() if weight.requires_grad}
+    assert free == {"layer3", "layer4", "fc"}
+
+
+def test_timm_options_reach_the_model(timm):
+    backbone = build_timm("timm/resnet18", BackboneOptions(in_channels=1, num_classes=0, output_stride=8))
+    assert backbone(torch.randn(1, 1, 64, 64)).shape == (1, 512)
+    assert backbone.feature_info.reduction() == [2, 4, 8, 8, 8]
+    assert [level.index for level in backbone.feature_info] == [0, 1, 2, 3, 4]
+
+
+def test_timm_checkpoint_file_is_loaded(timm, tmp_path):
+    trained = build_timm("timm/resnet18", BackboneOptions())
+    torch.save(trained.model.state_dict(), tmp_path / "mine.pth")
+    backbone = build_timm("timm/resnet18", BackboneOptions(), tmp_path / "mine.pth")
+    assert torch.equal(backbone.model.conv1.weight, trained.model.conv1.weight)
+    assert backbone.spec.weights == "mine.pth"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "pretrained", "error", "message"),
+    [
+        ("timm/resnet5", {}, False, SpecError, "resnet50"),
+        ("timm/resnet18.nope", {}, False, SpecError, "a1_in1k"),
+        ("timm/resnet18", {}, "a1_in2k", SpecError, "a1_in1k"),
+        ("timm/resnet18", {"hierarchical": True}, False, SpecError, "plain ViT"),
+        ("timm/vit_tiny_patch16_224", {"output_stride": 8}, False, SpecError, "output_stride"),
+        ("timm/resnet18", {"output_indices": (7,)}, False, SpecError, "stage4"),
+        ("timm/resnet18", {}, "absent/mine.pth", WeightsError, "no file"),
+    ],
+)
+@pytest.mark.usefixtures("timm")
+def test_timm_refusals_say_what_to_do(name, options, pretrained, error, message):
+    with pytest.raises(error, match=message):
+        build_timm(name, BackboneOptions(**options), pretrained)
+
+
+def test_timm_absent_names_the_pip_command(monkeypatch):
+    for module in [name for name in sys.modules if name.partition(".")[0] == "timm"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr(sys, "meta_path", [_NoTimm(), *sys.meta_path])
+    with pytest.raises(MissingDependency, match=r"pip install 'deploykit\[timm\]'"):
+        build_timm("timm/resnet18", BackboneOptions())
+
+
+class _NoTimm:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "timm":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def test_module_with_logits_is_a_classifier():
+    backbone = wrap_module(Tiny(lambda maps: maps[-1].mean((2, 3))), 32, in_channels=1, name="mine")
+    images = torch.randn(2, 1, 32, 32)
+    assert (backbone.name, backbone.spec.num_classes, backbone.spec.output_names) == ("mine", 4, ("logits",))
+    assert torch.equal(backbone(images), backbone.module(images))
+    assert list(backbone.forward_everything(images)) == ["logits"]
+
+
+@pytest.mark.parametrize("give", [list, tuple, lambda maps: list(reversed(maps))])
+def test_module_with_maps_is_a_pyramid_by_stride(give):
+    backbone = wrap_module(Tiny(give), (32, 64), in_channels=1)
+    features = backbone(torch.randn(2, 1, 32, 64))
+    assert indices_names_strides(backbone) == PYRAMID[:3]
+    assert [tuple(feature.shape) for feature in features.values()] == [(2, 4, 16, 32), (2, 4, 8, 16), (2, 4, 4, 8)]
+
+
+def test_module_with_a_dict_keeps_its_names_and_selects_levels():
+    backbone = wrap_module(
+        Tiny(lambda maps: {"deep": maps[2], "flat": maps[0]}), 32, in_channels=1, output_indices=(2,)
+    )
+    assert [level.name for level in backbone.all_levels] == ["flat", "deep"]
+    assert list(backbone(torch.zeros(1, 1, 32, 32))) == ["deep"]
+
+
+@pytest.mark.parametrize(
+    ("give", "size", "message"),
+    [
+        (lambda maps: (maps[0], maps[0].mean((2, 3))), 32, "expected one"),
+        (lambda maps: "text", 32, "expected one"),
+        (lambda maps: [], 32, "expected one"),
+        (lambda maps: maps[0].reshape(1, 7, -1), 32, "fails on images"),
+    ],
+)
+def test_module_that_gives_something_else_is_refused(give, size, message):
+    with pytest.raises(SpecError, match=message):
+        wrap_module(Tiny(give), size, in_channels=1)
+
+
+def test_module_is_probed_in_eval_mode_and_left_as_it_was_when_refused():
+    module = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.Flatten(0))
+    module[1].eval()
+    with pytest.raises(SpecError):
+        wrap_module(module, 8)
+    assert [part.training for part in module] == [True, False, True]
+    assert int(module[1].num_batches_tracked) == 0

@@ -1,0 +1,352 @@
+from __future__ import annotations
+
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deploykit.calibration.images import CalibrationSet, calibration_set, load_images, preprocess, read_image
+from deploykit.errors import CalibrationError, SpecError
+from deploykit.spec import InputSpec, Preprocessing
+
+SPEC = InputSpec(height=32, width=32)
+HALF = Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+
+def picture(width: int = 60, height: int = 40, seed: int = 0) -> Image.Image:
+    """Smooth noise, so that resampling has something to do."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def arrays(count: int = 5, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(count, 3, 32, 32)).astype(np.float32)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    root = tmp_path / "photos"
+    (root / "inner").mkdir(parents=True)
+    for index, name in enumerate(("b.jpg", "a.PNG", "inner/c.webp", "d.bmp")):
+        picture(seed=index).save(root / name)
+    (root / "notes.txt").write_text("not an image")
+    return root
+
+
+# ---- preprocessing
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 48), (30, 71)], ids=str)
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("image_size", [(60, 40), (41, 97), (33, 32)], ids=str)
+def test_photographs_are_prepared_as_timm_prepares_them(timm, size, crop_mode, interpolation, image_size):
+    pytest.importorskip("torchvision.transforms", reason="torchvision is not installed")
+    how = Preprocessing(crop_mode=crop_mode, interpolation=interpolation, crop_pct=0.875)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision's own
+        transform = timm.data.create_transform(
+            input_size=(3, *size),
+            is_training=False,
+            interpolation=interpolation,
+            mean=how.mean,
+            std=how.std,
+            crop_pct=how.crop_pct,
+            crop_mode=crop_mode,
+        )
+        image = picture(*image_size)
+        expected = transform(image).numpy()
+    found = preprocess(image, InputSpec(height=size[0], width=size[1], preprocessing=how))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_the_range_of_a_white_image_follows_mean_and_std():
+    white = preprocess(Image.new("RGB", (50, 50), "white"), InputSpec(height=32, width=32, preprocessing=HALF))
+    np.testing.assert_array_equal(white, np.ones((3, 32, 32), np.float32))
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK", "P", "YCbCr", "1"])
+def test_every_colour_mode_becomes_three_channels(mode, tmp_path):
+    path = tmp_path / ("image.jpg" if mode in ("CMYK", "YCbCr") else "image.png")
+    source = picture(80, 80)
+    source.convert(mode).save(path)
+    found = read_image(path, SPEC)
+    assert found.shape == (3, 32, 32)
+    assert found.dtype == np.float32
+    grey = mode in ("L", "LA", "1")
+    expected = preprocess(source.convert("L").convert("RGB") if grey else source, SPEC)
+    assert np.abs(found - expected).mean() < (2.0 if mode == "1" else 0.25)
+
+
+def test_a_palette_with_transparency_is_read_without_a_warning(tmp_path):
+    path = tmp_path / "palette.png"
+    picture().convert("P").save(path, transparency=bytes(range(256)))
+    assert read_image(path, SPEC).shape == (3, 32, 32)
+
+
+def test_16_bit_images_keep_their_greys(tmp_path):
+    grey = np.linspace(0, 255, 64 * 64).astype(np.uint8).reshape(64, 64)
+    Image.fromarray(grey).save(tmp_path / "8.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    found, expected = (read_image(tmp_path / name, SPEC) for name in ("16.png", "8.png"))
+    np.testing.assert_allclose(found, expected, atol=0.03)
+
+
+def test_an_image_is_turned_upright_by_its_exif_orientation(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    picture().save(tmp_path / "turned.png", exif=exif)
+    found = read_image(tmp_path / "turned.png", SPEC)
+    np.testing.assert_array_equal(found, preprocess(picture().transpose(Image.Transpose.ROTATE_270), SPEC))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (900, 4), (4, 900)], ids=str)
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+def test_tiny_and_very_wide_images_fit(size, crop_mode):
+    spec = InputSpec(height=24, width=40, preprocessing=Preprocessing(crop_mode=crop_mode))
+    found = preprocess(picture(*size), spec)
+    assert found.shape == (3, 24, 40)
+    assert np.isfinite(found).all()
+
+
+def test_a_grey_model_takes_grey_photographs():
+    spec = InputSpec(channels=1, height=32, width=32, preprocessing=Preprocessing(mean=(0.5,), std=(0.5,)))
+    assert preprocess(picture(), spec).shape == (1, 32, 32)
+    border = InputSpec(
+        channels=1, height=32, width=32, preprocessing=Preprocessing(mean=(0.5,), std=(0.5,), crop_mode="border")
+    )
+    assert preprocess(picture(), border).shape == (1, 32, 32)
+
+
+def test_photographs_do_not_fit_a_model_of_five_channels():
+    spec = InputSpec(channels=5, height=32, width=32, preprocessing=Preprocessing(mean=(0.5,) * 5, std=(0.5,) * 5))
+    with pytest.raises(SpecError, match=r"takes 5 channels.*arrays of shape \(N, 5, 32, 32\)"):
+        preprocess(picture(), spec)
+
+
+# ---- files
+
+
+def test_load_images_stacks_the_files_in_order(folder):
+    found = load_images([folder / "b.jpg", str(folder / "d.bmp")], SPEC)
+    assert found.shape == (2, 3, 32, 32)
+    np.testing.assert_array_equal(found[1], read_image(folder / "d.bmp", SPEC))
+    np.testing.assert_array_equal(load_images(folder / "d.bmp", SPEC), found[1:])
+
+
+def test_load_images_names_every_bad_file(folder):
+    (folder / "bad.jpg").write_bytes(b"not a jpeg")
+    with pytest.raises(CalibrationError, match=r"(?s)bad\.jpg: not an image.*gone\.jpg: no such file"):
+        load_images([folder / "bad.jpg", folder / "b.jpg", folder / "gone.jpg"], SPEC)
+    with pytest.raises(CalibrationError, match="no image files were given"):
+        load_images([], SPEC)
+
+
+def test_a_folder_is_searched_recursively_in_a_stable_order(folder):
+    found = calibration_set(folder, SPEC)
+    assert [file.name for file in found.files] == ["a.PNG", "b.jpg", "d.bmp", "c.webp"]
+    assert len(found) == 4
+    assert len(list(found.images())) == 4
+
+
+def test_a_list_may_mix_files_and_folders(folder):
+    found = calibration_set([folder / "d.bmp", str(folder / "inner")], SPEC)
+    assert [file.name for file in found.files] == ["d.bmp", "c.webp"]
+
+
+def test_a_folder_without_images_says_what_it_holds(tmp_path):
+    with pytest.raises(CalibrationError, match=r"no image files in the folder \(0 other files\).*\.jpeg"):
+        calibration_set(tmp_path, SPEC)
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(CalibrationError, match="1 other files"):
+        calibration_set(str(tmp_path), SPEC)
+    with pytest.raises(CalibrationError, match="no such file or folder"):
+        calibration_set(tmp_path / "absent", SPEC)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_corrupt_jpeg_among_good_ones_is_named(folder):
+    truncate(folder / "b.jpg")
+    with pytest.raises(CalibrationError, match=r"b\.jpg: cannot be decoded.*skip_corrupt=True"):
+        list(calibration_set(folder, SPEC).images())
+
+
+def test_a_corrupt_jpeg_is_left_out_with_a_warning_when_asked(folder):
+    truncate(folder / "b.jpg")
+    with pytest.warns(UserWarning, match=r"left out of calibration: .*b\.jpg") as caught:
+        images = list(calibration_set(folder, SPEC, skip_corrupt=True).images())
+    assert len(images) == 3
+    assert len(caught) == 1
+
+
+def test_nothing_left_after_skipping_is_an_error(tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(b"bad")
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(CalibrationError, match="none of the 1"):
+        list(calibration_set(tmp_path, SPEC, skip_corrupt=True).images())
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that cannot be read: /proc/self/mem")
+def test_an_unreadable_file_is_named():
+    found = calibration_set([Path("/proc/self/mem")], SPEC)
+    with pytest.raises(CalibrationError, match="/proc/self/mem: cannot be"):
+        list(found.images())
+    with pytest.raises(CalibrationError, match="/proc/self/mem: cannot be read"):
+        _ = found.digest
+
+
+# ---- arrays and iterables
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+def test_arrays_come_from_numpy_files(suffix, tmp_path):
+    path = tmp_path / f"images{suffix}"
+    np.save(path, arrays()) if suffix == ".npy" else np.savez(path, images=arrays())
+    found = calibration_set(path, SPEC)
+    np.testing.assert_array_equal(np.stack(list(found.images())), arrays())
+    assert found.digest == calibration_set(arrays(), SPEC).digest
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [("bad.npy", b"nonsense", "not a readable NumPy file"), ("bad.npz", b"nonsense", "not a readable NumPy file")],
+)
+def test_a_broken_numpy_file_is_named(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CalibrationError, match=rf"{name}: {message}"):
+        calibration_set(tmp_path / name, SPEC)
+
+
+def test_numpy_files_with_pickles_several_arrays_or_no_bytes_are_refused(tmp_path):
+    np.save(tmp_path / "objects.npy", np.array([{}], object), allow_pickle=True)
+    with pytest.raises(CalibrationError, match="without pickles"):
+        calibration_set(tmp_path / "objects.npy", SPEC)
+    np.savez(tmp_path / "two.npz", one=arrays(), two=arrays())
+    with pytest.raises(CalibrationError, match=r"\['one', 'two'\]; expected exactly one"):
+        calibration_set(tmp_path / "two.npz", SPEC)
+    with pytest.raises(CalibrationError, match="no such file"):
+        calibration_set(tmp_path / "gone.npy", SPEC)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        arrays().astype(np.float64),
+        (arrays() * 40 + 128).clip(0, 255).astype(np.uint8),
+        arrays().transpose(0, 2, 3, 1),
+        arrays()[0],
+        arrays()[:, :, :16],
+    ],
+    ids=["float64", "uint8", "NHWC", "no batch", "size"],
+)
+def test_an_array_of_another_shape_or_dtype_is_refused(array):
+    with pytest.raises(CalibrationError, match=r"expected|\(N, 3, 32, 32\) float32, normalised"):
+        calibration_set(array, SPEC)
+
+
+def test_an_empty_array_is_refused():
+    with pytest.raises(CalibrationError, match="holds no images"):
+        calibration_set(arrays()[:0], SPEC)
+
+
+def test_nan_in_an_array_is_named_by_its_position():
+    bad = arrays()
+    bad[3, 0, 0, 0] = np.nan
+    found = calibration_set(bad, SPEC)
+    with pytest.raises(CalibrationError, match="image 3 of the calibration set"):
+        list(found.images())
+    with pytest.raises(CalibrationError, match="NaN"):
+        found.sample(5)
+
+
+def test_a_one_shot_generator_can_be_read_on_every_pass():
+    found = calibration_set((arrays()[start : start + 2] for start in (0, 2, 4)), SPEC)
+    for _ in range(2):
+        np.testing.assert_array_equal(np.stack(list(found.images())), arrays())
+    assert found.digest == calibration_set(arrays(), SPEC).digest
+
+
+def test_batches_may_be_tensors_and_tuples_as_a_dataloader_gives():
+    dataset = torch.utils.data.TensorDataset(torch.from_numpy(arrays()), torch.arange(5))
+    for source in (torch.utils.data.DataLoader(dataset, batch_size=2), torch.from_numpy(arrays())):
+        np.testing.assert_array_equal(np.stack(list(calibration_set(source, SPEC).images())), arrays())
+
+
+def test_a_list_of_arrays_is_an_iterable_of_batches():
+    assert len(calibration_set([arrays(2), arrays(3)], SPEC)) == 5
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (iter(()), "gave no batches"),
+        ([], "gave no batches"),
+        (iter([arrays()[0]]), r"a batch of the iterable is \(3, 32, 32\)"),
+        (iter([arrays(), arrays()[:, :, :16]]), "all of one size"),
+        (7, "calibration is a int"),
+    ],
+    ids=["empty iterator", "empty list", "rank", "ragged", "number"],
+)
+def test_other_iterables_are_refused(source, message):
+    with pytest.raises(CalibrationError, match=message):
+        calibration_set(source, SPEC)
+
+
+def test_a_set_made_for_another_input_is_refused():
+    made = calibration_set(arrays(), SPEC)
+    assert calibration_set(made, InputSpec(batch=4, height=32, width=32)) is made
+    with pytest.raises(CalibrationError, match=r"made for .*\(3, 32, 32\).*\(3, 64, 64\)"):
+        calibration_set(made, InputSpec(height=64, width=64))
+
+
+# ---- a set's own promises
+
+
+def test_the_digest_follows_content_preprocessing_and_order_but_not_names(folder, tmp_path):
+    digest = calibration_set(folder, SPEC).digest
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(folder, moved)
+    (moved / "b.jpg").rename(moved / "bb.jpg")
+    assert calibration_set(moved, SPEC).digest == digest
+    files = list(calibration_set(folder, SPEC).files)
+    others = {
+        calibration_set(files[::-1], SPEC).digest,
+        calibration_set(files[:-1], SPEC).digest,
+        calibration_set(folder, InputSpec(height=32, width=32, preprocessing=HALF)).digest,
+        calibration_set(folder, InputSpec(height=32, width=64)).digest,
+    }
+    picture(seed=9).save(moved / "d.bmp")
+    others.add(calibration_set(moved, SPEC).digest)
+    assert len(others) == 5
+    assert digest not in others
+
+
+def test_a_sample_is_spread_evenly_over_the_set():
+    images = np.broadcast_to(np.arange(10, dtype=np.float32)[:, None, None, None], (10, 3, 32, 32))
+    found = calibration_set(np.ascontiguousarray(images), SPEC)
+    assert found.sample(4)[:, 0, 0, 0].tolist() == [0, 3, 6, 9]
+    assert found.sample(99)[:, 0, 0, 0].tolist() == list(range(10))
+    assert found.sample(1).shape == (1, 3, 32, 32)
+
+
+def test_a_sample_of_files_reads_only_those(folder):
+    found = calibration_set(folder, SPEC)
+    truncate(folder / "b.jpg")  # the second of four
+    assert found.sample(2).shape == (2, 3, 32, 32)
+
+
+def test_a_last_partial_batch_is_filled_up_with_its_own_images():
+    batches = list(calibration_set(arrays(5), SPEC).batches(3))
+    assert [batch.shape for batch in batches] == [(3, 3, 32, 32)] * 2
+    np.testing.assert_array_equal(batches[1], arrays(5)[[3, 4, 3]])
+
+
+def test_a_set_can_be_smaller_than_a_batch():
+    (batch,) = CalibrationSet(spec=SPEC, arrays=arrays(1)).batches(3)
+    np.testing.assert_array_equal(batch, arrays(1)[[0, 0, 0]])

@@ -1,0 +1,61 @@
+"""What all tests share: an engine cache of their own, photographs, and timm beside a CPU torch."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "immunohistochemistry", "rocket")
+SHORT_SIDE = 128
+
+# torchvision's only wheels are CUDA builds: beside a CPU torch its import fails on these two operators.
+_TORCHVISION_OPERATORS = ("nms", "qnms")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def engine_cache(tmp_path_factory):
+    """Engines that tests build go to a temporary folder, and never to the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("engine-cache")
+        patch.setenv("DEPLOYKIT_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory) -> Path:
+    """A folder of six small photographs; copy it before writing there."""
+    data = pytest.importorskip("skimage.data", reason="scikit-image is not installed")
+    folder = tmp_path_factory.mktemp("photographs")
+    for name in PHOTOGRAPHS:
+        image = Image.fromarray(np.asarray(getattr(data, name)()))
+        ratio = SHORT_SIDE / min(image.size)
+        small = image.resize((round(image.width * ratio), round(image.height * ratio)), Image.Resampling.BICUBIC)
+        small.save(folder / f"{name}.jpg", quality=92)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def timm():
+    """The module timm; skips by name where it is absent."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        library = _declare_torchvision_operators()
+        module = pytest.importorskip("timm", reason="timm is not installed")
+    yield module
+    del library
+
+
+def _declare_torchvision_operators():
+    """Hold the returned library as long as torchvision is in use: its operators die with it."""
+    import torch
+
+    if hasattr(torch.ops.torchvision, "nms"):
+        return None
+    library = torch.library.Library("torchvision", "DEF")
+    for operator in _TORCHVISION_OPERATORS:
+        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
