@@ -25,6 +25,19 @@ PrecisionPlan: TypeAlias = QuantizationPlan | HalfPlan | Bf16Plan | None
 """What a dialect renders; None is FP32."""
 
 
+def check_images_given(precision: Precision, calibration: CalibrationSet | None) -> None:
+    """Refuse INT8 without images.
+
+    Raises:
+        CalibrationError: deploykit never calibrates on random data.
+    """
+    if isinstance(precision, Int8) and calibration is None:
+        raise CalibrationError(
+            "int8 needs images to calibrate with, and none were given. Pass calibration=FOLDER (or files, an array, "
+            "an iterable of batches): a hundred typical photographs are enough. Random data is never used."
+        )
+
+
 def plan_precision(
     model: onnx.ModelProto,
     precision: Precision,
@@ -53,11 +66,8 @@ def plan_precision(
         return Bf16Plan()
     if not isinstance(precision, Int8):
         return None
-    if calibration is None:
-        raise CalibrationError(
-            "int8 needs images to calibrate with, and none were given. Pass calibration=FOLDER (or files, an array, "
-            "an iterable of batches): a hundred typical photographs are enough. Random data is never used."
-        )
+    check_images_given(precision, calibration)
+    assert calibration is not None  # noqa: S101  (just checked; narrows the type)
     return calibrate(
         model,
         calibration.batches(calibration_batch(model)),

@@ -118,8 +118,12 @@ def _error(centres: Array, counts: Array, low: float, high: float, levels: int) 
     return float(np.sum(counts * (rounded - centres) ** 2))
 
 
-def quantize_weight(weight: Array, axis: int) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+def quantize_weight(
+    weight: Array, axis: int, least: Array | None = None
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
     """A weight to int8 in -127..127 with one scale a channel of ``axis``, and those scales.
+
+    ``least`` is the smallest scale that each channel may have, ``(channels,)``.
 
     A channel that BatchNorm folding left at zero, or far below the others, gets a scale of a
     ten-thousandth of the largest: a scale of zero would give NaN.
@@ -127,7 +131,7 @@ def quantize_weight(weight: Array, axis: int) -> tuple[npt.NDArray[np.int8], npt
     moved = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1).astype(np.float64)
     amax = np.abs(moved).max(axis=1)
     floor = max(float(amax.max()) * 1e-4, 1e-8)
-    scales = (np.maximum(amax, floor) / 127).astype(np.float32)
+    scales = np.maximum(np.maximum(amax, floor) / 127, 0.0 if least is None else least).astype(np.float32)
     shape = [1] * weight.ndim
     shape[axis] = -1
     rounded = np.round(weight / scales.reshape(shape))

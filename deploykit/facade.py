@@ -9,8 +9,7 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from deploykit.bundle import Manifest, is_bundle, open_bundle
-from deploykit.cache import EngineCache
+from deploykit.bundle import Manifest, is_bundle, open_bundle, read_manifest
 from deploykit.errors import BundleError, SpecError, nearest
 from deploykit.parity.compare import compare
 from deploykit.parity.reference import ParityReference
@@ -77,7 +76,7 @@ def create_backbone(
         DeployKitError: see `deploykit.errors` for the tree; every message says what to do.
     """
     if not _is_module(name) and is_bundle(Path(os.fspath(name))):  # type: ignore[arg-type]
-        return load_bundle(os.fspath(name), device=device)  # type: ignore[arg-type]
+        return _open_asked(Path(os.fspath(name)), runtime=runtime, precision=precision, device=device)  # type: ignore[arg-type]
     if runtime != "torch" and runtime not in RUNTIMES:
         raise SpecError(f"unknown runtime {runtime!r}. {nearest(runtime, ['torch', *RUNTIMES])}")
     chosen, batch = parse_precision(precision), parse_batch(batch_size)
@@ -200,6 +199,19 @@ def verify_bundle(folder: str | os.PathLike[str], *, device: str = "auto") -> Pa
         )
 
 
+def _open_asked(folder: Path, *, runtime: str, precision: str | Precision, device: str) -> Runtime:
+    """A bundle, when it has the runtime and precision asked for; their defaults ask for nothing."""
+    manifest = read_manifest(folder)
+    asked = (
+        ("runtime", runtime, "torch", manifest.runtime),
+        ("precision", parse_precision(precision).name, "fp32", manifest.precision),
+    )
+    for what, wanted, default, has in asked:
+        if wanted not in (default, has):
+            raise SpecError(f"{folder} holds an engine of {what} {has!r}, not {wanted!r}. Leave {what} out.")
+    return load_bundle(folder, device=device)
+
+
 def _is_module(name: object) -> bool:
     return hasattr(name, "state_dict")
 
@@ -216,10 +228,15 @@ def _options(*, image_size: int | tuple[int, int] | None = None, **options: Any)
 
 def _build(name: Any, options: BackboneOptions, pretrained: Any) -> BaseBackbone:
     """A name, a ``timm/`` name or a module, as a backbone with its weights."""
-    from deploykit.backbones.base import BaseBackbone
+    from deploykit.backbones.base import BackboneOptions, BaseBackbone
     from deploykit.backbones.registry import build_backbone
 
     if isinstance(name, BaseBackbone):
+        if pretrained or options not in (BackboneOptions(), name.options):
+            raise SpecError(
+                f"{name.name} is a backbone already, built with {name.options}; expected no pretrained and no options "
+                "beside it. Give its name to build another."
+            )
         return name
     if _is_module(name):
         from deploykit.backbones.custom import wrap_module
@@ -276,6 +293,7 @@ def _request(
 
 def _open_built(request: ExportRequest, *, device: str, cache: bool) -> Runtime:
     """The engine of a request: from the cache, built into it, or built for this model alone."""
+    from deploykit.cache import EngineCache
     from deploykit.export.pipeline import cache_parts, export
 
     def build(folder: Path) -> None:

@@ -201,7 +201,7 @@ class Bf16:
     """bfloat16: float32's range with 8 bits of mantissa; inputs and outputs stay float32."""
 
     name: ClassVar[str] = "bf16"
-    min_sqnr_db: float = 25.0
+    min_sqnr_db: float = 15.0
     min_top1_agreement: float | None = None
 
 

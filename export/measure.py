@@ -58,6 +58,7 @@ def measure(
     images: FloatArray,
     expected: dict[str, FloatArray],
     precision: Precision,
+    graph: Graph,
     whole: Graph | None,
     lower: Lowering,
 ) -> tuple[ParityReport, Status]:
@@ -69,8 +70,9 @@ def measure(
         images: ``(N, C, H, W)`` to compare on.
         expected: torch's outputs in FP32 for every level and the head.
         precision: its budget.
-        whole: the same graph with every level as an output, for engines that give the head only:
-            lowered in the same way, it shows the levels inside. None: only what the engine gives.
+        graph: what the engine was lowered from.
+        whole: the same graph with every level as an output. Where it has more of them than the engine,
+            it is lowered in the same way and shows the levels inside. None: only what the engine gives.
         lower: the lowering that made the engine.
 
     Returns:
@@ -80,18 +82,19 @@ def measure(
     try:
         levels = _levels_of(manifest, folder, images, expected, precision, measured_on="engine")
         status: Status = "parity_checked"
-        if whole is not None:
+        if whole is not None and whole.outputs != graph.outputs:
             inner = _compare_lowered(
                 manifest, whole, lower, images=images, expected=expected, precision=precision, measured_on="probe"
             )
             levels = (*(level for level in inner if level.name not in {each.name for each in levels}), *levels)
     except DeviceUnavailable:
         status, levels = "built", ()
-        if whole is not None and whole.model is not None:
+        proxy_graph = whole or graph
+        if proxy_graph.model is not None:
             proxy = replace(manifest, runtime="onnxruntime")
             levels = _compare_lowered(
                 proxy,
-                whole,
+                proxy_graph,
                 to_onnxruntime,
                 images=images,
                 expected=expected,

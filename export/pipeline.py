@@ -15,7 +15,7 @@ from deploykit.bundle import Manifest, write_manifest, writing
 from deploykit.calibration.dialects import DIALECTS
 from deploykit.calibration.images import CalibrationSet
 from deploykit.calibration.plan import QuantizationPlan
-from deploykit.calibration.precision import PrecisionPlan, plan_precision
+from deploykit.calibration.precision import PrecisionPlan, check_images_given, plan_precision
 from deploykit.errors import SpecError
 from deploykit.export.graphs import output_specs, select
 from deploykit.export.lowering import LOWERINGS, Lowering
@@ -70,6 +70,7 @@ def check_request(request: ExportRequest) -> None:
 
     Raises:
         SpecError: an unknown runtime, one that has no engine, or a precision that it lacks.
+        CalibrationError: INT8 without images.
         MissingDependency: the runtime's package is not installed.
     """
     if request.runtime == "torch":
@@ -81,6 +82,13 @@ def check_request(request: ExportRequest) -> None:
     if request.precision.name not in adapter.precisions:
         raise SpecError(
             f"the {request.runtime} runtime has no {request.precision.name}; it has {', '.join(adapter.precisions)}."
+        )
+    check_images_given(request.precision, request.calibration)
+    spec = request.backbone.spec
+    if request.precision.min_top1_agreement is not None and "logits" not in spec.output_names:
+        raise SpecError(
+            f"min_top1_agreement needs logits, and this engine gives {', '.join(spec.output_names)}. "
+            "Leave it out for features and embeddings."
         )
 
 
@@ -142,6 +150,7 @@ def export(
         master = Graph(input=spec, outputs=output_specs(model), model=model, program=fused.program)
         progress.stage("plan")
         plan = _plan(request, model, probe, progress)
+        quantized = isinstance(plan, QuantizationPlan)
         progress.stage("render")
         whole = render(master, plan)
         graph = select(whole, request.backbone.spec.output_names)
@@ -160,14 +169,20 @@ def export(
             target=request.target,
             requires=engine.requires,
             weights_digest=weights_digest(request.backbone),
-            calibration_digest=request.calibration.digest if isinstance(plan, QuantizationPlan) else None,
+            calibration_digest=request.calibration.digest if request.calibration and quantized else None,
             fusions={record.name: record.rewrites for record in fused.records},
             tools=_tools() | engine.tools,
         )
         expected = torch_outputs(request.backbone, probe)
-        inside = whole if request.probe_levels and len(whole.outputs) > len(graph.outputs) else None
         report, status = measure(
-            manifest, staging, images=probe, expected=expected, precision=request.precision, whole=inside, lower=lower
+            manifest,
+            staging,
+            images=probe,
+            expected=expected,
+            precision=request.precision,
+            graph=graph,
+            whole=whole if request.probe_levels else None,
+            lower=lower,
         )
         report.raise_for_failures()
         progress.stage("bundle")

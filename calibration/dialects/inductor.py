@@ -6,11 +6,14 @@ int8 per-channel weights to oneDNN's integer kernels when it freezes the weights
 
 from __future__ import annotations
 
+import copy
+import warnings
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -39,7 +42,7 @@ def render(master: Graph, plan: PrecisionPlan) -> Graph:
         raise ExportError("the graph has no torch program; trace the backbone first.")
     if plan is None:
         return replace(master, model=None)
-    module = master.program.module()
+    module = _copy_of(master.program)
     if isinstance(plan, QuantizationPlan):
         _insert_qdq(module, plan)
         wrapped: nn.Module = module
@@ -49,6 +52,13 @@ def render(master: Graph, plan: PrecisionPlan) -> Graph:
     else:
         wrapped = _Cast(module.to(torch.bfloat16), torch.bfloat16)
     return replace(master, model=None, program=export_program(wrapped, master.input))
+
+
+def _copy_of(program: torch.export.ExportedProgram) -> GraphModule:
+    """The program's module with weights of its own: `module()` shares the program's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, where it copies a graph module
+        return copy.deepcopy(program.module())
 
 
 class _Cast(nn.Module):

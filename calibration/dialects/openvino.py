@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from deploykit.calibration.dialects import onnxruntime
 from deploykit.calibration.dialects.qdq import QdqStyle
-from deploykit.calibration.precision import PrecisionPlan
+from deploykit.calibration.precision import Bf16Plan, PrecisionPlan
 from deploykit.graph import Graph
 
 STYLE = QdqStyle(symmetric=False, all_writes=False, integer_bias=False, drop_activations=True)
 
 
 def render(master: Graph, plan: PrecisionPlan) -> Graph:
-    """The master graph in the plan's precision, as ONNX; raises ExportError as ONNX Runtime's dialect does."""
+    """The master graph in the plan's precision, as ONNX; raises ExportError as ONNX Runtime's dialect does.
+
+    For BF16 the graph stays in FP32: OpenVINO computes it in BF16 where the adapter pins that precision.
+    """
+    if isinstance(plan, Bf16Plan):
+        plan = None
     return onnxruntime.render(master, plan, STYLE)

@@ -16,6 +16,10 @@ from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.ranges import quantize_weight
 
 
+BIAS_LIMIT = 2**30
+"""The largest int32 bias: the other half of the accumulator is for the products."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class QdqStyle:
     """Where a runtime wants Q/DQ nodes, and of which type.
@@ -68,33 +72,48 @@ class _Renderer:
     def _quantize_weight(self, name: str, use: IntegerWeight) -> None:
         weight = self.graph.initializers[name]
         assert weight.const_value is not None  # noqa: S101  (an initializer has a value; narrows the type)
-        integers, scales = quantize_weight(weight.const_value.numpy(), use.axis)
-        zeros = np.zeros(len(scales), np.int8)
-        restored = self._dequantize(name, integers, scales, zeros, axis=use.axis)
         node = next(node for node in weight.consumers() if node.name == use.node)
-        node.replace_input_with(1, restored)
-        self._correct_bias(node, name, use, scales)
+        values = weight.const_value.numpy()
+        bias = self._corrected_bias(node, name, use, values.shape[use.axis])
+        integer_bias = self.style.integer_bias and node.op_type == "Conv"
+        step = np.float32(self.plan.range_of(use.input).affine()[0])
+        least = np.abs(bias) / (step * BIAS_LIMIT) if integer_bias and bias is not None else None
+        integers, scales = quantize_weight(values, use.axis, least)
+        zeros = np.zeros(len(scales), np.int8)
+        node.replace_input_with(1, self._dequantize(name, integers, scales, zeros, axis=use.axis))
+        if bias is not None:
+            self._replace_bias(node, name, use, bias, step * scales if integer_bias else None)
         if not list(weight.consumers()):
             del self.graph.initializers[name]
 
-    def _correct_bias(self, node: ir.Node, weight: str, use: IntegerWeight, scales: npt.NDArray[np.float32]) -> None:
-        """Shift the bias by the plan's correction, and write it as int32 where the style asks for it."""
+    def _corrected_bias(
+        self, node: ir.Node, weight: str, use: IntegerWeight, channels: int
+    ) -> npt.NDArray[np.float32] | None:
+        """The bias with the plan's correction; None where there is none to write."""
         shift = np.asarray(self.plan.bias_shift.get(weight, 0.0), np.float32)
         old = self.graph.initializers.get(use.bias) if use.bias else None
         if old is None and (node.op_type == "MatMul" or not np.any(shift)):
-            return
-        bias = np.zeros(len(scales), np.float32) if old is None else old.const_value.numpy()  # type: ignore[union-attr]
-        bias = (bias + shift).astype(np.float32)
-        if self.style.integer_bias and node.op_type == "Conv":
-            step = np.float32(self.plan.range_of(use.input).affine()[0]) * scales
-            limit = 2**31 - 1
-            integers = np.clip(np.round(bias / step.astype(np.float64)), -limit, limit).astype(np.int32)
-            value = self._dequantize(f"{weight}/bias", integers, step, np.zeros(len(step), np.int32), axis=0)
+            return None
+        bias = np.zeros(channels, np.float32) if old is None else old.const_value.numpy()  # type: ignore[union-attr]
+        return np.asarray(bias + shift, np.float32)
+
+    def _replace_bias(
+        self,
+        node: ir.Node,
+        weight: str,
+        use: IntegerWeight,
+        bias: npt.NDArray[np.float32],
+        steps: npt.NDArray[np.float32] | None,
+    ) -> None:
+        """Write the bias as int32 in these steps, or as float without."""
+        if steps is not None:
+            integers = np.round(bias / steps.astype(np.float64)).astype(np.int32)
+            value = self._dequantize(f"{weight}/bias", integers, steps, np.zeros(len(steps), np.int32), axis=0)
         else:
             value = self._constant(f"{weight}/bias", bias)
         if node.op_type == "MatMul":
             add = next(iter(node.outputs[0].consumers()))
-            add.replace_input_with(list(add.inputs).index(old), value)
+            add.replace_input_with([operand.name for operand in add.inputs if operand].index(use.bias), value)
         elif len(node.inputs) > 2:
             node.replace_input_with(2, value)
         else:

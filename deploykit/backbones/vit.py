@@ -7,6 +7,7 @@ maps are the blocks' outputs before the final norm, without class token and regi
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -279,11 +280,20 @@ class VisionTransformer(GraphConstants, BaseBackbone):
                 parameter.requires_grad_(up_to is None)
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Resample the patch weights and the position embeddings of a checkpoint to this module's sizes."""
-        adapted = dict(state)
-        if not any(name.startswith("pyramid.") for name in state):
-            # timm's checkpoints have no pyramid: it keeps its fresh parameters.
-            adapted |= {name: value for name, value in self.state_dict().items() if name.startswith("pyramid.")}
+        """Resample the patch weights and the position embeddings of a checkpoint to this module's sizes.
+
+        What timm's checkpoint of the variant lacks keeps its fresh parameters: a pyramid, and the
+        classifier of weights that were published without one (with a warning where it is used).
+        """
+        adapted = {**self._absent(state, "pyramid."), **state}
+        if self.variant.pretrained.num_classes == 0 and (fresh := self._absent(state, "head.")):
+            adapted |= fresh
+            if not self.spec.features_only:
+                warnings.warn(
+                    f"the weights of {self.name} have no classifier: {', '.join(fresh)} keep their fresh "
+                    "initialisation and must be trained. Give num_classes=0 for the embedding.",
+                    stacklevel=2,
+                )
         weight, positions = state.get("patch_embed.proj.weight"), state.get("pos_embed")
         if weight is None or weight.dim() != 4:
             return adapted
@@ -296,6 +306,12 @@ class VisionTransformer(GraphConstants, BaseBackbone):
             if source is not None:
                 adapted["pos_embed"] = resample_position_embedding(positions, source, target, prefix=prefix)
         return adapted
+
+    def _absent(self, state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        """This module's own tensors under a prefix of which the checkpoint has none."""
+        if any(name.startswith(prefix) for name in state):
+            return {}
+        return {name: value for name, value in self.state_dict().items() if name.startswith(prefix)}
 
     def _native_grid(self, patch_weight: Tensor) -> tuple[int, int]:
         """The grid on which the variant was trained, with patches as in the checkpoint."""

@@ -9,17 +9,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from deploykit.cli.output import JsonFlag, show, show_json, stderr_console, table
 from deploykit.errors import SpecError, nearest
 from deploykit.optional import installed_version, require
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 EXAMPLE = "Example: deploykit list --family resnet --filter '*50*'"
 
@@ -138,7 +134,7 @@ def _memory_file() -> Path:
     from deploykit.cache import default_root
 
     digest = hashlib.sha256((installed_version("torch") or "").encode())
-    for source in (*Path(deploykit.backbones.__path__[0]).glob("*.py"), Path(__file__)):
+    for source in (*Path(deploykit.backbones.__path__[0]).glob("*.py"), *Path(__file__).parent.glob("*.py")):
         digest.update(hashlib.sha256(source.read_bytes()).digest())
     return default_root() / "list" / f"{digest.hexdigest()[:24]}.json"
 
@@ -159,6 +155,7 @@ def measure(name: str) -> BackboneRow:
     """
     from deploykit.backbones.base import BackboneOptions
     from deploykit.cli.export_check import shape_of
+    from deploykit.cli.macs import count_macs
 
     backbone = shape_of(name, BackboneOptions())
     height, width = backbone.spec.image_size
@@ -170,15 +167,3 @@ def measure(name: str) -> BackboneRow:
         image_size=(height, width),
         strides={level.name: level.stride for level in backbone.all_levels},
     )
-
-
-def count_macs(module: nn.Module, shape: tuple[int, ...]) -> int:
-    """Multiply-accumulates of convolutions and matrix products in one call of a module on the meta device."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    images: torch.Tensor = torch.empty(shape, device="meta")
-    counter: Any = FlopCounterMode(display=False, depth=0)
-    with torch.inference_mode(), counter:
-        module(images)
-    return int(counter.get_total_flops()) // 2

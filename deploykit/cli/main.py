@@ -96,7 +96,7 @@ def _stopped_like_interrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.SIG_DFL
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     finally:

@@ -18,9 +18,9 @@ from tests.backbones.realistic import randomize
 NAMES = ["resnet18", "efficientnet_b0", "mobilenetv3_large_100", "vit_tiny_patch16_224"]
 
 
-def backbone(name):
+def backbone(name, side=32):
     torch.manual_seed(0)
-    return randomize(build(name, BackboneOptions(num_classes=10, image_size=(64, 64)))).train()
+    return randomize(build(name, BackboneOptions(num_classes=10, image_size=(side, side)))).train()
 
 
 def kept_bytes():
@@ -54,7 +54,7 @@ def step(model, images):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_training_step_is_equal_to_the_last_bit(name):
     plain, efficient = backbone(name), memory_efficient(backbone(name))
-    images = torch.randn(4, 3, 64, 64)
+    images = torch.randn(4, 3, 32, 32)
     for expected, got in zip(step(plain, images), step(efficient, images), strict=True):
         assert torch.equal(expected, got)
 
@@ -65,14 +65,14 @@ def test_gradients_survive_checkpointing_to_the_last_bit(name):
     # Training mode of the root alone: BatchNorm's statistics move twice when a stage runs twice.
     plain.training = checkpointed.training = True
     checkpointed.set_grad_checkpointing()
-    images = torch.randn(2, 3, 64, 64)
+    images = torch.randn(2, 3, 32, 32)
     for expected, got in zip(step(plain, images), step(checkpointed, images), strict=True):
         assert torch.equal(expected, got)
 
 
 @pytest.mark.parametrize(("name", "share"), list(zip(NAMES, (0.75, 0.75, 0.9, 0.8), strict=True)))
 def test_less_is_kept(name, share):
-    model, images = backbone(name), torch.randn(4, 3, 64, 64)
+    model, images = backbone(name, 64), torch.randn(4, 3, 64, 64)
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     plain = saved_bytes(model, images) - weight_bytes
     gc.collect()
@@ -84,7 +84,7 @@ def test_less_is_kept(name, share):
 
 def test_state_dict_and_evaluation_stay_the_same():
     plain, efficient = backbone("resnet18").eval(), memory_efficient(memory_efficient(backbone("resnet18"))).eval()
-    images = torch.randn(1, 3, 64, 64)
+    images = torch.randn(1, 3, 32, 32)
     assert list(plain.state_dict()) == list(efficient.state_dict())
     assert torch.equal(plain(images), efficient(images))
     program = torch.export.export(efficient, (images,))
@@ -93,7 +93,7 @@ def test_state_dict_and_evaluation_stay_the_same():
 
 def test_a_copy_trains_on_its_own():
     model = memory_efficient(backbone("resnet18"))
-    twin, images = copy.deepcopy(model), torch.randn(2, 3, 64, 64)
+    twin, images = copy.deepcopy(model), torch.randn(2, 3, 32, 32)
     for expected, got in zip(step(model, images), step(twin, images), strict=True):
         assert torch.equal(expected, got)
 
@@ -140,7 +140,7 @@ def test_an_error_in_the_forward_pass_leaves_plain_autograd():
 
 
 def test_works_inside_checkpoints_compression_and_other_efficient_models():
-    images = torch.randn(2, 3, 64, 64)
+    images = torch.randn(2, 3, 32, 32)
     expected = step(backbone("resnet18"), images)
     nested = memory_efficient(nn.Sequential(memory_efficient(backbone("resnet18"))))
     for wanted, got in zip(expected, step(nested, images), strict=True):
@@ -158,7 +158,7 @@ def test_saved_tensors_are_freed_with_the_graph():
     model = memory_efficient(backbone("resnet18"))
     gc.collect()
     before = kept_bytes()
-    output = model(torch.randn(2, 3, 64, 64))
+    output = model(torch.randn(2, 3, 32, 32))
     assert kept_bytes() > before
     del output
     assert kept_bytes() == before

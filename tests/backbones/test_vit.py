@@ -79,6 +79,19 @@ def test_a_checkpoint_of_the_same_size_is_not_resampled():
     assert all(torch.equal(adapted[name], value) for name, value in saved.items())
 
 
+def test_weights_published_without_a_classifier_load_with_a_fresh_one():
+    name, size = "vit_small_patch14_dinov2", (28, 42)
+    published = Shallow(name, BackboneOptions(num_classes=0, image_size=size)).state_dict()
+    pyramid = Shallow(name, BackboneOptions(features_only=True, image_size=size))
+    pyramid.load_state_dict(pyramid.adapt_state_dict(published), strict=True)
+    classifier = Shallow(name, BackboneOptions(num_classes=5, image_size=size))
+    with pytest.warns(UserWarning, match=r"no classifier: head\.weight, head\.bias"):
+        classifier.load_state_dict(classifier.adapt_state_dict(published), strict=True)
+    labelled = Shallow(TINY, BackboneOptions(image_size=(32, 32)))
+    headless = {key: value for key, value in labelled.state_dict().items() if not key.startswith("head.")}
+    assert "head.weight" not in labelled.adapt_state_dict(headless)
+
+
 def test_levels_are_blocks_and_the_last_three_are_the_default():
     model = VisionTransformer(TINY, BackboneOptions(features_only=True, image_size=(32, 48)))
     assert [(level.name, level.index, level.stride, level.receptive_field) for level in model.feature_info] == [

@@ -96,7 +96,7 @@ def test_least_error_beats_minmax_on_heavy_tails(positive, seed):
     values = np.abs(values) if positive else values
     histogram = histogram_of(values[:, None])
     chosen, whole = (histogram.choose(Int8(calibrator=name)) for name in ("mse", "minmax"))
-    assert affine_error(values, chosen) < 0.9 * affine_error(values, whole)
+    assert affine_error(values, chosen) < 0.98 * affine_error(values, whole)
     assert symmetric_error(values, chosen) <= symmetric_error(values, whole)
 
 

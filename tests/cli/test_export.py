@@ -174,6 +174,7 @@ def test_a_taken_folder_stays_as_it_is(call, tmp_path, classifier):
     assert (other.code, bundle.code) == (1, 1)
     assert "is not a bundle, so it will not be replaced" in other.err
     assert "--overwrite" in bundle.err
+    assert "[1/9]" not in other.err + bundle.err, "refused only after work had begun"
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
@@ -182,6 +183,7 @@ def test_a_missing_runtime_package_gives_the_pip_command(call, tmp_path, monkeyp
     done = call("export", "resnet18", "--runtime", "openvino", "-o", tmp_path / "out")
     assert done.code == 1
     assert "pip install 'deploykit[openvino]'" in done.err
+    assert "[1/9]" not in done.err, "refused only after work had begun"
     assert not list(tmp_path.iterdir())
 
 

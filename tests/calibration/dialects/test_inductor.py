@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from deploykit.calibration.dialects import inductor, onnxruntime
+from deploykit.calibration.half import HalfPlan
+from deploykit.calibration.precision import Bf16Plan
+from deploykit.errors import ExportError
+from deploykit.graph import Graph
+from tests.calibration.networks import rounding_noise_db
+
+
+def run_program(case, graph) -> list[np.ndarray]:
+    module = graph.program.module()
+    with torch.no_grad():
+        runs = [module(torch.from_numpy(image[None])) for image in case.images]
+    return [np.concatenate([part.numpy() for part in parts]) for parts in zip(*runs, strict=True)]
+
+
+def test_the_program_gives_what_the_onnx_graph_gives(case):
+    program = inductor.render(case.graph, case.plan)
+    assert program.model is None
+    expected = case.run()
+    ours = rounding_noise_db(expected, run_program(case, program))
+    # The ONNX graph also rounds residual adds and what convolutions write for float nodes.
+    theirs = rounding_noise_db(expected, case.run(onnxruntime.render(case.graph, case.plan).model))
+    for name, one, other in zip([output.name for output in case.graph.outputs], ours, theirs, strict=True):
+        assert one > other - 1, name
+        assert one < other + 8, name
+
+
+def test_the_master_program_stays_as_it_is(residual):
+    before = run_program(residual, residual.graph)
+    inductor.render(residual.graph, residual.plan)
+    inductor.render(residual.graph, HalfPlan(float_weights={}))
+    for one, other in zip(before, run_program(residual, residual.graph), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("plan", "least_db"), [(HalfPlan(float_weights={}), 45), (Bf16Plan(), 25), (None, 1000)], ids=["fp16", "bf16", "fp32"]
+)
+def test_other_precisions_give_float32_near_the_master(residual, plan, least_db):
+    found = run_program(residual, inductor.render(residual.graph, plan))
+    assert {output.dtype for output in found} == {np.dtype(np.float32)}
+    with np.errstate(divide="ignore"):
+        assert min(rounding_noise_db(residual.run() if plan else run_program(residual, residual.graph), found)) > least_db
+
+
+def test_weights_that_the_plan_keeps_stay_in_float32(residual):
+    kept = {name: 0.0 for name in residual.plan.placement.weights if name.startswith("stem")}
+    assert len(kept) == 1
+    program = inductor.render(residual.graph, HalfPlan(float_weights=kept)).program
+    dtypes = [value.dtype for value in program.state_dict.values() if value.dim() == 4]
+    assert dtypes.count(torch.float32) == 1
+    assert set(dtypes) == {torch.float32, torch.float16}
+
+
+def test_a_graph_without_a_program_is_refused(residual):
+    with pytest.raises(ExportError, match="no torch program"):
+        inductor.render(Graph(input=residual.graph.input, outputs=()), None)

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import openvino
+import pytest
+
+from deploykit.calibration.dialects.openvino import render
+from deploykit.export.to_openvino import to_openvino
+from tests.calibration.networks import rounding_noise_db
+
+
+def compile_engine(graph, folder):
+    engine = to_openvino(graph, folder)
+    return openvino.Core().compile_model(str(folder / engine.file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+
+def test_every_planned_convolution_runs_in_integers(case, tmp_path):
+    compiled = compile_engine(render(case.graph, case.plan), tmp_path)
+    kernels = [
+        {key: str(node.get_rt_info()[key].astype(str)) for key in ("layerType", "runtimePrecision", "primitiveType")}
+        for node in compiled.get_runtime_model().get_ordered_ops()
+        if "layerType" in node.get_rt_info()
+    ]
+    convolutions = [kernel for kernel in kernels if "Convolution" in kernel["layerType"]]
+    floats = [kernel for kernel in convolutions if kernel["runtimePrecision"] not in ("i8", "u8")]
+    assert len(convolutions) >= 8
+    assert len(floats) == len(case.plan.placement.float_nodes), floats
+
+
+@pytest.mark.filterwarnings("ignore:.*openvino.*:DeprecationWarning")
+def test_the_numbers_stay_near_fp32(case, tmp_path):
+    compiled = compile_engine(render(case.graph, case.plan), tmp_path)
+    runs = [compiled([image[None]]) for image in case.images]
+    found = [[run[index] for run in runs] for index in range(len(case.graph.outputs))]
+    import numpy as np
+
+    assert min(rounding_noise_db(case.run(), [np.concatenate(parts) for parts in found])) > 12

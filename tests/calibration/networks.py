@@ -1,0 +1,79 @@
+"""Small networks as master graphs, for the tests of placement, plans and dialects."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deploykit.calibration.plan import QuantizationPlan, calibrate
+from deploykit.export.graphs import output_specs
+from deploykit.export.to_onnx import to_onnx
+from deploykit.fusion.pipeline import fuse
+from deploykit.fusion.program import export_program
+from deploykit.graph import Graph
+from deploykit.runtimes.base import FloatArray
+from deploykit.spec import InputSpec, Int8
+from tests.backbones.realistic import randomize
+
+SIDE = 64
+
+
+def conv_norm(source: int, target: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+    padding = kernel // 2
+    return nn.Sequential(
+        nn.Conv2d(source, target, kernel, stride, padding, bias=False), nn.BatchNorm2d(target), nn.ReLU()
+    )
+
+
+class Residual(nn.Module):
+    """What a ResNet has: a max-pool, a plain and a projected shortcut; and an attention on 1x1 maps."""
+
+    outputs = ("stage1", "stage2", "logits")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv_norm(3, 16, 7, 2)
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.first = nn.Sequential(conv_norm(16, 16), conv_norm(16, 16)[:2])
+        self.second = nn.Sequential(conv_norm(16, 32, 3, 2), conv_norm(32, 32)[:2])
+        self.shortcut = conv_norm(16, 32, 1, 2)[:2]
+        self.squeeze = nn.Conv2d(32, 8, 1)
+        self.excite = nn.Conv2d(8, 32, 1)
+        self.last = conv_norm(32, 32)
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        pooled = self.pool(self.stem(images))
+        one = (self.first(pooled) + pooled).relu()
+        two = (self.second(one) + self.shortcut(one)).relu()
+        gate = self.excite(self.squeeze(two.mean((2, 3), keepdim=True)).relu()).sigmoid()
+        deep = self.last(two * gate)
+        return one, deep, self.head(deep.mean((2, 3)))
+
+
+def master_graph(module: nn.Module, outputs: tuple[str, ...], images: FloatArray) -> Graph:
+    """The fused FP32 graph of a module for batches of one image like these."""
+    spec = InputSpec(channels=images.shape[1], height=images.shape[2], width=images.shape[3])
+    fused = fuse(export_program(module.eval().requires_grad_(False), spec), spec, images)
+    model = to_onnx(fused.program, spec, outputs)
+    return Graph(input=spec, outputs=output_specs(model), model=model, program=fused.program)
+
+
+def residual_graph(images: FloatArray) -> Graph:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = randomize(Residual())
+    return master_graph(module, Residual.outputs, images)
+
+
+def plan_of(graph: Graph, images: FloatArray, settings: Int8 | None = None) -> QuantizationPlan:
+    batches = [image[None] for image in images]
+    return calibrate(graph.model, batches, settings or Int8(), key="0" * 64)
+
+
+def rounding_noise_db(expected: list[np.ndarray], found: list[np.ndarray]) -> list[float]:
+    return [
+        float(10 * np.log10(np.square(a.astype(np.float64)).sum() / np.square(a.astype(np.float64) - b).sum()))
+        for a, b in zip(expected, found, strict=True)
+    ]

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from deploykit.calibration.placement import place
+from tests.calibration.networks import master_graph
+
+IMAGES = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
+
+
+def nodes_by_output(model):
+    return {output: node for node in model.graph.node for output in node.output}
+
+
+def test_every_convolution_and_matrix_product_has_a_weight_and_a_reason_or_a_place(residual):
+    placement = place(residual.graph.model)
+    weighted = [node for node in residual.graph.model.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+    assert {use.node for use in placement.weights.values()} | set(placement.float_nodes) == {
+        node.name for node in weighted
+    }
+    for use in placement.weights.values():
+        assert use.input in placement.reads
+        assert use.axis == 0
+        assert use.bias
+
+
+def test_squeeze_and_excitation_stays_in_float_and_says_why(residual):
+    reasons = place(residual.graph.model).float_nodes
+    assert len(reasons) == 2
+    assert all("1x1 map" in reason for reason in reasons.values())
+
+
+def test_residual_adds_run_in_integers_up_to_their_relu(residual):
+    placement = place(residual.graph.model)
+    writers = nodes_by_output(residual.graph.model)
+    adds = [node for node in residual.graph.model.graph.node if node.op_type == "Add"]
+    assert len(adds) == 2
+    for add in adds:
+        assert set(add.input) <= set(placement.reads)
+        assert add.output[0] not in placement.writes
+    after = [name for name in placement.writes if writers[name].op_type == "Relu"]
+    assert [name for name in after if writers[writers[name].input[0]].op_type == "Add"] == ["stage1", *after[-2:-1]]
+
+
+def test_an_add_with_a_float_operand_stays_in_float():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3)
+
+        def forward(self, images):
+            return (self.one(images) + self.two(images).sigmoid(),)
+
+    graph = master_graph(Scaled(), ("maps",), IMAGES)
+    assert "maps" not in place(graph.model).writes
+
+
+def test_a_max_pool_shares_the_range_of_its_input(residual):
+    placement = place(residual.graph.model)
+    ((pooled, source),) = placement.same_range.items()
+    writers = nodes_by_output(residual.graph.model)
+    assert writers[pooled].op_type == "MaxPool"
+    assert list(writers[pooled].input) == [source]
+    assert pooled in placement.writes
+    assert pooled not in placement.tensors
+    assert source in placement.tensors
+    assert residual.plan.range_of(pooled) is residual.plan.ranges[source]
+
+
+def test_a_shared_weight_is_quantized_once_and_the_other_node_stays_in_float():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.shared = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, images):
+            once = self.shared(self.stem(images).relu())
+            return (self.shared(once.relu()),)
+
+    placement = place(master_graph(Twice(), ("maps",), IMAGES).model)
+    assert len(placement.weights) == 2
+    assert list(placement.float_nodes.values()) == ["its weight is shared with another node"]
+
+
+def test_matrix_products_are_found_with_their_bias_and_batched_ones_stay_in_float():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(32, 12)
+            self.batched = nn.Parameter(torch.randn(3, 12, 4))
+
+        def forward(self, images):
+            return (self.linear(images) @ self.batched,)
+
+    graph = master_graph(Tokens(), ("tokens",), IMAGES)
+    placement = place(graph.model)
+    (use,) = placement.weights.values()
+    assert use.axis == 1
+    assert use.bias in {tensor.name for tensor in graph.model.graph.initializer}
+    assert list(placement.float_nodes.values()) == ["its weight has rank 3, and integer kernels take matrices"]
+    assert not placement.writes

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+
+from deploykit.calibration.dialects import openvino as dialect
+from deploykit.calibration.plan import (
+    PLAN_FILE,
+    SHIFT_FILE,
+    QuantizationPlan,
+    calibrate,
+    calibration_batch,
+    onnx_session,
+    plan_key,
+)
+from deploykit.errors import CalibrationError
+from deploykit.spec import Int8
+from tests.calibration.networks import plan_of, rounding_noise_db
+
+
+def test_a_plan_survives_being_saved_and_loaded(residual, tmp_path):
+    residual.plan.save(tmp_path)
+    loaded = QuantizationPlan.load(tmp_path)
+    assert loaded.placement == residual.plan.placement
+    assert loaded.ranges == residual.plan.ranges
+    assert (loaded.key, loaded.images, loaded.calibrator) == ("0" * 64, 6, "mse")
+    assert loaded.bias_shift.keys() == residual.plan.bias_shift.keys()
+    one, other = (dialect.render(residual.graph, plan).model for plan in (residual.plan, loaded))
+    assert one.SerializeToString(deterministic=True) == other.SerializeToString(deterministic=True)
+
+
+def test_a_saved_plan_is_readable_and_says_why_nodes_stay_in_float(residual, tmp_path):
+    residual.plan.save(tmp_path)
+    text = json.loads((tmp_path / PLAN_FILE).read_text())
+    assert "squeeze-and-excitation" in json.dumps(text["placement"]["float_nodes"])
+    assert text["ranges"]["images"]["low"] < 0 < text["ranges"]["images"]["high"]
+
+
+@pytest.mark.parametrize("file", [PLAN_FILE, SHIFT_FILE])
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"not a plan"], ids=["missing", "empty", "other", "nonsense"])
+def test_a_damaged_plan_is_refused(residual, tmp_path, file, content):
+    residual.plan.save(tmp_path)
+    (tmp_path / file).unlink()
+    if content is not None:
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(CalibrationError, match="not readable"):
+        QuantizationPlan.load(tmp_path)
+
+
+def test_the_key_changes_with_each_of_its_parts():
+    key = plan_key("weights", "images", Int8())
+    assert key == plan_key("weights", "images", Int8())
+    others = {
+        plan_key("other", "images", Int8()),
+        plan_key("weights", "other", Int8()),
+        plan_key("weights", "images", Int8(calibrator="minmax")),
+        plan_key("weights", "images", Int8(percentile=99.0)),
+        plan_key("weights", "images", Int8(bias_correction=False)),
+    }
+    assert len(others) == 5
+    assert key not in others
+
+
+def test_ranges_are_those_of_the_tensors(residual):
+    plan = plan_of(residual.graph, residual.images, Int8(calibrator="minmax", bias_correction=False))
+    assert not plan.bias_shift
+    stage1 = residual.run()[0]
+    found = plan.range_of("stage1")
+    assert found.low == 0
+    assert found.high == pytest.approx(stage1.max(), rel=1e-5)
+    assert plan.range_of("images").low == pytest.approx(residual.images.min())
+
+
+def test_calibrating_twice_gives_the_same_plan(residual):
+    again = plan_of(residual.graph, residual.images)
+    assert again.ranges == residual.plan.ranges
+    for name, shift in residual.plan.bias_shift.items():
+        np.testing.assert_array_equal(again.bias_shift[name], shift)
+
+
+def test_progress_counts_images(residual):
+    heard = []
+    calibrate(residual.graph.model, [image[None] for image in residual.images], Int8(), key="", on_batch=heard.append)
+    assert heard == [1, 2, 3, 4, 5, 6]
+
+
+def test_correcting_biases_improves_real_weights(lite0):
+    plain = plan_of(lite0.graph, lite0.images, Int8(bias_correction=False))
+    expected = lite0.run()
+    with_shift, without = (
+        rounding_noise_db(expected, lite0.run(dialect.render(lite0.graph, plan).model)) for plan in (lite0.plan, plain)
+    )
+    assert with_shift[-1] > without[-1] + 0.3
+    assert np.mean(with_shift) > np.mean(without) + 0.3
+
+
+def test_no_images_and_nothing_to_quantize_are_errors(residual):
+    with pytest.raises(CalibrationError, match="gave no images"):
+        calibrate(residual.graph.model, [], Int8(), key="")
+    values = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 3, 8, 8]) for name in ("images", "maps")]
+    graph = helper.make_graph([helper.make_node("Relu", ["images"], ["maps"])], "relu", values[:1], values[1:])
+    with pytest.raises(CalibrationError, match="no convolution or matrix product"):
+        calibrate(helper.make_model(graph), [], Int8(), key="")
+
+
+def test_activations_that_overflow_are_refused(residual):
+    with np.errstate(all="ignore"), pytest.raises(CalibrationError, match="NaN or infinite"):
+        calibrate(residual.graph.model, [np.full((1, 3, 64, 64), 3e38, np.float32)], Int8(), key="")
+
+
+def test_a_calibration_batch_is_the_graphs_own_or_four(residual):
+    assert calibration_batch(residual.graph.model) == 1
+    dynamic = onnx.ModelProto()
+    dynamic.CopyFrom(residual.graph.model)
+    dynamic.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
+    assert calibration_batch(dynamic) == 4
+
+
+def test_measuring_runs_the_graph_as_it_is(residual):
+    assert [value.name for value in onnx_session(residual.graph.model).get_outputs()] == ["stage1", "stage2", "logits"]

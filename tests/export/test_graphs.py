@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import torch
+
+from deploykit.calibration.plan import onnx_session
+from deploykit.export.graphs import output_specs, select
+from deploykit.graph import Graph
+from deploykit.spec import TensorSpec
+from tests.conftest_graphs import photographs, reference, tiny_graph
+
+
+def test_all_outputs_in_order_are_the_graph_itself():
+    assert select(tiny_graph(), ["stem", "stage1"]) is tiny_graph()
+
+
+def test_one_output_keeps_only_what_it_needs_in_both_forms():
+    part = select(tiny_graph(), ["stem"])
+    onnx.checker.check_model(part.model, full_check=True)
+    assert len(part.model.graph.node) < len(tiny_graph().model.graph.node)
+    assert len(part.program.state_dict) < len(tiny_graph().program.state_dict)
+    assert [output.name for output in part.outputs] == ["stem"]
+    images = photographs(3)
+    expected = reference(images)[0]
+    (found,) = onnx_session(part.model).run(None, {"images": images})
+    with torch.no_grad():
+        (in_torch,) = part.program.module()(torch.from_numpy(images))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(in_torch, expected, atol=1e-5)
+
+
+def test_outputs_come_in_the_order_asked_for():
+    part = select(tiny_graph(), ["stage1", "stem"])
+    assert [value.name for value in part.model.graph.output] == ["stage1", "stem"]
+    assert [output.name for output in part.outputs] == ["stage1", "stem"]
+    images = photographs(1)
+    found = onnx_session(part.model).run(None, {"images": images})
+    for one, other in zip(found, reference(images)[::-1], strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_a_form_that_is_absent_stays_absent():
+    graph = tiny_graph()
+    part = select(Graph(input=graph.input, outputs=graph.outputs, model=graph.model), ["stem"])
+    assert part.program is None
+    assert part.model is not None
+
+
+def test_output_specs_say_name_and_shape_with_the_batch():
+    assert output_specs(tiny_graph().model) == (
+        TensorSpec(name="stem", shape=("batch", 8, 16, 16)),
+        TensorSpec(name="stage1", shape=("batch", 16, 8, 8)),
+    )
+    assert output_specs(tiny_graph(dynamic=False).model)[0].shape == (1, 8, 16, 16)

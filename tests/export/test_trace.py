@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from deploykit import create_backbone
+from deploykit.errors import ExportError
+from deploykit.export.trace import output_names, trace
+from deploykit.spec import BatchRange, InputSpec
+
+SPEC = InputSpec(height=64, width=64)
+
+
+def backbone_of(**options):
+    return create_backbone("resnet18", image_size=64, **options)
+
+
+def test_the_outputs_are_the_levels_and_then_the_head():
+    assert output_names(backbone_of(output_indices=(3, 1))) == ("stage1", "stage3", "logits")
+    assert output_names(backbone_of(num_classes=0, output_indices=(4,))) == ("stage4", "embedding")
+    assert output_names(backbone_of(features_only=True, output_indices=(2,))) == ("stage2",)
+
+
+def test_a_program_gives_what_the_backbone_gives_in_eval_mode():
+    backbone = backbone_of(num_classes=7).train()
+    program = trace(backbone, InputSpec(batch=BatchRange(), height=64, width=64))
+    assert backbone.training
+    assert all(parameter.requires_grad for parameter in backbone.parameters())
+    images = torch.randn(3, 3, 64, 64)
+    found = program.module()(images)
+    with torch.no_grad():
+        expected = backbone.eval().forward_everything(images)
+    assert len(found) == len(output_names(backbone)) == len(expected)
+    for one, other in zip(found, expected.values(), strict=True):
+        np.testing.assert_array_equal(one.detach().numpy(), other.numpy())
+
+
+def test_what_cannot_be_traced_is_an_export_error():
+    backbone = backbone_of()
+    backbone.forward_head = lambda trunk: trunk.sum().item() and trunk
+    with pytest.raises(ExportError, match=r"cannot trace the backbone at \(1, 3, 64, 64\)"):
+        trace(backbone, SPEC)
