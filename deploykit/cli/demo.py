@@ -131,4 +131,4 @@ def photograph_folder() -> Path:
     """Where scikit-image keeps its photographs."""
     from deploykit.optional import require
 
-    return Path(require("skimage").__file__).parent / "data"
+    return Path(require("skimage").data_dir)
