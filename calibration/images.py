@@ -166,13 +166,23 @@ class CalibrationSet:
                 image = read_image(path, self.spec)
             except CalibrationError as error:
                 if not self.skip_corrupt:
-                    raise CalibrationError(f"{error} To leave such files out, pass skip_corrupt=True.") from error
+                    raise CalibrationError(self._every_problem(error, path)) from error
                 warnings.warn(f"left out of calibration: {error}", stacklevel=2)
                 continue
             read += 1
             yield image
         if not read:
             raise CalibrationError(f"none of the {len(self.files)} calibration files could be read.")
+
+    def _every_problem(self, first: CalibrationError, path: Path) -> str:
+        """The message for all unreadable files, when the first one has been met."""
+        problems = [str(first)]
+        for later in self.files[self.files.index(path) + 1 :]:
+            try:
+                read_image(later, self.spec)
+            except CalibrationError as error:
+                problems.append(str(error))
+        return "\n".join([*problems, "To leave such files out, pass skip_corrupt=True."])
 
     def batches(self, size: int) -> Iterator[FloatArray]:
         """Batches of exactly ``size`` images; a last partial batch is filled up by repeating its images."""

@@ -76,7 +76,7 @@ def require(module: str) -> ModuleType:
                 command=package.command,
             ) from error
         raise _broken(package, error) from error
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, RuntimeError) as error:
         raise _broken(package, error) from error
 
 

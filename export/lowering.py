@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from deploykit.errors import SpecError, nearest
 from deploykit.graph import Graph
 
-__all__ = ["LOWERINGS", "Engine", "Graph", "Lowering"]
+__all__ = ["LOWERINGS", "TARGETS", "Engine", "Graph", "Lowering", "check_target"]
 
 LOWERINGS: dict[str, str] = {
     "torch_compile": "deploykit.export.to_inductor:to_inductor",
@@ -16,6 +17,25 @@ LOWERINGS: dict[str, str] = {
     "openvino": "deploykit.export.to_openvino:to_openvino",
     "tensorrt": "deploykit.export.to_tensorrt:to_tensorrt",
 }
+
+TARGETS: dict[str, tuple[str, ...]] = {
+    "tensorrt": ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
+}
+"""What an engine can be built for, in the runtimes that have targets: CUDA compute capabilities."""
+
+
+def check_target(runtime: str, target: str | None) -> None:
+    """Refuse a target that a runtime does not have.
+
+    Raises:
+        SpecError: an unknown target, or one where the runtime has none.
+    """
+    known = TARGETS.get(runtime, ())
+    if target is None or target in known:
+        return
+    if not known:
+        raise SpecError(f"the {runtime} runtime has no targets, and target={target!r} was given. Leave it out.")
+    raise SpecError(f"unknown {runtime} target {target!r}. {nearest(target, known)}")
 
 
 @dataclass(frozen=True, kw_only=True)

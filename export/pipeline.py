@@ -18,14 +18,14 @@ from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.precision import PrecisionPlan, check_images_given, plan_precision
 from deploykit.errors import SpecError
 from deploykit.export.graphs import output_specs, select
-from deploykit.export.lowering import LOWERINGS, Lowering
+from deploykit.export.lowering import LOWERINGS, Lowering, check_target
 from deploykit.export.measure import measure, parity_images, torch_outputs
 from deploykit.export.to_onnx import to_onnx
 from deploykit.export.trace import output_names, trace
 from deploykit.fusion.pipeline import fuse
 from deploykit.graph import Graph
 from deploykit.labels import class_labels
-from deploykit.optional import installed_version
+from deploykit.optional import installed_version, require
 from deploykit.parity.reference import capture
 from deploykit.runtimes.base import load_runtime
 from deploykit.spec import Batch, InputSpec, Precision
@@ -79,6 +79,8 @@ def check_request(request: ExportRequest) -> None:
             f"Choose a runtime: {', '.join(LOWERINGS)}."
         )
     adapter = load_runtime(request.runtime)
+    require(adapter.package)
+    check_target(request.runtime, request.target)
     if request.precision.name not in adapter.precisions:
         raise SpecError(
             f"the {request.runtime} runtime has no {request.precision.name}; it has {', '.join(adapter.precisions)}."

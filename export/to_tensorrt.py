@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import deploykit
 from deploykit.errors import ExportError, nearest
-from deploykit.export.lowering import Engine, Graph
+from deploykit.export.lowering import TARGETS, Engine, Graph
 from deploykit.export.onnx_file import model_of, write_onnx
 from deploykit.optional import installed_version, require
 from deploykit.spec import BatchRange, InputSpec
@@ -21,7 +21,7 @@ from deploykit.spec import BatchRange, InputSpec
 if TYPE_CHECKING:
     import onnx
 
-CAPABILITIES = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+CAPABILITIES = TARGETS["tensorrt"]
 """The compute capabilities that TensorRT-RTX builds for; sm75 takes no FP32 matrix product."""
 
 DEFAULT_CAPABILITY = "sm86"

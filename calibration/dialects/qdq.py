@@ -15,7 +15,6 @@ from deploykit.calibration.placement import IntegerWeight
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.ranges import quantize_weight
 
-
 BIAS_LIMIT = 2**30
 """The largest int32 bias: the other half of the accumulator is for the products."""
 

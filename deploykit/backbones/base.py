@@ -157,7 +157,6 @@ class BaseBackbone(nn.Module):
             image_size=size,
             patch_size=options.patch_size,
             hierarchical=bool(options.hierarchical),
-            label_set=source.label_set if options.num_classes == source.num_classes else None,
         )
         self.set_preprocessing(source.preprocessing)
 

