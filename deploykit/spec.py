@@ -161,7 +161,7 @@ class BackboneSpec:
     in_channels: int = 3
     image_size: tuple[int, int] = (224, 224)
     patch_size: int | None = None
-    hierarchical: bool = False
+    hierarchical: bool | str = False
     weights: str | None = None
     label_set: str | None = None
 

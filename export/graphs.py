@@ -45,6 +45,8 @@ def _select_model(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelPro
     part = ir.convenience.extract(whole.graph, list(whole.graph.inputs), list(names))
     proto = ir.to_proto(ir.Model(part, ir_version=whole.ir_version, producer_name=whole.producer_name))
     proto.opset_import.MergeFrom([entry for entry in model.opset_import if not proto.opset_import])
+    for unordered in (proto.graph.initializer, proto.graph.value_info):
+        unordered.sort(key=lambda entry: entry.name)  # extract() collects them in a set
     return proto
 
 

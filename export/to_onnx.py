@@ -13,6 +13,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import torch
 
+from deploykit.backbones.attention import onnx_translations
 from deploykit.errors import ExportError
 from deploykit.spec import BATCH_DIM, InputSpec
 
@@ -40,6 +41,7 @@ def to_onnx(program: torch.export.ExportedProgram, spec: InputSpec, outputs: Seq
                 output_names=list(outputs),
                 opset_version=OPSET,
                 optimize=True,
+                custom_translation_table=onnx_translations(),
             )
     except Exception as error:  # the exporter raises its own internal types
         raise ExportError(

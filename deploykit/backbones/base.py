@@ -156,7 +156,7 @@ class BaseBackbone(nn.Module):
             in_channels=options.in_channels,
             image_size=size,
             patch_size=options.patch_size,
-            hierarchical=bool(options.hierarchical),
+            hierarchical=options.hierarchical,
         )
         self.set_preprocessing(source.preprocessing)
 

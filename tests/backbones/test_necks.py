@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from deploykit.backbones.base import BackboneOptions
 from deploykit.backbones.necks import FeaturePyramid, FeatureSelector, PathAggregation, WithNeck
@@ -42,11 +41,14 @@ def test_selector_refuses_what_is_not_there(resnet, names):
         FeatureSelector(resnet.feature_info, names)
 
 
-def test_pyramid_follows_the_paper(resnet):
+@pytest.mark.parametrize("size", [(64, 64), (72, 104)])
+def test_pyramid_follows_the_paper(resnet, size):
     neck = FeaturePyramid(resnet.feature_info, channels=8)
-    features = resnet(torch.randn(1, 3, 64, 64))
+    features = resnet(torch.randn(1, 3, *size))
     top = neck.lateral[3](features["stage4"])
-    merged = neck.lateral[2](features["stage3"]) + F.interpolate(top, size=(4, 4), mode="nearest")
+    height, width = features["stage3"].shape[2:]
+    doubled = top.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)[:, :, :height, :width]
+    merged = neck.lateral[2](features["stage3"]) + doubled
     outputs = neck(features)
     torch.testing.assert_close(outputs["p5"], neck.output[3](top))
     torch.testing.assert_close(outputs["p4"], neck.output[2](merged))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import pytest
 import torch
 from torch import nn
 
@@ -60,6 +61,7 @@ def test_a_higher_budget_keeps_more_weights(residual):
     assert kept[0] == 0 < kept[1] <= kept[2] == len(residual.plan.placement.weights)
 
 
+@pytest.mark.slow
 def test_real_weights_meet_the_budget_in_half_precision(lite0):
     plan = plan_half(lite0.graph.model, lite0.images, min_sqnr_db=45)
     found = lite0.run(to_half(lite0.graph.model, plan))

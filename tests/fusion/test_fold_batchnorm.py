@@ -53,7 +53,7 @@ def norms_left(module) -> int:
     seed=st.integers(0, 99),
 )
 def test_folding_keeps_the_numbers_for_every_setting(
-    kernel, stride, dilation, groups, padding, bias, affine, eps, zeros, seed
+    *, kernel, stride, dilation, groups, padding, bias, affine, eps, zeros, seed
 ):
     assume(padding != "same" or stride == 1)
     settings_of = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "bias": bias}

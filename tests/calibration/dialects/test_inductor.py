@@ -40,13 +40,17 @@ def test_the_master_program_stays_as_it_is(residual):
 
 
 @pytest.mark.parametrize(
-    ("plan", "least_db"), [(HalfPlan(float_weights={}), 45), (Bf16Plan(), 25), (None, 1000)], ids=["fp16", "bf16", "fp32"]
+    ("plan", "least_db"),
+    [(HalfPlan(float_weights={}), 45), (Bf16Plan(), 25), (None, 1000)],
+    ids=["fp16", "bf16", "fp32"],
 )
 def test_other_precisions_give_float32_near_the_master(residual, plan, least_db):
     found = run_program(residual, inductor.render(residual.graph, plan))
     assert {output.dtype for output in found} == {np.dtype(np.float32)}
     with np.errstate(divide="ignore"):
-        assert min(rounding_noise_db(residual.run() if plan else run_program(residual, residual.graph), found)) > least_db
+        assert (
+            min(rounding_noise_db(residual.run() if plan else run_program(residual, residual.graph), found)) > least_db
+        )
 
 
 def test_weights_that_the_plan_keeps_stay_in_float32(residual):

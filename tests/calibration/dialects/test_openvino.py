@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+import numpy as np
 import openvino
-import pytest
 
 from deploykit.calibration.dialects.openvino import render
 from deploykit.export.to_openvino import to_openvino
@@ -26,11 +26,8 @@ def test_every_planned_convolution_runs_in_integers(case, tmp_path):
     assert len(floats) == len(case.plan.placement.float_nodes), floats
 
 
-@pytest.mark.filterwarnings("ignore:.*openvino.*:DeprecationWarning")
 def test_the_numbers_stay_near_fp32(case, tmp_path):
     compiled = compile_engine(render(case.graph, case.plan), tmp_path)
     runs = [compiled([image[None]]) for image in case.images]
     found = [[run[index] for run in runs] for index in range(len(case.graph.outputs))]
-    import numpy as np
-
     assert min(rounding_noise_db(case.run(), [np.concatenate(parts) for parts in found])) > 12
