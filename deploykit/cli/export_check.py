@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from deploykit.bundle import is_bundle
 from deploykit.cli.export_options import ExportChoice
-from deploykit.errors import BundleError, CalibrationError, SpecError
+from deploykit.errors import BundleError, SpecError
 from deploykit.optional import installed_version, require
 from deploykit.runtimes.base import load_runtime
 from deploykit.spec import BackboneSpec, FeatureLevel, InputSpec, parse_image_size
 
 if TYPE_CHECKING:
     from deploykit.backbones.base import BackboneOptions, BaseBackbone
+    from deploykit.calibration.images import CalibrationSet
 
 BUILD_PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
 """What an export needs beside the package of its runtime."""
@@ -51,7 +52,8 @@ def check_export(choice: ExportChoice) -> ExportPlan:
     for package in BUILD_PACKAGES:
         require(package)
     backbone, weights = _without_memory(choice)
-    _check_engine(choice, backbone)
+    calibration = _calibration(choice, backbone.input_spec)
+    _check_engine(choice, backbone, calibration)
     spec = replace(backbone.input_spec, batch=choice.batch)
     return ExportPlan(
         backbone=backbone.spec,
@@ -64,7 +66,7 @@ def check_export(choice: ExportChoice) -> ExportPlan:
         precision=choice.precision.name,
         settings=vars(choice.precision),
         target=choice.target,
-        calibration_images=_count_images(choice, spec),
+        calibration_images=len(calibration or ()),
         output=str(choice.output),
     )
 
@@ -84,7 +86,7 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
         raise BundleError(f"{parent} is not a folder that can be written to. Choose another place with -o.")
 
 
-def _check_engine(choice: ExportChoice, backbone: BaseBackbone) -> None:
+def _check_engine(choice: ExportChoice, backbone: BaseBackbone, calibration: CalibrationSet | None) -> None:
     from deploykit.export.pipeline import ExportRequest, check_request
 
     check_request(
@@ -94,21 +96,16 @@ def _check_engine(choice: ExportChoice, backbone: BaseBackbone) -> None:
             precision=choice.precision,
             batch=choice.batch,
             target=choice.target,
+            calibration=calibration,
         )
     )
-    require(load_runtime(choice.runtime).package)
-    if choice.precision.name == "int8" and not choice.calibration:
-        raise CalibrationError(
-            "int8 needs images to calibrate with, and none were given. Add --calibration FOLDER: a hundred typical "
-            "photographs are enough. Random data is never used."
-        )
 
 
-def _count_images(choice: ExportChoice, spec: InputSpec) -> int:
+def _calibration(choice: ExportChoice, spec: InputSpec) -> CalibrationSet | None:
     from deploykit.calibration.images import calibration_set
 
     source = calibration_source(choice.calibration)
-    return len(calibration_set(source, spec, skip_corrupt=choice.skip_corrupt)) if source is not None else 0
+    return None if source is None else calibration_set(source, spec, skip_corrupt=choice.skip_corrupt)
 
 
 def calibration_source(paths: tuple[str, ...]) -> str | list[str] | None:

@@ -22,6 +22,7 @@ FAILED = 1
 INTERRUPTED = 130
 
 _SPELLINGS = {
+    "calibration=FOLDER": "--calibration FOLDER",
     "skip_corrupt=True": "--skip-corrupt",
     "overwrite=True": "--overwrite",
     "pretrained=<file>": "--weights FILE",

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import deploykit
-from deploykit.bundle import read_manifest
+from deploykit.bundle import read_manifest, write_manifest
 from deploykit.cli.run import top_classes
 
 PHOTOGRAPHS = ["astronaut.jpg", "chelsea.jpg", "coffee.jpg", "rocket.jpg"]
@@ -37,10 +37,18 @@ def test_the_classes_are_those_of_the_engine(call, classifier, photos):
     assert best[0]["probability"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_classes_have_the_names_in_the_bundle(call, classifier, photos):
-    labels = (classifier / "labels.txt").read_text().splitlines()
-    done = call("run", classifier, photos / "chelsea.jpg", "--json")
+def test_classes_have_the_names_in_the_bundle(call, classifier, photos, tmp_path):
+    named = tmp_path / "named"
+    shutil.copytree(classifier, named)
+    labels = [f"name {number}" for number in range(1000)]
+    (named / "labels.txt").write_text("\n".join(labels) + "\n")
+    write_manifest(named, read_manifest(named))
+    done = call("run", named, photos / "chelsea.jpg", "--json")
     assert all(each["label"] == labels[each["index"]] for each in done.json()["images"][0]["top"])
+
+
+def test_random_weights_have_no_class_names(classifier):
+    assert not (classifier / "labels.txt").exists()
 
 
 def test_classes_without_names_are_numbered():
