@@ -10,7 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from deploykit.backbones.activation_compression import compressed_activations
     from deploykit.backbones.base import BaseBackbone
+    from deploykit.backbones.feature_cache import FeatureCache
+    from deploykit.backbones.memory_efficient import memory_efficient
+    from deploykit.backbones.necks import FeaturePyramid, FeatureSelector, PathAggregation, WithNeck
     from deploykit.backbones.registry import backbone_names, register_backbone
     from deploykit.calibration.images import CalibrationSet, load_images
     from deploykit.errors import (
@@ -50,6 +54,13 @@ _PUBLIC = {
     "BaseBackbone": "backbones.base",
     "register_backbone": "backbones.registry",
     "backbone_names": "backbones.registry",
+    "FeatureSelector": "backbones.necks",
+    "FeaturePyramid": "backbones.necks",
+    "PathAggregation": "backbones.necks",
+    "WithNeck": "backbones.necks",
+    "FeatureCache": "backbones.feature_cache",
+    "compressed_activations": "backbones.activation_compression",
+    "memory_efficient": "backbones.memory_efficient",
     "CalibrationSet": "calibration.images",
     "load_images": "calibration.images",
     "BackboneSpec": "spec",
@@ -86,7 +97,10 @@ __all__ = [
     "DeployKitError",
     "DeviceUnavailable",
     "ExportError",
+    "FeatureCache",
     "FeatureLevel",
+    "FeaturePyramid",
+    "FeatureSelector",
     "Fp16",
     "Fp32",
     "FusionError",
@@ -95,16 +109,20 @@ __all__ = [
     "Int8",
     "MissingDependency",
     "ParityError",
+    "PathAggregation",
     "Preprocessing",
     "SpecError",
     "TensorSpec",
     "WeightsError",
+    "WithNeck",
     "__version__",
     "backbone_names",
+    "compressed_activations",
     "create_backbone",
     "export_backbone",
     "load_bundle",
     "load_images",
+    "memory_efficient",
     "register_backbone",
     "verify_bundle",
 ]

@@ -239,9 +239,7 @@ def _build(name: Any, options: BackboneOptions, pretrained: Any) -> BaseBackbone
             )
         return name
     if _is_module(name):
-        from deploykit.backbones.custom import wrap_module
-
-        return wrap_module(name, image_size=options.image_size or (224, 224), in_channels=options.in_channels)
+        return _wrap(name, options, pretrained)
     text = os.fspath(name)
     if text.startswith("timm/"):
         from deploykit.backbones.custom import build_timm
@@ -252,6 +250,30 @@ def _build(name: Any, options: BackboneOptions, pretrained: Any) -> BaseBackbone
             f"{text}: a path, but not a bundle (no manifest.json in it). Export one with deploykit export."
         )
     return build_backbone(text, options, pretrained)
+
+
+def _wrap(module: nn.Module, options: BackboneOptions, pretrained: Any) -> BaseBackbone:
+    """A user's own module, which decides everything but the size, the channels and the levels returned."""
+    from deploykit.backbones.base import BackboneOptions
+    from deploykit.backbones.custom import wrap_module
+
+    taken = BackboneOptions(
+        image_size=options.image_size,
+        in_channels=options.in_channels,
+        output_indices=options.output_indices,
+        features_only=options.features_only,
+    )
+    if pretrained or options != taken:
+        raise SpecError(
+            "a module of your own comes with its weights and its head; expected image_size, in_channels and "
+            "output_indices beside it, and no other option."
+        )
+    return wrap_module(
+        module,
+        image_size=options.image_size or (224, 224),
+        in_channels=options.in_channels,
+        output_indices=options.output_indices,
+    )
 
 
 def _in_torch(backbone: BaseBackbone, precision: Precision, device: str) -> BaseBackbone:
