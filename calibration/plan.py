@@ -20,7 +20,7 @@ from deploykit.calibration.ranges import ActivationRange, Histogram, quantize_we
 from deploykit.errors import CalibrationError
 from deploykit.optional import require
 from deploykit.runtimes.base import FloatArray
-from deploykit.spec import BATCH_DIM, Int8
+from deploykit.spec import Int8
 
 PLAN_FILE = "quantization-plan.json"
 SHIFT_FILE = "quantization-plan.npz"
@@ -187,15 +187,17 @@ def _instrument(model: onnx.ModelProto, placement: Placement, probes: _BiasProbe
     return ir.to_proto(copy)
 
 
-def onnx_session(model: onnx.ModelProto) -> Any:
-    """A graph opened in ONNX Runtime on the CPU, to measure with."""
+def onnx_session(model: onnx.ModelProto, *, optimize: bool = True) -> Any:
+    """A graph opened in ONNX Runtime on the CPU, to measure with; unoptimized, each node runs as it is written."""
     onnxruntime = require("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def calibration_batch(model: onnx.ModelProto) -> int:
     """How many images a calibration batch holds: the graph's own batch, or 4 when it is dynamic."""
     dimension = model.graph.input[0].type.tensor_type.shape.dim[0]
-    return 4 if dimension.dim_param == BATCH_DIM else int(dimension.dim_value)
+    return int(dimension.dim_value) or 4  # a named dimension has the value 0

@@ -26,12 +26,15 @@ class QdqStyle:
     ``symmetric``: activations int8 with zero point 0, instead of uint8 with any. ``all_writes``:
     also on what a convolution writes for float nodes to read. ``integer_bias``: biases int32.
     ``drop_activations``: leave out a Relu or Clip that the quantized range does by itself.
+    ``float_after_roll``: leave a node in float that reads a Concat along another axis than the
+    channels', as a rolled map is.
     """
 
     symmetric: bool
     all_writes: bool
     integer_bias: bool
     drop_activations: bool
+    float_after_roll: bool = False
 
 
 def insert_qdq(model: onnx.ModelProto, plan: QuantizationPlan, style: QdqStyle) -> onnx.ModelProto:
@@ -52,13 +55,14 @@ class _Renderer:
 
     def render(self) -> onnx.ModelProto:
         placement = self.plan.placement
+        rolled = {name for name, value in self.values.items() if self.style.float_after_roll and _is_rolled(value)}
         for name, use in placement.weights.items():
-            if name in self.graph.initializers and use.output in self.values:
+            if name in self.graph.initializers and use.output in self.values and use.input not in rolled:
                 self._quantize_weight(name, use)
         integer_nodes = {use.node for use in placement.weights.values()}
         written = placement.writes if self.style.all_writes else placement.reads
         for name in dict.fromkeys((*placement.reads, *written)):
-            if name in self.values:
+            if name in self.values and name not in rolled:
                 self._quantize_activation(self.values[name], integer_nodes)
         self.graph.sort()
         passes.RemoveUnusedNodesPass()(self.model)
@@ -184,6 +188,11 @@ class _Renderer:
         value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.register_initializer(value)
         return value
+
+
+def _is_rolled(value: ir.Value) -> bool:
+    node = value.producer()
+    return node is not None and node.op_type == "Concat" and node.attributes.get_int("axis", 1) != 1
 
 
 def _scalar(value: ir.Value | None) -> float | None:

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import numpy as np
 import openvino
+import torch
+from torch import nn
 
 from deploykit.calibration.dialects.openvino import render
 from deploykit.export.to_openvino import to_openvino
-from tests.calibration.networks import rounding_noise_db
+from tests.calibration.networks import master_graph, plan_of, rounding_noise_db
 
 
 def compile_engine(graph, folder):
@@ -31,3 +33,23 @@ def test_the_numbers_stay_near_fp32(case, tmp_path):
     runs = [compiled([image[None]]) for image in case.images]
     found = [[run[index] for run in runs] for index in range(len(case.graph.outputs))]
     assert min(rounding_noise_db(case.run(), [np.concatenate(parts) for parts in found])) > 12
+
+
+class Rolled(nn.Module):
+    """A linear layer on a map of shape (N, H, W, C) that was rolled, as in a shifted window."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.linear = nn.Linear(16, 32)
+
+    def forward(self, images):
+        rolled = torch.roll(self.stem(images).permute(0, 2, 3, 1), (-2, -2), (1, 2))
+        return (self.linear(rolled),)
+
+
+def test_a_matrix_product_behind_a_rolled_map_compiles(tmp_path):
+    images = np.random.default_rng(0).standard_normal((4, 3, 16, 16)).astype(np.float32)
+    master = master_graph(Rolled(), ("tokens",), images)
+    compiled = compile_engine(render(master, plan_of(master, images)), tmp_path)
+    assert compiled([images[:1]])["tokens"].shape == (1, 16, 16, 32)
