@@ -153,21 +153,22 @@ class _BiasProbes:
             integers, scales = quantize_weight(values, use.axis)
             shape = [1] * values.ndim
             shape[use.axis] = -1
-            error = _constant(graph, f"{weight}/error", values - integers * scales.reshape(shape))
+            error = add_constant(graph, f"{weight}/error", values - integers * scales.reshape(shape))
             node = nodes[use.node]
             twin = ir.node(node.op_type, [node.inputs[0], error], dict(node.attributes), name=f"{weight}/twin")
             channel = 1 if node.op_type == "Conv" else -1
             rank = len(node.outputs[0].shape or ())
             axes = [axis for axis in range(rank) if axis != channel % rank]
             mean = ir.node(
-                "ReduceMean", [twin.outputs[0], _constant(graph, f"{weight}/axes", np.array(axes))], {"keepdims": 0}
+                "ReduceMean", [twin.outputs[0], add_constant(graph, f"{weight}/axes", np.array(axes))], {"keepdims": 0}
             )
             mean.outputs[0].name = output
             graph.extend([twin, mean])
             graph.outputs.append(mean.outputs[0])
 
 
-def _constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
+def add_constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
+    """Register an array as an initializer of a graph."""
     tensor = ir.tensor(array, name=name)
     value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)

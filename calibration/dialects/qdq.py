@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from deploykit.calibration.placement import IntegerWeight
-from deploykit.calibration.plan import QuantizationPlan
+from deploykit.calibration.plan import QuantizationPlan, add_constant
 from deploykit.calibration.ranges import quantize_weight
 
 BIAS_LIMIT = 2**30
@@ -184,10 +184,7 @@ class _Renderer:
         return node.outputs[0]
 
     def _constant(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
-        tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-        self.graph.register_initializer(value)
-        return value
+        return add_constant(self.graph, name, array)
 
 
 def _is_rolled(value: ir.Value) -> bool:
