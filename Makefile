@@ -23,7 +23,7 @@ test: $(READY)
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2
 
 test-all: $(READY)
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "slow or not slow"
+	HYPOTHESIS_PROFILE=default $(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "slow or not slow"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -62,7 +62,8 @@ class Histogram:
         flat = values.reshape(-1)
         step = max(1, flat.size // (SAMPLES_PER_IMAGE * values.shape[0]))
         if self._edge > 0:
-            self._counts += np.histogram(flat[::step], BINS, (-self._edge, self._edge))[0]
+            samples = flat[::step].astype(np.float64)  # float32 has no 2048 bins below its least normal number
+            self._counts += np.histogram(samples, BINS, (-self._edge, self._edge))[0]
 
     def _widen(self, magnitude: float) -> None:
         if self._edge == 0.0:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -47,6 +47,8 @@ def test_minimum_and_maximum_are_exact(batches):
 
 @settings(max_examples=80, deadline=None)
 @given(BATCHES)
+@example([np.array([[1e-45]], np.float32)])
+@example([np.array([[1e-45]], np.float32), np.array([[3e38]], np.float32)])
 def test_widening_the_bins_loses_no_count(batches):
     histogram = histogram_of(batches)
     seen = 0
