@@ -40,9 +40,9 @@ def plan_half(model: onnx.ModelProto, images: FloatArray, *, min_sqnr_db: float)
         images: ``(N, C, H, W)`` to measure on; `MEASURED_IMAGES` of them are used.
         min_sqnr_db: the budget of every output, in dB.
     """
-    placed = place(model).weights
-    biases = {name: use.bias for name, use in placed.items() if use.bias}
-    names = tuple(placed)
+    placed = place(model).weights.values()
+    biases = {use.weight: use.bias for use in placed if use.bias}
+    names = tuple(dict.fromkeys(use.weight for use in placed))
     session, values = _open_weights(model, dict.fromkeys((*names, *biases.values())))
     rounded = {name: value.astype(np.float16).astype(np.float32) for name, value in values.items()}
     batches = _batches(model, images)

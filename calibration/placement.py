@@ -15,9 +15,9 @@ import onnx_ir as ir
 
 @dataclass(frozen=True, kw_only=True)
 class IntegerWeight:
-    """A constant weight, its output channels' axis, and the node and bias that go with it."""
+    """What a node that runs in integers reads and writes; ``axis`` is that of its weight's output channels."""
 
-    node: str
+    weight: str
     axis: int
     input: str
     output: str
@@ -26,11 +26,12 @@ class IntegerWeight:
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Tensors by name.
+    """Nodes and tensors by name.
 
-    ``reads`` are read by integer kernels. ``writes`` are written by them (after the Relu or Clip
-    that the kernel fuses). ``same_range`` maps the output of a max-pooling to its input, whose
-    range it shares. ``float_nodes`` maps each weighted node that stays in float to the reason.
+    ``weights`` maps each node that runs in integers to its constant weight. ``reads`` are read by
+    integer kernels. ``writes`` are written by them (after the Relu or Clip that the kernel fuses).
+    ``same_range`` maps the output of a max-pooling to its input, whose range it shares.
+    ``float_nodes`` maps each weighted node that stays in float to the reason.
     """
 
     weights: dict[str, IntegerWeight] = field(default_factory=dict)
@@ -55,11 +56,11 @@ def place(model: onnx.ModelProto) -> Placement:
     float_nodes: dict[str, str] = {}
     for node in graph:
         if node.op_type in ("Conv", "Gemm", "MatMul") and _constant(node.inputs[1]):
-            reason = _why_float(node, weights)
+            reason = _why_float(node)
             if reason:
                 float_nodes[_name(node)] = reason
                 continue
-            weights[_text(node.inputs[1])] = _weight(node)
+            weights[_name(node)] = _weight(node)
             reads[_text(node.inputs[0])] = None
             if node.op_type == "Conv":
                 writes[_text(_after_activation(node.outputs[0]))] = None
@@ -100,7 +101,7 @@ def _weight(node: ir.Node) -> IntegerWeight:
     if node.op_type == "MatMul":
         bias = _added_bias(node.outputs[0])
     return IntegerWeight(
-        node=_name(node),
+        weight=_text(node.inputs[1]),
         axis=0 if node.op_type == "Conv" or transposed else 1,
         input=_text(node.inputs[0]),
         output=_text(node.outputs[0]),
@@ -119,9 +120,7 @@ def _added_bias(value: ir.Value) -> ir.Value | None:
     return None
 
 
-def _why_float(node: ir.Node, weights: dict[str, IntegerWeight]) -> str | None:
-    if _text(node.inputs[1]) in weights:
-        return "its weight is shared with another node"
+def _why_float(node: ir.Node) -> str | None:
     rank = len(node.inputs[1].shape or ()) if node.inputs[1] is not None else 0
     if node.op_type == "MatMul" and rank != 2:
         return f"its weight has rank {rank}, and integer kernels take matrices"

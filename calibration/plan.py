@@ -20,7 +20,7 @@ from deploykit.calibration.ranges import ActivationRange, Histogram, quantize_we
 from deploykit.errors import CalibrationError
 from deploykit.optional import require
 from deploykit.runtimes.base import FloatArray
-from deploykit.spec import Int8
+from deploykit.spec import FloatDtype, Int8
 
 PLAN_FILE = "quantization-plan.json"
 SHIFT_FILE = "quantization-plan.npz"
@@ -32,14 +32,15 @@ class QuantizationPlan:
     """Ranges and placement for one network, from one set of images.
 
     ``key`` is the digest of the weights, the images with their preprocessing, and the settings.
-    ``bias_shift`` maps a weight to the ``(channels,)`` mean error that rounding it makes in its
-    node's output, which a dialect adds to the bias.
+    ``bias_shift`` maps a node to the ``(channels,)`` mean error that rounding its weight makes in
+    its output, which a dialect adds to the bias. ``float_dtype`` is what the rest computes in.
     """
 
     schema_version: int = SCHEMA_VERSION
     key: str
     calibrator: str
     images: int
+    float_dtype: FloatDtype = "fp32"
     placement: Placement
     ranges: dict[str, ActivationRange]
     bias_shift: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
@@ -74,7 +75,7 @@ class QuantizationPlan:
 def plan_key(weights_digest: str, images_digest: str, settings: Int8) -> str:
     """What a plan is keyed by: equal keys give equal plans."""
     text = "\n".join((weights_digest, images_digest, settings.calibrator, str(settings.percentile)))
-    return hashlib.sha256(f"{text}\n{settings.bias_correction}".encode()).hexdigest()
+    return hashlib.sha256(f"{text}\n{settings.bias_correction}\n{settings.float_dtype}".encode()).hexdigest()
 
 
 def calibrate(
@@ -123,13 +124,13 @@ def calibrate(
     if not seen:
         raise CalibrationError("the calibration set gave no images; expected at least one.")
     shift = {
-        weight: (sums[output] / count).astype(np.float32)
-        for output, weight in (probes.outputs.items() if probes else ())
+        node: (sums[output] / count).astype(np.float32) for output, node in (probes.outputs.items() if probes else ())
     }
     return QuantizationPlan(
         key=key,
         calibrator=settings.calibrator,
         images=seen,
+        float_dtype=settings.float_dtype,
         placement=placement,
         ranges={name: histogram.choose(settings) for name, histogram in histograms.items()},
         bias_shift=shift,
@@ -142,25 +143,25 @@ class _BiasProbes:
     def __init__(self, model: onnx.ModelProto, placement: Placement) -> None:
         self._weights = {tensor.name: tensor for tensor in model.graph.initializer}
         self._placement = placement
-        self.outputs = {f"{weight}/mean_error": weight for weight in placement.weights}
+        self.outputs = {f"{node}/mean_error": node for node in placement.weights}
 
     def add_to(self, graph: ir.Graph) -> None:
         """Insert the probes into a copy of the master graph."""
         nodes = {node.name: node for node in graph}
-        for output, weight in self.outputs.items():
-            use = self._placement.weights[weight]
-            values = onnx.numpy_helper.to_array(self._weights[weight])
+        for output, name in self.outputs.items():
+            use = self._placement.weights[name]
+            values = onnx.numpy_helper.to_array(self._weights[use.weight])
             integers, scales = quantize_weight(values, use.axis)
             shape = [1] * values.ndim
             shape[use.axis] = -1
-            error = add_constant(graph, f"{weight}/error", values - integers * scales.reshape(shape))
-            node = nodes[use.node]
-            twin = ir.node(node.op_type, [node.inputs[0], error], dict(node.attributes), name=f"{weight}/twin")
+            error = add_constant(graph, f"{name}/error", values - integers * scales.reshape(shape))
+            node = nodes[name]
+            twin = ir.node(node.op_type, [node.inputs[0], error], dict(node.attributes), name=f"{name}/twin")
             channel = 1 if node.op_type == "Conv" else -1
             rank = len(node.outputs[0].shape or ())
             axes = [axis for axis in range(rank) if axis != channel % rank]
             mean = ir.node(
-                "ReduceMean", [twin.outputs[0], add_constant(graph, f"{weight}/axes", np.array(axes))], {"keepdims": 0}
+                "ReduceMean", [twin.outputs[0], add_constant(graph, f"{name}/axes", np.array(axes))], {"keepdims": 0}
             )
             mean.outputs[0].name = output
             graph.extend([twin, mean])

@@ -13,8 +13,9 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import torch
 
-from deploykit.backbones.attention import onnx_translations
+from deploykit.backbones.attention import TRANSPOSED, onnx_translations
 from deploykit.errors import ExportError
+from deploykit.optional import require
 from deploykit.spec import BATCH_DIM, InputSpec
 
 OPSET = 21
@@ -50,7 +51,21 @@ def to_onnx(program: torch.export.ExportedProgram, spec: InputSpec, outputs: Seq
         ) from error
     if exported is None:
         raise ExportError("torch's ONNX exporter gave no program. Report it with the backbone's name.")
+    _name_weights(exported.model, program)
     return _tidy(exported.model, spec)
+
+
+def _name_weights(model: ir.Model, program: torch.export.ExportedProgram) -> None:
+    """Fold every transpose of a weight, and name the result after the parameter that it came from."""
+    require("onnxscript.optimizer").fold_constants(
+        model, should_fold=lambda node: True if node.op_type == "Transpose" else None, output_size_limit=2**31
+    )
+    passes.RemoveUnusedNodesPass()(model)
+    signature = program.graph_signature
+    for placeholder, parameter in (signature.inputs_to_parameters | signature.inputs_to_buffers).items():
+        value = model.graph.initializers.get(f"{placeholder}{TRANSPOSED}")
+        if value is not None:
+            value.name = f"{parameter}{TRANSPOSED}"
 
 
 def _tidy(model: ir.Model, spec: InputSpec) -> onnx.ModelProto:

@@ -12,11 +12,13 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from deploykit.backbones.attention import TRANSPOSED
 from deploykit.calibration.half import HalfPlan
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.precision import PrecisionPlan
@@ -76,7 +78,8 @@ class _Cast(nn.Module):
 
 def _keep_in_float(module: GraphModule, plan: HalfPlan, dtype: torch.dtype) -> None:
     """Convert a module but for the nodes of some weights, with casts around those."""
-    kept = {node: node.args[1] for node in _weighted_nodes(module) if str(node.args[1].target) in plan.float_weights}
+    kept_names = {name.removesuffix(TRANSPOSED) for name in plan.float_weights}
+    kept = {node: node.args[1] for node in _weighted_nodes(module) if str(node.args[1].target) in kept_names}
     floats = {
         str(argument.target): _value(module, argument).clone()
         for node in kept
@@ -99,17 +102,19 @@ def _keep_in_float(module: GraphModule, plan: HalfPlan, dtype: torch.dtype) -> N
 
 def _insert_qdq(module: GraphModule, plan: QuantizationPlan) -> None:
     quantized: dict[tuple[Node, str], Node] = {}
+    placed = reversed(plan.placement.weights.items())  # of nodes that share a weight the first counts
+    by_weight = {use.weight.removesuffix(TRANSPOSED): (name, use) for name, use in placed}
     for node in _weighted_nodes(module):
-        weight_node = node.args[1]
-        use = plan.placement.weights.get(str(weight_node.target))
-        if use is None:
+        target = str(node.args[1].target)
+        if target not in by_weight:
             continue
+        name, use = by_weight[target]
         scale, zero_point = plan.range_of(use.input).affine()
         source = node.args[0]
         if (source, use.input) not in quantized:
             quantized[source, use.input] = _quantize_activation(module, source, scale, zero_point)
         node.update_arg(0, quantized[source, use.input])
-        _quantize_weight(module, node, plan)
+        _quantize_weight(module, node, plan.bias_shift.get(name))
     module.recompile()
 
 
@@ -122,7 +127,7 @@ def _quantize_activation(module: GraphModule, source: Node, scale: float, zero_p
         return module.graph.call_function(operators.dequantize_per_tensor.default, (integers, *settings))
 
 
-def _quantize_weight(module: GraphModule, node: Node, plan: QuantizationPlan) -> None:
+def _quantize_weight(module: GraphModule, node: Node, shift: npt.NDArray[np.float32] | None) -> None:
     weight_node: Any = node.args[1]
     target = str(weight_node.target)
     owner, _, name = target.rpartition(".")
@@ -138,7 +143,6 @@ def _quantize_weight(module: GraphModule, node: Node, plan: QuantizationPlan) ->
             torch.ops.quantized_decomposed.dequantize_per_channel.default, (*parts, 0, -127, 127, torch.int8)
         )
     node.update_arg(1, restored)
-    shift = plan.bias_shift.get(target)
     if shift is not None and np.any(shift):
         _shift_bias(module, node, owner, torch.from_numpy(np.asarray(shift, np.float32)))
 

@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
+from deploykit.calibration.dialects.dynamic import quantize_product
 from deploykit.calibration.placement import IntegerWeight
 from deploykit.calibration.plan import QuantizationPlan, add_constant
 from deploykit.calibration.ranges import quantize_weight
@@ -26,14 +27,16 @@ class QdqStyle:
     ``symmetric``: activations int8 with zero point 0, instead of uint8 with any. ``all_writes``:
     also on what a convolution writes for float nodes to read. ``integer_bias``: biases int32.
     ``drop_activations``: leave out a Relu or Clip that the quantized range does by itself.
-    ``float_after_roll``: leave a node in float that reads a Concat along another axis than the
-    channels', as a rolled map is.
+    ``dynamic_products``: matrix products quantize what they read at each call, instead of with the
+    plan's range. ``float_after_roll``: leave a node in float that reads a Concat along another axis
+    than the channels', as a rolled map is.
     """
 
     symmetric: bool
     all_writes: bool
     integer_bias: bool
     drop_activations: bool
+    dynamic_products: bool = False
     float_after_roll: bool = False
 
 
@@ -56,14 +59,14 @@ class _Renderer:
     def render(self) -> onnx.ModelProto:
         placement = self.plan.placement
         rolled = {name for name, value in self.values.items() if self.style.float_after_roll and _is_rolled(value)}
+        nodes = {node.name: node for node in self.graph}
         for name, use in placement.weights.items():
-            if name in self.graph.initializers and use.output in self.values and use.input not in rolled:
-                self._quantize_weight(name, use)
-        integer_nodes = {use.node for use in placement.weights.values()}
+            if name in nodes and use.input not in rolled:
+                self._quantize_weight(nodes[name], use)
         written = placement.writes if self.style.all_writes else placement.reads
         for name in dict.fromkeys((*placement.reads, *written)):
             if name in self.values and name not in rolled:
-                self._quantize_activation(self.values[name], integer_nodes)
+                self._quantize_activation(self.values[name])
         self.graph.sort()
         passes.RemoveUnusedNodesPass()(self.model)
         for node in self.graph:
@@ -72,28 +75,28 @@ class _Renderer:
                     value.shape = None  # stale types and shapes mislead TensorRT's parser
         return ir.to_proto(self.model)
 
-    def _quantize_weight(self, name: str, use: IntegerWeight) -> None:
-        weight = self.graph.initializers[name]
+    def _quantize_weight(self, node: ir.Node, use: IntegerWeight) -> None:
+        name, weight = str(node.name), self.graph.initializers[use.weight]
         assert weight.const_value is not None  # noqa: S101  (an initializer has a value; narrows the type)
-        node = next(node for node in weight.consumers() if node.name == use.node)
         values = weight.const_value.numpy()
-        bias = self._corrected_bias(node, name, use, values.shape[use.axis])
+        bias = self._corrected_bias(node, use, values.shape[use.axis])
         integer_bias = self.style.integer_bias and node.op_type == "Conv"
         step = np.float32(self.plan.range_of(use.input).affine()[0])
         least = np.abs(bias) / (step * BIAS_LIMIT) if integer_bias and bias is not None else None
         integers, scales = quantize_weight(values, use.axis, least)
-        zeros = np.zeros(len(scales), np.int8)
-        node.replace_input_with(1, self._dequantize(name, integers, scales, zeros, axis=use.axis))
         if bias is not None:
-            self._replace_bias(node, name, use, bias, step * scales if integer_bias else None)
+            self._replace_bias(node, use, bias, step * scales if integer_bias else None)
+        if self.style.dynamic_products and node.op_type != "Conv":
+            quantize_product(self.graph, node, integers, scales)
+        else:
+            zeros = np.zeros(len(scales), np.int8)
+            node.replace_input_with(1, self._dequantize(name, integers, scales, zeros, axis=use.axis))
         if not list(weight.consumers()):
-            del self.graph.initializers[name]
+            del self.graph.initializers[use.weight]
 
-    def _corrected_bias(
-        self, node: ir.Node, weight: str, use: IntegerWeight, channels: int
-    ) -> npt.NDArray[np.float32] | None:
+    def _corrected_bias(self, node: ir.Node, use: IntegerWeight, channels: int) -> npt.NDArray[np.float32] | None:
         """The bias with the plan's correction; None where there is none to write."""
-        shift = np.asarray(self.plan.bias_shift.get(weight, 0.0), np.float32)
+        shift = np.asarray(self.plan.bias_shift.get(str(node.name), 0.0), np.float32)
         old = self.graph.initializers.get(use.bias) if use.bias else None
         if old is None and (node.op_type == "MatMul" or not np.any(shift)):
             return None
@@ -103,7 +106,6 @@ class _Renderer:
     def _replace_bias(
         self,
         node: ir.Node,
-        weight: str,
         use: IntegerWeight,
         bias: npt.NDArray[np.float32],
         steps: npt.NDArray[np.float32] | None,
@@ -111,9 +113,9 @@ class _Renderer:
         """Write the bias as int32 in these steps, or as float without."""
         if steps is not None:
             integers = np.round(bias / steps.astype(np.float64)).astype(np.int32)
-            value = self._dequantize(f"{weight}/bias", integers, steps, np.zeros(len(steps), np.int32), axis=0)
+            value = self._dequantize(f"{node.name}/bias", integers, steps, np.zeros(len(steps), np.int32), axis=0)
         else:
-            value = self._constant(f"{weight}/bias", bias)
+            value = self._constant(f"{node.name}/bias", bias)
         if node.op_type == "MatMul":
             add = next(iter(node.outputs[0].consumers()))
             add.replace_input_with([operand.name for operand in add.inputs if operand].index(use.bias), value)
@@ -123,12 +125,14 @@ class _Renderer:
             node.resize_inputs(3)
             node.replace_input_with(2, value)
 
-    def _quantize_activation(self, value: ir.Value, integer_nodes: set[str]) -> None:
+    def _quantize_activation(self, value: ir.Value) -> None:
         """Put a Q/DQ pair behind a tensor: for all its readers, or for integer kernels where the writer is float."""
         tensor = str(value.name)
         scale, zero_point = self._parameters(tensor)
         everyone = tensor in self.plan.placement.writes
-        readers = [use for use in value.uses() if everyone or use.node.name in integer_nodes]
+        readers = [use for use in value.uses() if everyone or use.node.name in self.plan.placement.weights]
+        if not readers and not value.is_graph_output():
+            return
         source = self._without_activation(value, zero_point) if everyone else value
         constants = (self._constant(f"{tensor}/scale", scale), self._constant(f"{tensor}/zero_point", zero_point))
         quantize = ir.node("QuantizeLinear", [source, *constants], name=f"{tensor}/quantize")

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from deploykit.optional import require
 
+TRANSPOSED = ".T"
+"""Ends the name of a linear layer's weight in an ONNX graph, where it stands transposed, ``(in, out)``."""
+
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, *, bias: Tensor | None = None, scale: float | None = None
@@ -33,12 +36,14 @@ def attend(
 
 
 def onnx_translations() -> dict[Any, Any]:
-    """The ONNX form of `attend`, for ``torch.onnx.export(custom_translation_table=...)``.
+    """The ONNX forms of `attend` and of a linear layer, for ``torch.onnx.export(custom_translation_table=...)``.
 
-    Two matrix products and a softmax of static shapes; torch's own translation transposes the keys by
-    a dozen nodes of shape arithmetic. Needs onnxscript.
+    Attention becomes two matrix products and a softmax of static shapes; torch's own translation
+    transposes the keys by a dozen nodes of shape arithmetic. A linear layer's transposed weight keeps
+    the name of its parameter, by which a quantization plan finds it. Needs onnxscript.
     """
     op = require("onnxscript").opset21
+    transposed: dict[str, Any] = {}  # of one export: a weight that two layers share is turned once
 
     def attention(  # noqa: PLR0917  (torch's signature)
         query: Any,
@@ -61,7 +66,19 @@ def onnx_translations() -> dict[Any, Any]:
             scores = op.Add(scores, attn_mask)
         return op.MatMul(op.Softmax(scores, axis=-1), value)
 
-    return {torch.ops.aten.scaled_dot_product_attention.default: attention}
+    def linear(source: Any, weight: Any, bias: Any = None) -> Any:
+        if len(source.shape) == 2:
+            return op.Gemm(source, weight, bias, transB=1)
+        if weight.name not in transposed:
+            transposed[weight.name] = op.Transpose(weight, perm=[1, 0])
+            transposed[weight.name].name = f"{weight.name}{TRANSPOSED}"
+        product = op.MatMul(source, transposed[weight.name])
+        return product if bias is None else op.Add(product, bias)
+
+    return {
+        torch.ops.aten.scaled_dot_product_attention.default: attention,
+        torch.ops.aten.linear.default: linear,
+    }
 
 
 def split_heads(projected: Tensor, heads: int) -> Tensor:

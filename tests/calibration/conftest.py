@@ -1,4 +1,4 @@
-"""Two master graphs with their plans, each made once: a residual network and EfficientNet-Lite0."""
+"""Master graphs with their plans, each made once: a residual network, a transformer and EfficientNet-Lite0."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deploykit.export.trace import Everything, output_names
 from deploykit.graph import Graph
 from deploykit.runtimes.base import FloatArray
 from deploykit.spec import InputSpec
-from tests.calibration.networks import SIDE, master_graph, plan_of, residual_graph
+from tests.calibration.networks import SIDE, Residual, Tokens, graph_of, master_graph, plan_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,17 @@ class Case:
 
 @pytest.fixture(scope="session")
 def residual(photographs) -> Case:
+    return _case(Residual, photographs)
+
+
+@pytest.fixture(scope="session")
+def tokens(photographs) -> Case:
+    return _case(Tokens, photographs)
+
+
+def _case(network, photographs) -> Case:
     images = calibration_set(photographs, InputSpec(height=SIDE, width=SIDE)).sample(6)
-    graph = residual_graph(images)
+    graph = graph_of(network, images)
     return Case(graph=graph, images=images, plan=plan_of(graph, images))
 
 

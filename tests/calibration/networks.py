@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deploykit.backbones.attention import TransformerBlock
 from deploykit.calibration.plan import QuantizationPlan, calibrate
 from deploykit.export.graphs import output_specs
 from deploykit.export.to_onnx import to_onnx
@@ -52,6 +53,23 @@ class Residual(nn.Module):
         return one, deep, self.head(deep.mean((2, 3)))
 
 
+class Tokens(nn.Module):
+    """What a vision transformer has: patches, two blocks with shared weights, and a head on the mean token."""
+
+    outputs = ("tokens", "logits")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 48, 8, 8)
+        self.block = TransformerBlock(48, 4)
+        self.norm = nn.LayerNorm(48)
+        self.head = nn.Linear(48, 10)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        tokens = self.norm(self.block(self.block(self.patches(images).flatten(2).transpose(1, 2))))
+        return tokens, self.head(tokens.mean(1))
+
+
 def master_graph(module: nn.Module, outputs: tuple[str, ...], images: FloatArray) -> Graph:
     """The fused FP32 graph of a module for batches of one image like these."""
     spec = InputSpec(channels=images.shape[1], height=images.shape[2], width=images.shape[3])
@@ -60,11 +78,12 @@ def master_graph(module: nn.Module, outputs: tuple[str, ...], images: FloatArray
     return Graph(input=spec, outputs=output_specs(model), model=model, program=fused.program)
 
 
-def residual_graph(images: FloatArray) -> Graph:
+def graph_of(network: type[Residual | Tokens], images: FloatArray) -> Graph:
+    """The master graph of one of the networks above, with realistic random weights."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        module = randomize(Residual())
-    return master_graph(module, Residual.outputs, images)
+        module = randomize(network())
+    return master_graph(module, network.outputs, images)
 
 
 def plan_of(graph: Graph, images: FloatArray, settings: Int8 | None = None) -> QuantizationPlan:

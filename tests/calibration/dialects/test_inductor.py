@@ -54,7 +54,8 @@ def test_other_precisions_give_float32_near_the_master(residual, plan, least_db)
 
 
 def test_weights_that_the_plan_keeps_stay_in_float32(residual):
-    kept = {name: 0.0 for name in residual.plan.placement.weights if name.startswith("stem")}
+    weights = (use.weight for use in residual.plan.placement.weights.values())
+    kept = {name: 0.0 for name in weights if name.startswith("stem")}
     assert len(kept) == 1
     program = inductor.render(residual.graph, HalfPlan(float_weights=kept)).program
     dtypes = [value.dtype for value in program.state_dict.values() if value.dim() == 4]
@@ -65,3 +66,10 @@ def test_weights_that_the_plan_keeps_stay_in_float32(residual):
 def test_a_graph_without_a_program_is_refused(residual):
     with pytest.raises(ExportError, match="no torch program"):
         inductor.render(Graph(input=residual.graph.input, outputs=()), None)
+
+
+def test_every_linear_layer_of_a_transformer_is_quantized(tokens):
+    rendered = inductor.render(tokens.graph, tokens.plan)
+    kinds = [str(node.target) for node in rendered.program.graph.nodes]
+    assert sum("dequantize_per_channel" in kind for kind in kinds) == len(tokens.plan.placement.weights) == 10
+    assert min(rounding_noise_db(tokens.run(), run_program(tokens, rendered))) > 20

@@ -31,9 +31,7 @@ def optimized(case, tmp_path) -> onnx.ModelProto:
 def test_every_planned_convolution_runs_in_integers(case, optimized):
     kinds = Counter(node.op_type for node in optimized.graph.node)
     planned = sum(
-        1
-        for node in case.graph.model.graph.node
-        if node.op_type == "Conv" and node.name in {use.node for use in case.plan.placement.weights.values()}
+        1 for node in case.graph.model.graph.node if node.op_type == "Conv" and node.name in case.plan.placement.weights
     )
     assert kinds["QLinearConv"] == planned >= 7
     assert kinds["Conv"] + kinds["FusedConv"] == len(case.plan.placement.float_nodes)
@@ -84,7 +82,7 @@ def test_a_graph_without_onnx_and_a_plan_of_another_precision_are_refused(residu
 
 def test_fp32_is_the_master_itself_and_half_keeps_float_inputs_and_outputs(residual):
     assert render(residual.graph, None).model is residual.graph.model
-    kept = next(iter(residual.plan.placement.weights))
+    kept = next(iter(residual.plan.placement.weights.values())).weight
     model = render(residual.graph, HalfPlan(float_weights={kept: 0.0})).model
     onnx.checker.check_model(model)
     values = (*model.graph.input, *model.graph.output)
@@ -93,3 +91,21 @@ def test_fp32_is_the_master_itself_and_half_keeps_float_inputs_and_outputs(resid
     assert types[onnx.TensorProto.FLOAT] == 1
     assert types[onnx.TensorProto.FLOAT16] == 8
     assert min(rounding_noise_db(residual.run(), residual.run(model))) > 45
+
+
+def test_every_linear_layer_of_a_transformer_runs_in_integers(tokens, tmp_path):
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    model = render(tokens.graph, tokens.plan).model
+    onnx.checker.check_model(model, full_check=True)
+    onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    optimized = onnx.load(tmp_path / "optimized.onnx").graph
+    kinds = Counter(node.op_type for node in optimized.node)
+    assert kinds["DynamicQuantizeMatMul"] == len(tokens.plan.placement.weights) - 1 == 9
+    assert kinds["QLinearConv"] == 1
+    constants = {tensor.name for tensor in optimized.initializer}
+    products = [node for node in optimized.node if "MatMul" in node.op_type or node.op_type == "Gemm"]
+    in_float = [node for node in products if "Dynamic" not in node.op_type and set(node.input) & constants]
+    assert not in_float
+    assert min(rounding_noise_db(tokens.run(), tokens.run(model))) > 25

@@ -93,7 +93,7 @@ def test_an_activation_whose_source_is_read_elsewhere_stays():
     assert kinds_of(insert_qdq(graph.model, plan_of(graph, IMAGES), STYLE))["Relu"] == 1
 
 
-def test_a_shared_weight_keeps_its_float_form_for_the_other_node():
+def test_a_shared_weight_is_quantized_for_each_of_its_nodes():
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
@@ -106,7 +106,7 @@ def test_a_shared_weight_keeps_its_float_form_for_the_other_node():
     model = insert_qdq(graph.model, plan_of(graph, IMAGES), STYLE)
     onnx.checker.check_model(model)
     large = Counter(t.data_type for t in model.graph.initializer if len(t.dims) == 4)
-    assert large == {onnx.TensorProto.INT8: 2, onnx.TensorProto.FLOAT: 1}
+    assert large == {onnx.TensorProto.INT8: 3}
 
 
 def test_a_channel_of_zeros_gives_finite_numbers():

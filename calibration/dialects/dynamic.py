@@ -1,0 +1,72 @@
+"""Matrix products whose input is quantized at each call, from the range that the call itself has.
+
+``MatMul(x, W) -> Cast(MatMulInteger(q, Wq)) * (s * Ws)`` with ``q, s, z = DynamicQuantizeLinear(x)``:
+standard ONNX operators, which ONNX Runtime fuses into one DynamicQuantizeMatMul.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+
+from deploykit.calibration.plan import add_constant
+
+
+def quantize_product(
+    graph: ir.Graph, node: ir.Node, integers: npt.NDArray[np.int8], scales: npt.NDArray[np.float32]
+) -> None:
+    """Replace a MatMul or Gemm over a constant weight in place; what follows it stays.
+
+    Args:
+        graph: the graph that holds the node.
+        node: the product; a Gemm's bias is added after it.
+        integers: its weight ``(K, M)`` in -127..127, or ``(M, K)`` for a Gemm with transB.
+        scales: ``(M,)``, of each output channel.
+    """
+    source, weight = node.inputs[0], node.inputs[1]
+    assert source is not None and weight is not None  # noqa: S101  (ONNX requires both; narrows the types)
+    if node.op_type == "Gemm" and node.attributes.get_int("transB", False):
+        integers = np.ascontiguousarray(integers.T)
+    name = node.name
+    quantized = _quantized(graph, source)
+    constants = {
+        part: add_constant(graph, f"{name}/{part}", array)
+        for part, array in (("integers", integers), ("scale", scales), ("zero_point", np.zeros(len(scales), np.int8)))
+    }
+    product = ir.node(
+        "MatMulInteger",
+        [quantized[0], constants["integers"], quantized[2], constants["zero_point"]],
+        name=f"{name}/product",
+    )
+    widened = ir.node("Cast", [product.outputs[0]], {"to": onnx.TensorProto.FLOAT}, name=f"{name}/float")
+    step = ir.node("Mul", [quantized[1], constants["scale"]], name=f"{name}/step")
+    scaled = ir.node("Mul", [widened.outputs[0], step.outputs[0]], name=f"{name}/scaled")
+    added: list[ir.Node] = [product, widened, step, scaled]
+    if node.op_type == "Gemm" and len(node.inputs) > 2:
+        added.append(ir.node("Add", [scaled.outputs[0], node.inputs[2]], name=f"{name}/add"))
+    graph.insert_before(node, added)
+    _take_over(graph, node, added[-1].outputs[0])
+
+
+def _quantized(graph: ir.Graph, source: ir.Value) -> tuple[Any, ...]:
+    """The integers, scale and zero point of a tensor, quantized once for all products that read it."""
+    for reader in source.consumers():
+        if reader.op_type == "DynamicQuantizeLinear":
+            return tuple(reader.outputs)
+    node = ir.node("DynamicQuantizeLinear", [source], name=f"{source.name}/quantize", num_outputs=3)
+    for value, part in zip(node.outputs, ("integers", "scale", "zero_point"), strict=True):
+        value.name = f"{source.name}/{part}"
+    graph.append(node)  # the renderer sorts the graph
+    return tuple(node.outputs)
+
+
+def _take_over(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
+    old = node.outputs[0]
+    value.name, value.shape, value.type = old.name, old.shape, old.type
+    old.name = f"{value.name}/replaced"
+    ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
