@@ -30,6 +30,8 @@ class Placement:
 
     ``weights`` maps each node that runs in integers to its constant weight. ``reads`` are read by
     integer kernels. ``writes`` are written by them (after the Relu or Clip that the kernel fuses).
+    ``between`` are what stands between them, gated maps (hard-swish, SiLU, squeeze-and-excitation) and
+    global average pools, which some runtimes compute in integers and others fuse in float.
     ``same_range`` maps the output of a max-pooling to its input, whose range it shares.
     ``float_nodes`` maps each weighted node that stays in float to the reason.
     """
@@ -37,13 +39,16 @@ class Placement:
     weights: dict[str, IntegerWeight] = field(default_factory=dict)
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
+    between: tuple[str, ...] = ()
     same_range: dict[str, str] = field(default_factory=dict)
     float_nodes: dict[str, str] = field(default_factory=dict)
 
     @property
     def tensors(self) -> tuple[str, ...]:
         """Every tensor that needs a range of its own."""
-        return tuple(name for name in dict.fromkeys((*self.reads, *self.writes)) if name not in self.same_range)
+        return tuple(
+            name for name in dict.fromkeys((*self.reads, *self.writes, *self.between)) if name not in self.same_range
+        )
 
 
 def place(model: onnx.ModelProto) -> Placement:
@@ -52,6 +57,7 @@ def place(model: onnx.ModelProto) -> Placement:
     weights: dict[str, IntegerWeight] = {}
     reads: dict[str, None] = {}
     writes: dict[str, None] = {}
+    between: dict[str, None] = {}
     same_range: dict[str, str] = {}
     float_nodes: dict[str, str] = {}
     for node in graph:
@@ -72,10 +78,15 @@ def place(model: onnx.ModelProto) -> Placement:
             reads[source] = None
             writes[pooled] = None
             same_range[pooled] = source
+        elif (is_pooled(node) or is_gated(node)) and any(
+            _text(value) in writes or _text(value) in between for value in node.inputs
+        ):
+            between[_text(node.outputs[0])] = None
     return Placement(
         weights=weights,
         reads=tuple(reads),
         writes=tuple(writes),
+        between=tuple(between),
         same_range=same_range,
         float_nodes=float_nodes,
     )
@@ -88,6 +99,31 @@ def fused_activation(value: ir.Value) -> ir.Node | None:
         return None
     node = consumers[0]
     return node if node.op_type in ("Relu", "Clip") else None
+
+
+def is_pooled(node: ir.Node) -> bool:
+    """Whether a node is a global average pool: the mean of each channel of a map, as a 1x1 map."""
+    if node.op_type == "GlobalAveragePool":
+        return True
+    if node.op_type != "ReduceMean" or len(node.inputs) != 2 or not node.attributes.get_int("keepdims", 1):
+        return False
+    source, axes = node.inputs
+    if source is None or source.shape is None or len(source.shape) != 4 or axes is None or axes.const_value is None:
+        return False
+    return sorted(int(axis) % 4 for axis in axes.const_value.numpy()) == [2, 3]
+
+
+def is_gated(node: ir.Node) -> bool:
+    """Whether a node is a hard-swish, or a product with a sigmoid: SiLU or squeeze-and-excitation."""
+    if node.op_type == "HardSwish":
+        return True
+    return node.op_type == "Mul" and any(is_gate(value) for value in node.inputs)
+
+
+def is_gate(value: ir.Value | None) -> bool:
+    """Whether a value lies between 0 and 1 by the node that gives it."""
+    producer = value.producer() if value is not None else None
+    return producer is not None and producer.op_type in ("Sigmoid", "HardSigmoid")
 
 
 def _after_activation(value: ir.Value) -> ir.Value:

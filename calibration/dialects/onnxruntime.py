@@ -12,7 +12,14 @@ from deploykit.calibration.precision import PrecisionPlan
 from deploykit.errors import ExportError
 from deploykit.graph import Graph
 
-STYLE = QdqStyle(symmetric=False, all_writes=True, integer_bias=True, drop_activations=True, dynamic_products=True)
+STYLE = QdqStyle(
+    symmetric=False,
+    all_writes=True,
+    integer_bias=True,
+    drop_activations=True,
+    integer_gates=True,
+    dynamic_products=True,
+)
 """A convolution becomes QLinearConv only when its output is quantized too, whoever reads it. A matrix
 product writes float to LayerNorm, GELU or softmax, so quantizing what it reads costs one pass either
 way, and with the call's own range it loses 10 dB less than with the plan's.

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from deploykit.calibration.dialects.dynamic import quantize_product
+from deploykit.calibration.dialects.gates import prepare
 from deploykit.calibration.placement import IntegerWeight
 from deploykit.calibration.plan import QuantizationPlan, add_constant
 from deploykit.calibration.ranges import quantize_weight
@@ -27,7 +28,7 @@ class QdqStyle:
     ``symmetric``: activations int8 with zero point 0, instead of uint8 with any. ``all_writes``:
     also on what a convolution writes for float nodes to read. ``integer_bias``: biases int32.
     ``drop_activations``: leave out a Relu or Clip that the quantized range does by itself.
-    ``dynamic_products``: matrix products quantize what they read at each call, instead of with the
+    ``integer_gates``: also on hard-swish, SiLU and squeeze-and-excitation. ``dynamic_products``: matrix products quantize what they read at each call, instead of with the
     plan's range. ``float_after_roll``: leave a node in float that reads a Concat along another axis
     than the channels', as a rolled map is.
     """
@@ -36,6 +37,7 @@ class QdqStyle:
     all_writes: bool
     integer_bias: bool
     drop_activations: bool
+    integer_gates: bool = False
     dynamic_products: bool = False
     float_after_roll: bool = False
 
@@ -63,8 +65,13 @@ class _Renderer:
         for name, use in placement.weights.items():
             if name in nodes and use.input not in rolled:
                 self._quantize_weight(nodes[name], use)
-        written = placement.writes if self.style.all_writes else placement.reads
-        for name in dict.fromkeys((*placement.reads, *written)):
+        written = placement.writes if self.style.all_writes else ()
+        gated = placement.between if self.style.integer_gates else ()
+        self._everywhere = {*placement.writes, *gated}
+        for name in gated:
+            if name in self.values:
+                self.values[name] = prepare(self.graph, self.values[name])
+        for name in dict.fromkeys((*placement.reads, *written, *gated)):
             if name in self.values and name not in rolled:
                 self._quantize_activation(self.values[name])
         self.graph.sort()
@@ -129,7 +136,7 @@ class _Renderer:
         """Put a Q/DQ pair behind a tensor: for all its readers, or for integer kernels where the writer is float."""
         tensor = str(value.name)
         scale, zero_point = self._parameters(tensor)
-        everyone = tensor in self.plan.placement.writes
+        everyone = tensor in self._everywhere
         readers = [use for use in value.uses() if everyone or use.node.name in self.plan.placement.weights]
         if not readers and not value.is_graph_output():
             return

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from torch import nn
+
+from deploykit.calibration.dialects.onnxruntime import STYLE, render
+from deploykit.calibration.dialects.qdq import insert_qdq
+from deploykit.calibration.plan import onnx_session
+from tests.calibration.networks import master_graph, plan_of, rounding_noise_db
+
+IMAGES = np.random.default_rng(0).normal(size=(4, 3, 32, 32)).astype(np.float32)
+
+
+class Gated(nn.Module):
+    """A convolution, an activation, squeeze-and-excitation, and a convolution that reads the product."""
+
+    def __init__(self, activation: nn.Module, gate: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 8, 3, padding=1)
+        self.squeeze = nn.Sequential(nn.Conv2d(16, 4, 1), nn.ReLU(), nn.Conv2d(4, 16, 1), gate)
+        self.activation = activation
+
+    def forward(self, images):
+        maps = self.activation(self.first(images))
+        return (self.second(maps * self.squeeze(maps.mean((2, 3), keepdim=True))),)
+
+
+def in_onnxruntime(model: onnx.ModelProto, path) -> Counter[str]:
+    """The kinds of nodes that ONNX Runtime keeps."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(path)
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(path).graph.node)
+
+
+@pytest.mark.parametrize(
+    ("activation", "gate", "adds", "products"),
+    [(nn.Hardswish(), nn.Hardsigmoid(), 1, 2), (nn.SiLU(), nn.Sigmoid(), 0, 2), (nn.ReLU(), nn.Sigmoid(), 0, 1)],
+    ids=["hard-swish", "silu", "relu"],
+)
+def test_gated_maps_stay_in_integers(activation, gate, adds, products, tmp_path):
+    graph = master_graph(Gated(activation, gate), ("maps",), IMAGES)
+    plan = plan_of(graph, IMAGES)
+    model = render(graph, plan).model
+    onnx.checker.check_model(model, full_check=True)
+    kinds = in_onnxruntime(model, tmp_path / "optimized.onnx")
+    assert kinds["QLinearMul"] == products
+    assert kinds["QLinearAdd"] == adds
+    assert kinds["QLinearGlobalAveragePool"] == 1
+    assert kinds["QLinearConv"] == 2
+    assert not {"HardSwish", "Mul", "ReduceMean", "Relu"} & set(kinds)
+    images = {"images": IMAGES[:1]}
+    found, expected = (onnx_session(each).run(None, images) for each in (model, graph.model))
+    in_float = onnx_session(insert_qdq(graph.model, plan, replace(STYLE, integer_gates=False))).run(None, images)
+    assert rounding_noise_db(expected, found)[0] > rounding_noise_db(expected, in_float)[0] - 3 > 20
+
+
+def test_hard_swish_by_rounding_is_hard_swish():
+    class Activated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 8, 1)
+            nn.init.normal_(self.first.weight, std=1.0)  # well beyond both ends of the clip
+
+        def forward(self, images):
+            maps = nn.functional.hardswish(self.first(images))
+            return maps, self.second(maps)
+
+    graph = master_graph(Activated(), ("activated", "maps"), IMAGES)
+    found, expected = (
+        onnx_session(model).run(["activated"], {"images": IMAGES[:1]})[0]
+        for model in (render(graph, plan_of(graph, IMAGES)).model, graph.model)
+    )
+    assert np.abs(found[expected == 0]).max() < 0.1
+    np.testing.assert_allclose(found, expected, atol=0.02 * expected.max())
+
+
+def test_a_product_of_two_maps_and_a_mean_over_rows_stay_in_float(tmp_path):
+    class Near(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.last = (nn.Conv2d(3 if i < 2 else 8, 8, 3, padding=1) for i in range(3))
+
+        def forward(self, images):
+            product = self.one(images) * self.two(images)
+            return (self.last(product * product.mean(2, keepdim=True)),)
+
+    graph = master_graph(Near(), ("maps",), IMAGES)
+    plan = plan_of(graph, IMAGES)
+    assert not plan.placement.between
+    assert in_onnxruntime(render(graph, plan).model, tmp_path / "optimized.onnx")["Mul"] == 2
