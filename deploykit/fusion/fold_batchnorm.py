@@ -1,81 +1,47 @@
-"""BatchNorm(Conv(x)) -> Conv'(x): w' = w * s and b' = (b - mean) * s + beta, with s = gamma / sqrt(var + eps)."""
+"""BatchNorm(x) = x * s + t, s = gamma / sqrt(var + eps), t = beta - mean * s: Conv(w, b) before it takes w*s, b*s + t.
+
+A layer after it takes ``w * s`` along its inputs and ``b + sum(w * t)``, where no padding is between.
+"""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import nn
 from torch.fx import GraphModule, Node
 
-_CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding)
+from deploykit.fusion.affine import Affine, fold
+from deploykit.fusion.constants import argument, constant, tidy
+
+_NORM = torch.ops.aten.batch_norm.default
 
 
 def fold_batchnorm(module: GraphModule) -> int:
-    """Fold every inference BatchNorm whose input is a convolution that nothing else reads.
+    """Fold inference BatchNorms into the convolution or linear before them, else into those after them.
 
     Works on the flat graph of a `torch.export` program in eval mode, in place; exact in real
-    arithmetic. A convolution whose weight is shared, a BatchNorm in training mode and one whose
-    input is used elsewhere are left alone.
+    arithmetic. Left alone: a layer whose weight is shared, a BatchNorm in training mode, one whose
+    input is used elsewhere, one before a padded convolution, one between other operators.
 
     Returns:
         How many were folded.
     """
-    uses: dict[str, int] = {}
-    for node in module.graph.nodes:
-        if node.op == "get_attr":
-            uses[node.target] = uses.get(node.target, 0) + len(node.users)
     folded = 0
-    for norm in list(module.graph.find_nodes(op="call_function", target=torch.ops.aten.batch_norm.default)):
-        convolution = norm.args[0]
-        if _foldable(norm, convolution, uses):
-            _fold(module, convolution, norm)
+    for norm in module.graph.find_nodes(op="call_function", target=_NORM):
+        affine = _affine(module, norm)
+        if affine is not None and fold(module, norm, norm.args[0], affine):
             folded += 1
     if folded:
-        module.graph.eliminate_dead_code()
-        module.delete_all_unused_submodules()
-        module.recompile()
+        tidy(module)
     return folded
 
 
-def _foldable(norm: Node, convolution: Any, uses: dict[str, int]) -> bool:
-    if not isinstance(convolution, Node) or convolution.target not in _CONVOLUTIONS or len(convolution.users) != 1:
-        return False
-    training = norm.args[5]
-    parameters = [*norm.args[1:5], *convolution.args[1:3]]
-    constant = all(value is None or (isinstance(value, Node) and value.op == "get_attr") for value in parameters)
-    weight = convolution.args[1]
-    shared = isinstance(weight, Node) and uses.get(str(weight.target), 0) != 1
-    return training is False and constant and not shared and norm.args[3] is not None
-
-
-def _fold(module: GraphModule, convolution: Node, norm: Node) -> None:
-    weight_node = convolution.args[1]
-    assert isinstance(weight_node, Node)  # noqa: S101  (checked by _foldable; narrows the type)
-    weight = _value(module, weight_node)
-    bias = _value(module, convolution.args[2] if len(convolution.args) > 2 else None)
-    gain, shift, mean, variance = (_value(module, argument) for argument in norm.args[1:5])
-    epsilon = norm.args[7]
-    # In double: the product of two rounded factors would lose a bit that FP32 parity sees.
-    scale = (variance.double() + epsilon).rsqrt() * (1.0 if gain is None else gain.double())
-    folded_weight = weight.double() * scale.reshape(-1, *[1] * (weight.dim() - 1))
-    folded_bias = ((0.0 if bias is None else bias.double()) - mean.double()) * scale
-    folded_bias = folded_bias + (0.0 if shift is None else shift.double())
-
-    owner, _, _ = str(weight_node.target).rpartition(".")
-    holder = module.get_submodule(owner)
-    holder.weight = nn.Parameter(folded_weight.to(weight.dtype), requires_grad=False)
-    holder.bias = nn.Parameter(folded_bias.to(weight.dtype), requires_grad=False)
-    with module.graph.inserting_before(convolution):
-        bias_node = module.graph.get_attr(f"{owner}.bias")
-    convolution.args = (convolution.args[0], weight_node, bias_node, *convolution.args[3:])
-    norm.replace_all_uses_with(convolution)
-    module.graph.erase_node(norm)
-
-
-def _value(module: GraphModule, node: Any) -> Any:
-    """The tensor behind a ``get_attr`` node, or None."""
-    if node is None:
+def _affine(module: GraphModule, norm: Node) -> Affine | None:
+    read = [argument(norm, place, "", None) for place in range(1, 5)]
+    gain, shift, mean, variance = (constant(module, node) for node in read)
+    computed = any(node is not None and value is None for node, value in zip(read[:2], (gain, shift), strict=True))
+    if argument(norm, 5, "training", True) or mean is None or variance is None or computed:
         return None
-    owner, _, name = str(node.target).rpartition(".")
-    return getattr(module.get_submodule(owner), name)
+    epsilon = float(argument(norm, 7, "eps", 1e-5))
+    # In double, as all of the fold is.
+    scale = (variance.double() + epsilon).rsqrt() * (1.0 if gain is None else gain.double())
+    moved = (0.0 if shift is None else shift.double()) - mean.double() * scale
+    return Affine(factor=scale, shift=moved, axis=1)

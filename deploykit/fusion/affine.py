@@ -1,0 +1,242 @@
+"""The linear and convolution calls of a graph, and how a constant affine map a channel moves into their weights.
+
+All sums and products are made in double: the product of two rounded factors loses a bit that FP32 parity sees.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from deploykit.fusion.constants import (
+    add_constant,
+    argument,
+    constant,
+    readers,
+    set_constant,
+    shape_of,
+    used_once,
+)
+
+_aten = torch.ops.aten
+LINEAR = _aten.linear.default
+CONVOLUTIONS = (
+    _aten.conv1d.default,
+    _aten.conv1d.padding,
+    _aten.conv2d.default,
+    _aten.conv2d.padding,
+    _aten.conv3d.default,
+    _aten.conv3d.padding,
+)
+TRANSPOSED = (_aten.conv_transpose1d.default, _aten.conv_transpose2d.input, _aten.conv_transpose3d.input)
+LAYERS = (LINEAR, *CONVOLUTIONS, *TRANSPOSED)
+PERMUTATIONS = (
+    _aten.permute.default,
+    _aten.transpose.int,
+    _aten.swapaxes.default,
+    _aten.movedim.int,
+    _aten.mT.default,
+    _aten.numpy_T.default,
+    _aten.t.default,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Affine:
+    """``x * factor + shift`` along one axis of a map; both are ``(C,)`` or ``()``, in double.
+
+    ``axis`` is None where both are single numbers, and else counts from the front.
+    """
+
+    factor: Tensor
+    shift: Tensor
+    axis: int | None
+
+    @property
+    def shifts(self) -> bool:
+        """Whether any channel is shifted."""
+        return bool((self.shift != 0).any())
+
+
+def fold(module: GraphModule, node: Node, source: Node, affine: Affine) -> bool:
+    """Move the affine map that ``node`` makes of ``source`` into the layer before it, else into those after it.
+
+    Returns:
+        Whether there was such a layer; the node is gone then.
+    """
+    if fold_back(module, source, affine):
+        node.replace_all_uses_with(source)
+        module.graph.erase_node(node)
+        return True
+    if fold_forward(module, node, affine):
+        node.replace_all_uses_with(source)
+        module.graph.erase_node(node)
+        return True
+    return False
+
+
+def fold_back(module: GraphModule, source: Node, affine: Affine) -> bool:
+    """Into the layer that gives ``source``, directly or through permutations that nothing else reads."""
+    axis = affine.axis
+    while len(source.users) == 1 and source.target in PERMUTATIONS:
+        order = permutation(source)
+        axis = None if axis is None else order[axis]
+        source = source.args[0]  # type: ignore[assignment]
+    if len(source.users) != 1 or not is_layer(module, source):
+        return False
+    if axis is not None and axis != channel_axis(source):
+        return False
+    return scale_outputs(module, source, affine.factor, affine.shift)
+
+
+def fold_forward(module: GraphModule, node: Node, affine: Affine) -> bool:
+    """Into the layers that read ``node``, when nothing else reads it and they see no padding."""
+    layers = readers(node, (LINEAR, *CONVOLUTIONS))
+    if layers is None:
+        return False
+    for layer in layers:
+        if not is_layer(module, layer) or affine.axis not in (None, channel_axis(layer)):
+            return False
+        if affine.shifts and is_padded(layer):
+            return False
+    folded = [_absorbed(module, layer, affine.factor, affine.shift) for layer in layers]
+    if not all(_finite(*values) for values in folded):
+        return False
+    for layer, (weight, bias) in zip(layers, folded, strict=True):
+        _write(module, layer, weight, bias if affine.shifts or _bias(layer) is not None else None)
+    return True
+
+
+def is_layer(module: GraphModule, node: Node) -> bool:
+    """Whether a node is a linear layer or a convolution of a batch with constants that nothing else reads."""
+    if node.target not in LAYERS or not used_once(module, node.args[1]):
+        return False
+    weight = constant(module, node.args[1])
+    bias = _bias(node)
+    whole = bias is None or used_once(module, bias)
+    if weight is None or not weight.is_floating_point() or not whole:
+        return False
+    rank = len(shape_of(node))
+    return (weight.dim() == 2 and rank > 0) if node.target == LINEAR else rank == weight.dim()
+
+
+def channel_axis(node: Node) -> int:
+    """The axis of a layer's channels, counted from the front: the last of a linear's, the second of a convolution's."""
+    return len(shape_of(node)) - 1 if node.target == LINEAR else 1
+
+
+def is_padded(node: Node) -> bool:
+    """Whether a convolution sees zeros beyond the border."""
+    if node.target == LINEAR:
+        return False
+    padding = argument(node, 4, "padding", 0)
+    if padding == "same":
+        return any(size != 1 for size in shape_of(node.args[1])[2:])  # type: ignore[arg-type]
+    if padding == "valid":
+        return False
+    return any(padding) if isinstance(padding, (list, tuple)) else bool(padding)
+
+
+def scale_outputs(module: GraphModule, layer: Node, factor: Tensor, shift: Tensor) -> bool:
+    """``layer(x) * factor + shift`` in the layer's own weight and bias; False where a number would overflow.
+
+    Args:
+        module: the graph.
+        layer: one of `is_layer`.
+        factor: ``(C,)`` or ``()``.
+        shift: ``(C,)`` or ``()``.
+    """
+    weight = _double(module, layer.args[1])
+    groups = _groups(layer)
+    if layer.target in TRANSPOSED:
+        channels = weight.shape[1] * groups
+        factors = factor.expand(channels).reshape(groups, 1, -1, *[1] * (weight.dim() - 2))
+        scaled = (_by_group(weight, groups) * factors).flatten(0, 1)
+    else:
+        channels = weight.shape[0]
+        scaled = weight * factor.expand(channels).reshape(-1, *[1] * (weight.dim() - 1))
+    old = _bias(layer)
+    bias = torch.zeros(channels, dtype=torch.double) if old is None else _double(module, old)
+    moved = bias * factor + shift
+    if not _finite(scaled, moved):
+        return False
+    _write(module, layer, scaled, None if old is None and not (moved != 0).any() else moved)
+    return True
+
+
+def channel_vector(value: Tensor, rank: int, shape: tuple[Any, ...]) -> tuple[Tensor, int | None] | None:
+    """A tensor that broadcasts to ``shape`` as one value a channel: ``(C,)`` and its axis, or ``()`` and None.
+
+    None where it varies along more than one axis, or would itself widen the shape.
+    """
+    if value.dim() > rank:
+        return None
+    if value.numel() == 1:
+        return value.reshape(()).double(), None
+    padded = (*[1] * (rank - value.dim()), *value.shape)
+    wide = [axis for axis, size in enumerate(padded) if size != 1]
+    if len(wide) != 1 or shape[wide[0]] != padded[wide[0]]:
+        return None
+    return value.flatten().double(), wide[0]
+
+
+def permutation(node: Node) -> list[int]:
+    """The order of the input's axes in what a permuting call gives, counted from the front."""
+    sides = range(2, 2 + len(shape_of(node)))
+    moved = node.target(torch.empty(*sides, device="meta"), *node.args[1:], **node.kwargs)  # type: ignore[operator]
+    return [side - 2 for side in moved.shape]
+
+
+def _by_group(weight: Tensor, groups: int) -> Tensor:
+    return weight.reshape(groups, -1, *weight.shape[1:])
+
+
+def _absorbed(module: GraphModule, layer: Node, factor: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    weight = _double(module, layer.args[1])
+    groups = _groups(layer)
+    grouped = _by_group(weight, groups)
+    inputs = weight.shape[1] * groups
+    spread = (groups, 1, -1, *[1] * (weight.dim() - 2))
+    moved = (grouped * shift.expand(inputs).reshape(spread)).flatten(2).sum(-1).flatten()
+    scaled = (grouped * factor.expand(inputs).reshape(spread)).flatten(0, 1)
+    old = _bias(layer)
+    return scaled, moved if old is None else _double(module, old) + moved
+
+
+def _write(module: GraphModule, layer: Node, weight: Tensor, bias: Tensor | None) -> None:
+    weight_node, bias_node = layer.args[1], _bias(layer)
+    assert isinstance(weight_node, Node)  # noqa: S101  (checked by is_layer; narrows the type)
+    stored = constant(module, weight_node)
+    assert stored is not None  # noqa: S101  (checked by is_layer)
+    set_constant(module, weight_node, weight.to(stored.dtype))
+    if bias is None:
+        return
+    if bias_node is not None:
+        set_constant(module, bias_node, bias.to(stored.dtype))
+        return
+    owner = str(weight_node.target).rpartition(".")[0]
+    added = add_constant(module, f"{owner}.bias" if owner else "bias", bias.to(stored.dtype))
+    layer.args = (*layer.args[:2], added, *layer.args[3:])
+    layer.kwargs = {name: value for name, value in layer.kwargs.items() if name != "bias"}
+
+
+def _bias(layer: Node) -> Any:
+    return argument(layer, 2, "bias", None)
+
+
+def _groups(layer: Node) -> int:
+    return 1 if layer.target == LINEAR else int(argument(layer, 6, "groups", 1))
+
+
+def _double(module: GraphModule, node: Any) -> Tensor:
+    value = constant(module, node)
+    assert value is not None  # noqa: S101  (checked by is_layer; narrows the type)
+    return value.double()
+
+
+def _finite(*tensors: Tensor) -> bool:
+    return all(bool(torch.isfinite(tensor.float()).all()) for tensor in tensors)

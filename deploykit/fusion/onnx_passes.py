@@ -1,0 +1,100 @@
+"""Passes over a rendered ONNX graph for one runtime's own operators, each proved like the passes over programs.
+
+They run after the dialect, so that the quantizer and the other runtimes see standard operators alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+
+from deploykit.errors import FusionError
+from deploykit.fusion.onnx_attention import fuse_onnxruntime_attention
+from deploykit.fusion.pipeline import EXACT_DB, FusionRecord
+from deploykit.graph import Graph
+from deploykit.optional import require
+from deploykit.parity.metrics import sqnr_db
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxPass:
+    """A rewrite in place of an ONNX graph; see `FusionPass`."""
+
+    name: str
+    rewrite: Callable[[ir.Model], int]
+    min_sqnr_db: float
+
+
+ONNX_PASSES: dict[str, tuple[OnnxPass, ...]] = {
+    "onnxruntime": (OnnxPass(name="onnxruntime-attention", rewrite=fuse_onnxruntime_attention, min_sqnr_db=EXACT_DB),),
+}
+"""What a runtime's graph goes through after its dialect; nothing for the runtimes that are not named."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecializedGraph:
+    """A graph after the passes of its runtime, and what each of them did."""
+
+    graph: Graph
+    records: tuple[FusionRecord, ...]
+
+
+def specialize(graph: Graph, runtime: str, images: FloatArray) -> SpecializedGraph:
+    """Run a runtime's passes over a rendered graph, compared on the first batch of ``images`` ``(N, C, H, W)``.
+
+    Raises:
+        FusionError: a pass failed or changed the numbers.
+    """
+    passes = ONNX_PASSES.get(runtime, ())
+    if graph.model is None or not passes:
+        return SpecializedGraph(graph=graph, records=())
+    batch = graph.input.batch if isinstance(graph.input.batch, int) else 2
+    model, records = run_onnx_passes(graph.model, images[np.arange(batch) % len(images)], passes)
+    return SpecializedGraph(graph=replace(graph, model=model), records=records)
+
+
+def run_onnx_passes(
+    model: onnx.ModelProto, images: FloatArray, passes: tuple[OnnxPass, ...]
+) -> tuple[onnx.ModelProto, tuple[FusionRecord, ...]]:
+    """Apply passes in order to a copy of a model; numbers are compared in ONNX Runtime after each that rewrites.
+
+    Raises:
+        FusionError: a pass raised, or changed the numbers by more than it promises.
+    """
+    records: list[FusionRecord] = []
+    for step in passes:
+        done = ", ".join(record.name for record in records) or "none"
+        whole = ir.from_proto(model)
+        try:
+            rewrites = step.rewrite(whole)
+        except Exception as error:
+            raise FusionError(f"the pass {step.name!r} failed: {error}. Passes already run: {done}.") from error
+        kept = float("inf")
+        if rewrites:
+            after = ir.to_proto(whole)
+            pairs = zip(_outputs(model, images), _outputs(after, images), strict=True)
+            kept = min(sqnr_db(old, new) for old, new in pairs)
+            model = after
+        if not kept >= step.min_sqnr_db:
+            raise FusionError(
+                f"the pass {step.name!r} changed the numbers: {kept:.1f} dB against before, it promises "
+                f"{step.min_sqnr_db:.0f} dB. Passes already run: {done}."
+            )
+        records.append(FusionRecord(name=step.name, rewrites=rewrites, sqnr_db=kept))
+    return model, tuple(records)
+
+
+def _outputs(model: onnx.ModelProto, images: FloatArray) -> list[FloatArray]:
+    runtime = require("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    outputs: list[FloatArray] = session.run(None, {session.get_inputs()[0].name: images})
+    return outputs

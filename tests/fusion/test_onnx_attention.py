@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from torch import nn
+
+from deploykit.errors import FusionError
+from deploykit.export.graphs import output_specs
+from deploykit.export.to_onnx import to_onnx
+from deploykit.fusion.onnx_passes import ONNX_PASSES, OnnxPass, run_onnx_passes, specialize
+from deploykit.fusion.pipeline import EXACT_DB
+from deploykit.fusion.program import export_program
+from deploykit.graph import Graph
+from deploykit.spec import BatchRange, InputSpec
+from tests.fusion.graphs import DYNAMIC, SPEC, Calls, images
+
+PASSES = ONNX_PASSES["onnxruntime"]
+HEADS, DEPTH, WIDTH = 2, 4, 8
+attend = nn.functional.scaled_dot_product_attention
+
+
+def ours(projected):
+    return projected.reshape(-1, 4, 3 * HEADS, DEPTH).transpose(1, 2).chunk(3, dim=1)
+
+
+def timms(projected):
+    return projected.reshape(-1, 4, 3, HEADS, DEPTH).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def interleaved(projected):
+    parts = projected.reshape(-1, 4, HEADS, DEPTH, 3).permute(4, 0, 2, 1, 3)
+    return parts[0], parts[1], parts[2]
+
+
+def merge(attended):
+    return attended.transpose(1, 2).reshape(-1, 4, WIDTH)
+
+
+def network(attention, **parts) -> nn.Module:
+    layers = {"qkv": nn.Linear(144, 3 * WIDTH), "proj": nn.Linear(WIDTH, WIDTH), **parts}
+    return Calls(lambda m, x: m.proj(attention(m, m.qkv(x.flatten(2)))), **layers).eval()
+
+
+def graph_of(module: nn.Module, spec: InputSpec = DYNAMIC) -> onnx.ModelProto:
+    return to_onnx(export_program(module, spec), spec, ["logits"])
+
+
+def counts(model: onnx.ModelProto) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph.node)
+
+
+@pytest.mark.parametrize(("layout", "scale", "spec"), [(ours, None, SPEC), (ours, 1.0, DYNAMIC), (timms, 0.3, DYNAMIC)])
+def test_self_attention_becomes_the_runtimes_own_operator(layout, scale, spec):
+    module = network(lambda _, projected: merge(attend(*layout(projected), scale=scale)))
+    model, (record,) = run_onnx_passes(
+        graph_of(module, spec), images(count=spec.batch if spec is SPEC else 2).numpy(), PASSES
+    )
+    assert record.rewrites == 1
+    assert record.sqnr_db > EXACT_DB
+    assert counts(model) == {"Reshape": 1, "Attention": 1, "MatMul": 1, "Add": 1}
+    onnx.checker.check_model(model)
+
+
+@pytest.mark.parametrize("shape", [(HEADS, 4, 4), (1, HEADS, 4, 4), (1, 1, 4, 4)])
+def test_a_constant_position_bias_goes_along(shape):
+    bias = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    module = network(lambda m, projected: merge(attend(*ours(projected), m.bias)), bias=bias)
+    model, (record,) = run_onnx_passes(graph_of(module), images(count=2).numpy(), PASSES)
+    assert record.rewrites == 1
+    assert counts(model)["Attention"] == 1
+
+
+def _fewer_queries(_, projected):
+    query, key, value = ours(projected)
+    return attend(query[:, :, :1], key, value).transpose(1, 2).reshape(-1, 1, WIDTH)
+
+
+def _normalized(_, projected):
+    query, key, value = ours(projected)
+    return merge(attend(nn.functional.layer_norm(query, (DEPTH,)), key, value))
+
+
+def _computed_bias(_, projected):
+    query, key, value = ours(projected)
+    return merge((query @ key.mT + projected[:, None, :, :4]).softmax(-1) @ value)
+
+
+def _heads_stay(_, projected):
+    return attend(*ours(projected)).reshape(-1, 4, WIDTH)
+
+
+def _also_read(_, projected):
+    return merge(attend(*ours(projected)) * projected.mean())
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        lambda _, projected: merge(attend(*interleaved(projected))),
+        _fewer_queries,
+        _normalized,
+        _computed_bias,
+        _heads_stay,
+        _also_read,
+    ],
+    ids=[
+        "other rows",
+        "fewer queries",
+        "normalized queries",
+        "computed bias",
+        "heads are not merged",
+        "computed after",
+    ],
+)
+def test_near_misses_are_left_alone(attention):
+    before = graph_of(network(attention))
+    after, (record,) = run_onnx_passes(before, images(count=2).numpy(), PASSES)
+    assert record.rewrites == 0
+    assert after is before
+
+
+def test_other_runtimes_get_the_graph_as_it_is():
+    model = graph_of(network(lambda _, projected: merge(attend(*ours(projected)))))
+    graph = Graph(
+        input=InputSpec(batch=BatchRange(), channels=4, height=12, width=12), outputs=output_specs(model), model=model
+    )
+    assert specialize(graph, "openvino", images().numpy()).graph is graph
+    assert counts(specialize(graph, "onnxruntime", images().numpy()).graph.model)["Attention"] == 1
+    assert "Attention" not in counts(model), "the graph of the other runtimes stays as it is"
+
+
+def test_a_pass_that_changes_the_numbers_or_fails_is_named():
+    def spoil(model):
+        model.graph.initializers["proj.bias"].const_value = ir.tensor(np.full(WIDTH, 3, np.float32))
+        return 1
+
+    def fail(model):
+        raise RuntimeError("no such node")
+
+    model = graph_of(network(lambda _, projected: merge(attend(*ours(projected)))))
+    for rewrite, message in ((spoil, "'it' changed the numbers.*promises 100"), (fail, "'it' failed: no such node")):
+        step = OnnxPass(name="it", rewrite=rewrite, min_sqnr_db=EXACT_DB)
+        with pytest.raises(FusionError, match=rf"{message}.*already run: onnxruntime-attention"):
+            run_onnx_passes(model, images(count=2).numpy(), (*PASSES, step))

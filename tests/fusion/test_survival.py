@@ -1,0 +1,146 @@
+"""What is left of each family once its runtime has compiled the graph: the runtime's own view of it."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from deploykit.backbones.base import BackboneOptions
+from deploykit.backbones.registry import build_backbone
+from deploykit.export.graphs import output_specs, select
+from deploykit.export.to_onnx import to_onnx
+from deploykit.export.trace import output_names, trace
+from deploykit.fusion.onnx_passes import specialize
+from deploykit.fusion.pipeline import fuse
+from deploykit.graph import Graph
+from deploykit.spec import BatchRange, InputSpec
+from tests.backbones.realistic import randomize
+
+FAMILIES = {
+    "resnet18": 64,
+    "efficientnet_b0": 64,
+    "mobilenetv3_small_075": 64,
+    "regnety_002": 64,
+    "vit_tiny_patch16_224": 64,
+    "swin_tiny_patch4_window7_224": 56,
+    "convnext_atto": 64,
+    "mobilevit_s": 64,
+}
+SLOW = ("efficientnet_b0", "mobilenetv3_small_075", "swin_tiny_patch4_window7_224", "mobilevit_s")
+NEVER = {
+    "BatchNormalization",
+    "Cast",
+    "ConstantOfShape",
+    "Dropout",
+    "Expand",
+    "Gather",
+    "Identity",
+    "Pad",
+    "Range",
+    "Shape",
+    "Where",
+}
+"""Statistics, leftovers of training, shape arithmetic: nothing of it may reach a runtime."""
+
+families = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in FAMILIES]
+)
+
+
+@functools.cache
+def master(name: str) -> Graph:
+    """The logits of a small variant at a small size, fused, for any batch."""
+    backbone = randomize(build_backbone(name, BackboneOptions(image_size=(FAMILIES[name], FAMILIES[name])))).eval()
+    spec = InputSpec(batch=BatchRange(), height=FAMILIES[name], width=FAMILIES[name])
+    images = np.random.default_rng(0).normal(size=(2, *spec.shape[1:])).astype(np.float32)
+    program = fuse(trace(backbone, spec), spec, images).program
+    model = to_onnx(program, spec, output_names(backbone))
+    return select(Graph(input=spec, outputs=output_specs(model), model=model), ("logits",))
+
+
+@functools.cache
+def in_onnxruntime(name: str) -> Counter[str]:
+    """Operators of the graph that ONNX Runtime runs."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    graph = master(name)
+    images = np.random.default_rng(0).normal(size=(2, *graph.input.shape[1:])).astype(np.float32)
+    model = specialize(graph, "onnxruntime", images).graph.model
+    with tempfile.TemporaryDirectory() as folder:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+        onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
+
+
+@functools.cache
+def in_openvino(name: str) -> Counter[str]:
+    """Layers of the graph that OpenVINO runs."""
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed")
+    core = openvino.Core()
+    model = core.read_model(master(name).model.SerializeToString())
+    model.reshape([1, *master(name).input.shape[1:]])
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    operations = compiled.get_runtime_model().get_ordered_ops()
+    return Counter(operation.get_rt_info()["layerType"].astype(str) for operation in operations)
+
+
+ALLOWED = {
+    "vit_tiny_patch16_224": {"Pad", "Gather"},  # room for the class token, and the token
+    "swin_tiny_patch4_window7_224": {"Pad"},  # windows that so small a map does not fill
+}
+
+
+@families
+def test_nothing_of_training_and_no_shape_arithmetic_reaches_a_runtime(name):
+    unwanted = NEVER - ALLOWED.get(name, set())
+    assert not unwanted & {node.op_type for node in master(name).model.graph.node}
+    assert not unwanted & set(in_onnxruntime(name))
+    assert not {"Broadcast", "ShapeOf", "Concatenation", "Gather"} & set(in_openvino(name)) or name in SLOW
+
+
+@pytest.mark.parametrize(("name", "convolutions"), [("resnet18", 20), ("regnety_002", 70)])
+def test_convolutions_take_their_norms_activations_and_residuals(name, convolutions):
+    found, in_other = in_onnxruntime(name), in_openvino(name)
+    assert found["Conv"] + found["FusedConv"] == in_other["Convolution"] == convolutions
+    assert not {"Relu", "Add", "BatchNormalization"} & set(found)
+    assert not {"Eltwise", "MathActivation"} & set(in_other)
+
+
+def test_attention_is_one_operator_in_onnxruntime():
+    found = in_onnxruntime("vit_tiny_patch16_224")
+    assert found["Attention"] == 11, "the last block has queries for the class token alone"
+    assert found["BiasGelu"] == 12
+    assert found["Softmax"] == 1
+    assert found["Mul"] == 0, "every scale is in its projection or in the product"
+    in_other = in_openvino("vit_tiny_patch16_224")
+    assert (in_other["FullyConnected"], in_other["MVN"]) == (49, 25)
+
+
+@pytest.mark.slow
+def test_attention_of_windows_keeps_two_products_and_a_softmax():
+    found = in_onnxruntime("swin_tiny_patch4_window7_224")
+    assert found["Softmax"] == 12
+    assert found["Mul"] == 0, "every scale is in its projection"
+    assert found["BiasGelu"] == 12
+
+
+@pytest.mark.slow
+def test_attention_of_mobilevit_is_one_operator():
+    found = in_onnxruntime("mobilevit_s")
+    assert found["Attention"] == 9
+    assert found["Softmax"] == 0
+    assert found["QuickGelu"] == 34, "sigmoid and product stay one operator"
+
+
+def test_layer_scale_of_convnext_is_gone():
+    found = Counter(node.op_type for node in master("convnext_atto").model.graph.node)
+    assert found["Mul"] == 0, "layer scale is in the convolution before it"
+    assert found["LayerNormalization"] == 17
+    assert in_onnxruntime("convnext_atto")["LayerNormalization"] == 17
