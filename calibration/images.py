@@ -8,7 +8,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,8 +18,8 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from deploykit.errors import CalibrationError, SpecError
-from deploykit.runtimes.base import FloatArray, check_images
-from deploykit.spec import InputSpec
+from deploykit.runtimes.base import FloatArray, ImageArray, check_images
+from deploykit.spec import InputSpec, Preprocessing
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _RESAMPLING = {
@@ -29,25 +29,27 @@ _RESAMPLING = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 
+PixelArray: TypeAlias = npt.NDArray[np.uint8]
 PathLike: TypeAlias = str | os.PathLike[str]
 CalibrationSource: TypeAlias = "PathLike | Sequence[PathLike] | npt.NDArray[Any] | Iterable[Any] | CalibrationSet"
 
 
-def load_images(files: PathLike | Sequence[PathLike], spec: InputSpec) -> FloatArray:
-    """Decode and preprocess image files as the weights were trained.
+def load_images(files: PathLike | Sequence[PathLike], spec: InputSpec) -> ImageArray:
+    """Decode and preprocess image files as the weights were trained, as far as the engine does not.
 
     Args:
         files: one file, or several.
         spec: a model's ``input_spec``: size, channels and preprocessing.
 
     Returns:
-        ``(N, C, H, W)`` float32, normalised.
+        ``(N, C, H, W)`` float32, normalised; or ``(N, H, W, C)`` uint8, resized and cropped, where
+        the engine embeds the preprocessing.
 
     Raises:
         CalibrationError: a file is missing, unreadable or not an image; each one is named.
     """
     paths = [Path(files)] if isinstance(files, (str, os.PathLike)) else [Path(file) for file in files]
-    images: list[FloatArray] = []
+    images: list[ImageArray] = []
     problems: list[str] = []
     for path in paths:
         try:
@@ -61,8 +63,8 @@ def load_images(files: PathLike | Sequence[PathLike], spec: InputSpec) -> FloatA
     return np.stack(images)
 
 
-def read_image(path: Path, spec: InputSpec) -> FloatArray:
-    """One file to ``(C, H, W)`` float32, turned upright by its EXIF orientation.
+def read_image(path: Path, spec: InputSpec) -> ImageArray:
+    """One file to ``(C, H, W)`` float32 or ``(H, W, C)`` uint8, turned upright by its EXIF orientation.
 
     Raises:
         CalibrationError: missing, unreadable, or not an image.
@@ -78,8 +80,10 @@ def read_image(path: Path, spec: InputSpec) -> FloatArray:
         raise CalibrationError(f"{path}: cannot be decoded ({error}). Remove or replace the file.") from error
 
 
-def preprocess(image: Image.Image, spec: InputSpec) -> FloatArray:
+def preprocess(image: Image.Image, spec: InputSpec) -> ImageArray:
     """A decoded image to ``(C, H, W)`` float32, as timm's evaluation transform does it.
+
+    Where the engine embeds the preprocessing: to ``(H, W, C)`` uint8, resized and cropped only.
 
     Raises:
         SpecError: the model takes neither 1 nor 3 channels, so a photograph does not fit it.
@@ -87,12 +91,30 @@ def preprocess(image: Image.Image, spec: InputSpec) -> FloatArray:
     if spec.channels not in (1, 3):
         raise SpecError(
             f"the model takes {spec.channels} channels and an image file has 1 or 3. "
-            f"Pass arrays of shape (N, {spec.channels}, {spec.height}, {spec.width}) instead of files."
+            f"Pass arrays of shape (N, {', '.join(map(str, spec.shape[1:]))}) instead of files."
         )
     fitted = _fit(_eight_bit(image).convert("RGB" if spec.channels == 3 else "L"), spec)
-    pixels = np.asarray(fitted, np.float32).reshape(spec.height, spec.width, spec.channels) / 255
-    mean, std = (np.asarray(values, np.float32) for values in (spec.preprocessing.mean, spec.preprocessing.std))
-    return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1), np.float32)
+    pixels = np.array(fitted, np.uint8).reshape(spec.height, spec.width, spec.channels)
+    return pixels if spec.embeds_preprocessing else normalize(pixels, spec.preprocessing)
+
+
+def normalize(pixels: PixelArray, preprocessing: Preprocessing) -> FloatArray:
+    """Pixels ``(..., H, W, C)``, 0 to 255, to ``(..., C, H, W)`` with mean and std, in FP32."""
+    mean, std = (np.asarray(values, np.float32) for values in (preprocessing.mean, preprocessing.std))
+    scaled = (pixels.astype(np.float32) / 255 - mean) / std
+    return np.ascontiguousarray(np.moveaxis(scaled, -1, -3))
+
+
+def network_images(given: ImageArray, spec: InputSpec) -> FloatArray:
+    """What the network inside an engine sees, ``(N, C, H, W)``, when the engine is called with ``given``."""
+    return normalize(given, spec.preprocessing) if spec.embeds_preprocessing else given
+
+
+def denormalize(images: FloatArray, preprocessing: Preprocessing) -> PixelArray:
+    """Images ``(..., C, H, W)`` to the nearest pixels ``(..., H, W, C)``: `normalize` undone."""
+    mean, std = (np.asarray(values, np.float64) for values in (preprocessing.mean, preprocessing.std))
+    scaled = (np.moveaxis(images, -3, -1) * std + mean) * 255
+    return np.ascontiguousarray(np.rint(scaled).clip(0, 255).astype(np.uint8))
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
@@ -138,20 +160,21 @@ def _resized(height: int, width: int, target: tuple[int, int], crop_mode: str) -
 class CalibrationSet:
     """Images to calibrate with, read again on every pass and never all in memory at once.
 
-    Either ``files`` (decoded and preprocessed by ``spec``) or ``arrays`` (an ``(N, C, H, W)``
-    float32 array, memory-mapped where it came from a file, normalised as the model expects).
+    Either ``files`` (decoded and preprocessed by ``spec``) or ``arrays``, memory-mapped where they
+    came from a file: ``(N, C, H, W)`` float32, normalised as the network expects, or ``(N, H, W, C)``
+    uint8 pixels. What it gives is always what the network inside an engine takes.
     """
 
     spec: InputSpec
     files: tuple[Path, ...] = ()
-    arrays: FloatArray | None = None
+    arrays: ImageArray | None = None
     skip_corrupt: bool = False
 
     def __len__(self) -> int:
         return len(self.files) if self.arrays is None else len(self.arrays)
 
     def images(self) -> Iterator[FloatArray]:
-        """Each image as ``(C, H, W)``.
+        """Each image as ``(C, H, W)`` float32, normalised.
 
         Raises:
             CalibrationError: a corrupt file, unless ``skip_corrupt``, which warns; or none left.
@@ -163,7 +186,7 @@ class CalibrationSet:
         read = 0
         for path in self.files:
             try:
-                image = read_image(path, self.spec)
+                image = read_image(path, self.spec.as_images())
             except CalibrationError as error:
                 if not self.skip_corrupt:
                     raise CalibrationError(self._every_problem(error, path)) from error
@@ -225,7 +248,8 @@ def calibration_set(source: CalibrationSource, spec: InputSpec, *, skip_corrupt:
         source: a folder (searched recursively), an image file, a list of files, a ``.npy`` or
             ``.npz`` file, an array ``(N, C, H, W)``, an iterable of such arrays or torch tensors
             (or of tuples that start with one, as a DataLoader gives), or a `CalibrationSet`.
-        spec: the model's input.
+        spec: the model's input. Where it embeds the preprocessing, arrays may also be pixels
+            ``(N, H, W, C)`` uint8, which are normalised on the way in.
         skip_corrupt: leave unreadable image files out with a warning instead of raising.
 
     Raises:
@@ -238,7 +262,7 @@ def calibration_set(source: CalibrationSource, spec: InputSpec, *, skip_corrupt:
         if path.suffix in (".npy", ".npz"):
             return _from_arrays(_load_array(path), spec, str(path))
         files = _find_images(path)
-        return CalibrationSet(spec=spec, files=files, skip_corrupt=skip_corrupt)
+        return CalibrationSet(spec=spec.as_images(), files=files, skip_corrupt=skip_corrupt)
     if isinstance(source, np.ndarray) or hasattr(source, "detach"):
         return _from_arrays(_to_array(source), spec, "the array")
     if not isinstance(source, Iterable):
@@ -247,12 +271,12 @@ def calibration_set(source: CalibrationSource, spec: InputSpec, *, skip_corrupt:
         )
     if isinstance(source, Sequence) and source and all(isinstance(item, (str, os.PathLike)) for item in source):
         files = tuple(file for item in source for file in _find_images(Path(item)))
-        return CalibrationSet(spec=spec, files=files, skip_corrupt=skip_corrupt)
-    return _from_arrays(_spool(source), spec, "the iterable")
+        return CalibrationSet(spec=spec.as_images(), files=files, skip_corrupt=skip_corrupt)
+    return _from_arrays(_spool(source, spec), spec, "the iterable")
 
 
 def _made_for(source: CalibrationSet, spec: InputSpec) -> CalibrationSet:
-    made, wanted = ((each.shape[1:], each.preprocessing) for each in (source.spec, spec))
+    made, wanted = ((each.as_images().shape[1:], each.preprocessing) for each in (source.spec, spec))
     if made != wanted:
         raise CalibrationError(
             f"the calibration set was made for {made[0]} with {made[1]}; the model takes {wanted[0]} with {wanted[1]}. "
@@ -296,19 +320,30 @@ def _load_array(path: Path) -> npt.NDArray[Any]:
 
 
 def _from_arrays(arrays: npt.NDArray[Any], spec: InputSpec, name: str) -> CalibrationSet:
-    if arrays.ndim != 4 or arrays.shape[1:] != spec.shape[1:] or arrays.dtype != np.float32:
+    taken = (spec.as_images(), spec.as_pixels()) if spec.embeds_preprocessing else (spec,)
+    if not any(arrays.dtype == each.dtype and arrays.shape[1:] == each.shape[1:] for each in taken):
         raise CalibrationError(
             f"{name} is {arrays.shape} {arrays.dtype}; calibration arrays are what the model is called with: "
-            f"(N, {spec.channels}, {spec.height}, {spec.width}) float32, normalised."
+            f"{_what_is_taken(spec)}."
         )
     if not len(arrays):
         raise CalibrationError(f"{name} holds no images; expected at least one.")
-    return CalibrationSet(spec=spec, arrays=arrays)
+    return CalibrationSet(spec=spec.as_images(), arrays=arrays)
 
 
-def _checked(image: FloatArray, spec: InputSpec, name: str) -> FloatArray:
+def _what_is_taken(spec: InputSpec) -> str:
+    floats = f"(N, {spec.channels}, {spec.height}, {spec.width}) float32, normalised"
+    pixels = f"(N, {spec.height}, {spec.width}, {spec.channels}) uint8, from 0 to 255"
+    return f"{pixels}, or {floats}" if spec.embeds_preprocessing else floats
+
+
+def _checked(image: ImageArray, spec: InputSpec, name: str) -> FloatArray:
+    """One image of an array, ``(1, C, H, W)`` or ``(1, H, W, C)`` pixels, as the network takes it."""
+    single = replace(spec, batch=1)
+    if image.dtype == np.uint8:
+        return normalize(check_images(image, single.as_pixels()), spec.preprocessing)
     try:
-        return check_images(image, InputSpec(channels=spec.channels, height=spec.height, width=spec.width))
+        return check_images(image, single)
     except SpecError as error:
         raise CalibrationError(f"{name} of the calibration set cannot be used: {error}") from error
 
@@ -321,26 +356,29 @@ def _to_array(batch: Any) -> npt.NDArray[Any]:
     return np.asarray(batch)
 
 
-def _spool(batches: Iterable[Any]) -> npt.NDArray[Any]:
+def _spool(batches: Iterable[Any], spec: InputSpec) -> ImageArray:
     """An iterable that can be read once, as an array on disk: every pass and the digest read it again."""
+    dtypes = ("float32", "uint8") if spec.embeds_preprocessing else ("float32",)
     shape: tuple[int, ...] | None = None
+    dtype: np.dtype[Any] | None = None
     count = 0
     with tempfile.NamedTemporaryFile(prefix="deploykit-calibration-") as spool:
         for batch in batches:
             array = _to_array(batch)
-            if array.ndim != 4 or array.dtype != np.float32 or (shape and array.shape[1:] != shape):
+            alike = shape is None or (array.shape[1:] == shape and array.dtype == dtype)
+            if array.ndim != 4 or array.dtype not in dtypes or not alike:
+                layouts = "(N, H, W, C) uint8 or (N, C, H, W) float32" if len(dtypes) > 1 else "(N, C, H, W) float32"
                 raise CalibrationError(
-                    f"a batch of the iterable is {array.shape} {array.dtype}; expected (N, C, H, W) float32, "
-                    "all of one size."
+                    f"a batch of the iterable is {array.shape} {array.dtype}; expected {layouts}, all of one size."
                 )
-            shape = array.shape[1:]
+            shape, dtype = array.shape[1:], array.dtype
             count += len(array)
             spool.write(np.ascontiguousarray(array).tobytes())
-        if shape is None:
+        if shape is None or dtype is None:
             raise CalibrationError("the iterable gave no batches; expected at least one.")
         spool.flush()
         # The mapping keeps the unlinked file alive until the array is dropped.
-        return np.memmap(spool.name, np.float32, "r", shape=(count, *shape))
+        return np.memmap(spool.name, dtype, "r", shape=(count, *shape))
 
 
 def _read_bytes(path: Path) -> bytes:

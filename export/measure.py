@@ -14,28 +14,33 @@ import torch
 
 from deploykit.backbones.base import BaseBackbone
 from deploykit.bundle import Manifest, Status
-from deploykit.calibration.images import CalibrationSet
+from deploykit.calibration.images import CalibrationSet, denormalize
 from deploykit.calibration.plan import calibration_batch, onnx_session
 from deploykit.errors import DeviceUnavailable
 from deploykit.export.lowering import Engine, Lowering
 from deploykit.graph import Graph
 from deploykit.parity.compare import compare
 from deploykit.parity.report import LevelParity, ParityReport
-from deploykit.runtimes.base import FloatArray, Runtime, load_runtime, run_in_batches
+from deploykit.runtimes.base import FloatArray, ImageArray, Runtime, load_runtime, run_in_batches
 from deploykit.spec import InputSpec, Precision
 
 PARITY_IMAGES = 16
 PROXY = "proxy: onnxruntime"
 
 
-def parity_images(calibration: CalibrationSet | None, spec: InputSpec) -> FloatArray:
+def parity_images(calibration: CalibrationSet | None, spec: InputSpec) -> ImageArray:
     """`PARITY_IMAGES` images evenly spaced over the calibration set, or synthetic ones where there is none.
 
-    The synthetic images have the 1/f amplitude spectrum of photographs (Field 1987) from a fixed
-    seed. They show whether a conversion is right; they never set a quantization range.
+    They are what an engine with this input is called with: an engine that embeds the preprocessing
+    gets the nearest pixels. The synthetic images have the 1/f amplitude spectrum of photographs
+    (Field 1987) from a fixed seed. They show whether a conversion is right; they never set a
+    quantization range.
     """
-    if calibration is not None:
-        return calibration.sample(PARITY_IMAGES)
+    images = calibration.sample(PARITY_IMAGES) if calibration is not None else _synthetic_images(spec)
+    return denormalize(images, spec.preprocessing) if spec.embeds_preprocessing else images
+
+
+def _synthetic_images(spec: InputSpec) -> FloatArray:
     generator = np.random.default_rng(0)
     shape = (PARITY_IMAGES, spec.channels, spec.height, spec.width)
     vertical, horizontal = np.fft.fftfreq(spec.height)[:, None], np.fft.rfftfreq(spec.width)[None]
@@ -57,7 +62,7 @@ def measure(
     manifest: Manifest,
     folder: Path,
     *,
-    images: FloatArray,
+    images: ImageArray,
     expected: dict[str, FloatArray],
     precision: Precision,
     graph: Graph,
@@ -69,7 +74,7 @@ def measure(
     Args:
         manifest: the engine's, with ``status="built"``.
         folder: where its files are.
-        images: ``(N, C, H, W)`` to compare on.
+        images: to compare on, as the engine takes them.
         expected: torch's outputs in FP32 for every level and the head.
         precision: its budget.
         graph: what the engine was lowered from.
@@ -111,7 +116,7 @@ def _compare_lowered(
     graph: Graph,
     lower: Lowering,
     *,
-    images: FloatArray,
+    images: ImageArray,
     expected: dict[str, FloatArray],
     precision: Precision,
     measured_on: str,
@@ -133,7 +138,7 @@ def _compare_lowered(
 def _levels_of(
     manifest: Manifest,
     folder: Path,
-    images: FloatArray,
+    images: ImageArray,
     expected: dict[str, FloatArray],
     precision: Precision,
     *,
@@ -144,7 +149,7 @@ def _levels_of(
         return _compare(run_in_batches(model, images), expected, precision, measured_on=measured_on)
 
 
-def _by_proxy(model: onnx.ModelProto, images: FloatArray) -> dict[str, FloatArray]:
+def _by_proxy(model: onnx.ModelProto, images: ImageArray) -> dict[str, FloatArray]:
     """What a graph for an absent device computes, node by node, in ONNX Runtime."""
     session = onnx_session(model, optimize=False)
     size = calibration_batch(model)

@@ -9,7 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from deploykit.calibration.images import CalibrationSet, calibration_set, load_images, preprocess, read_image
+from deploykit.calibration.images import (
+    CalibrationSet,
+    calibration_set,
+    denormalize,
+    load_images,
+    normalize,
+    preprocess,
+    read_image,
+)
 from deploykit.errors import CalibrationError, SpecError
 from deploykit.spec import InputSpec, Preprocessing
 
@@ -350,3 +358,87 @@ def test_a_last_partial_batch_is_filled_up_with_its_own_images():
 def test_a_set_can_be_smaller_than_a_batch():
     (batch,) = CalibrationSet(spec=SPEC, arrays=arrays(1)).batches(3)
     np.testing.assert_array_equal(batch, arrays(1)[[0, 0, 0]])
+
+
+# ---- pixels, for engines that embed the preprocessing
+
+
+def pixels(count: int = 5, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), np.uint8)
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+def test_files_become_the_pixels_whose_normalised_form_the_network_takes(folder, crop_mode):
+    spec = InputSpec(height=24, width=40, preprocessing=Preprocessing(crop_mode=crop_mode))
+    files = [folder / "b.jpg", folder / "d.bmp"]
+    found = load_images(files, spec.as_pixels())
+    assert (found.shape, found.dtype) == ((2, 24, 40, 3), np.uint8)
+    assert found.flags.writeable
+    np.testing.assert_array_equal(normalize(found, spec.preprocessing), load_images(files, spec))
+
+
+def test_grey_pixels_keep_their_one_channel():
+    spec = InputSpec(channels=1, height=32, width=32, preprocessing=Preprocessing(mean=(0.5,), std=(0.5,)))
+    assert preprocess(picture(), spec.as_pixels()).shape == (32, 32, 1)
+
+
+@pytest.mark.parametrize("how", [HALF, SPEC.preprocessing, Preprocessing(mean=(0, 0, 0), std=(1, 1, 1))], ids=str)
+def test_denormalising_gives_every_pixel_back(how):
+    every = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=-1)
+    np.testing.assert_array_equal(denormalize(normalize(every, how), how), every)
+    far = denormalize(np.array([-1e9, 1e9, 0], np.float32).reshape(1, 3, 1, 1), how)
+    assert far.ravel().tolist()[:2] == [0, 255]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [pixels(), torch.from_numpy(pixels()), iter([pixels()[:2], pixels()[2:]])],
+    ids=["array", "tensor", "iterable"],
+)
+def test_pixels_calibrate_a_pixel_engine_as_normalised_images(source):
+    found = calibration_set(source, SPEC.as_pixels())
+    expected = normalize(pixels(), SPEC.preprocessing)
+    np.testing.assert_array_equal(np.stack(list(found.images())), expected)
+    np.testing.assert_array_equal(found.sample(5), expected)
+    assert found.digest == calibration_set(pixels(), SPEC.as_pixels()).digest
+
+
+def test_pixels_come_from_numpy_files(tmp_path):
+    np.save(tmp_path / "pixels.npy", pixels())
+    found = calibration_set(tmp_path / "pixels.npy", SPEC.as_pixels())
+    np.testing.assert_array_equal(found.sample(2), normalize(pixels()[[0, 4]], SPEC.preprocessing))
+
+
+def test_a_pixel_engine_is_calibrated_on_files_and_normalised_arrays_as_a_float_engine(folder):
+    for source in (folder, arrays(), [folder / "b.jpg"]):
+        of_pixels, of_floats = (calibration_set(source, spec) for spec in (SPEC.as_pixels(), SPEC))
+        assert of_pixels == of_floats if source is not arrays else True
+        np.testing.assert_array_equal(of_pixels.sample(2), of_floats.sample(2))
+        assert of_pixels.digest == of_floats.digest
+    made = calibration_set(folder, SPEC)
+    assert calibration_set(made, SPEC.as_pixels()) is made
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            pixels().transpose(0, 3, 1, 2),
+            r"\(5, 3, 32, 32\) uint8.*\(N, 32, 32, 3\) uint8, from 0 to 255, or \(N, 3, 32",
+        ),
+        (pixels().astype(np.float32), r"\(5, 32, 32, 3\) float32"),
+        (iter([pixels(), arrays()]), r"a batch of the iterable is \(5, 3, 32, 32\) float32"),
+        (iter([pixels().astype(np.int64)]), r"int64; expected \(N, H, W, C\) uint8 or"),
+    ],
+    ids=["layout", "dtype", "mixed", "integers"],
+)
+def test_what_is_neither_pixels_nor_normalised_is_refused(source, message):
+    with pytest.raises(CalibrationError, match=message):
+        calibration_set(source, SPEC.as_pixels())
+
+
+def test_a_float_engine_is_not_calibrated_on_pixels():
+    with pytest.raises(CalibrationError, match="float32, normalised"):
+        calibration_set(pixels(), SPEC)
+    with pytest.raises(CalibrationError, match="a batch of the iterable"):
+        calibration_set(iter([pixels()]), SPEC)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from deploykit import create_backbone
-from deploykit.calibration.images import calibration_set
+from deploykit.calibration.images import calibration_set, normalize
 from deploykit.errors import DeviceUnavailable
 from deploykit.export.measure import PARITY_IMAGES, measure, parity_images, torch_outputs
 from deploykit.export.to_onnxruntime import to_onnxruntime
@@ -24,6 +24,17 @@ def test_parity_images_without_calibration_are_reproducible_and_look_like_photog
     np.testing.assert_allclose(images.std(axis=(1, 2, 3)), 1, rtol=1e-3)
     neighbours = np.corrcoef(images[..., 1:].ravel(), images[..., :-1].ravel())[0, 1]
     assert neighbours > 0.6  # white noise has 0
+
+
+def test_parity_images_of_a_pixel_engine_are_the_nearest_pixels():
+    found = parity_images(None, SPEC.as_pixels())
+    assert (found.shape, found.dtype) == ((PARITY_IMAGES, 48, 64, 3), np.uint8)
+    step = 1 / (255 * min(SPEC.preprocessing.std))
+    images = parity_images(None, SPEC)
+    inside = (found > 0) & (found < 255)
+    difference = np.abs(normalize(found, SPEC.preprocessing) - images).transpose(0, 2, 3, 1)
+    assert difference[inside].max() <= 0.51 * step
+    assert inside.mean() > 0.9
 
 
 def test_parity_images_come_from_the_calibration_set():

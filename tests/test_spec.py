@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from deploykit.errors import SpecError
+from deploykit.spec import BatchRange, InputSpec, Preprocessing
+
+SPEC = InputSpec(batch=2, height=32, width=48, preprocessing=Preprocessing(crop_mode="squash"))
+
+
+def test_the_shape_follows_the_layout():
+    assert SPEC.shape == (2, 3, 32, 48)
+    assert SPEC.as_pixels().shape == (2, 32, 48, 3)
+    assert InputSpec(batch=BatchRange()).as_pixels().shape == ("batch", 224, 224, 3)
+
+
+def test_pixels_and_images_are_two_forms_of_one_input():
+    pixels = SPEC.as_pixels()
+    assert (pixels.dtype, pixels.layout, pixels.embeds_preprocessing) == ("uint8", "NHWC", True)
+    assert not SPEC.embeds_preprocessing
+    assert pixels.as_images() == SPEC
+    assert pixels.as_pixels() == pixels
+
+
+def test_both_forms_survive_json():
+    for spec in (SPEC, SPEC.as_pixels()):
+        assert msgspec.json.decode(msgspec.json.encode(spec), type=InputSpec) == spec
+
+
+@pytest.mark.parametrize("pair", [("uint8", "NCHW"), ("float32", "NHWC"), ("float16", "NCHW")], ids=str)
+def test_no_other_pair_of_dtype_and_layout_is_an_input(pair):
+    dtype, layout = pair
+    with pytest.raises(SpecError, match=r"expected float32 NCHW or uint8 NHWC"):
+        InputSpec(dtype=dtype, layout=layout)
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert({"dtype": dtype, "layout": layout}, InputSpec)
