@@ -9,7 +9,17 @@ from typing import Protocol
 from deploykit.errors import SpecError, nearest
 from deploykit.graph import Graph
 
-__all__ = ["LOWERINGS", "TARGETS", "Engine", "Graph", "Lowering", "check_target"]
+__all__ = [
+    "LOWERINGS",
+    "PORTABLE_LOWERINGS",
+    "TARGETS",
+    "TENSORRT_DEVICES",
+    "Engine",
+    "Graph",
+    "Lowering",
+    "check_portable",
+    "check_target",
+]
 
 LOWERINGS: dict[str, str] = {
     "torch_compile": "deploykit.export.to_inductor:to_inductor",
@@ -18,10 +28,51 @@ LOWERINGS: dict[str, str] = {
     "tensorrt": "deploykit.export.to_tensorrt:to_tensorrt",
 }
 
-TARGETS: dict[str, tuple[str, ...]] = {
-    "tensorrt": ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
+PORTABLE_LOWERINGS: dict[str, str] = {
+    "tensorrt": "deploykit.export.to_tensorrt:to_portable_tensorrt",
 }
-"""What an engine can be built for, in the runtimes that have targets: CUDA compute capabilities."""
+"""Lowerings whose engine is finished on the device, in the runtimes whose engines are tied to one."""
+
+TENSORRT_DEVICES: dict[str, str] = {
+    "jetson-xavier": "sm72",
+    "t4": "sm75",
+    "rtx-2080": "sm75",
+    "a100": "sm80",
+    "a10": "sm86",
+    "rtx-3090": "sm86",
+    "jetson-orin": "sm87",
+    "l4": "sm89",
+    "rtx-4090": "sm89",
+    "h100": "sm90",
+    "b200": "sm100",
+    "jetson-thor": "sm110",
+    "rtx-5090": "sm120",
+    "dgx-spark": "sm121",
+}
+"""The CUDA compute capability of devices by name, from NVIDIA's table (developer.nvidia.com/cuda-gpus)."""
+
+TARGETS: dict[str, tuple[str, ...]] = {
+    "tensorrt": (*sorted(set(TENSORRT_DEVICES.values()), key=lambda name: int(name[2:])), *TENSORRT_DEVICES),
+}
+"""What an engine can be built for, in the runtimes that have targets: compute capabilities and devices."""
+
+
+def check_portable(runtime: str, target: str | None) -> None:
+    """Refuse a portable engine of a runtime that has none, or for one target.
+
+    Raises:
+        SpecError: either.
+    """
+    if runtime not in PORTABLE_LOWERINGS:
+        raise SpecError(
+            f"portable=True was given, and {runtime} has no portable form, which {', '.join(PORTABLE_LOWERINGS)} has. "
+            "Leave it out."
+        )
+    if target is not None:
+        raise SpecError(
+            f"portable=True and target={target!r} were both given; a portable engine is finished on the device that "
+            "opens it, whichever it is. Leave one out."
+        )
 
 
 def check_target(runtime: str, target: str | None) -> None:

@@ -1,156 +1,170 @@
-"""Graph -> TensorRT-RTX plan, built in a subprocess on any x86-64 machine, with or without a GPU."""
+"""Graph -> TensorRT plan, built in a subprocess on any x86-64 machine, with or without a GPU; or a portable bundle."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import deploykit
+import msgspec
+
 from deploykit.errors import ExportError, nearest
-from deploykit.export.lowering import TARGETS, Engine, Graph
+from deploykit.export.lowering import TARGETS, TENSORRT_DEVICES, Engine, Graph
 from deploykit.export.onnx_file import model_of, write_onnx
-from deploykit.optional import installed_version, require
+from deploykit.export.tensorrt_linter import prepare, quantize_layers
+from deploykit.optional import installed_version
+from deploykit.runtimes import tensorrt_api as api
+from deploykit.runtimes.tensorrt_build import (
+    BUILD_SECONDS,
+    SETTINGS_FILE,
+    BuildProgress,
+    BuildSettings,
+    build_plan,
+    parse_model,
+)
 from deploykit.spec import BatchRange, InputSpec
 
-if TYPE_CHECKING:
-    import onnx
-
-CAPABILITIES = TARGETS["tensorrt"]
-"""The compute capabilities that TensorRT-RTX builds for; sm75 takes no FP32 matrix product."""
-
 DEFAULT_CAPABILITY = "sm86"
-BUILD_SECONDS = 600.0
-"""A build that takes longer is stopped. Builds were measured at 0.1 to 7 s."""
-
-_LOG_LINES = 12
-_CHANGED_TYPE = re.compile(r"defaulting to \w+ instead|cast(ing)? down|does not natively support", re.IGNORECASE)
-_REFUSED_OPERATORS = re.compile(r"QLinear\w*|\w+Integer|DynamicQuantizeLinear")
-_INT8 = 3  # onnx.TensorProto.INT8
 
 
-def to_tensorrt(graph: Graph, folder: Path, *, target: str | None = None, time_limit: float = BUILD_SECONDS) -> Engine:
+def to_tensorrt(
+    graph: Graph,
+    folder: Path,
+    *,
+    target: str | None = None,
+    time_limit: float = BUILD_SECONDS,
+    progress: BuildProgress | None = None,
+) -> Engine:
     """Build ``model.plan`` for one compute capability, strongly typed, without TF32.
 
     Args:
-        graph: its ONNX model's Q/DQ nodes, if any, are signed INT8 with zero point 0.
+        graph: its ONNX model's Q/DQ nodes, if any, are in a form that `tensorrt_linter.prepare` takes.
         folder: where the plan goes; nothing is left there when the build fails.
-        target: the GPU's compute capability, one of `CAPABILITIES`; None: `DEFAULT_CAPABILITY`.
+        target: the GPU's compute capability or name, one of `TARGETS`; None: `DEFAULT_CAPABILITY` for
+            TensorRT-RTX, and the GPU of this machine for full TensorRT, which builds for no other.
         time_limit: in seconds.
+        progress: hears of TensorRT's own phases and steps.
 
     Raises:
         ExportError: an unknown target, Q/DQ nodes or operators that TensorRT refuses or reads
             wrongly, or a build that failed, crashed or took too long; with the end of its log.
     """
-    require("tensorrt_rtx")
-    capability = target or DEFAULT_CAPABILITY
-    if capability not in CAPABILITIES:
-        raise ExportError(f"unknown TensorRT target {capability!r}. {nearest(capability, CAPABILITIES)}")
-    model = model_of(graph, "tensorrt")
-    check_quantization(model)
-    with tempfile.TemporaryDirectory(prefix="deploykit-tensorrt-") as staging:
-        work = Path(staging)
-        write_onnx(model, work / "model.onnx")
-        _build(work, graph.input, capability, time_limit)
-        (folder / "model.plan").write_bytes((work / "model.plan").read_bytes())
-    version = installed_version("tensorrt_rtx") or "unknown"
+    flavour = api.default_flavour()
+    api.load_tensorrt(flavour)
+    capability = _capability(flavour, target)
+    model = prepare(model_of(graph, "tensorrt"))
+    settings = BuildSettings(
+        flavour=flavour,
+        input=graph.input.name,
+        capability=capability,
+        profile=_profile(graph.input),
+        quantize_layers=quantize_layers(model),
+    )
+    with tempfile.TemporaryDirectory(prefix=".onnx-", dir=folder) as staging:
+        file = Path(staging) / "model.onnx"
+        write_onnx(model, file)
+        build_plan(file, folder / "model.plan", settings, time_limit=time_limit, progress=progress)
+    version = api.flavour_version(flavour)
     return Engine(
         file="model.plan",
         runtime_version=version,
-        requires={"compute_capability": capability},
-        tools={"onnx": installed_version("onnx") or "unknown", "tensorrt_rtx": version},
+        requires=_requires(settings) | ({"compute_capability": capability} if capability else {}),
+        tools={"onnx": installed_version("onnx") or "unknown", flavour: version},
     )
 
 
-def check_quantization(model: onnx.ModelProto) -> None:
-    """Refuse what TensorRT refuses, or what it reads as another type without saying so.
+def to_portable_tensorrt(graph: Graph, folder: Path, *, target: str | None = None) -> Engine:
+    """Write ``model.onnx``, as TensorRT reads it, with the settings of the build that the device will do.
+
+    The parser here reads it, so that what TensorRT refuses is told now. The device that opens the bundle
+    first builds the plan, for its own GPU and version.
 
     Raises:
-        ExportError: naming each node: QLinear, Integer and dynamic operators; a zero point that is
-            missing (ONNX then means uint8), is not INT8, or is not 0.
+        ExportError: a target, or Q/DQ nodes or operators that TensorRT refuses.
     """
-    numpy_helper = require("onnx.numpy_helper")
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            constants[node.output[0]] = node.attribute[0].t
-    faults = []
-    for node in model.graph.node:
-        where = f"{node.op_type} {node.name or node.output[0]!r}"
-        if _REFUSED_OPERATORS.fullmatch(node.op_type):
-            faults.append(f"{where}: the operator is refused")
-        elif node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            zero_point = constants.get(node.input[2]) if len(node.input) > 2 else None
-            if zero_point is None:
-                if node.op_type == "QuantizeLinear" and not _writes_int8(node):
-                    faults.append(f"{where}: no zero point is written, which means uint8")
-            elif zero_point.data_type != _INT8:
-                faults.append(f"{where}: the zero point is not INT8")
-            elif numpy_helper.to_array(zero_point).any():
-                faults.append(f"{where}: the zero point is not 0")
-    if faults:
-        more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
+    if target is not None:
         raise ExportError(
-            f"TensorRT takes Q/DQ nodes only as signed INT8 with zero point 0; found {'; '.join(faults[:8])}{more}. "
-            "Quantize with the tensorrt dialect."
+            f"a portable engine is built for the GPU that opens it, and {target!r} was given: leave it out."
         )
-
-
-def _writes_int8(node: onnx.NodeProto) -> bool:
-    return any(attribute.name == "output_dtype" and attribute.i == _INT8 for attribute in node.attribute)
-
-
-def _build(work: Path, spec: InputSpec, capability: str, time_limit: float) -> None:
-    """Run the builder in ``work``, which holds ``model.onnx``; leaves ``model.plan`` there."""
-    request = {
-        "model": str(work / "model.onnx"),
-        "plan": str(work / "model.plan"),
-        "capability": capability,
-        "input": spec.name,
-        "profile": _profile(spec),
-    }
-    (work / "request.json").write_text(json.dumps(request))
-    package_parent = str(Path(str(deploykit.__file__)).parent.parent)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([package_parent, os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "deploykit.export.tensorrt_builder", str(work / "request.json")]
+    model = prepare(model_of(graph, "tensorrt"))
+    settings = BuildSettings(
+        flavour=api.default_flavour(),
+        input=graph.input.name,
+        profile=_profile(graph.input),
+        quantize_layers=quantize_layers(model),
+    )
+    file = folder / "model.onnx"
+    write_onnx(model, file)
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=time_limit, env=environment, check=False
-        )
-    except subprocess.TimeoutExpired as error:
-        log = error.stderr.decode(errors="replace") if isinstance(error.stderr, bytes) else error.stderr or ""
-        raise ExportError(
-            f"the TensorRT build took more than {time_limit:g} s and was stopped. Try a smaller model or batch range."
-            f"{_tail(log)}"
-        ) from error
-    log = done.stdout + done.stderr
-    changed = [line for line in log.splitlines() if _CHANGED_TYPE.search(line)]
-    if changed:
-        raise ExportError(
-            f"TensorRT would change a type in the graph, and with it the numbers: {changed[0].strip()} "
-            "Quantize with the tensorrt dialect, or keep INT64 and FP64 out of the graph."
-        )
-    if done.returncode != 0 or not (work / "model.plan").is_file():
-        how = f"crashed (signal {-done.returncode})" if done.returncode < 0 else "failed"
-        raise ExportError(
-            f"the TensorRT build for {capability} {how}. The end of its log names the node; "
-            f"export for onnxruntime to see whether the graph itself runs.{_tail(log)}"
-        )
+        parse_model(file, settings)
+    except ExportError:
+        file.unlink()
+        file.with_name(f"{file.name}.data").unlink(missing_ok=True)
+        raise
+    (folder / SETTINGS_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(settings), indent=1) + b"\n")
+    return Engine(
+        file="model.onnx",
+        runtime_version="any",
+        requires={"tf32": _on(settings.tf32)},
+        tools={"onnx": installed_version("onnx") or "unknown"},
+    )
 
 
-def _profile(spec: InputSpec) -> list[list[int]] | None:
+def _capability(flavour: str, target: str | None) -> str | None:
+    """What to build for; None is the GPU of this machine."""
+    capability = None if target is None else _known(target)
+    if flavour != "tensorrt_rtx":
+        return _of_this_gpu(capability)
+    if capability is None:
+        return DEFAULT_CAPABILITY
+    if capability not in api.RTX_CAPABILITIES:
+        raise ExportError(
+            f"TensorRT-RTX builds for {', '.join(api.RTX_CAPABILITIES)}, and {target!r} is {capability}. Export with "
+            "portable=True (--portable): the device then builds its own plan with the TensorRT that it has."
+        )
+    return capability
+
+
+def _known(target: str) -> str:
+    """The compute capability of a target's name."""
+    if target not in TARGETS["tensorrt"]:
+        raise ExportError(f"unknown TensorRT target {target!r}. {nearest(target, TARGETS['tensorrt'])}")
+    return TENSORRT_DEVICES.get(target, target)
+
+
+def _of_this_gpu(capability: str | None) -> str | None:
+    """Full TensorRT's target: the GPU here, which must be the one asked for.
+
+    Raises:
+        ExportError: no GPU here, or another one.
+    """
+    from deploykit.runtimes.cuda_driver import cuda_capabilities
+
+    here = cuda_capabilities()
+    if not here:
+        raise ExportError(
+            "full TensorRT builds only on a machine with a GPU, and there is none here. Install tensorrt_rtx, which "
+            "builds anywhere, or export with portable=True (--portable) and let the device build its plan."
+        )
+    if capability not in (None, here[0]):
+        raise ExportError(
+            f"full TensorRT builds for the GPU of this machine, {here[0]}, and {capability} was asked for. Export "
+            "there, or with portable=True (--portable)."
+        )
+    return here[0]
+
+
+def _requires(settings: BuildSettings) -> dict[str, str]:
+    """What the plan is tied to or was made with, for the manifest."""
+    return {"flavour": settings.flavour, "tf32": _on(settings.tf32)}
+
+
+def _on(value: bool) -> str:
+    return "on" if value else "off"
+
+
+def _profile(spec: InputSpec) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
     """The min, opt and max shape of a dynamic batch; None for a fixed one."""
     if not isinstance(spec.batch, BatchRange):
         return None
-    rest = [spec.channels, spec.height, spec.width]
-    return [[count, *rest] for count in (spec.batch.min, spec.batch.opt, spec.batch.max)]
-
-
-def _tail(log: str) -> str:
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    return "".join(f"\n  {line}" for line in lines[-_LOG_LINES:])
+    rest = tuple(int(side) for side in spec.shape[1:])
+    return ((spec.batch.min, *rest), (spec.batch.opt, *rest), (spec.batch.max, *rest))

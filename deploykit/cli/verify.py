@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from deploykit.cli.output import BundleArgument, DeviceOption, JsonFlag, show, show_error, show_json
-from deploykit.errors import DeployKitError, DeviceUnavailable, SpecError
+from deploykit.cli.output import BundleArgument, DeviceOption, JsonFlag, show, show_error, show_json, show_warning
+from deploykit.errors import BundleError, DeployKitError, DeviceUnavailable, SpecError
 
 EXAMPLE = "Example: deploykit verify resnet18-onnxruntime-fp32"
 
 
-def verify(bundle: BundleArgument, device: DeviceOption = "auto", json: JsonFlag = False) -> None:
+DebugFlag = Annotated[
+    bool,
+    typer.Option(
+        "--debug", help="On a failure, write the smallest part of the graph that fails, through polygraphy (minutes)."
+    ),
+]
+
+
+def verify(
+    bundle: BundleArgument, device: DeviceOption = "auto", debug: DebugFlag = False, json: JsonFlag = False
+) -> None:
     """Check every file of a bundle, run its engine on the reference inside, and compare with torch's outputs.
 
-    Needs no torch and no weights. Exit code 0: whole and within the budget; 1: not.
+    Needs no torch and no weights (--debug needs the extras export and debug). Exit code 0: whole and within
+    the budget; 1: not.
     """
     from deploykit.facade import verify_bundle
 
@@ -28,6 +40,8 @@ def verify(bundle: BundleArgument, device: DeviceOption = "auto", json: JsonFlag
         if json:
             show_json({"bundle": bundle, "passed": False, "error": type(error).__name__, "message": message})
         show_error(message)
+        if debug and not isinstance(error, BundleError):
+            _reduce(bundle)
         raise typer.Exit(1) from error
     if json:
         show_json({"bundle": bundle, "passed": report.passed, "report": report})
@@ -42,7 +56,30 @@ def verify(bundle: BundleArgument, device: DeviceOption = "auto", json: JsonFlag
                 f"Next: deploykit inspect {bundle} shows what it gave when it was exported.",
             )
     if not report.passed:
+        if debug:
+            _reduce(bundle)
         raise typer.Exit(1)
+
+
+def _reduce(bundle: str) -> None:
+    """Write the smallest part that fails into the current folder, and say on stderr what was found."""
+    from deploykit.export.reduce import reduce_bundle
+
+    output = Path(f"{Path(bundle).absolute().name}-reduced.onnx")
+    try:
+        problem = reduce_bundle(Path(bundle), output)
+    except DeployKitError as error:
+        show_warning(f"debug: {error}")
+        return
+    if problem is None:
+        show_warning(
+            "debug: the runtime computes the graph as it is written, so the error is one of conversion or "
+            f"quantization. Next: deploykit inspect {bundle} shows every level."
+        )
+    elif output.exists():
+        show_warning(f"debug: the smallest part that fails is {output}: {problem}")
+    else:
+        show_warning(f"debug: no smaller part fails than the whole graph: {problem}")
 
 
 def _explain(bundle: str, error: DeployKitError) -> str:

@@ -28,6 +28,8 @@ class OpenVINORuntime(Runtime):
         openvino = require("openvino")
         core = openvino.Core()
         target = "CPU" if device == "auto" else device.upper()
+        if f"{target}.0" in core.available_devices:
+            target = f"{target}.0"  # with two GPUs OpenVINO lists GPU.0 and GPU.1, and no GPU
         if target not in core.available_devices:
             raise DeviceUnavailable(
                 f"OpenVINO has no device {device!r} here; it has {', '.join(self.devices()) or 'none'}. "
@@ -45,6 +47,7 @@ class OpenVINORuntime(Runtime):
                 f"OpenVINO {openvino.__version__} does not compile {engine.name} for {target}: {error}. "
                 "Install the openvino that the manifest names, or export the bundle again here."
             ) from error
+        _check_device(compiled, target)
         self._outputs = _output_positions(compiled, self._output_names, engine)
         self._compiled: Any = compiled
         self._idle: deque[Any] = deque([compiled.create_infer_request()])
@@ -84,6 +87,16 @@ def _pinned_precision(core: Any, target: str, precision: str) -> str:
     if precision == "fp16" and target != "CPU":
         return "f16"
     return "f32"
+
+
+def _check_device(compiled: Any, target: str) -> None:
+    """Refuse a model that OpenVINO put on another device than the one asked for."""
+    used = [str(name).strip("()") for name in compiled.get_property("EXECUTION_DEVICES")]
+    if used != [target]:
+        raise DeviceUnavailable(
+            f"OpenVINO was asked for {target} and compiled the model for {', '.join(used)}. "
+            "Check the driver of the device, or name another with device=."
+        )
 
 
 def _read(core: Any, engine: Path) -> Any:

@@ -1,131 +1,281 @@
-"""TensorRT-RTX: opens a plan on the NVIDIA GPU that it was built for."""
+"""TensorRT: opens a plan on the NVIDIA GPU that it was built for, or builds it there from a portable bundle."""
 
 from __future__ import annotations
 
-import ctypes
+import hashlib
+import re
+import sys
 import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from deploykit.errors import BundleError, DeployKitError, DeviceUnavailable, IncompatibleEngine, MissingDependency
-from deploykit.optional import installed_version, require
-from deploykit.runtimes.base import FloatArray, Runtime
+import numpy as np
 
-_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # cuda.h: CUdevice_attribute
+from deploykit.errors import BundleError, DeployKitError, DeviceUnavailable, IncompatibleEngine, SpecError
+from deploykit.optional import require
+from deploykit.runtimes import tensorrt_api as api
+from deploykit.runtimes.base import FloatArray, ImageArray, Images, Runtime
+from deploykit.runtimes.cuda_buffers import CudaBuffers, buffers_for, torch_has_cuda
+from deploykit.runtimes.cuda_driver import cuda_capabilities, gpu_identity
+from deploykit.runtimes.tensorrt_plan import check_plan
+from deploykit.runtimes.tensorrt_portable import is_portable, local_plan
+
+if TYPE_CHECKING:
+    from deploykit.bundle import Manifest
+
+__all__ = ["TensorRTRuntime", "cuda_capabilities"]
+
+_DEVICE = re.compile(r"cuda(?::(\d+))?")
+
+
+class _Lane:
+    """One execution context with its buffers, used by one thread at a time."""
+
+    def __init__(self, context: Any, buffers: CudaBuffers) -> None:
+        self.context = context
+        self.buffers = buffers
+        self.finished: Any = None  # a torch event: the end of a run on the caller's own stream
 
 
 class TensorRTRuntime(Runtime):
-    """A TensorRT plan, with one execution context behind a lock.
+    """A TensorRT plan; as many execution contexts as threads ever called at once.
 
-    Images are copied to the GPU and outputs back from it, through torch's CUDA allocator.
+    Arrays and CPU tensors are copied to the GPU and the outputs back. A CUDA tensor is read where
+    it is, on the caller's current stream, and gives CUDA tensors; it is not searched for NaN, which
+    would stop the stream. ``cuda_graphs=True`` replays a recorded graph of kernels, in TensorRT-RTX.
     """
 
     runtime: ClassVar[str] = "tensorrt"
-    package: ClassVar[str] = "tensorrt_rtx"
+    package: ClassVar[str] = api.default_flavour()
     version_policy: ClassVar[Literal["exact", "same_or_newer"]] = "exact"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "int8")
+    int8_float_dtypes: ClassVar[tuple[str, ...]] = ("fp32", "fp16")
+
+    def __init__(self, manifest: Manifest, folder: Path, *, device: str = "auto", cuda_graphs: bool = False) -> None:
+        self._cuda_graphs = cuda_graphs
+        self._lock = threading.Lock()
+        self._idle: deque[_Lane] = deque()
+        self._engine: Any = None
+        self._trt_runtime: Any = None
+        super().__init__(manifest, folder, device=device)
 
     def _open(self, engine: Path, device: str) -> str:
-        built_for = self.manifest.requires.get("compute_capability", "the one it was built for")
-        if device not in ("auto", "cuda") or not cuda_capabilities():
-            raise DeviceUnavailable(
-                f"the plan {engine.name} was built, but it can only be opened on a machine with an NVIDIA GPU of "
-                f"compute capability {built_for}; here {_describe_devices()}, and {device!r} was asked for. Copy the "
-                "bundle to such a machine and open it there, or export for onnxruntime or openvino to run here."
-            )
-        self._check_capability()
-        self._torch = _torch_with_cuda()
-        trt = require("tensorrt_rtx")
-        self._lock = threading.Lock()
+        self._ordinal = self._find_device(engine, device)
+        manifest = self.manifest
+        if is_portable(manifest):
+            manifest, folder = local_plan(manifest, engine.parent, gpu_identity(self._ordinal))
+            engine = folder / manifest.engine
+        self._check_capability(manifest)
+        plan = _read(engine)
+        _check_digest(plan, manifest)
+        self._flavour = manifest.requires.get("flavour", self.package)
+        check_plan(plan, self._flavour, manifest.runtime_version)
+        self._first_buffers: CudaBuffers | None = buffers_for(self._ordinal)
+        self._trt = trt = api.load_tensorrt(self._flavour)
+        self._first_buffers.activate()
         self._logger = trt.Logger(trt.Logger.ERROR)
-        self._trt_runtime: Any = trt.Runtime(self._logger)
-        self._engine: Any = self._trt_runtime.deserialize_cuda_engine(_read(engine))
+        self._trt_runtime = trt.Runtime(self._logger)
+        self._engine = self._trt_runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise IncompatibleEngine(
-                f"TensorRT-RTX {trt.__version__} refuses the plan {engine.name}. "
+                f"{self._flavour} {trt.__version__} refuses the plan {engine.name}. "
                 "A plan is tied to the exact version and GPU: export the bundle again for this machine."
             )
-        self._context: Any = self._engine.create_execution_context()
-        self._stream = self._torch.cuda.Stream()
-        return "cuda"
+        self._check_tensors(engine)
+        self._idle.append(self._make_lane())
+        return f"cuda:{self._ordinal}" if self._ordinal else "cuda"
 
-    def _run(self, images: FloatArray) -> list[FloatArray]:
-        torch, context = self._torch, self._context
-        with self._lock, torch.cuda.stream(self._stream):
-            source = torch.from_numpy(images).to("cuda")
-            context.set_input_shape(self.input_spec.name, images.shape)
-            context.set_tensor_address(self.input_spec.name, source.data_ptr())
-            outputs = []
+    def __call__(self, images: Images) -> Any:
+        """Run the engine; a CUDA tensor without a copy. See `Runtime` for shapes and errors."""
+        if not _is_cuda_tensor(images):
+            return super().__call__(images)
+        if self._closed:
+            raise self._closed_error()
+        outputs = self._run_on_gpu(images)
+        return dict(zip(self._output_names, outputs, strict=True)) if self._features_only else outputs[0]
+
+    def _run(self, images: ImageArray) -> list[FloatArray]:
+        outputs: list[FloatArray] = []
+        with self._lane() as lane:
+            buffers, context = lane.buffers, lane.context
+            if lane.finished is not None:
+                lane.finished.synchronize()
+            self._set_shape(context, tuple(images.shape))
+            context.set_tensor_address(self.input_spec.name, buffers.upload(self.input_spec.name, images))
+            for name in self._output_names:
+                outputs.append(np.empty(tuple(context.get_tensor_shape(name)), np.float32))
+                context.set_tensor_address(name, buffers.reserve(name, outputs[-1].nbytes))
+            self._execute(context, buffers.stream, tuple(images.shape))
+            for name, output in zip(self._output_names, outputs, strict=True):
+                buffers.download(name, output)
+            buffers.synchronize()
+        return outputs
+
+    def _run_on_gpu(self, images: Any) -> list[Any]:
+        """Read a CUDA tensor where it is; new CUDA tensors, ready on the caller's current stream."""
+        torch = require("torch")
+        images = self._check_cuda_tensor(torch, images)
+        stream = torch.cuda.current_stream(images.device)
+        outputs = []
+        with self._lane() as lane:
+            context = lane.context
+            if lane.finished is not None:
+                stream.wait_event(lane.finished)
+            self._set_shape(context, tuple(images.shape))
+            context.set_tensor_address(self.input_spec.name, images.data_ptr())
             for name in self._output_names:
                 shape = tuple(context.get_tensor_shape(name))
-                outputs.append(torch.empty(shape, dtype=torch.float32, device="cuda"))
+                outputs.append(torch.empty(shape, dtype=torch.float32, device=images.device))
                 context.set_tensor_address(name, outputs[-1].data_ptr())
-            if not context.execute_async_v3(self._stream.cuda_stream):
-                raise DeployKitError(
-                    f"TensorRT refused to run images of shape {images.shape}. Export the bundle again for this machine."
-                )
-            return [output.cpu().numpy() for output in outputs]
+            self._execute(context, stream.cuda_stream, tuple(images.shape))
+            lane.finished = torch.cuda.Event()
+            lane.finished.record(stream)
+        return outputs
 
     def _close(self) -> None:
         with self._lock:
-            self._context = None
+            while self._idle:
+                lane = self._idle.pop()
+                lane.context = None
+                with suppress(DeployKitError):  # a GPU that is lost holds no memory
+                    lane.buffers.close()
             self._engine = None
             self._trt_runtime = None
 
-    def _check_capability(self) -> None:
-        built_for = self.manifest.requires.get("compute_capability")
-        here = cuda_capabilities()[0]
+    @classmethod
+    def devices(cls) -> tuple[str, ...]:
+        """``cuda``, and ``cuda:1`` and so on, where there are NVIDIA GPUs and their driver; nothing elsewhere."""
+        require(cls.package)
+        return tuple(f"cuda:{index}" if index else "cuda" for index in range(len(cuda_capabilities())))
+
+    def _check_version(self) -> None:
+        """Refuse another package or version; a portable bundle is tied to none."""
+        if is_portable(self.manifest):
+            return
+        flavour = self.manifest.requires.get("flavour", self.package)
+        if flavour not in api.installed_flavours():
+            raise IncompatibleEngine(
+                f"this plan was built with {flavour}, and here is {', '.join(api.installed_flavours())}: neither opens "
+                f"the other's plans. Install {flavour}=={self.manifest.runtime_version}, or export the bundle again "
+                "here, or once with portable=True (--portable) for every device."
+            )
+        built, here = self.manifest.runtime_version, api.flavour_version(flavour)
+        if built != here:
+            raise IncompatibleEngine(
+                f"this plan was built with {flavour} {built} and {here} is installed here; it needs exactly {built}. "
+                f"Install {flavour}=={built.partition('+')[0]}, or export the bundle again here."
+            )
+
+    def _find_device(self, engine: Path, device: str) -> int:
+        """The ordinal of the GPU asked for."""
+        found = cuda_capabilities()
+        match = _DEVICE.fullmatch("cuda" if device == "auto" else device.lower())
+        ordinal = int(match.group(1) or 0) if match else len(found)
+        if ordinal >= len(found):
+            built_for = self.manifest.requires.get("compute_capability", "any" if is_portable(self.manifest) else "?")
+            here = f"the GPUs are {', '.join(found)}" if found else "there is no CUDA device"
+            what = "the graph" if is_portable(self.manifest) else "the plan"
+            raise DeviceUnavailable(
+                f"{what} {engine.name} was built, but it can only be opened on a machine with an NVIDIA GPU of "
+                f"compute capability {built_for}; here {here}, and {device!r} was asked for. Copy the "
+                "bundle to such a machine and open it there, or export for onnxruntime or openvino to run here."
+            )
+        return ordinal
+
+    def _check_capability(self, manifest: Manifest) -> None:
+        built_for = manifest.requires.get("compute_capability")
+        here = cuda_capabilities()[self._ordinal]
         if built_for is not None and built_for != here:
             raise IncompatibleEngine(
                 f"this plan was built for compute capability {built_for} and the GPU here has {here}. "
-                f"Export the bundle again with target={here!r}."
+                f"Export the bundle again with target={here!r}, or with portable=True (--portable)."
             )
 
-    @classmethod
-    def devices(cls) -> tuple[str, ...]:
-        """``cuda`` where there is an NVIDIA GPU and its driver; nothing elsewhere."""
-        require("tensorrt_rtx")
-        return ("cuda",) if cuda_capabilities() else ()
+    def _check_tensors(self, engine: Path) -> None:
+        """Compare the plan's inputs and outputs with the manifest's."""
+        found = {self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)}
+        missing = {self.input_spec.name, *self._output_names} - found
+        if missing:
+            raise BundleError(
+                f"{engine.name} has the tensors {', '.join(sorted(found))}; the manifest names also "
+                f"{', '.join(sorted(missing))}. The engine is not the one that the manifest describes: export again."
+            )
+
+    @contextmanager
+    def _lane(self) -> Iterator[_Lane]:
+        """An idle context, or one more; one that failed is not used again."""
+        try:
+            lane = self._idle.pop()
+        except IndexError:
+            lane = self._make_lane()
+        lane.buffers.activate()
+        try:
+            yield lane
+        except BaseException:
+            with suppress(DeployKitError):
+                lane.buffers.close()
+            raise
+        self._idle.append(lane)
+
+    def _make_lane(self) -> _Lane:
+        with self._lock:
+            if self._engine is None:
+                raise self._closed_error()
+            buffers, self._first_buffers = self._first_buffers or buffers_for(self._ordinal), None
+            context = self._make_context()
+        if context is None:
+            raise DeployKitError(
+                "TensorRT made no execution context: the GPU's memory is full. Close other models, or call from "
+                "fewer threads."
+            )
+        return _Lane(context, buffers)
+
+    def _make_context(self) -> Any:
+        if not self._cuda_graphs:
+            return self._engine.create_execution_context()
+        strategy = getattr(self._trt, "CudaGraphStrategy", None)
+        if strategy is None:
+            raise SpecError(
+                f"cuda_graphs=True was given, and {self._flavour} {self._trt.__version__} does not record graphs by "
+                "itself; TensorRT-RTX does. Leave it out."
+            )
+        config = self._engine.create_runtime_config()
+        config.cuda_graph_strategy = strategy.WHOLE_GRAPH_CAPTURE
+        return self._engine.create_execution_context(config)
+
+    def _set_shape(self, context: Any, shape: tuple[int, ...]) -> None:
+        if not context.set_input_shape(self.input_spec.name, shape):
+            raise DeployKitError(
+                f"TensorRT refuses images of shape {shape}, and the manifest's input is {self.input_spec.shape}. "
+                "Export the bundle again for this machine."
+            )
+
+    def _execute(self, context: Any, stream: int, shape: tuple[int, ...]) -> None:
+        if not context.execute_async_v3(stream):
+            raise DeployKitError(
+                f"TensorRT failed to run images of shape {shape}. Export the bundle again for this machine."
+            )
+
+    def _check_cuda_tensor(self, torch: Any, images: Any) -> Any:
+        spec = self.input_spec
+        expected = f"{spec.shape} {spec.dtype} on cuda:{self._ordinal}"
+        if not torch_has_cuda() or images.device.index != self._ordinal:
+            raise SpecError(f"the images are on {images.device}; expected {expected}. Move them there with .to().")
+        if images.dtype != getattr(torch, spec.dtype) or images.layout != torch.strided:
+            raise SpecError(f"the images are a {images.layout} tensor of {images.dtype}; expected {expected}.")
+        if images.ndim != 4 or tuple(images.shape[1:]) != spec.shape[1:] or not spec.accepts_batch(images.shape[0]):
+            raise SpecError(
+                f"the images have shape {tuple(images.shape)}; expected {expected}, with a batch of {spec.batch}."
+            )
+        return images.detach().contiguous()
 
 
-def cuda_capabilities() -> tuple[str, ...]:
-    """The compute capability of each CUDA device, as ``sm86``; empty without a GPU or a driver.
-
-    Asks the driver only: TensorRT's runtime can end the process where there is no GPU.
-    """
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return ()
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return ()
-    found = []
-    for ordinal in range(count.value):
-        device, major, minor = ctypes.c_int(0), ctypes.c_int(0), ctypes.c_int(0)
-        driver.cuDeviceGet(ctypes.byref(device), ordinal)
-        driver.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, device)
-        driver.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MINOR, device)
-        found.append(f"sm{major.value}{minor.value}")
-    return tuple(found)
-
-
-def _describe_devices() -> str:
-    found = cuda_capabilities()
-    return f"the GPUs are {', '.join(found)}" if found else "there is no CUDA device"
-
-
-def _torch_with_cuda() -> Any:
-    if installed_version("torch") is not None:
-        torch = require("torch")
-        if torch.cuda.is_available():
-            return torch
-    raise MissingDependency(
-        "running a TensorRT plan needs buffers on the GPU, which deploykit takes from torch; no torch with CUDA is "
-        "installed, and the lighter way through cuda-python is not built yet. Install it: pip install torch",
-        package="torch",
-        command="pip install torch",
-    )
+def _is_cuda_tensor(images: object) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(images, torch.Tensor) and images.is_cuda
 
 
 def _read(engine: Path) -> bytes:
@@ -133,3 +283,14 @@ def _read(engine: Path) -> bytes:
         return engine.read_bytes()
     except OSError as error:
         raise BundleError(f"the plan {engine.name} cannot be read ({error}). Copy the bundle again.") from error
+
+
+def _check_digest(plan: bytes, manifest: Manifest) -> None:
+    """Refuse a plan that is not the manifest's: it is executable code. The bytes checked are those that are run."""
+    record = manifest.files.get(manifest.engine)
+    if record is not None and hashlib.sha256(plan).hexdigest() != record.sha256:
+        raise IncompatibleEngine(
+            f"the plan {manifest.engine} is not the one that the manifest describes: its SHA-256 differs from "
+            f"{record.sha256[:12]}... A plan is executable code, so it is not opened. Copy the bundle again, or export "
+            "it again."
+        )

@@ -37,6 +37,41 @@ def test_numbers_outside_the_budget_give_1(call, copy):
     assert told.json()["passed"] is False
 
 
+def _expect_other_numbers(folder):
+    """The bundle is whole, and torch is said to have given twice what it gave."""
+    from deploykit.parity.reference import ParityReference
+
+    reference = ParityReference.load(folder / "reference.npz")
+    doubled = {name: values * 2 for name, values in reference.expected.items()}
+    dataclasses.replace(reference, expected=doubled).save(folder / "reference.npz")
+    manifest = read_manifest(folder)
+    for name in ("manifest.json", "manifest.sha256"):
+        (folder / name).unlink()
+    write_manifest(folder, manifest)
+
+
+def test_debug_without_polygraphy_gives_the_pip_command_and_still_1(call, copy, monkeypatch):
+    import sys
+
+    _expect_other_numbers(copy)
+    monkeypatch.setitem(sys.modules, "polygraphy", None)
+    done = call("verify", copy, "--debug")
+    assert done.code == 1
+    assert "OUTSIDE its budget" in done.out
+    assert "pip install 'deploykit[debug]'" in done.err
+
+
+def test_debug_says_when_the_runtime_is_not_at_fault(call, copy, tmp_path, monkeypatch):
+    for package in ("polygraphy", "onnx_graphsurgeon"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    monkeypatch.chdir(tmp_path)
+    _expect_other_numbers(copy)
+    done = call("verify", copy, "--debug")
+    assert done.code == 1
+    assert "one of conversion or quantization" in done.err
+    assert not list(tmp_path.glob("*.onnx"))
+
+
 def _flip(folder):
     content = bytearray((folder / "model.onnx").read_bytes())
     content[len(content) // 2] ^= 1

@@ -3,43 +3,30 @@ from __future__ import annotations
 import dataclasses
 import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
-from onnx import helper, numpy_helper
+from onnx import helper
 
-from deploykit.errors import ExportError
+pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+
+from deploykit import export_backbone, load_bundle
+from deploykit.bundle import open_bundle
+from deploykit.errors import DeviceUnavailable, ExportError, SpecError
 from deploykit.export.lowering import Graph
-from deploykit.export.to_tensorrt import check_quantization, to_tensorrt
-from deploykit.spec import InputSpec, TensorSpec
+from deploykit.export.to_tensorrt import to_portable_tensorrt, to_tensorrt
+from deploykit.parity.report import ParityReport
+from deploykit.runtimes.cuda_driver import cuda_capabilities
+from deploykit.runtimes.tensorrt_build import SETTINGS_FILE, BuildSettings, build_plan
+from deploykit.spec import InputSpec, Int8, TensorSpec
 from tests.conftest_graphs import tiny_graph
-
-
-def quantized(zero_point: np.ndarray | None, *, output_dtype: int | None = None) -> Graph:
-    """Relu, Q, DQ, Conv: the activation's Q/DQ pair has this zero point."""
-    constants = {"scale": np.float32(0.02), "weight": np.ones((8, 3, 3, 3), np.float32)}
-    if zero_point is not None:
-        constants["zero"] = zero_point
-    pair = ["scale", "zero"] if zero_point is not None else ["scale"]
-    dtype = {} if output_dtype is None else {"output_dtype": output_dtype}
-    nodes = [
-        helper.make_node("Relu", ["images"], ["relu"]),
-        helper.make_node("QuantizeLinear", ["relu", *pair], ["q"], name="quantize_relu", **dtype),
-        helper.make_node("DequantizeLinear", ["q", *pair], ["dq"], name="dequantize_relu"),
-        helper.make_node("Conv", ["dq", "weight"], ["logits"]),
-    ]
-    body = helper.make_graph(
-        nodes,
-        "quantized",
-        [helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, [1, 3, 32, 32])],
-        [helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, [1, 8, 30, 30])],
-        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
-    )
-    model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    spec = InputSpec(height=32, width=32)
-    return Graph(input=spec, outputs=(TensorSpec(name="logits", shape=(1, 8, 30, 30)),), model=model)
+from tests.export.tensorrt_forms import OUT, WEIGHT_INTEGERS, activation, integer_operator, weight
+from tests.export.tensorrt_forms import SIDE as FORM_SIDE
 
 
 @pytest.mark.parametrize("target", [None, "sm89", "sm120"])
@@ -47,50 +34,60 @@ def test_a_dynamic_plan_is_built_without_a_gpu(target: str | None, tmp_path: Pat
     engine = to_tensorrt(tiny_graph(), tmp_path, target=target)
     assert [path.name for path in tmp_path.iterdir()] == [engine.file] == ["model.plan"]
     assert (tmp_path / engine.file).stat().st_size > 10_000
-    assert engine.requires == {"compute_capability": target or "sm86"}
+    assert engine.requires["compute_capability"] == (target or "sm86")
 
 
-def test_signed_zero_based_quantization_is_built(tmp_path: Path):
-    engine = to_tensorrt(quantized(np.array(0, np.int8)), tmp_path)
+def graph_of(model: onnx.ModelProto) -> Graph:
+    outputs = (TensorSpec(name="logits", shape=OUT),)
+    return Graph(input=InputSpec(height=FORM_SIDE, width=FORM_SIDE), outputs=outputs, model=model)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [activation(np.int8(0)), activation(np.uint8(0)), activation(None), weight(WEIGHT_INTEGERS, None, bias=True)],
+    ids=["signed", "uint8", "missing zero point", "int32 bias"],
+)
+def test_quantization_with_an_exact_signed_form_is_built(model: onnx.ModelProto, tmp_path: Path):
+    engine = to_tensorrt(graph_of(model), tmp_path)
     assert (tmp_path / engine.file).stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
-    ("zero_point", "message"),
-    [
-        (np.array(0, np.uint8), "the zero point is not INT8"),
-        (np.array(3, np.int8), "the zero point is not 0"),
-        (None, "no zero point"),
-    ],
-    ids=["uint8", "asymmetric", "missing"],
+    "model",
+    [activation(np.int8(3)), activation(np.uint8(128)), activation(np.int16(0)), integer_operator("QLinearConv")],
+    ids=["asymmetric", "uint8", "int16", "QLinearConv"],
 )
-def test_quantization_that_tensorrt_reads_as_another_is_refused(
-    zero_point: np.ndarray | None, message: str, tmp_path: Path
-):
-    with pytest.raises(ExportError, match=f"quantize_relu.: {message}"):
-        to_tensorrt(quantized(zero_point), tmp_path)
+def test_quantization_without_one_is_refused_before_the_build(model: onnx.ModelProto, tmp_path: Path):
+    with pytest.raises(ExportError, match=r"quantize_input|the_operator"):
+        to_tensorrt(graph_of(model), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_zero_point_is_taken_where_the_type_is_written():
-    check_quantization(quantized(None, output_dtype=onnx.TensorProto.INT8).model)
+@pytest.fixture
+def unprepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs reach the parser as they are."""
+    monkeypatch.setattr("deploykit.export.to_tensorrt.prepare", lambda model: model)
 
 
-@pytest.mark.parametrize("operator", ["QLinearConv", "MatMulInteger", "DynamicQuantizeLinear"])
-def test_operators_that_tensorrt_refuses_are_named(operator: str):
-    model = onnx.ModelProto()
-    model.CopyFrom(tiny_graph().model)
-    model.graph.node[0].op_type = operator
-    with pytest.raises(ExportError, match=f"{operator} .*refused"):
-        check_quantization(model)
-
-
-def test_a_warning_about_a_changed_type_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    # The check on the graph would stop this one first; the parser's own warning must stop it too.
-    monkeypatch.setattr("deploykit.export.to_tensorrt.check_quantization", lambda model: None)
-    with pytest.raises(ExportError, match=r"change a type.*INT8"):
-        to_tensorrt(quantized(np.array(0, np.uint8)), tmp_path)
+@pytest.mark.usefixtures("unprepared")
+def test_a_warning_about_a_changed_type_is_an_error(tmp_path: Path):
+    with pytest.raises(ExportError, match=r"change a type.*Defaulting to INT8"):
+        to_tensorrt(graph_of(activation(np.uint8(0))), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("unprepared")
+def test_a_type_changed_without_a_warning_is_an_error(tmp_path: Path):
+    with pytest.raises(ExportError, match=r"change a type.*'QuantizeLinear UINT8': 1.*'QuantizeLinear INT8': 1"):
+        to_tensorrt(graph_of(activation(None)), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_phases_of_a_build_are_heard(tmp_path: Path):
+    heard: list[tuple[str, int, int]] = []
+    to_tensorrt(tiny_graph(), tmp_path, progress=lambda *step: heard.append(step))
+    assert {phase for phase, _, _ in heard}
+    assert all(0 <= step <= steps for _, step, steps in heard)
 
 
 def test_what_the_parser_refuses_is_named(tmp_path: Path):
@@ -111,19 +108,166 @@ def test_a_build_that_takes_too_long_is_stopped(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_crash_of_the_builder_is_an_error_with_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    run = subprocess.run
+def builder_that_runs(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    popen = subprocess.Popen
 
-    def crashing(command: list[str], **options: object) -> object:
-        code = f"import os; os.write(2, b'last words'); os.kill(os.getpid(), {int(signal.SIGSEGV)})"
-        return run([command[0], "-c", code], **options)
+    def other(command: list[str], **options: object) -> object:
+        return popen([command[0], "-c", code], **options)  # type: ignore[call-overload]
 
-    monkeypatch.setattr("deploykit.export.to_tensorrt.subprocess.run", crashing)
-    with pytest.raises(ExportError, match=r"(?s)crashed \(signal 11\).*last words"):
+    monkeypatch.setattr("deploykit.runtimes.tensorrt_build.subprocess.Popen", other)
+
+
+@pytest.mark.parametrize(
+    ("sent", "message"),
+    [(signal.SIGSEGV, r"(?s)crashed \(signal 11\).*last words"), (signal.SIGKILL, r"(?s)signal 9.*Out of memory")],
+    ids=["crash", "kill"],
+)
+def test_a_crash_of_the_builder_is_an_error_with_its_log(
+    sent: signal.Signals, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    builder_that_runs(f"import os; os.write(2, b'last words'); os.kill(os.getpid(), {int(sent)})", monkeypatch)
+    with pytest.raises(ExportError, match=message):
         to_tensorrt(tiny_graph(), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_the_builder_started_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    told = tmp_path / "child"
+    code = (
+        "import subprocess, sys, time; "
+        f"open({str(told)!r}, 'w').write(str(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'],"
+        "stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid)); time.sleep(60)"
+    )
+    builder_that_runs(code, monkeypatch)
+    (tmp_path / "plan").mkdir()
+    with pytest.raises(ExportError, match="was stopped"):
+        to_tensorrt(tiny_graph(), tmp_path / "plan", time_limit=2)
+    status = Path(f"/proc/{told.read_text()}/stat")
+    assert not status.exists() or status.read_text().split()[2] == "Z"
+    assert not list((tmp_path / "plan").iterdir())
+
+
+EXPORTING = """
+import sys
+from pathlib import Path
+from deploykit.export.to_tensorrt import to_tensorrt
+from deploykit.runtimes import tensorrt_build
+from tests.conftest_graphs import tiny_graph
+popen = tensorrt_build.subprocess.Popen
+def told(command, **options):
+    process = popen([command[0], "-c", "import sys; sys.argv[1:] = [" + repr(command[-1]) + "];"
+        "from deploykit.runtimes import tensorrt_builder as b; b._die_with_parent(); import time; time.sleep(60)"],
+        **options)
+    print(process.pid, flush=True)
+    return process
+tensorrt_build.subprocess.Popen = told
+to_tensorrt(tiny_graph(), Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's parent-death signal")
+def test_a_killed_export_takes_its_builder_with_it(tmp_path: Path):
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", EXPORTING, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as process:
+        builder = Path(f"/proc/{process.stdout.readline().strip()}/stat")
+        time.sleep(1.5)  # until the builder has asked for the signal
+        assert builder.exists()
+        process.kill()
+    deadline = time.monotonic() + 10
+    while builder.exists() and builder.read_text().split()[2] != "Z" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not builder.exists() or builder.read_text().split()[2] == "Z"
 
 
 def test_an_unknown_target_lists_the_known(tmp_path: Path):
     with pytest.raises(ExportError, match="sm86"):
         to_tensorrt(tiny_graph(), tmp_path, target="sm87")
+    with pytest.raises(ExportError, match="Did you mean 'sm121'"):
+        to_tensorrt(tiny_graph(), tmp_path, target="sm12")
+
+
+def test_a_device_is_a_target_by_name(tmp_path: Path):
+    engine = to_tensorrt(tiny_graph(), tmp_path, target="rtx-4090")
+    assert engine.requires == {"compute_capability": "sm89", "flavour": "tensorrt_rtx", "tf32": "off"}
+
+
+def test_a_device_that_builds_for_itself_alone_is_told_so(tmp_path: Path):
+    with pytest.raises(ExportError, match=r"'jetson-orin' is sm87.*--portable"):
+        to_tensorrt(tiny_graph(), tmp_path, target="jetson-orin")
+
+
+def test_a_portable_engine_is_the_graph_with_its_settings(tmp_path: Path):
+    engine = to_portable_tensorrt(graph_of(activation(np.uint8(0))), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", SETTINGS_FILE]
+    assert (engine.file, engine.runtime_version, engine.requires) == ("model.onnx", "any", {"tf32": "off"})
+    settings = msgspec.json.decode((tmp_path / SETTINGS_FILE).read_bytes(), type=BuildSettings)
+    assert settings.quantize_layers == {"QuantizeLinear INT8": 1, "DequantizeLinear INT8": 1}
+    build_plan(
+        tmp_path / engine.file, tmp_path / "model.plan", dataclasses.replace(settings, capability="sm89"), time_limit=60
+    )
+    assert (tmp_path / "model.plan").stat().st_size > 10_000
+
+
+def test_full_tensorrt_without_a_gpu_says_what_builds_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("deploykit.runtimes.cuda_driver.cuda_capabilities", lambda: ())
+    monkeypatch.setattr("deploykit.export.to_tensorrt.api.default_flavour", lambda: "tensorrt")
+    monkeypatch.setattr("deploykit.export.to_tensorrt.api.load_tensorrt", lambda flavour: None)
+    with pytest.raises(ExportError, match=r"only on a machine with a GPU.*tensorrt_rtx.*--portable"):
+        to_tensorrt(tiny_graph(), tmp_path)
+
+
+# ---- through the whole of export
+
+
+@pytest.fixture(scope="module")
+def portable_bundle(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("portable") / "bundle"
+    export_backbone(
+        "mobilenetv3_small_100",
+        folder,
+        runtime="tensorrt",
+        precision=Int8(float_dtype="fp16"),
+        calibration=photographs,
+        image_size=64,
+        num_classes=10,
+        portable=True,
+    )
+    return folder
+
+
+def test_a_portable_bundle_claims_no_more_than_was_seen(portable_bundle: Path):
+    manifest = open_bundle(portable_bundle)
+    assert (manifest.engine, manifest.runtime_version, manifest.target) == ("model.onnx", "any", None)
+    assert SETTINGS_FILE in manifest.files
+    assert "compute_capability" not in manifest.requires
+    if not cuda_capabilities():
+        assert manifest.status == "built"
+        report = ParityReport.load(portable_bundle / "parity.json")
+        assert {level.measured_on for level in report.levels} == {"proxy: onnxruntime"}
+
+
+@pytest.mark.skipif(bool(cuda_capabilities()), reason="there is a CUDA device")
+def test_a_portable_bundle_does_not_open_without_a_gpu(portable_bundle: Path):
+    with pytest.raises(DeviceUnavailable, match=r"the graph model\.onnx.*compute capability any"):
+        load_bundle(portable_bundle)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"runtime": "openvino", "portable": True}, "openvino has no portable form, which tensorrt has"),
+        ({"runtime": "tensorrt", "portable": True, "target": "sm89"}, r"portable=True and target='sm89' were both"),
+        ({"runtime": "onnxruntime", "precision": Int8(float_dtype="fp16")}, "no int8 with fp16 beside it; it has fp32"),
+        ({"runtime": "tensorrt", "target": "rtx-4091"}, "Did you mean 'rtx-4090'"),
+    ],
+)
+def test_what_a_runtime_lacks_is_refused_before_any_work(options: dict[str, object], message: str, tmp_path: Path):
+    with pytest.raises(SpecError, match=message):
+        export_backbone("resnet18", tmp_path / "bundle", image_size=64, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_float_dtype_is_refused():
+    with pytest.raises(SpecError, match="float_dtype is 'bf16'"):
+        Int8(float_dtype="bf16")  # type: ignore[arg-type]

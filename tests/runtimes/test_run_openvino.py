@@ -50,6 +50,21 @@ def test_a_gpu_that_is_not_here_is_refused():
         open_engine(*engine_of("openvino"), "gpu")
 
 
+def test_a_model_on_another_device_than_the_one_asked_for_is_refused():
+    class Compiled:
+        def get_property(self, name: str) -> list[str]:
+            return ["CPU"]
+
+    with pytest.raises(DeviceUnavailable, match="asked for NPU and compiled the model for CPU"):
+        run_openvino._check_device(Compiled(), "NPU")
+
+
+@pytest.mark.skipif("NPU" in openvino.Core().available_devices, reason="OpenVINO has an NPU here")
+def test_an_npu_that_is_not_here_is_refused():
+    with pytest.raises(DeviceUnavailable, match=r"'npu'.*cpu"):
+        open_engine(*engine_of("openvino"), "npu")
+
+
 @pytest.mark.parametrize("content", [None, b"too short"], ids=["missing", "short"])
 def test_weights_that_do_not_fit_the_ir_are_a_bundle_error(content: bytes | None, tmp_path: Path):
     manifest, folder = engine_of("openvino")

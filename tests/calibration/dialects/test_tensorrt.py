@@ -9,7 +9,8 @@ from onnx import numpy_helper
 
 from deploykit.calibration.dialects.tensorrt import render
 from deploykit.export.graphs import select
-from deploykit.export.to_tensorrt import check_quantization, to_tensorrt
+from deploykit.export.tensorrt_linter import check_quantization
+from deploykit.export.to_tensorrt import to_tensorrt
 from tests.calibration.networks import rounding_noise_db
 
 

@@ -1,0 +1,110 @@
+"""A failing model -> its smallest part that fails, by polygraphy's ``debug reduce`` and graphsurgeon."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+
+import deploykit
+from deploykit.bundle import open_bundle
+from deploykit.errors import DeployKitError, ExportError, SpecError
+from deploykit.export.reduce_check import FAILS, CheckRequest, find_problem
+from deploykit.optional import require
+from deploykit.parity.reference import ParityReference
+from deploykit.runtimes.base import FloatArray
+from deploykit.spec import parse_precision
+
+REDUCE_SECONDS = 1800.0
+_LOG_LINES = 12
+_POLYGRAPHY = "import sys; from polygraphy.tools import main; sys.exit(main())"
+_REDUCED = ("onnxruntime", "tensorrt")
+
+
+def reduce_bundle(folder: Path, output: Path) -> str | None:
+    """Write the smallest part of a bundle's graph on which its runtime fails to ``output``.
+
+    ONNX Runtime fails on a part when it refuses it, or when its optimized session is further from the
+    same graph run node by node than the bundle's budget; TensorRT when it does not build it.
+
+    Returns:
+        What the runtime does wrong with the part; None where it does nothing wrong with the whole
+        graph, and the error is one of conversion or quantization.
+
+    Raises:
+        SpecError: the bundle carries no ONNX graph.
+        MissingDependency: polygraphy or onnx-graphsurgeon is not installed.
+        ExportError: polygraphy failed, with the end of its log.
+    """
+    manifest = open_bundle(folder)
+    if manifest.runtime not in _REDUCED or not manifest.engine.endswith(".onnx"):
+        raise SpecError(
+            f"{folder} holds {manifest.engine}, and only ONNX graphs can be reduced: those of onnxruntime bundles and "
+            "of portable tensorrt bundles. Export the same backbone as one of these, and debug that."
+        )
+    reference = ParityReference.load(folder / "reference.npz")
+    precision = parse_precision(manifest.precision, manifest.precision_settings)
+    return reduce_model(
+        folder / manifest.engine,
+        output,
+        images=reference.images[:1],
+        runtime=manifest.runtime,
+        min_sqnr_db=precision.min_sqnr_db,
+    )
+
+
+def reduce_model(
+    model: Path,
+    output: Path,
+    *,
+    images: FloatArray,
+    runtime: str,
+    min_sqnr_db: float,
+    time_limit: float = REDUCE_SECONDS,
+) -> str | None:
+    """`reduce_bundle` for an ONNX file, on images ``(N, C, H, W)``."""
+    require("polygraphy")
+    require("onnx_graphsurgeon")
+    with tempfile.TemporaryDirectory(prefix="deploykit-reduce-") as scratch:
+        work = Path(scratch)
+        np.save(work / "images.npy", images)
+        request = CheckRequest(
+            whole=str(model.absolute()), images=str(work / "images.npy"), runtime=runtime, min_sqnr_db=min_sqnr_db
+        )
+        (work / "request.json").write_bytes(msgspec.json.encode(request))
+        whole = find_problem(onnx.load(model), request)
+        if whole is None:
+            return None
+        _polygraphy(model.absolute(), work, time_limit)
+        reduced = work / "reduced.onnx"
+        if not reduced.is_file():
+            return whole  # no smaller part fails
+        output.write_bytes(reduced.read_bytes())
+        return find_problem(onnx.load(reduced), request) or whole
+
+
+def _polygraphy(model: Path, work: Path, time_limit: float) -> None:
+    check = [sys.executable, "-m", "deploykit.export.reduce_check", "polygraphy_debug.onnx", str(work / "request.json")]
+    command = [sys.executable, "-c", _POLYGRAPHY, "debug", "reduce", str(model), "-o", str(work / "reduced.onnx")]
+    command += ["--mode", "bisect", "--fail-code", str(FAILS), "--check", *check]
+    parent = str(Path(str(deploykit.__file__)).parent.parent)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([parent, os.environ.get("PYTHONPATH", "")])}
+    try:
+        done = subprocess.run(
+            command, cwd=work, env=environment, capture_output=True, text=True, timeout=time_limit, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ExportError(
+            f"reducing {model.name} took more than {time_limit:g} s and was stopped. Reduce a smaller variant of the "
+            "backbone, or a smaller image size."
+        ) from error
+    if done.returncode != 0:
+        lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        tail = "".join(f"\n  {line}" for line in lines[-_LOG_LINES:])
+        raise DeployKitError(f"polygraphy debug reduce failed on {model.name}. Its log ends with:{tail}")
