@@ -36,11 +36,12 @@ def attend(
 
 
 def onnx_translations() -> dict[Any, Any]:
-    """The ONNX forms of `attend` and of a linear layer, for ``torch.onnx.export(custom_translation_table=...)``.
+    """The ONNX forms of `attend`, linear layers and GroupNorm, for ``torch.onnx.export(custom_translation_table=...)``.
 
     Attention becomes two matrix products and a softmax of static shapes; torch's own translation
     transposes the keys by a dozen nodes of shape arithmetic. A linear layer's transposed weight keeps
-    the name of its parameter, by which a quantization plan finds it. Needs onnxscript.
+    the name of its parameter, by which a quantization plan finds it. GroupNorm is in `_group_norm`.
+    Needs onnxscript.
     """
     op = require("onnxscript").opset21
     transposed: dict[str, Any] = {}  # of one export: a weight that two layers share is turned once
@@ -78,7 +79,37 @@ def onnx_translations() -> dict[Any, Any]:
     return {
         torch.ops.aten.scaled_dot_product_attention.default: attention,
         torch.ops.aten.linear.default: linear,
+        torch.ops.aten.group_norm.default: _group_norm(op),
     }
+
+
+def _group_norm(op: Any) -> Any:
+    """GroupNorm as an InstanceNormalization of ``(N, groups, -1)``, then its affine part as a BatchNormalization.
+
+    OpenVINO 2026.4.1 crashes where a static graph has two dozen GroupNormalization nodes, and ONNX
+    Runtime spells each out in nine. One group over the whole sample stays a GroupNormalization:
+    there OpenVINO is faster.
+    """
+
+    def group_norm(  # noqa: PLR0917  (torch's signature)
+        source: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enabled: bool = True
+    ) -> Any:
+        channels, *sides = source.shape[1:]
+        weight = filled(1.0, channels) if weight is None else weight
+        bias = filled(0.0, channels) if bias is None else bias
+        if groups == 1:
+            return op.GroupNormalization(source, weight, bias, epsilon=eps, num_groups=1)
+        grouped = op.Reshape(source, op.Constant(value_ints=[0, groups, -1]))
+        normalised = op.InstanceNormalization(grouped, filled(1.0, groups), filled(0.0, groups), epsilon=eps)
+        static = all(isinstance(side, int) for side in sides)
+        shape = op.Constant(value_ints=[0, channels, *sides]) if static else op.Shape(source)
+        mean, variance = filled(0.0, channels), filled(1.0, channels)
+        return op.BatchNormalization(op.Reshape(normalised, shape), weight, bias, mean, variance, epsilon=0.0)
+
+    def filled(value: float, count: int) -> Any:
+        return op.Constant(value_floats=[value] * count)
+
+    return group_norm
 
 
 def split_heads(projected: Tensor, heads: int) -> Tensor:

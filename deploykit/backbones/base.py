@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, ClassVar, TypeVar
@@ -15,6 +16,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
 from deploykit.errors import SpecError, nearest
@@ -242,15 +244,22 @@ class BaseBackbone(nn.Module):
         return state
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory in training: recompute each stage in the backward pass (Chen et al. 2016)."""
+        """Trade time for memory in training: recompute each stage in the backward pass (Chen et al. 2016).
+
+        Gradients and running statistics are those of training without it.
+        """
         self.grad_checkpointing = enable
 
     def run_stage(self, stage: nn.Module, features: Tensor) -> Tensor:
         """Run one stage, or one block of it, checkpointed when that was asked for in training."""
-        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-            result: Tensor = checkpoint(stage, features, use_reentrant=False)
-            return result
-        output: Tensor = stage(features)
+        output: Tensor
+        if not (self.grad_checkpointing and self.training and torch.is_grad_enabled()):
+            output = stage(features)
+        elif torch.compiler.is_compiling():  # the compiler refuses contexts, and leaves statistics alone itself
+            output = checkpoint(stage, features, use_reentrant=False)
+        else:
+            contexts = (nullcontext(), _StatisticsKept(stage))
+            output = checkpoint(stage, features, use_reentrant=False, context_fn=lambda: contexts)
         return output
 
     def freeze(self, up_to: str | None) -> None:
@@ -326,6 +335,28 @@ class BaseBackbone(nn.Module):
                 f"the images are {tuple(images.shape)} {images.dtype}; "
                 f"expected {spec.shape} torch.float32 {spec.layout}."
             )
+
+
+class _StatisticsKept:
+    """Within it, the stage's norms in training mode move copies of their running statistics, which are then dropped."""
+
+    def __init__(self, stage: nn.Module) -> None:
+        self._stage = stage
+        self._kept: list[tuple[nn.Module, dict[str, Tensor]]] = []
+
+    def __enter__(self) -> None:
+        norms = [module for module in self._stage.modules() if isinstance(module, _NormBase) and module.training]
+        self._kept = [(norm, dict(norm.named_buffers(recurse=False))) for norm in norms]
+        # Copies and not None: autograd saves the statistics, and a checkpoint wants as many tensors saved again.
+        for norm, buffers in self._kept:
+            for name, buffer in buffers.items():
+                setattr(norm, name, buffer.clone())
+
+    def __exit__(self, *raised: object) -> None:
+        for norm, buffers in self._kept:
+            for name, buffer in buffers.items():
+                setattr(norm, name, buffer)
+        self._kept = []
 
 
 def _to_numpy(outputs: Any) -> Any:

@@ -1,7 +1,10 @@
 """ViTs on a ResNetV2 stem against timm, and as graphs whose filters are constants."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +16,22 @@ from tests.backbones.realistic import randomize
 from tests.backbones.test_vit import TRANSFORMER_OPS
 
 SMALL = "vit_small_r26_s32_224"
-HYBRID_OPS = TRANSFORMER_OPS | {"GroupNormalization", "Relu", "MaxPool"}
+HYBRID_OPS = TRANSFORMER_OPS | {"InstanceNormalization", "BatchNormalization", "Relu", "MaxPool"}
+
+COMPILE_AND_RUN = """
+import sys
+
+import numpy as np
+import openvino
+
+graph, images, batch, outputs = sys.argv[1:]
+core = openvino.Core()
+model = core.read_model(graph)
+if batch == "static":
+    model.reshape(list(np.load(images).shape))
+compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+np.save(outputs, compiled([np.load(images)])[0])
+"""
 
 
 class Shallow(HybridViT):
@@ -74,3 +92,23 @@ def test_the_graphs_filters_follow_the_weights():
 def test_exports_with_a_dynamic_batch(tmp_path):
     model = transformers.build(Shallow, SMALL, image_size=(64, 96))
     transformers.assert_exports(model, tmp_path / "hybrid.onnx", HYBRID_OPS)
+
+
+@pytest.mark.parametrize("batch", ["static", "dynamic"])
+@pytest.mark.parametrize("name", [SMALL, pytest.param("vit_base_r50_s16_224", marks=pytest.mark.slow)])
+def test_openvino_compiles_all_norms_of_a_stem(tmp_path, name, batch):
+    model = transformers.build(Shallow, name, num_classes=10)
+    graph, images, outputs = (tmp_path / file for file in ("hybrid.onnx", "images.npy", "outputs.npy"))
+    transformers.exported(model, graph, everything=False)
+    np.save(images, np.random.default_rng(0).standard_normal((1, 3, 224, 224), np.float32))
+    # In a process of its own: OpenVINO that crashes would end the whole run of the tests.
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE_AND_RUN, str(graph), str(images), batch, str(outputs)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"OpenVINO ended with {done.returncode}: {done.stderr[-500:]}"
+    with torch.no_grad():
+        expected = model(torch.from_numpy(np.load(images)))
+    assert against_timm.sqnr_db(torch.from_numpy(np.load(outputs)), expected) >= 90
