@@ -44,7 +44,10 @@ def plan_half(model: onnx.ModelProto, images: FloatArray, *, min_sqnr_db: float)
     biases = {use.weight: use.bias for use in placed if use.bias}
     names = tuple(dict.fromkeys(use.weight for use in placed))
     session, values = _open_weights(model, dict.fromkeys((*names, *biases.values())))
-    rounded = {name: value.astype(np.float16).astype(np.float32) for name, value in values.items()}
+    limit = np.finfo(np.float16).max
+    rounded = {
+        name: np.clip(value, -limit, limit).astype(np.float16).astype(np.float32) for name, value in values.items()
+    }
     batches = _batches(model, images)
 
     def run(changed: Iterable[str]) -> list[FloatArray]:

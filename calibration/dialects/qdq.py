@@ -28,9 +28,9 @@ class QdqStyle:
     ``symmetric``: activations int8 with zero point 0, instead of uint8 with any. ``all_writes``:
     also on what a convolution writes for float nodes to read. ``integer_bias``: biases int32.
     ``drop_activations``: leave out a Relu or Clip that the quantized range does by itself.
-    ``integer_gates``: also on hard-swish, SiLU and squeeze-and-excitation. ``dynamic_products``: matrix products quantize what they read at each call, instead of with the
-    plan's range. ``float_after_roll``: leave a node in float that reads a Concat along another axis
-    than the channels', as a rolled map is.
+    ``integer_gates``: also on hard-swish, SiLU, squeeze-and-excitation and its pooling.
+    ``dynamic_products``: matrix products quantize what they read at each call, instead of with the
+    plan's range. ``before_rolls``: round a rolled map before it is cut and joined, not after.
     """
 
     symmetric: bool
@@ -39,7 +39,7 @@ class QdqStyle:
     drop_activations: bool
     integer_gates: bool = False
     dynamic_products: bool = False
-    float_after_roll: bool = False
+    before_rolls: bool = False
 
 
 def insert_qdq(model: onnx.ModelProto, plan: QuantizationPlan, style: QdqStyle) -> onnx.ModelProto:
@@ -60,10 +60,9 @@ class _Renderer:
 
     def render(self) -> onnx.ModelProto:
         placement = self.plan.placement
-        rolled = {name for name, value in self.values.items() if self.style.float_after_roll and _is_rolled(value)}
         nodes = {node.name: node for node in self.graph}
         for name, use in placement.weights.items():
-            if name in nodes and use.input not in rolled:
+            if name in nodes:
                 self._quantize_weight(nodes[name], use)
         written = placement.writes if self.style.all_writes else ()
         gated = placement.between if self.style.integer_gates else ()
@@ -72,14 +71,14 @@ class _Renderer:
             if name in self.values:
                 self.values[name] = prepare(self.graph, self.values[name])
         for name in dict.fromkeys((*placement.reads, *written, *gated)):
-            if name in self.values and name not in rolled:
+            if name in self.values:
                 self._quantize_activation(self.values[name])
         self.graph.sort()
         passes.RemoveUnusedNodesPass()(self.model)
         for node in self.graph:
             for value in node.outputs:
                 if not value.is_graph_output():
-                    value.shape = None  # stale types and shapes mislead TensorRT's parser
+                    value.shape = value.type = None  # stale ones mislead TensorRT's parser
         return ir.to_proto(self.model)
 
     def _quantize_weight(self, node: ir.Node, use: IntegerWeight) -> None:
@@ -141,10 +140,18 @@ class _Renderer:
         if not readers and not value.is_graph_output():
             return
         source = self._without_activation(value, zero_point) if everyone else value
+        alone = len(readers) == len(list(value.uses())) and not value.is_graph_output()
+        pieces = _rolled_pieces(source) if self.style.before_rolls and alone and not everyone else []
         constants = (self._constant(f"{tensor}/scale", scale), self._constant(f"{tensor}/zero_point", zero_point))
-        quantize = ir.node("QuantizeLinear", [source, *constants], name=f"{tensor}/quantize")
-        quantize.outputs[0].name = f"{tensor}/integers"
-        dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], *constants], name=f"{tensor}/dequantize")
+        start = pieces[0].inputs[0] if pieces else source
+        quantize = ir.node("QuantizeLinear", [start, *constants], name=f"{tensor}/quantize")
+        integers = quantize.outputs[0]
+        integers.name = f"{tensor}/integers"
+        for piece in pieces:
+            piece.replace_input_with(0, integers)
+        if pieces:
+            integers = source  # cut and joined, the integers arrive where the floats did
+        dequantize = ir.node("DequantizeLinear", [integers, *constants], name=f"{tensor}/dequantize")
         restored = dequantize.outputs[0]
         restored.name = f"{tensor}/restored"
         self.graph.extend([quantize, dequantize])
@@ -198,9 +205,20 @@ class _Renderer:
         return add_constant(self.graph, name, array)
 
 
-def _is_rolled(value: ir.Value) -> bool:
-    node = value.producer()
-    return node is not None and node.op_type == "Concat" and node.attributes.get_int("axis", 1) != 1
+def _rolled_pieces(value: ir.Value) -> list[ir.Node]:
+    """The Slices of one tensor that Concats join to ``value``, as a roll does along each of its axes; else none."""
+    joined = value.producer()
+    if joined is None or joined.op_type != "Concat":
+        return []
+    pieces = [part.producer() for part in joined.inputs if part is not None]
+    cut = [piece for piece in pieces if piece is not None and piece.op_type == "Slice"]
+    sources = {piece.inputs[0] for piece in cut}
+    if len(cut) != len(pieces) or len(sources) != 1:
+        return []
+    (source,) = sources
+    if source is None or set(source.consumers()) != set(cut):
+        return cut
+    return _rolled_pieces(source) or cut
 
 
 def _scalar(value: ir.Value | None) -> float | None:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import openvino
 import torch
 from torch import nn
 
 from deploykit.calibration.dialects.openvino import render
+from deploykit.calibration.plan import onnx_session
 from deploykit.export.to_openvino import to_openvino
 from tests.calibration.networks import master_graph, plan_of, rounding_noise_db
 
@@ -48,8 +50,18 @@ class Rolled(nn.Module):
         return (self.linear(rolled),)
 
 
-def test_a_matrix_product_behind_a_rolled_map_compiles(tmp_path):
+def test_a_matrix_product_behind_a_rolled_map_runs_in_integers(tmp_path):
     images = np.random.default_rng(0).standard_normal((4, 3, 16, 16)).astype(np.float32)
     master = master_graph(Rolled(), ("tokens",), images)
-    compiled = compile_engine(render(master, plan_of(master, images)), tmp_path)
-    assert compiled([images[:1]])["tokens"].shape == (1, 16, 16, 32)
+    rendered = render(master, plan_of(master, images))
+    onnx.checker.check_model(rendered.model, full_check=True)
+    compiled = compile_engine(rendered, tmp_path)
+    (product,) = (
+        node.get_rt_info()["runtimePrecision"].astype(str)
+        for node in compiled.get_runtime_model().get_ordered_ops()
+        if node.get_rt_info()["layerType"].astype(str) == "FullyConnected"
+    )
+    assert product in ("i8", "u8")
+    found = [compiled([image[None]])["tokens"] for image in images]
+    (expected,) = zip(*(onnx_session(master.model).run(None, {"images": image[None]}) for image in images), strict=True)
+    assert rounding_noise_db([np.concatenate(expected)], [np.concatenate(found)])[0] > 30

@@ -1,0 +1,162 @@
+"""Scales moved between layers so that the channels of what integer kernels read have like ranges.
+
+``Reader(x) = Reader(diag(s) x / s)``: a channel's factor ``1/s`` goes into what writes it and ``s`` into
+what reads it, so the network computes the same in real arithmetic, while a range for the whole tensor
+wastes fewer of its 256 steps. Over convolutions this is cross-layer equalization (Nagel et al. 2019,
+"Data-Free Quantization", section 4.1), from a LayerNorm into linears SmoothQuant (Xiao et al. 2023);
+here one rule serves both, ``s = a**alpha / w**(1 - alpha)`` with the largest activation ``a`` and weight
+``w`` of the channel. Scaling a channel by hand beforehand changes nothing in the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.fx import GraphModule, Node
+
+from deploykit.calibration.channel_groups import ChannelGroup, channel_groups
+from deploykit.calibration.images import CalibrationSet
+from deploykit.fusion.constants import add_call, add_constant, argument, constant, set_constant, shape_of
+from deploykit.fusion.pipeline import EXACT_DB, FusionPass
+from deploykit.runtimes.base import FloatArray
+from deploykit.spec import InputSpec, Int8, Precision
+
+LEAST_SHARE = 0.01
+"""A channel quieter than this share of the median counts as this loud: a dead one must not be blown up."""
+MEASURED_IMAGES = 16
+
+
+def equalization_passes(
+    precision: Precision, calibration: CalibrationSet | None, spec: InputSpec
+) -> tuple[FusionPass, ...]:
+    """The pass that INT8 adds to a pipeline, with the images that it measures on; none for other precisions."""
+    if not isinstance(precision, Int8) or precision.equalization is None or calibration is None:
+        return ()
+    images, alpha = calibration.sample(MEASURED_IMAGES), precision.equalization
+    size = spec.batch if isinstance(spec.batch, int) else 4
+    starts = range(0, max(len(images) - size, 0) + 1, size)
+    batches = [images[np.arange(start, start + size) % len(images)] for start in starts]
+
+    def rewrite(module: GraphModule) -> int:
+        return equalize(module, batches, alpha=alpha)
+
+    return (FusionPass(name="equalize-channels", rewrite=rewrite, min_sqnr_db=EXACT_DB),)
+
+
+def equalize(module: GraphModule, batches: Iterable[FloatArray], *, alpha: float) -> int:
+    """Scale every group of channels that the weights alone connect, in place; exact in real arithmetic.
+
+    Args:
+        module: the flat graph of a fused program in FP32.
+        batches: ``(N, C, H, W)`` images to measure activations on; without any, nothing is scaled.
+        alpha: 0 to 1, how much of the spread goes from the activations into the weights.
+
+    Returns:
+        How many groups were scaled.
+    """
+    groups = channel_groups(module)
+    loudness = _measure(module, groups, batches)
+    loud = [(group, amax) for group, amax in zip(groups, loudness, strict=True) if float(amax.max()) > 0]
+    for group, amax in loud:
+        _scale(module, group, _factors(module, group, amax, alpha))
+    module.recompile()
+    return len(loud)
+
+
+def _measure(module: GraphModule, groups: list[ChannelGroup], batches: Iterable[FloatArray]) -> list[Tensor]:
+    """The largest magnitude of each channel of each group, ``(C,)``, in what its readers read."""
+    wanted = {source: (index, axis) for index, group in enumerate(groups) for source, axis in group.sources.items()}
+    found = [torch.zeros(group.channels) for group in groups]
+
+    class Listener(fx.Interpreter):
+        def run_node(self, node: Node) -> Any:
+            value = super().run_node(node)
+            if node in wanted:
+                index, axis = wanted[node]
+                amax = value.abs().amax([other for other in range(value.dim()) if other != axis])
+                found[index] = torch.maximum(found[index], amax)
+            return value
+
+    listener = Listener(module)
+    with torch.no_grad():
+        for batch in batches:
+            listener.run(torch.from_numpy(batch))
+    return found
+
+
+def _factors(module: GraphModule, group: ChannelGroup, amax: Tensor, alpha: float) -> Tensor:
+    """``s`` a channel, ``(C,)`` in double, with a geometric mean of 1."""
+    activation = _floored(amax.double())
+    weights = [weight for reader in group.readers if (weight := _input_amax(module, reader)) is not None]
+    if weights:
+        weight = _floored(torch.stack(weights).amax(0))
+        factors = activation**alpha / weight ** (1 - alpha)
+    else:
+        factors = activation  # each depthwise weight has a scale of its own, whatever it is multiplied by
+    return factors / factors.log().mean().exp()
+
+
+def _floored(amax: Tensor) -> Tensor:
+    alive = amax[amax > 0]
+    return amax.clamp_min(LEAST_SHARE * float(alive.median())) if len(alive) else torch.ones_like(amax)
+
+
+def _input_amax(module: GraphModule, reader: Node) -> Tensor | None:
+    """The largest weight that each input channel meets, ``(C,)``; None for a depthwise convolution."""
+    weight = constant(module, reader.args[1])
+    assert weight is not None  # noqa: S101  (a reader has a constant weight; narrows the type)
+    if weight.dim() == 4 and weight.shape[1] == 1 and int(argument(reader, 6, "groups", 1)) > 1:
+        return None
+    return weight.double().abs().amax([axis for axis in range(weight.dim()) if axis != 1])
+
+
+def _scale(module: GraphModule, group: ChannelGroup, factors: Tensor) -> None:
+    """Divide what the group writes by the factors and multiply what reads it."""
+    done: set[tuple[str, str]] = set()
+
+    def multiply(node: Any, axis: int, by: Tensor, role: str) -> None:
+        value = constant(module, node)
+        if value is None or (str(node.target), role) in done:  # two layers may share a weight
+            return
+        done.add((str(node.target), role))
+        shape = [1] * value.dim()
+        shape[axis] = -1
+        set_constant(module, node, (value.double() * by.reshape(shape)).to(value.dtype))
+
+    for writer in group.writers:
+        _own_affine(module, writer, len(factors))
+        weight_position = 2 if writer.target == torch.ops.aten.layer_norm.default else 1
+        multiply(writer.args[weight_position], 0, 1 / factors, "written")
+        multiply(argument(writer, weight_position + 1, "bias", None), 0, 1 / factors, "written")
+    for shift, axis in group.shifts:
+        multiply(shift, axis, 1 / factors, "written")
+    for reader in group.readers:
+        depthwise = _input_amax(module, reader) is None
+        multiply(reader.args[1], 0 if depthwise else 1, factors, "read")
+    for output, axis in group.outputs:
+        _restore(module, output, axis, factors)
+
+
+def _own_affine(module: GraphModule, writer: Node, channels: int) -> None:
+    """Give a LayerNorm without a gain one of ones."""
+    if writer.target != torch.ops.aten.layer_norm.default or argument(writer, 2, "weight", None) is not None:
+        return
+    gain = add_constant(module, f"equalized.{writer.name}", torch.ones(channels))
+    shift = argument(writer, 3, "bias", None)
+    epsilon = argument(writer, 4, "eps", 1e-5)
+    writer.args = (*writer.args[:2], gain, shift, epsilon)
+    writer.kwargs = {}
+
+
+def _restore(module: GraphModule, value: Node, axis: int, factors: Tensor) -> None:
+    """Let the graph's outputs give a scaled value as it was."""
+    shape = [1] * len(shape_of(value))
+    shape[axis] = -1
+    scales = add_constant(module, f"equalized.{value.name}", factors.float().reshape(shape))
+    output = module.graph.output_node()
+    restored = add_call(output, torch.ops.aten.mul.Tensor, value, scales)
+    output.replace_input_with(value, restored)

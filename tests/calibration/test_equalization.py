@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from deploykit.calibration.dialects import onnxruntime, openvino
+from deploykit.calibration.equalization import equalization_passes, equalize
+from deploykit.calibration.images import calibration_set
+from deploykit.calibration.plan import onnx_session
+from deploykit.export.graphs import output_specs
+from deploykit.export.to_onnx import to_onnx
+from deploykit.fusion.pipeline import EXPORT_PASSES, fuse
+from deploykit.fusion.program import export_program
+from deploykit.graph import Graph
+from deploykit.spec import Fp16, InputSpec, Int8
+from tests.backbones.realistic import randomize
+from tests.calibration.networks import SIDE, Residual, Tokens, plan_of, rounding_noise_db
+
+SPEC = InputSpec(height=SIDE, width=SIDE)
+
+
+class Bottlenecks(nn.Module):
+    """Linear bottlenecks as in MobileNetV2: a narrow residual stream that wide convolutions read."""
+
+    outputs = ("stage1", "logits")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 3, 2, 1)
+        self.expand, self.project = (
+            nn.ModuleList(nn.Conv2d(*sides, 1) for _ in range(2)) for sides in ((12, 48), (48, 12))
+        )
+        self.depthwise = nn.ModuleList(nn.Conv2d(48, 48, 3, 1, 1, groups=48) for _ in range(2))
+        self.last, self.head = nn.Conv2d(12, 32, 1), nn.Linear(32, 10)
+
+    def forward(self, images):
+        stream = self.stem(images)
+        for expand, depthwise, project in zip(self.expand, self.depthwise, self.project, strict=True):
+            stream = stream + project(depthwise(expand(stream).clamp(0, 6)).clamp(0, 6))
+        return stream, self.head(self.last(stream).relu().mean((2, 3)))
+
+
+def scale_by_hand(network: nn.Module, factor: float) -> None:
+    """Multiply every fifth channel that is written and divide the weights that read it: the same function."""
+    with torch.no_grad():
+        if isinstance(network, Tokens):
+            block = network.block
+            for norm, linear in ((block.norm1, block.attn.qkv), (block.norm2, block.mlp.fc1)):
+                norm.weight[::5] *= factor
+                norm.bias[::5] *= factor
+                linear.weight[:, ::5] /= factor
+            return
+        for writer in (network.stem, *network.project):
+            writer.weight[::5] *= factor
+            writer.bias[::5] *= factor
+        for reader in (*network.expand, network.last):
+            reader.weight[:, ::5] /= factor
+
+
+def graph_of(network: nn.Module, images, settings: Int8) -> Graph:
+    program = export_program(network.eval().requires_grad_(False), SPEC)
+    passes = (*EXPORT_PASSES, *equalization_passes(settings, calibration_set(images, SPEC), SPEC))
+    fused = fuse(program, SPEC, images, passes)
+    model = to_onnx(fused.program, SPEC, network.outputs)
+    return Graph(input=SPEC, outputs=output_specs(model), model=model)
+
+
+def noise_db(network: nn.Module, images, settings: Int8, dialect) -> float:
+    """The SQNR of the INT8 logits, which no scaling by hand changes in FP32."""
+    graph = graph_of(network, images, settings)
+    rendered = dialect.render(graph, plan_of(graph, images, settings)).model
+    sessions = [onnx_session(model) for model in (graph.model, rendered)]
+    runs = [
+        [np.concatenate([session.run(["logits"], {"images": image[None]})[0] for image in images])]
+        for session in sessions
+    ]
+    return rounding_noise_db(*runs)[0]
+
+
+@pytest.fixture(scope="module")
+def images(photographs):
+    return calibration_set(photographs, SPEC).sample(6)
+
+
+@pytest.fixture(params=[Tokens, Bottlenecks], ids=["tokens", "bottlenecks"])
+def network(request):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return randomize(request.param())
+
+
+def test_the_network_computes_as_before_and_its_levels_too(network, images):
+    program = export_program(network.eval().requires_grad_(False), SPEC)
+    module = program.module()
+    before = module(torch.from_numpy(images[:1]))
+    assert equalize(module, [image[None] for image in images], alpha=0.5) >= 2
+    for old, new in zip(before, module(torch.from_numpy(images[:1])), strict=True):
+        torch.testing.assert_close(new, old, rtol=1e-4, atol=1e-4 * float(old.abs().max()))
+
+
+@pytest.mark.parametrize("factor", [pytest.param(50.0, marks=pytest.mark.slow), 200.0])
+@pytest.mark.parametrize("dialect", [openvino, onnxruntime], ids=["openvino", "onnxruntime"])
+def test_outliers_made_by_scaling_cost_less_than_3_db(network, images, factor, dialect):
+    plain = noise_db(network, images, Int8(), dialect)
+    scaled = copy.deepcopy(network)
+    scale_by_hand(scaled, factor)
+    assert noise_db(scaled, images, Int8(), dialect) > plain - 3
+    collapsed = noise_db(scaled, images, Int8(equalization=None), dialect)
+    assert collapsed < plain - 5
+
+
+@pytest.mark.parametrize("kind", [Residual, Tokens, Bottlenecks])
+def test_a_network_without_outliers_loses_nothing(kind, images):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = randomize(kind())
+    assert (
+        noise_db(network, images, Int8(), openvino) > noise_db(network, images, Int8(equalization=None), openvino) - 0.5
+    )
+
+
+def test_zero_channels_stay_zero_and_finite(network, images):
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.dim() > 1:
+                parameter[: len(parameter) // 8] = 0
+    assert np.isfinite(noise_db(network, images, Int8(), openvino))
+
+
+def test_only_int8_with_images_is_equalized(images):
+    calibration = calibration_set(images, SPEC)
+    assert equalization_passes(Fp16(), calibration, SPEC) == ()
+    assert equalization_passes(Int8(), None, SPEC) == ()
+    assert equalization_passes(Int8(equalization=None), calibration, SPEC) == ()
+    (step,) = equalization_passes(Int8(), calibration, SPEC)
+    assert step.name == "equalize-channels"
