@@ -1,0 +1,157 @@
+"""Every Python block of README.md and docs/ runs, in order, and prints what stands below it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+SLOW_MARK = "<!-- slow -->"
+BLOCK = re.compile(
+    r"(?P<slow><!-- slow -->\n+)?^```python\n(?P<code>.*?)^```\n(?:\n*^```(?:text)?\n(?P<printed>.*?)^```\n)?",
+    re.DOTALL | re.MULTILINE,
+)
+LINK = re.compile(r"!?\[[^\]]*\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)")
+
+RUNNER = """
+import contextlib, io, json, sys
+blocks = json.loads(sys.stdin.read())
+if any("timm/" in code for _, code in blocks):
+    from tests.conftest import _declare_torchvision_operators
+    library = _declare_torchvision_operators()
+namespace, answers = {"__name__": "page"}, []
+for line, code in blocks:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile("\\n" * line + code, sys.argv[1], "exec"), namespace)
+    answers.append(out.getvalue())
+print(json.dumps(answers))
+"""
+"""Runs the blocks of one page in one namespace; prints what each of them printed. timm needs two operators first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One Python block: ``line`` is that of its fence, ``printed`` what the page says below it, or None."""
+
+    line: int
+    code: str
+    printed: str | None
+    slow: bool
+
+
+def blocks_of(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(
+            line=text.count("\n", 0, match.start("code")),
+            code=match["code"],
+            printed=match["printed"],
+            slow=match["slow"] is not None,
+        )
+        for match in BLOCK.finditer(text)
+    ]
+
+
+def run(page: Path, blocks: list[Block], folder: Path) -> list[str]:
+    """What each block prints, run in ``folder`` with one process for all of them."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", RUNNER, page.name],
+        input=json.dumps([(block.line, block.code) for block in blocks]),
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def folder(tmp_path, photographs) -> Path:
+    """A working folder with what the pages take for given: a folder of photographs, and a photograph."""
+    shutil.copytree(photographs, tmp_path / "photos")
+    skimage_data = pytest.importorskip("skimage.data", reason="scikit-image is not installed")
+    shutil.copy(Path(skimage_data.__file__).parent / "chelsea.png", tmp_path)
+    return tmp_path
+
+
+def check(page: Path, *, slow: bool, folder: Path) -> None:
+    blocks = [block for block in blocks_of(page) if slow or not block.slow]
+    if "timm/" in "".join(block.code for block in blocks) and importlib.util.find_spec("timm") is None:
+        pytest.skip("timm is not installed")
+    for block, printed in zip(blocks, run(page, blocks, folder), strict=True):
+        if block.printed is not None:
+            assert printed == block.printed, f"{page.name}, the block at line {block.line}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=lambda page: page.name)
+def test_python_blocks_run_and_print_what_the_page_says(page, folder):
+    check(page, slow=False, folder=folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any(block.slow for block in blocks_of(page))], ids=lambda page: page.name
+)
+def test_slow_python_blocks_run_and_print_what_the_page_says(page, folder):
+    check(page, slow=True, folder=folder)
+
+
+def test_every_python_block_of_the_pages_is_found():
+    for page in PAGES:
+        assert len(blocks_of(page)) == page.read_text(encoding="utf-8").count("```python"), page.name
+
+
+def test_a_block_that_prints_something_else_is_noticed(folder):
+    page = folder / "page.md"
+    page.write_text("```python\nx = 1\n```\n\ntext\n\n```python\nprint(x + 1)\n```\n\n```text\n3\n```\n")
+    with pytest.raises(AssertionError, match=r"page\.md, the block at line 7"):
+        check(page, slow=False, folder=folder)
+
+
+def test_slow_blocks_wait_for_the_slow_run(folder):
+    page = folder / "page.md"
+    page.write_text(f"{SLOW_MARK}\n```python\nraise ValueError\n```\n")
+    check(page, slow=False, folder=folder)
+    with pytest.raises(AssertionError, match="ValueError"):
+        check(page, slow=True, folder=folder)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_the_pages_lead_somewhere(page):
+    for target, heading in LINK.findall(page.read_text(encoding="utf-8")):
+        path = page.parent / target if target else page
+        assert path.exists(), f"{page.name} links {target}"
+        if heading:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            anchors = {
+                re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-")
+                for line in lines
+                if line.startswith("#")
+            }
+            assert heading in anchors, f"{page.name} links {target}#{heading}"
+
+
+@pytest.mark.parametrize("drawing", sorted((ROOT / "docs").glob("*.svg")), ids=lambda path: path.name)
+def test_drawings_are_svg_with_a_background_of_their_own(drawing):
+    root = ElementTree.parse(drawing).getroot()  # noqa: S314  (a file of this repository)
+    namespace = "{http://www.w3.org/2000/svg}"
+    width, height = (float(side) for side in root.attrib["viewBox"].split()[2:])
+    assert root.tag == f"{namespace}svg"
+    assert root.find(f"{namespace}title") is not None
+    first = next(child for child in root if child.tag == f"{namespace}rect")
+    assert (float(first.attrib["width"]), float(first.attrib["height"])) == (width, height)
