@@ -14,7 +14,7 @@ help:
 	@echo "make test-all  every test"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    let ruff format the code"
-	@echo "make bench     the benchmarks, one after the other"
+	@echo "make bench     the benchmarks, one after the other (hours); each runs alone too, see its --help"
 
 demo: $(READY)
 	$(BIN)/deploykit demo --output demo-output
@@ -35,6 +35,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:

@@ -16,12 +16,28 @@ import warnings
 import numpy as np
 import onnx
 import torch
-from fusion import MODELS, RUNTIMES, alternate, engine_graph
+from _timing import RUNTIMES, alternate
+from fusion import engine_graph
 
 from deploykit.backbones.base import BackboneOptions
 from deploykit.backbones.custom import build_timm
 from deploykit.backbones.registry import build_backbone
 from deploykit.export.to_onnx import OPSET
+
+MODELS = (
+    "resnet50",
+    "resnetv2_50",
+    "efficientnet_b0",
+    "mobilenetv3_large_100",
+    "regnety_008",
+    "vit_small_patch16_224",
+    "vit_small_r26_s32_224",
+    "swin_tiny_patch4_window7_224",
+    "convnext_tiny",
+    "mobilevit_s",
+    "coatnet_0_rw_224",
+)
+"""One of each family."""
 
 # torchvision's only wheels are CUDA builds: beside a CPU torch its import fails on these two operators.
 _TORCHVISION_OPERATORS = ("nms", "qnms")
@@ -59,8 +75,8 @@ def stock_graph(name: str, side: int) -> onnx.ModelProto:
 def main() -> None:
     """Print a row a backbone and runtime, then the geometric means."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=MODELS, help="backbones (default: the eight of the table)")
-    parser.add_argument("--rounds", type=int, default=100, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--models", nargs="+", default=MODELS, help="backbones (default: one of each family)")
+    parser.add_argument("--rounds", type=int, default=30, help="timed rounds (default: %(default)s)")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     library = declare_torchvision_operators()
@@ -74,8 +90,9 @@ def main() -> None:
         }
         side = backbones["ours"].input_spec.height
         images = np.random.default_rng(1).normal(size=(1, 3, side, side)).astype(np.float32)
+        stock = stock_graph(name, side)
         for runtime, open_graph in RUNTIMES.items():
-            calls = {"stock": open_graph(stock_graph(name, side))}
+            calls = {"stock": open_graph(stock)}
             for column, backbone in backbones.items():
                 calls[column] = open_graph(engine_graph(backbone, runtime, fused=True))
             found = alternate(calls, images, options.rounds)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 import warnings
-from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx
+from _timing import RUNTIMES, alternate
 
 from deploykit.backbones.base import BackboneOptions, BaseBackbone
 from deploykit.backbones.registry import build_backbone
@@ -23,7 +22,6 @@ from deploykit.export.trace import output_names, trace
 from deploykit.fusion.onnx_passes import specialize
 from deploykit.fusion.pipeline import fuse
 from deploykit.graph import Graph
-from deploykit.runtimes.base import FloatArray
 from deploykit.spec import BatchRange, InputSpec
 
 MODELS = (
@@ -36,33 +34,6 @@ MODELS = (
     "convnext_tiny",
     "mobilevit_s",
 )
-WARM_UP = 4
-
-Call = Callable[[FloatArray], object]
-
-
-def in_onnxruntime(model: onnx.ModelProto) -> Call:
-    """A graph as a call in ONNX Runtime, on the CPU."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda images: session.run(None, {name: images})
-
-
-def in_openvino(model: onnx.ModelProto) -> Call:
-    """A graph as a call in OpenVINO, on the CPU, precision pinned to FP32."""
-    import openvino
-
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-    core = openvino.Core()
-    request = core.compile_model(core.read_model(model.SerializeToString()), "CPU", settings).create_infer_request()
-    return lambda images: request.infer([images], share_inputs=True)
-
-
-RUNTIMES: dict[str, Callable[[onnx.ModelProto], Call]] = {"onnxruntime": in_onnxruntime, "openvino": in_openvino}
 
 
 def engine_graph(backbone: BaseBackbone, runtime: str, *, fused: bool) -> onnx.ModelProto:
@@ -81,22 +52,11 @@ def engine_graph(backbone: BaseBackbone, runtime: str, *, fused: bool) -> onnx.M
     return graph.model
 
 
-def alternate(calls: Mapping[str, Call], images: FloatArray, rounds: int) -> dict[str, float]:
-    """Milliseconds a call, the median of ``rounds`` in which all take turns."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds + WARM_UP):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call(images)
-            times[name].append(time.perf_counter() - start)
-    return {name: 1000 * statistics.median(values[WARM_UP:]) for name, values in times.items()}
-
-
 def main() -> None:
     """Print a row a backbone and runtime, then the geometric means."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=MODELS, help="backbones (default: the eight of the table)")
-    parser.add_argument("--rounds", type=int, default=100, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=30, help="timed rounds (default: %(default)s)")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     ratios: dict[str, list[float]] = {runtime: [] for runtime in RUNTIMES}

@@ -7,10 +7,13 @@ map. Everything else stays in float, with a reason.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import onnx
 import onnx_ir as ir
+
+from deploykit.errors import CalibrationError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +54,9 @@ class Placement:
         )
 
 
-def place(model: onnx.ModelProto) -> Placement:
-    """Find the integer part of a master graph."""
+def place(model: onnx.ModelProto, keep_float: Mapping[str, str] | None = None) -> Placement:
+    """Find the integer part of a master graph; ``keep_float`` maps nodes that are to stay in float to the reason."""
+    kept = keep_float or {}
     graph = ir.from_proto(model).graph
     weights: dict[str, IntegerWeight] = {}
     reads: dict[str, None] = {}
@@ -62,7 +66,7 @@ def place(model: onnx.ModelProto) -> Placement:
     float_nodes: dict[str, str] = {}
     for node in graph:
         if node.op_type in ("Conv", "Gemm", "MatMul") and _constant(node.inputs[1]):
-            reason = _why_float(node)
+            reason = kept.get(_name(node)) or _why_float(node)
             if reason:
                 float_nodes[_name(node)] = reason
                 continue
@@ -90,6 +94,25 @@ def place(model: onnx.ModelProto) -> Placement:
         same_range=same_range,
         float_nodes=float_nodes,
     )
+
+
+def without(model: onnx.ModelProto, placement: Placement, nodes: Mapping[str, str]) -> Placement:
+    """A placement with some of its nodes in float, and all that was in integers only because of them.
+
+    Args:
+        model: the master graph that the placement is of.
+        placement: what runs in integers so far.
+        nodes: the nodes to take out, each with the reason.
+
+    Raises:
+        CalibrationError: a node does not run in integers.
+    """
+    unknown = sorted(nodes.keys() - placement.weights.keys())
+    if unknown:
+        raise CalibrationError(
+            f"{', '.join(unknown)}: no node of these names runs in integers. The plan names those that do."
+        )
+    return place(model, placement.float_nodes | dict(nodes))
 
 
 def fused_activation(value: ir.Value) -> ir.Node | None:

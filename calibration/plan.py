@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,14 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
-from deploykit.calibration.placement import Placement, place
+from deploykit.calibration.image_checks import ImageChecks
+from deploykit.calibration.placement import Placement, place, without
 from deploykit.calibration.ranges import ActivationRange, Histogram, quantize_weight
 from deploykit.errors import CalibrationError
 from deploykit.optional import require
 from deploykit.runtimes.base import FloatArray
-from deploykit.spec import FloatDtype, Int8
+from deploykit.runtimes.run_onnxruntime import KEEP_FLOAT_WEIGHTS
+from deploykit.spec import FloatDtype, Int8, Preprocessing
 
 PLAN_FILE = "quantization-plan.json"
 SHIFT_FILE = "quantization-plan.npz"
@@ -31,15 +33,20 @@ SCHEMA_VERSION = 1
 class QuantizationPlan:
     """Ranges and placement for one network, from one set of images.
 
-    ``key`` is the digest of the weights, the images with their preprocessing, and the settings.
+    ``key`` is the digest of the weights, the images with their preprocessing, and the settings;
+    ``weights_digest`` is that of the backbone's weights, ``constants_digest`` that of the master graph's,
+    which fusion and equalization have changed. ``warnings`` say what was wrong with the images.
     ``bias_shift`` maps a node to the ``(channels,)`` mean error that rounding its weight makes in
     its output, which a dialect adds to the bias. ``float_dtype`` is what the rest computes in.
     """
 
     schema_version: int = SCHEMA_VERSION
     key: str
+    weights_digest: str = ""
+    constants_digest: str = ""
     calibrator: str
     images: int
+    warnings: tuple[str, ...] = ()
     float_dtype: FloatDtype = "fp32"
     placement: Placement
     ranges: dict[str, ActivationRange]
@@ -48,6 +55,36 @@ class QuantizationPlan:
     def range_of(self, tensor: str) -> ActivationRange:
         """The range of a tensor, or of the tensor whose range it shares."""
         return self.ranges[self.placement.same_range.get(tensor, tensor)]
+
+    def without(self, model: onnx.ModelProto, nodes: Mapping[str, str]) -> QuantizationPlan:
+        """The plan with some nodes in float, each with its reason.
+
+        Raises:
+            CalibrationError: a node does not run in integers.
+        """
+        placement = without(model, self.placement, nodes)
+        ranges = self.ranges | {name: self.range_of(name) for name in placement.tensors}
+        return replace(self, placement=placement, ranges=ranges)
+
+    def check_fits(self, model: onnx.ModelProto, weights_digest: str) -> None:
+        """Refuse a plan that was made for another network.
+
+        Raises:
+            CalibrationError: it was made for other weights, or for a graph with other constants.
+        """
+        remedy = "Calibrate again, or give the plan of these weights."
+        found = constants_digest(model)
+        if self.weights_digest != weights_digest:
+            raise CalibrationError(
+                f"the plan was made for weights of digest {self.weights_digest or 'unknown'}, and these weights have "
+                f"digest {weights_digest}. {remedy}"
+            )
+        if self.constants_digest != found:
+            raise CalibrationError(
+                f"the plan was made for a graph whose constants have digest {self.constants_digest or 'unknown'}, and "
+                f"this graph's have {found}: the weights are the same, and the options of the backbone or its "
+                f"equalization are not. {remedy}"
+            )
 
     def save(self, folder: Path) -> None:
         """Write the plan into ``folder``: `PLAN_FILE` to read, and the bias shifts in `SHIFT_FILE`."""
@@ -72,10 +109,19 @@ class QuantizationPlan:
             ) from error
 
 
+def constants_digest(model: onnx.ModelProto) -> str:
+    """SHA-256 over the names and values of a graph's constants, whatever the batch that it takes."""
+    digest = hashlib.sha256()
+    for tensor in sorted(model.graph.initializer, key=lambda tensor: tensor.name):
+        digest.update(tensor.SerializeToString(deterministic=True))
+    return digest.hexdigest()
+
+
 def plan_key(weights_digest: str, images_digest: str, settings: Int8) -> str:
     """What a plan is keyed by: equal keys give equal plans."""
     text = "\n".join((weights_digest, images_digest, settings.calibrator, str(settings.percentile)))
-    return hashlib.sha256(f"{text}\n{settings.bias_correction}\n{settings.float_dtype}".encode()).hexdigest()
+    switches = f"{settings.bias_correction}\n{settings.equalization}\n{settings.float_dtype}"
+    return hashlib.sha256(f"{text}\n{switches}".encode()).hexdigest()
 
 
 def calibrate(
@@ -84,6 +130,8 @@ def calibrate(
     settings: Int8,
     *,
     key: str,
+    weights_digest: str = "",
+    preprocessing: Preprocessing | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> QuantizationPlan:
     """Run the master graph over the images once and choose every range.
@@ -93,6 +141,8 @@ def calibrate(
         batches: ``(N, C, H, W)`` float32 batches of the size that the graph takes.
         settings: the calibrator and whether to correct biases.
         key: what the plan is keyed by, from `plan_key`.
+        weights_digest: the digest of the weights, by which the plan is refused for others.
+        preprocessing: what the images should have been normalised with; None leaves them unchecked.
         on_batch: called with the number of images seen so far.
 
     Raises:
@@ -108,8 +158,11 @@ def calibrate(
     wanted = [*tensors, *(probes.outputs if probes else ())]
     histograms = {name: Histogram() for name in placement.tensors}
     sums: dict[str, npt.NDArray[np.float64]] = {}
+    checks = ImageChecks(preprocessing) if preprocessing else None
     seen = count = 0
     for batch in batches:
+        if checks:
+            checks.update(batch)
         found = session.run(wanted, {model.graph.input[0].name: batch})
         for name, values in zip(wanted, found, strict=True):
             if name in histograms:
@@ -128,8 +181,11 @@ def calibrate(
     }
     return QuantizationPlan(
         key=key,
+        weights_digest=weights_digest,
+        constants_digest=constants_digest(model),
         calibrator=settings.calibrator,
         images=seen,
+        warnings=checks.problems() if checks else (),
         float_dtype=settings.float_dtype,
         placement=placement,
         ranges={name: histogram.choose(settings) for name, histogram in histograms.items()},
@@ -194,6 +250,7 @@ def onnx_session(model: onnx.ModelProto, *, optimize: bool = True) -> Any:
     onnxruntime = require("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry(*KEEP_FLOAT_WEIGHTS)
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -11,7 +12,8 @@ import onnx
 from deploykit.calibration.half import HalfPlan, plan_half
 from deploykit.calibration.images import CalibrationSet
 from deploykit.calibration.plan import QuantizationPlan, calibrate, calibration_batch, plan_key
-from deploykit.errors import CalibrationError
+from deploykit.calibration.plan_cache import PlanCache, cache_key
+from deploykit.errors import CalibrationError, CalibrationWarning
 from deploykit.runtimes.base import FloatArray
 from deploykit.spec import Bf16, Fp16, Int8, Precision
 
@@ -45,6 +47,8 @@ def plan_precision(
     calibration: CalibrationSet | None,
     probe: FloatArray,
     weights_digest: str,
+    offered: QuantizationPlan | None = None,
+    cache: PlanCache | None = None,
     on_image: Callable[[int], None] | None = None,
 ) -> PrecisionPlan:
     """Make the plan that a precision needs.
@@ -55,10 +59,12 @@ def plan_precision(
         calibration: the images for INT8.
         probe: a few images ``(N, C, H, W)`` on which FP16's rounding is measured.
         weights_digest: the digest of the backbone's weights, part of the plan's key.
+        offered: an INT8 plan that was made before, to use instead of calibrating.
+        cache: where INT8 plans that were made before are; None calibrates always.
         on_image: called with the number of images calibrated so far.
 
     Raises:
-        CalibrationError: INT8 without images: deploykit never calibrates on random data.
+        CalibrationError: INT8 without images: deploykit never calibrates on random data; or a plan of other weights.
     """
     if isinstance(precision, Fp16):
         return plan_half(model, probe, min_sqnr_db=precision.min_sqnr_db)
@@ -66,12 +72,26 @@ def plan_precision(
         return Bf16Plan()
     if not isinstance(precision, Int8):
         return None
+    if offered is not None:
+        offered.check_fits(model, weights_digest)
+        return offered
     check_images_given(precision, calibration)
     assert calibration is not None  # noqa: S101  (just checked; narrows the type)
-    return calibrate(
-        model,
-        calibration.batches(calibration_batch(model)),
-        precision,
-        key=plan_key(weights_digest, calibration.digest, precision),
-        on_batch=on_image,
-    )
+    images, settings = calibration, precision
+    key = plan_key(weights_digest, images.digest, settings)
+
+    def make() -> QuantizationPlan:
+        return calibrate(
+            model,
+            images.batches(calibration_batch(model)),
+            settings,
+            key=key,
+            weights_digest=weights_digest,
+            preprocessing=images.spec.preprocessing,
+            on_batch=on_image,
+        )
+
+    plan = make() if cache is None else cache.get_or_make(cache_key(key, model), make)
+    for problem in plan.warnings:
+        warnings.warn(problem, CalibrationWarning, stacklevel=2)
+    return plan

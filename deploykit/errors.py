@@ -14,6 +14,8 @@
     ├── DeviceUnavailable    the device asked for is not here
     └── ParityError          an engine's numbers are outside their budget
 
+    CalibrationWarning       images that calibrate badly: few, identical, constant or not normalised
+
 A message says what was observed, what was expected, and what to do.
 """
 
@@ -55,6 +57,10 @@ class FusionError(DeployKitError):
 
 class CalibrationError(DeployKitError):
     """Images or settings from which no INT8 ranges can be had."""
+
+
+class CalibrationWarning(UserWarning):
+    """Images that give ranges, but bad ones: few, identical, constant or not normalised."""
 
 
 class ExportError(DeployKitError):

@@ -6,6 +6,8 @@ import os
 import shutil
 import tempfile
 import weakref
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -23,8 +25,9 @@ if TYPE_CHECKING:
     from deploykit.backbones.base import BackboneOptions, BaseBackbone
     from deploykit.calibration.images import CalibrationSource
     from deploykit.export.pipeline import ExportRequest, Progress
+    from deploykit.runtimes.run_torch import PixelBackbone
 
-Model: TypeAlias = "BaseBackbone | Runtime"
+Model: TypeAlias = "BaseBackbone | PixelBackbone | Runtime"
 
 
 def create_backbone(
@@ -43,15 +46,16 @@ def create_backbone(
     precision: str | Precision = "fp32",
     calibration: CalibrationSource | None = None,
     batch_size: int | str | tuple[int, int, int] | BatchRange = 1,
+    embed_preprocessing: bool = False,
     device: str = "auto",
     target: str | None = None,
     cache: bool = True,
 ) -> Model:
     """A backbone in a runtime, called the same way whatever the runtime.
 
-    ``model(images)`` takes ``(N, C, H, W)`` float32, normalised as ``model.input_spec`` says, and
-    returns a dict of feature maps by level (``features_only``), ``(N, num_classes)`` logits, or the
-    ``(N, D)`` embedding (``num_classes=0``).
+    ``model(images)`` takes ``(N, C, H, W)`` float32, normalised as ``model.input_spec`` says (or
+    ``(N, H, W, C)`` uint8 with ``embed_preprocessing``), and returns a dict of feature maps by level
+    (``features_only``), ``(N, num_classes)`` logits, or the ``(N, D)`` embedding (``num_classes=0``).
 
     Args:
         name: a variant, an alias, ``"timm/<name>"``, a module, or the folder of a bundle.
@@ -68,15 +72,23 @@ def create_backbone(
         precision: ``fp32``, ``fp16``, ``bf16``, ``int8``, or its dataclass with settings.
         calibration: the images for INT8: a folder, files, an array, an iterable of batches.
         batch_size: an int, ``"dynamic"``, (min, opt, max) or a `BatchRange`.
+        embed_preprocessing: the model takes decoded RGB pixels, uint8 ``(N, H, W, C)`` of its size,
+            and does the cast, the transpose and the mean and std itself.
         device: where it runs; ``"auto"`` is the runtime's first device.
         target: what an engine is built for, where the runtime has targets (``"sm89"``).
-        cache: keep built engines, keyed by all that decides them.
+        cache: keep built engines and INT8 plans, keyed by all that decides them.
 
     Raises:
         DeployKitError: see `deploykit.errors` for the tree; every message says what to do.
     """
     if not _is_module(name) and is_bundle(Path(os.fspath(name))):  # type: ignore[arg-type]
-        return _open_asked(Path(os.fspath(name)), runtime=runtime, precision=precision, device=device)  # type: ignore[arg-type]
+        return _open_asked(
+            Path(os.fspath(name)),  # type: ignore[arg-type]
+            runtime=runtime,
+            precision=precision,
+            embed_preprocessing=embed_preprocessing,
+            device=device,
+        )
     if runtime != "torch" and runtime not in RUNTIMES:
         raise SpecError(f"unknown runtime {runtime!r}. {nearest(runtime, ['torch', *RUNTIMES])}")
     chosen, batch = parse_precision(precision), parse_batch(batch_size)
@@ -92,7 +104,7 @@ def create_backbone(
     )
     backbone = _build(name, options, pretrained)
     if runtime == "torch":
-        return _in_torch(backbone, chosen, device)
+        return _in_torch(backbone, chosen, device, embed_preprocessing=embed_preprocessing)
     request = _request(
         backbone,
         runtime=runtime,
@@ -100,7 +112,9 @@ def create_backbone(
         batch=batch,
         calibration=calibration,
         target=target,
+        embed_preprocessing=embed_preprocessing,
         probe_levels=False,
+        cache=cache,
     )
     return _open_built(request, device=device, cache=cache)
 
@@ -113,10 +127,15 @@ def export_backbone(
     precision: str | Precision = "fp32",
     calibration: CalibrationSource | None = None,
     batch_size: int | str | tuple[int, int, int] | BatchRange = 1,
+    embed_preprocessing: bool = False,
     target: str | None = None,
+    portable: bool = False,
     pretrained: bool | str | os.PathLike[str] = False,
     overwrite: bool = False,
     skip_corrupt: bool = False,
+    time_against_fp32: bool = False,
+    require_speedup: bool = False,
+    metric: Callable[[Runtime], float] | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> Manifest:
@@ -129,10 +148,17 @@ def export_backbone(
         precision: as for `create_backbone`.
         calibration: as for `create_backbone`.
         batch_size: as for `create_backbone`.
+        embed_preprocessing: as for `create_backbone`.
         target: as for `create_backbone`.
+        portable: let the device that opens the bundle build its own engine, where the runtime has that form.
         pretrained: as for `create_backbone`.
         overwrite: replace an existing bundle, once the new one is whole.
         skip_corrupt: leave unreadable calibration images out with a warning.
+        time_against_fp32: time an INT8 engine beside FP32 of its runtime, and keep the ratio in the manifest,
+            which two exports then no longer share byte for byte.
+        require_speedup: raise ExportError where an INT8 engine is slower than FP32.
+        metric: your own figure of a model, higher is better, as a budget of the mixed-precision search; it may
+            fall by ``Int8(max_metric_drop=...)``.
         progress: hears of each stage.
         options: ``features_only``, ``output_indices`` and the other options of `create_backbone`.
 
@@ -149,9 +175,12 @@ def export_backbone(
         batch=parse_batch(batch_size),
         calibration=calibration,
         target=target,
+        embed_preprocessing=embed_preprocessing,
+        portable=portable,
         probe_levels=True,
         skip_corrupt=skip_corrupt,
     )
+    request = replace(request, time_against_fp32=time_against_fp32, require_speedup=require_speedup, metric=metric)
     return export(request, Path(output), overwrite=overwrite, progress=progress)
 
 
@@ -181,7 +210,8 @@ def verify_bundle(folder: str | os.PathLike[str], *, device: str = "auto") -> Pa
     path = Path(folder)
     with load_bundle(path, device=device) as model:
         reference = ParityReference.load(path / "reference.npz")
-        found = reference.sample(run_in_batches(model, reference.images))
+        images = reference.images.astype(model.input_spec.dtype, copy=False)
+        found = reference.sample(run_in_batches(model, images))
         levels = compare(
             reference.expected,
             found,
@@ -199,9 +229,16 @@ def verify_bundle(folder: str | os.PathLike[str], *, device: str = "auto") -> Pa
         )
 
 
-def _open_asked(folder: Path, *, runtime: str, precision: str | Precision, device: str) -> Runtime:
-    """A bundle, when it has the runtime and precision asked for; their defaults ask for nothing."""
+def _open_asked(
+    folder: Path, *, runtime: str, precision: str | Precision, embed_preprocessing: bool, device: str
+) -> Runtime:
+    """A bundle, when it has the runtime, precision and input asked for; their defaults ask for nothing."""
     manifest = read_manifest(folder)
+    if embed_preprocessing and not manifest.input.embeds_preprocessing:
+        raise SpecError(
+            f"{folder} holds an engine of normalised float32 images, and embed_preprocessing was asked for. "
+            "Leave it out, or export the bundle again with it."
+        )
     asked = (
         ("runtime", runtime, "torch", manifest.runtime),
         ("precision", parse_precision(precision).name, "fp32", manifest.precision),
@@ -231,6 +268,11 @@ def _build(name: Any, options: BackboneOptions, pretrained: Any) -> BaseBackbone
     from deploykit.backbones.base import BackboneOptions, BaseBackbone
     from deploykit.backbones.registry import build_backbone
 
+    if hasattr(name, "input_spec") and name.input_spec.embeds_preprocessing:
+        raise SpecError(
+            f"{name!r} embeds its preprocessing already; expected the backbone inside it. "
+            "Give model.backbone, and embed_preprocessing=True."
+        )
     if isinstance(name, BaseBackbone):
         if pretrained or options not in (BackboneOptions(), name.options):
             raise SpecError(
@@ -276,11 +318,14 @@ def _wrap(module: nn.Module, options: BackboneOptions, pretrained: Any) -> BaseB
     )
 
 
-def _in_torch(backbone: BaseBackbone, precision: Precision, device: str) -> BaseBackbone:
-    """The module itself, in a dtype and on a device."""
-    from deploykit.runtimes.run_torch import place_module
+def _in_torch(
+    backbone: BaseBackbone, precision: Precision, device: str, *, embed_preprocessing: bool
+) -> BaseBackbone | PixelBackbone:
+    """The module itself, in a dtype and on a device, behind its preprocessing where that is asked for."""
+    from deploykit.runtimes.run_torch import PixelBackbone, place_module
 
-    return place_module(backbone, precision, device)
+    placed = place_module(backbone, precision, device)
+    return PixelBackbone(placed) if embed_preprocessing else placed
 
 
 def _request(
@@ -291,15 +336,19 @@ def _request(
     batch: Any,
     calibration: CalibrationSource | None,
     target: str | None,
+    embed_preprocessing: bool,
     probe_levels: bool,
+    portable: bool = False,
     skip_corrupt: bool = False,
+    cache: bool = True,
 ) -> ExportRequest:
     from deploykit.calibration.images import calibration_set
     from deploykit.export.pipeline import ExportRequest, check_request
 
     images = None
     if calibration is not None:
-        images = calibration_set(calibration, backbone.input_spec, skip_corrupt=skip_corrupt)
+        spec = backbone.input_spec.as_pixels() if embed_preprocessing else backbone.input_spec
+        images = calibration_set(calibration, spec, skip_corrupt=skip_corrupt)
     request = ExportRequest(
         backbone=backbone,
         runtime=runtime,
@@ -307,7 +356,10 @@ def _request(
         batch=batch,
         calibration=images,
         target=target,
+        embed_preprocessing=embed_preprocessing,
         probe_levels=probe_levels,
+        portable=portable,
+        cache=cache,
     )
     check_request(request)
     return request

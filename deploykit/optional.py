@@ -47,6 +47,25 @@ PACKAGES: dict[str, OptionalPackage] = {
         OptionalPackage(
             module="tensorrt_rtx", distribution="tensorrt_rtx", extra="tensorrt", feature="the tensorrt runtime"
         ),
+        OptionalPackage(
+            module="tensorrt",
+            distribution="tensorrt",
+            extra="tensorrt",
+            feature="the tensorrt runtime with full TensorRT",
+        ),
+        OptionalPackage(
+            module="cuda", distribution="cuda-python", extra="cuda", feature="running a TensorRT plan without torch"
+        ),
+        OptionalPackage(
+            module="polygraphy", distribution="polygraphy", extra="debug", feature="reducing a failing model"
+        ),
+        OptionalPackage(
+            module="onnx_graphsurgeon",
+            distribution="onnx-graphsurgeon",
+            extra="debug",
+            feature="reducing a failing model",
+        ),
+        OptionalPackage(module="matplotlib", distribution="matplotlib", extra="plot", feature="drawing a plot"),
         OptionalPackage(module="skimage", distribution="scikit-image", extra="demo", feature="the demo's photographs"),
         OptionalPackage(module="timm", distribution="timm", extra="timm", feature="timm/<name> backbones"),
     )

@@ -8,13 +8,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 from deploykit.errors import SpecError, nearest
 
 Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 CropMode: TypeAlias = Literal["center", "squash", "border"]
-Calibrator: TypeAlias = Literal["mse", "minmax", "percentile"]
+Calibrator: TypeAlias = Literal["mse", "minmax", "percentile", "entropy"]
+FloatDtype: TypeAlias = Literal["fp32", "fp16"]
+InputDtype: TypeAlias = Literal["float32", "uint8"]
+Layout: TypeAlias = Literal["NCHW", "NHWC"]
 
 BATCH_DIM = "batch"
 """The name of the dynamic batch dimension in every exported graph."""
@@ -111,22 +114,41 @@ Batch: TypeAlias = int | BatchRange
 
 @dataclass(frozen=True, kw_only=True)
 class InputSpec:
-    """What a model is called with: ``(N, C, H, W)`` float32, normalised by ``preprocessing``."""
+    """What a model is called with: `as_images`, or `as_pixels` where the engine does the preprocessing."""
 
     name: str = "images"
     batch: Batch = 1
     channels: int = 3
     height: int = 224
     width: int = 224
-    dtype: str = "float32"
-    layout: str = "NCHW"
+    dtype: InputDtype = "float32"
+    layout: Layout = "NCHW"
     preprocessing: Preprocessing = Preprocessing()
+
+    def __post_init__(self) -> None:
+        if (self.dtype, self.layout) not in (("float32", "NCHW"), ("uint8", "NHWC")):
+            raise SpecError(f"the input is {self.dtype} {self.layout}; expected float32 NCHW or uint8 NHWC.")
 
     @property
     def shape(self) -> tuple[int | str, int, int, int]:
-        """``(batch, C, H, W)``, with `BATCH_DIM` for a dynamic batch."""
+        """``(batch, C, H, W)``, or ``(batch, H, W, C)`` for NHWC, with `BATCH_DIM` for a dynamic batch."""
         batch = self.batch if isinstance(self.batch, int) else BATCH_DIM
+        if self.layout == "NHWC":
+            return (batch, self.height, self.width, self.channels)
         return (batch, self.channels, self.height, self.width)
+
+    @property
+    def embeds_preprocessing(self) -> bool:
+        """Whether the engine itself does the cast, the transpose and the mean and std."""
+        return self.dtype == "uint8"
+
+    def as_pixels(self) -> InputSpec:
+        """The same images as decoded: ``(N, H, W, C)`` uint8, RGB from 0 to 255."""
+        return dataclasses.replace(self, dtype="uint8", layout="NHWC")
+
+    def as_images(self) -> InputSpec:
+        """The same images as the network takes them: ``(N, C, H, W)`` float32, normalised by ``preprocessing``."""
+        return dataclasses.replace(self, dtype="float32", layout="NCHW")
 
     def accepts_batch(self, count: int) -> bool:
         """Whether a call with ``count`` images is within the engine's batch."""
@@ -213,10 +235,15 @@ class Int8:
         min_sqnr_db: the budget of every feature level and of the logits, in dB against torch FP32.
         min_top1_agreement: the share of images, 0 to 1, whose top-1 class must stay; None: no gate.
         calibrator: how a range is chosen from the statistics: ``mse`` (least squared error),
-            ``minmax``, or ``percentile``.
+            ``minmax``, ``percentile``, or ``entropy`` (least Kullback-Leibler divergence, as TensorRT).
         percentile: the share of values inside the range for ``percentile``, in percent.
         bias_correction: shift each bias by the mean error that rounding the weights makes
             (Nagel et al. 2019, "Data-Free Quantization", section 4.2, with measured means).
+        equalization: 0 to 1, how much of the spread between channels goes from the activations into
+            the weights beforehand (cross-layer equalization, SmoothQuant's alpha); None: nothing is scaled.
+        float_dtype: what stays in float computes in ``fp32``, or in ``fp16`` where the runtime has it.
+        mixed_precision: search the fewest layers to keep in float so that the engine is within its budget.
+        max_metric_drop: with a metric of the user's own, how far below the FP32 engine's it may be.
     """
 
     name: ClassVar[str] = "int8"
@@ -225,11 +252,20 @@ class Int8:
     calibrator: Calibrator = "mse"
     percentile: float = 99.99
     bias_correction: bool = True
+    equalization: float | None = 0.5
+    float_dtype: FloatDtype = "fp32"
+    mixed_precision: bool = False
+    max_metric_drop: float | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("calibrator", self.calibrator, ("mse", "minmax", "percentile"))
+        if self.max_metric_drop is not None and not self.max_metric_drop >= 0:
+            raise SpecError(f"max_metric_drop is {self.max_metric_drop}; it must be 0 or more.")
+        _check_choice("float_dtype", self.float_dtype, ("fp32", "fp16"))
+        _check_choice("calibrator", self.calibrator, get_args(Calibrator))
         if not 50 < self.percentile <= 100:
             raise SpecError(f"percentile is {self.percentile}; it must be above 50 and at most 100.")
+        if self.equalization is not None and not 0 <= self.equalization <= 1:
+            raise SpecError(f"equalization is {self.equalization}; it must be 0 to 1, or None for none.")
 
 
 Precision: TypeAlias = Fp32 | Fp16 | Bf16 | Int8

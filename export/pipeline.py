@@ -4,49 +4,62 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+import numpy as np
 
 import deploykit
 from deploykit.backbones.base import BaseBackbone
 from deploykit.backbones.weights import weights_digest
 from deploykit.bundle import Manifest, write_manifest, writing
 from deploykit.calibration.dialects import DIALECTS
-from deploykit.calibration.images import CalibrationSet
+from deploykit.calibration.equalization import equalization_passes
+from deploykit.calibration.images import CalibrationSet, network_images
 from deploykit.calibration.plan import QuantizationPlan
+from deploykit.calibration.plan_cache import PlanCache
 from deploykit.calibration.precision import PrecisionPlan, check_images_given, plan_precision
+from deploykit.calibration.search import SearchResult
 from deploykit.errors import SpecError
-from deploykit.export.graphs import output_specs, select
-from deploykit.export.lowering import LOWERINGS, Lowering, check_target
-from deploykit.export.measure import measure, parity_images, torch_outputs
+from deploykit.export.bench import Bench
+from deploykit.export.build import Builder, Built
+from deploykit.export.graphs import output_specs
+from deploykit.export.lowering import LOWERINGS, PORTABLE_LOWERINGS, check_portable, check_target
+from deploykit.export.measure import parity_images, torch_outputs
+from deploykit.export.mixed import mixed_precision
+from deploykit.export.speed import SpeedReport, check_speedup
 from deploykit.export.to_onnx import to_onnx
 from deploykit.export.trace import output_names, trace
-from deploykit.fusion.pipeline import fuse
+from deploykit.fusion.pipeline import EXPORT_PASSES, FusionRecord, fuse
 from deploykit.graph import Graph
 from deploykit.labels import class_labels
 from deploykit.optional import installed_version, require
 from deploykit.parity.reference import capture
-from deploykit.runtimes.base import load_runtime
-from deploykit.spec import Batch, InputSpec, Precision
+from deploykit.runtimes.base import Runtime, load_runtime
+from deploykit.spec import Batch, InputSpec, Int8, Precision
 
+SEARCH_FILE = "mixed-precision.json"
 PARITY_FILE = "parity.json"
 REFERENCE_FILE = "reference.npz"
 LABELS_FILE = "labels.txt"
 _TOOLS = ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
 
-class Dialect(Protocol):
-    """Write a plan into a graph in the form that one runtime fuses."""
-
-    def __call__(self, master: Graph, plan: PrecisionPlan) -> Graph:
-        """A new graph; the master stays as it is."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class ExportRequest:
-    """What to export. ``probe_levels``: also compare the levels inside an engine that gives only the head."""
+    """What to export.
+
+    ``probe_levels``: also compare the levels inside an engine that gives only the head.
+    ``embed_preprocessing``: the engine takes uint8 pixels ``(N, H, W, C)`` and normalises them itself.
+    ``portable``: the engine is finished on the device that opens it, where the runtime has such a form.
+    ``cache``: an INT8 plan that was made before, for whichever runtime, is used again.
+    ``time_against_fp32``: an INT8 engine is timed beside FP32 of its runtime; the ratio, which differs from
+    run to run, goes into the manifest. ``require_speedup``: it must not be slower.
+    ``metric``: the user's own figure of a model, higher is better, for the mixed-precision search.
+    """
 
     backbone: BaseBackbone
     runtime: str
@@ -55,14 +68,26 @@ class ExportRequest:
     calibration: CalibrationSet | None = None
     target: str | None = None
     probe_levels: bool = True
+    embed_preprocessing: bool = False
+    portable: bool = False
+    cache: bool = True
+    time_against_fp32: bool = False
+    require_speedup: bool = False
+    metric: Callable[[Runtime], float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """What a caller hears of a running export: the stage that begins, and images calibrated of how many."""
+    """What a caller hears of a running export.
+
+    ``stage``: the one that begins. ``images``: calibrated, of how many. ``candidate``: each one of a search,
+    in a line. ``speed``: how fast an INT8 engine is.
+    """
 
     stage: Callable[[str], None] = lambda name: None
     images: Callable[[int, int], None] = lambda seen, total: None
+    candidate: Callable[[str], None] = lambda summary: None
+    speed: Callable[[SpeedReport], None] = lambda report: None
 
 
 def check_request(request: ExportRequest) -> None:
@@ -81,9 +106,16 @@ def check_request(request: ExportRequest) -> None:
     adapter = load_runtime(request.runtime)
     require(adapter.package)
     check_target(request.runtime, request.target)
+    if request.portable:
+        check_portable(request.runtime, request.target)
     if request.precision.name not in adapter.precisions:
         raise SpecError(
             f"the {request.runtime} runtime has no {request.precision.name}; it has {', '.join(adapter.precisions)}."
+        )
+    if isinstance(request.precision, Int8) and request.precision.float_dtype not in adapter.int8_float_dtypes:
+        raise SpecError(
+            f"the {request.runtime} runtime has no int8 with {request.precision.float_dtype} beside it; it has "
+            f"{', '.join(adapter.int8_float_dtypes)}. Leave float_dtype out."
         )
     check_images_given(request.precision, request.calibration)
     spec = request.backbone.spec
@@ -100,28 +132,23 @@ def cache_parts(request: ExportRequest) -> dict[str, object]:
     return {
         "backbone": asdict(request.backbone.spec),
         "weights": weights_digest(request.backbone),
-        "preprocessing": asdict(request.backbone.input_spec.preprocessing),
+        "input": asdict(engine_input(request)),
         "runtime": request.runtime,
         "runtime_version": installed_version(runtime_package),
         "precision": [request.precision.name, asdict(request.precision)],
         "batch": request.batch if isinstance(request.batch, int) else asdict(request.batch),
         "calibration": request.calibration.digest if request.calibration is not None else None,
         "target": request.target,
+        "portable": request.portable,
         "tools": _tools(),
         "deploykit": deploykit.__version__,
     }
 
 
 def engine_input(request: ExportRequest) -> InputSpec:
-    """The input of the engine: the backbone's, with the batch asked for."""
-    spec = request.backbone.input_spec
-    return InputSpec(
-        batch=request.batch,
-        channels=spec.channels,
-        height=spec.height,
-        width=spec.width,
-        preprocessing=spec.preprocessing,
-    )
+    """The input of the engine: the backbone's with the batch asked for, as pixels where it embeds preprocessing."""
+    spec = replace(request.backbone.input_spec, batch=request.batch)
+    return spec.as_pixels() if request.embed_preprocessing else spec
 
 
 def export(
@@ -138,62 +165,121 @@ def export(
     """
     check_request(request)
     progress = progress or Progress()
-    render: Dialect = _load(DIALECTS[request.runtime])
-    lower: Lowering = _load(LOWERINGS[request.runtime])
-    with writing(folder, overwrite=overwrite) as staging:
+    with writing(folder, overwrite=overwrite) as staging, ExitStack() as closing:
         progress.stage("trace")
-        spec = engine_input(request)
-        probe = parity_images(request.calibration, spec)
+        taken = engine_input(request)
+        spec = taken.as_images()
+        given = parity_images(request.calibration, taken)
+        probe = network_images(given, taken)
         program = trace(request.backbone, spec)
         progress.stage("fuse")
-        fused = fuse(program, spec, probe)
+        balancing = equalization_passes(request.precision, request.calibration, spec)
+        fused = fuse(program, spec, probe, (*EXPORT_PASSES, *balancing))
         progress.stage("to_onnx")
         model = to_onnx(fused.program, spec, output_names(request.backbone))
         master = Graph(input=spec, outputs=output_specs(model), model=model, program=fused.program)
         progress.stage("plan")
         plan = _plan(request, model, probe, progress)
-        quantized = isinstance(plan, QuantizationPlan)
-        progress.stage("render")
-        whole = render(master, plan)
-        graph = select(whole, request.backbone.spec.output_names)
-        progress.stage("lower")
-        engine = lower(graph, staging, target=request.target)
-        progress.stage("parity")
-        manifest = Manifest(
-            backbone=request.backbone.spec,
-            input=spec,
-            outputs=graph.outputs,
+        builder = Builder(
+            master=master,
             runtime=request.runtime,
-            runtime_version=engine.runtime_version,
-            precision=request.precision.name,
-            precision_settings=asdict(request.precision),
-            engine=engine.file,
+            render=_load(DIALECTS[request.runtime]),
+            lower=_load((PORTABLE_LOWERINGS if request.portable else LOWERINGS)[request.runtime]),
+            outputs=request.backbone.spec.output_names,
+            taken=taken,
+            probe=probe,
             target=request.target,
-            requires=engine.requires,
-            weights_digest=weights_digest(request.backbone),
-            calibration_digest=request.calibration.digest if request.calibration and quantized else None,
-            fusions={record.name: record.rewrites for record in fused.records},
-            tools=_tools() | engine.tools,
         )
         expected = torch_outputs(request.backbone, probe)
-        report, status = measure(
-            manifest,
-            staging,
-            images=probe,
-            expected=expected,
-            precision=request.precision,
-            graph=graph,
-            whole=whole if request.probe_levels else None,
-            lower=lower,
+        bench = closing.enter_context(
+            Bench(
+                builder=builder,
+                manifest_of=partial(_manifest, request, taken, fused.records),
+                images=given,
+                expected=expected,
+                precision=request.precision,
+                probe_levels=request.probe_levels,
+                metric=request.metric,
+            )
         )
+        found = _searched(request, plan, builder, bench, progress)
+        plan = found.plan if found is not None else plan
+        progress.stage("render")
+        rendered = builder.rendered(plan)
+        progress.stage("lower")
+        built = builder.lowered(rendered, staging)
+        progress.stage("parity")
+        report, manifest = bench.parity(built, staging)
         report.raise_for_failures()
+        speed = _timed(request, plan, partial(bench.speed, manifest, staging), progress)
         progress.stage("bundle")
         report.save(staging / PARITY_FILE)
-        capture(probe, {output.name: expected[output.name] for output in graph.outputs}).save(staging / REFERENCE_FILE)
+        given_as_float = given.astype(np.float32)  # which has every uint8: the reference's one dtype
+        kept = {output.name: expected[output.name] for output in built.graph.outputs}
+        capture(given_as_float, kept).save(staging / REFERENCE_FILE)
         if isinstance(plan, QuantizationPlan):
             plan.save(staging)
+        if found is not None:
+            found.report.save(staging / SEARCH_FILE)
         _write_labels(request.backbone.spec.label_set, staging)
-        return write_manifest(staging, replace(manifest, status=status))
+        return write_manifest(staging, replace(manifest, speedup=speed))
+
+
+def _manifest(request: ExportRequest, taken: InputSpec, fusions: tuple[FusionRecord, ...], built: Built) -> Manifest:
+    """The manifest of an engine that was built and not yet run."""
+    quantized = request.calibration is not None and isinstance(request.precision, Int8)
+    return Manifest(
+        backbone=request.backbone.spec,
+        input=taken,
+        outputs=built.graph.outputs,
+        runtime=request.runtime,
+        runtime_version=built.engine.runtime_version,
+        precision=request.precision.name,
+        precision_settings=asdict(request.precision),
+        engine=built.engine.file,
+        target=request.target,
+        requires=built.engine.requires,
+        weights_digest=weights_digest(request.backbone),
+        calibration_digest=request.calibration.digest if request.calibration and quantized else None,
+        fusions={record.name: record.rewrites for record in (*fusions, *built.records)},
+        tools=_tools() | built.engine.tools,
+    )
+
+
+def _searched(
+    request: ExportRequest, plan: PrecisionPlan, builder: Builder, bench: Bench, progress: Progress
+) -> SearchResult | None:
+    """The mixed-precision search of a request; None where none was asked for."""
+    settings = request.precision
+    if not isinstance(plan, QuantizationPlan) or not isinstance(settings, Int8) or not settings.mixed_precision:
+        return None
+    progress.stage("search")
+    return mixed_precision(
+        plan, builder, bench, settings, resume=request.cache, on_candidate=lambda one: progress.candidate(one.summary)
+    )
+
+
+def _timed(
+    request: ExportRequest,
+    plan: PrecisionPlan,
+    measure: Callable[[QuantizationPlan], SpeedReport | None],
+    progress: Progress,
+) -> float | None:
+    """How many times as fast as FP32 an INT8 engine is, where that was asked for and can be timed here.
+
+    Raises:
+        ExportError: it is slower, or cannot be timed here, and a speedup is required.
+    """
+    if not isinstance(plan, QuantizationPlan) or not (request.time_against_fp32 or request.require_speedup):
+        return None
+    progress.stage("speed")
+    report = measure(plan)
+    if request.require_speedup:
+        check_speedup(report, request.runtime)
+    if report is None:
+        return None
+    progress.speed(report)
+    return round(report.speedup, 3)
 
 
 def _plan(request: ExportRequest, model: Any, probe: Any, progress: Progress) -> PrecisionPlan:
@@ -204,6 +290,7 @@ def _plan(request: ExportRequest, model: Any, probe: Any, progress: Progress) ->
         calibration=request.calibration,
         probe=probe,
         weights_digest=weights_digest(request.backbone),
+        cache=PlanCache() if request.cache else None,
         on_image=lambda seen: progress.images(min(seen, total), total),
     )
 

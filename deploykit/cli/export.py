@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploykit.cli import export_options as opt
-from deploykit.cli.output import JsonFlag, show, show_json, size_text
+from deploykit.cli.output import JsonFlag, input_text, show, show_json, size_text
 from deploykit.spec import parse_precision
 
 if TYPE_CHECKING:
     from deploykit.bundle import Manifest
     from deploykit.cli.export_check import ExportPlan
+    from deploykit.export.speed import SpeedReport
 
 EXAMPLE = "Example: deploykit export resnet18 --runtime onnxruntime"
 
@@ -33,12 +35,18 @@ def export(
     runtime: opt.RuntimeOption,
     precision: opt.PrecisionOption = opt.DEFAULTS["precision"],
     batch_size: opt.BatchOption = str(opt.DEFAULTS["batch_size"]),
+    embed_preprocessing: opt.EmbedFlag = opt.DEFAULTS["embed_preprocessing"],
     target: opt.TargetOption = None,
+    portable: opt.PortableFlag = False,
+    float_dtype: opt.FloatOption = None,
     calibration: opt.CalibrationOption = None,
     skip_corrupt: opt.SkipFlag = False,
     calibrator: opt.CalibratorOption = None,
     min_sqnr_db: opt.SqnrOption = None,
     min_top1_agreement: opt.AgreementOption = None,
+    mixed_precision: opt.MixedFlag = False,
+    speed: opt.SpeedFlag = True,
+    require_speedup: opt.RequireSpeedupFlag = False,
     output: opt.OutputOption = None,
     overwrite: opt.OverwriteFlag = False,
     dry_run: opt.DryRunFlag = False,
@@ -46,16 +54,26 @@ def export(
 ) -> None:
     """Compile a backbone for a runtime, quantize it where asked, compare it with torch, and write a bundle."""
     chosen, source = opt.choose_weights(name, backbone=backbone, pretrained=pretrained, weights=weights)
-    settings = opt.settings_of(calibrator=calibrator, min_sqnr_db=min_sqnr_db, min_top1_agreement=min_top1_agreement)
+    settings = opt.settings_of(
+        calibrator=calibrator,
+        min_sqnr_db=min_sqnr_db,
+        min_top1_agreement=min_top1_agreement,
+        float_dtype=float_dtype,
+        mixed_precision=mixed_precision or None,
+    )
     choice = opt.ExportChoice(
         name=chosen,
         pretrained=source,
         runtime=runtime,
         precision=parse_precision(precision, settings),
         batch=opt.batch_of(batch_size),
+        embed_preprocessing=embed_preprocessing,
         target=target,
+        portable=portable,
         calibration=tuple(calibration or ()),
         skip_corrupt=skip_corrupt,
+        speed=speed,
+        require_speedup=require_speedup,
         output=Path(output) if output is not None else opt.default_output(chosen, runtime, precision),
         overwrite=overwrite,
         options={
@@ -79,16 +97,18 @@ def _check_and_export(choice: opt.ExportChoice, *, dry_run: bool, json: bool) ->
     if dry_run:
         show_json({"dry_run": True, "plan": plan}) if json else show(*_planned(plan))
         return
-    manifest = _export(choice)
-    _report(choice.output, manifest, json=json)
+    timed: list[SpeedReport] = []
+    manifest = _export(choice, timed)
+    _report(choice.output, manifest, timed, json=json)
 
 
-def _export(choice: opt.ExportChoice) -> Manifest:
+def _export(choice: opt.ExportChoice, timed: list[SpeedReport]) -> Manifest:
     from deploykit.cli.export_check import calibration_source
     from deploykit.cli.progress import export_progress
     from deploykit.facade import export_backbone
 
-    with export_progress() as progress:
+    with export_progress() as shown:
+        progress = replace(shown, speed=timed.append)
         return export_backbone(
             choice.name,
             choice.output,
@@ -96,10 +116,14 @@ def _export(choice: opt.ExportChoice) -> Manifest:
             precision=choice.precision,
             calibration=calibration_source(choice.calibration),
             batch_size=choice.batch,
+            embed_preprocessing=choice.embed_preprocessing,
             target=choice.target,
+            portable=choice.portable,
             pretrained=choice.pretrained,
             overwrite=choice.overwrite,
             skip_corrupt=choice.skip_corrupt,
+            time_against_fp32=choice.speed,
+            require_speedup=choice.require_speedup,
             progress=progress,
             **choice.options,
         )
@@ -111,7 +135,7 @@ def _planned(plan: ExportPlan) -> list[str]:
     settings = ", ".join(f"{name} {value}" for name, value in plan.settings.items() if value is not None)
     rows: dict[str, Any] = {
         "backbone": f"{plan.backbone.name} ({plan.backbone.family}), weights: {plan.weights}",
-        "input": f"{spec.batch} x {spec.channels} x {spec.height} x {spec.width} {spec.dtype}",
+        "input": input_text(spec),
         "outputs": ", ".join(plan.outputs),
         "engine": f"{plan.runtime} {plan.runtime_version}" + (f", target {plan.target}" if plan.target else ""),
         "precision": f"{plan.precision}: {settings}",
@@ -125,16 +149,26 @@ def _planned(plan: ExportPlan) -> list[str]:
     ]
 
 
-def _report(folder: Path, manifest: Manifest, *, json: bool) -> None:
-    from deploykit.export.pipeline import PARITY_FILE
+def _report(folder: Path, manifest: Manifest, timed: list[SpeedReport], *, json: bool) -> None:
+    from deploykit.calibration.search import SearchReport
+    from deploykit.export.pipeline import PARITY_FILE, SEARCH_FILE
     from deploykit.parity.report import ParityReport
 
     parity = ParityReport.load(folder / PARITY_FILE)
+    search = SearchReport.load(folder / SEARCH_FILE) if SEARCH_FILE in manifest.files else None
     if json:
-        show_json({"bundle": str(folder), "status": manifest.status, "manifest": manifest, "parity": parity})
+        told = {"bundle": str(folder), "status": manifest.status, "manifest": manifest, "parity": parity}
+        show_json(told | {"search": search, "speed": timed[0] if timed else None})
         return
+    if search is not None:
+        show(search.render())
     size = size_text(sum(record.size for record in manifest.files.values()))
-    show(parity.render(), f"Wrote {folder}: {len(manifest.files)} files, {size}, status {manifest.status}.")
+    show(parity.render())
+    for report in timed:
+        show(report.sentence())
+        if report.speedup < 1:
+            show("It is slower than fp32. What is against it:", *(f"  {line}" for line in report.reasons()))
+    show(f"Wrote {folder}: {len(manifest.files)} files, {size}, status {manifest.status}.")
     if manifest.status == "built":
         show(
             f"It was built and never executed: {manifest.runtime} has no device here. "

@@ -52,9 +52,10 @@ def check_export(choice: ExportChoice) -> ExportPlan:
     for package in BUILD_PACKAGES:
         require(package)
     backbone, weights = _without_memory(choice)
-    calibration = _calibration(choice, backbone.input_spec)
-    _check_engine(choice, backbone, calibration)
     spec = replace(backbone.input_spec, batch=choice.batch)
+    spec = spec.as_pixels() if choice.embed_preprocessing else spec
+    calibration = _calibration(choice, spec)
+    _check_engine(choice, backbone, calibration)
     return ExportPlan(
         backbone=backbone.spec,
         weights=weights,
@@ -95,7 +96,9 @@ def _check_engine(choice: ExportChoice, backbone: BaseBackbone, calibration: Cal
             runtime=choice.runtime,
             precision=choice.precision,
             batch=choice.batch,
+            embed_preprocessing=choice.embed_preprocessing,
             target=choice.target,
+            portable=choice.portable,
             calibration=calibration,
         )
     )

@@ -6,14 +6,14 @@ import inspect
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from deploykit.errors import SpecError
 from deploykit.facade import create_backbone
 from deploykit.runtimes.base import RUNTIMES
-from deploykit.spec import PRECISIONS, Batch, BatchRange, Int8, Precision, parse_batch, parse_image_size
+from deploykit.spec import PRECISIONS, Batch, BatchRange, Calibrator, Int8, Precision, parse_batch, parse_image_size
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -112,13 +112,35 @@ BatchOption = Annotated[
         help=f"Images a call: fixed, or a range; dynamic is {BatchRange().min},{BatchRange().opt},{BatchRange().max}.",
     ),
 ]
+EmbedFlag = Annotated[
+    bool,
+    _option(
+        "--embed-preprocessing",
+        panel=_ENGINE,
+        help="The engine takes decoded uint8 pixels, N x H x W x C, and does mean and std itself.",
+    ),
+]
 TargetOption = Annotated[
     str | None,
     _option(
         "--target",
         panel=_ENGINE,
         default="the runtime's own",
-        help="What the engine is built for, where its runtime has targets: sm89.",
+        help="What the engine is built for, where its runtime has targets: sm89, rtx-4090.",
+    ),
+]
+PortableFlag = Annotated[
+    bool,
+    _option("--portable", panel=_ENGINE, help="TensorRT: the device that opens the bundle builds its own plan."),
+]
+FloatOption = Annotated[
+    str | None,
+    _option(
+        "--float-dtype",
+        panel=_ENGINE,
+        metavar="fp32|fp16",
+        default=Int8().float_dtype,
+        help="What stays in float beside int8 computes in; fp16 with tensorrt.",
     ),
 ]
 CalibrationOption = Annotated[
@@ -138,7 +160,7 @@ CalibratorOption = Annotated[
     _option(
         "--calibrator",
         panel=_NUMBERS,
-        metavar="mse|minmax|percentile",
+        metavar="|".join(get_args(Calibrator)),
         default=Int8().calibrator,
         help="How int8 chooses a range from the images.",
     ),
@@ -160,6 +182,21 @@ AgreementOption = Annotated[
         default="no gate",
         help="Budget of the logits: the share of images whose top-1 class must stay, 0 to 1.",
     ),
+]
+MixedFlag = Annotated[
+    bool,
+    _option(
+        "--mixed-precision",
+        panel=_NUMBERS,
+        help="int8: search the layers to keep in float so that the engine is within its budget. Resumable.",
+    ),
+]
+SpeedFlag = Annotated[
+    bool,
+    _option("--speed/--no-speed", panel=_NUMBERS, help="Time an int8 engine in turns with fp32 of its runtime."),
+]
+RequireSpeedupFlag = Annotated[
+    bool, _option("--require-speedup", panel=_NUMBERS, help="Fail where an int8 engine is slower than fp32.")
 ]
 OutputOption = Annotated[
     str | None,
@@ -189,9 +226,13 @@ class ExportChoice:
     runtime: str
     precision: Precision
     batch: Batch
+    embed_preprocessing: bool
     target: str | None
+    portable: bool
     calibration: tuple[str, ...]
     skip_corrupt: bool
+    speed: bool
+    require_speedup: bool
     output: Path
     overwrite: bool
     options: dict[str, Any] = field(default_factory=dict)

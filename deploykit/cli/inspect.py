@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from deploykit.cli.output import BundleArgument, JsonFlag, show, show_json, size_text, table
+from deploykit.cli.output import BundleArgument, JsonFlag, input_text, show, show_json, size_text, table
 from deploykit.errors import BundleError
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ def read_quantization(path: Path) -> QuantizationSummary:
 
 def _sections(manifest: Manifest, quantization: QuantizationSummary | None) -> Iterator[Section]:
     backbone, spec, how = manifest.backbone, manifest.input, manifest.input.preprocessing
+    inside = ", inside the engine" if spec.embeds_preprocessing else ""
     yield (
         "Backbone",
         [
@@ -101,8 +102,8 @@ def _sections(manifest: Manifest, quantization: QuantizationSummary | None) -> I
     yield (
         "Input",
         [
-            (spec.name, f"{spec.batch} x {spec.channels} x {spec.height} x {spec.width} {spec.dtype} {spec.layout}"),
-            ("mean, std", f"{_figures(how.mean)}; {_figures(how.std)} (of RGB in 0 to 1)"),
+            (spec.name, input_text(spec)),
+            ("mean, std", f"{_figures(how.mean)}; {_figures(how.std)} (of RGB in 0 to 1){inside}"),
             ("resize", f"{how.interpolation}, crop {how.crop_pct:g}, {how.crop_mode}"),
         ],
     )

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import deploykit
-from deploykit.cli import demo, doctor, export, inspect, list, run, verify
+from deploykit.cli import demo, doctor, export, inspect, list, run, sensitivity, verify
 from deploykit.cli.output import show, show_error, shown_warnings
 from deploykit.errors import CalibrationError, DeployKitError, MissingDependency, SpecError
 from deploykit.optional import PACKAGES
@@ -24,6 +24,7 @@ INTERRUPTED = 130
 _SPELLINGS = {
     "calibration=FOLDER": "--calibration FOLDER",
     "skip_corrupt=True": "--skip-corrupt",
+    "leave require_speedup out": "leave out --require-speedup",
     "overwrite=True": "--overwrite",
     "pretrained=<file>": "--weights FILE",
     "batch_size='dynamic'": "--batch-size dynamic",
@@ -44,6 +45,7 @@ app.command("export", epilog=export.EXAMPLE, context_settings=_SETTINGS)(export.
 app.command("run", epilog=run.EXAMPLE, context_settings=_SETTINGS)(run.run)
 app.command("verify", epilog=verify.EXAMPLE, context_settings=_SETTINGS)(verify.verify)
 app.command("inspect", epilog=inspect.EXAMPLE, context_settings=_SETTINGS)(inspect.inspect)
+app.command("sensitivity", epilog=sensitivity.EXAMPLE, context_settings=_SETTINGS)(sensitivity.sensitivity)
 app.command("list", epilog=list.EXAMPLE, context_settings=_SETTINGS)(list.list_backbones)
 app.command("demo", epilog=demo.EXAMPLE, context_settings=_SETTINGS)(demo.demo)
 app.command("doctor", epilog=doctor.EXAMPLE, context_settings=_SETTINGS)(doctor.doctor)
@@ -69,13 +71,15 @@ def _global_options(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code; ``--debug`` is taken at any place."""
+    """Run the command and return its exit code; ``--debug`` is taken at any place, and `verify` hears it too."""
     given = [*(sys.argv[1:] if arguments is None else arguments)]
     debug = "--debug" in given
+    words = [word for word in given if word != "--debug"]
+    words += ["--debug"] if debug and words[:1] == ["verify"] else []
     command = typer.main.get_command(app)
     try:
         with shown_warnings(), _stopped_like_interrupted():
-            code = command.main([word for word in given if word != "--debug"], "deploykit", standalone_mode=False)
+            code = command.main(words, "deploykit", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except Exception as error:

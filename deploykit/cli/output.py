@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
+    from deploykit.spec import InputSpec
+
 PIPED_WIDTH = 160
 """The width of a table that goes to a file or a pipe, in characters."""
 
@@ -97,6 +99,12 @@ def shown_warnings() -> Iterator[None]:
         warnings.filterwarnings("always", category=UserWarning, module=r"deploykit\.")
         warnings.showwarning = print_once
         yield
+
+
+def input_text(spec: InputSpec) -> str:
+    """``"1 x 224 x 224 x 3 uint8 NHWC"``."""
+    sides = " x ".join(str(side) for side in (spec.batch, *spec.shape[1:]))
+    return f"{sides} {spec.dtype} {spec.layout}"
 
 
 def size_text(size: float) -> str:

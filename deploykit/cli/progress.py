@@ -25,6 +25,13 @@ STAGES: dict[str, str] = {
 }
 """The stages of `deploykit.export.pipeline` in their order, after the one that comes before it."""
 
+OPTIONAL_STAGES: dict[str, str] = {
+    "sensitivity": "quantize one layer at a time",
+    "search": "search the layers to keep in float",
+    "speed": "time it in turns with fp32",
+}
+"""Stages that only some commands have, and so without a number."""
+
 
 @contextmanager
 def export_progress() -> Iterator[Progress]:
@@ -49,12 +56,12 @@ def _bars() -> Iterator[Progress]:
 
         def stage(name: str) -> None:
             done = list(STAGES).index(name) if name in STAGES else None
-            bars.update(stages, description=STAGES.get(name, name), completed=done)
+            bars.update(stages, description=(STAGES | OPTIONAL_STAGES).get(name, name), completed=done)
 
         def seen(count: int, total: int) -> None:
             bars.update(images, completed=count, total=total, visible=count < total)
 
-        yield Progress(stage=stage, images=seen)
+        yield Progress(stage=stage, images=seen, candidate=lambda told: stderr_console().print(f"  {told}"))
 
 
 @contextmanager
@@ -69,7 +76,7 @@ def _lines() -> Iterator[Progress]:
 
     def stage(name: str) -> None:
         place = f"[{list(STAGES).index(name) + 1}/{len(STAGES)}] " if name in STAGES else ""
-        line(f"{place}{STAGES.get(name, name)}")
+        line(f"{place}{(STAGES | OPTIONAL_STAGES).get(name, name)}")
 
     def seen(count: int, total: int) -> None:
         nonlocal told
@@ -78,4 +85,4 @@ def _lines() -> Iterator[Progress]:
             told = quarter
             line(f"      calibrated {count} of {total} images")
 
-    yield Progress(stage=stage, images=seen)
+    yield Progress(stage=stage, images=seen, candidate=lambda told: line(f"      {told}"))

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from deploykit.bundle import Manifest
 
 FloatArray: TypeAlias = npt.NDArray[np.float32]
-Images: TypeAlias = "npt.NDArray[Any] | torch.Tensor"
+ImageArray: TypeAlias = npt.NDArray[Any]
+"""Float32 images or uint8 pixels, as an engine's `InputSpec` says."""
+Images: TypeAlias = "ImageArray | torch.Tensor"
 
 RUNTIMES: dict[str, str] = {
     "torch_compile": "deploykit.runtimes.run_inductor:InductorRuntime",
@@ -41,7 +43,8 @@ class Runtime(ABC):
     """A backbone behind one runtime, called like the torch module.
 
     ``model(images)`` takes ``(N, C, H, W)`` float32, normalised as ``input_spec.preprocessing``
-    says. NumPy in gives NumPy out, torch in gives torch out (on the CPU). With ``features_only``
+    says; or ``(N, H, W, C)`` uint8 pixels where ``input_spec.embeds_preprocessing``. NumPy in gives
+    NumPy out, torch in gives torch out (on the CPU). With ``features_only``
     the result is a dict from level name to ``(N, C, H/stride, W/stride)``; otherwise
     ``(N, num_classes)`` logits, or the ``(N, D)`` embedding. The caller owns every returned
     buffer. Calls are safe from several threads.
@@ -55,6 +58,7 @@ class Runtime(ABC):
     package: ClassVar[str]
     version_policy: ClassVar[Literal["exact", "same_or_newer"]]
     precisions: ClassVar[tuple[str, ...]]
+    int8_float_dtypes: ClassVar[tuple[str, ...]] = ("fp32",)
 
     def __init__(self, manifest: Manifest, folder: Path, *, device: str = "auto") -> None:
         require(self.package)
@@ -74,7 +78,7 @@ class Runtime(ABC):
         """Load the engine file; return the device that it runs on."""
 
     @abstractmethod
-    def _run(self, images: FloatArray) -> list[FloatArray]:
+    def _run(self, images: ImageArray) -> list[FloatArray]:
         """Run once, from any thread; new arrays in the order of the manifest's outputs."""
 
     @abstractmethod
@@ -96,7 +100,7 @@ class Runtime(ABC):
         """
         if self._closed:
             raise self._closed_error()
-        array, to_caller = (images, None) if isinstance(images, np.ndarray) else _from_torch(images)
+        array, to_caller = (images, None) if isinstance(images, np.ndarray) else _from_torch(images, self.input_spec)
         array = check_images(array, self.input_spec)
         try:
             outputs: list[Any] = self._run(array)
@@ -150,7 +154,7 @@ class Runtime(ABC):
             )
 
 
-def run_in_batches(model: Runtime, images: FloatArray) -> dict[str, FloatArray]:
+def run_in_batches(model: Runtime, images: ImageArray) -> dict[str, FloatArray]:
     """Run a model over any number of images in batches that it takes; every output by name.
 
     A last partial batch is filled up by repeating its images, and the surplus is cut off.
@@ -185,34 +189,70 @@ def load_runtime(name: str) -> type[Runtime]:
     return adapter
 
 
-def check_images(images: npt.NDArray[Any], spec: InputSpec) -> FloatArray:
-    """The images as one contiguous float32 array, or an error that says what is wrong with them.
+def check_images(images: npt.NDArray[Any], spec: InputSpec) -> ImageArray:
+    """The images as one contiguous array of the input's dtype, or an error that says what is wrong with them.
 
     Raises:
         SpecError: wrong rank, layout, size, dtype or batch, or NaN or infinity.
     """
-    expected = f"{spec.shape} float32 {spec.layout}"
-    if images.dtype != np.float32:
-        hint = (
-            "decode and normalise first: deploykit.load_images(files, model.input_spec)"
-            if images.dtype == np.uint8
-            else "convert with .astype(np.float32)"
-        )
-        raise SpecError(f"the images are {images.dtype}; expected {expected}. To mend it, {hint}.")
-    if images.ndim != 4:
-        hint = " Add the batch dimension: images[None]." if images.ndim == 3 else ""
-        raise SpecError(f"the images have shape {images.shape}; expected {expected}.{hint}")
-    if images.shape[1:] != (spec.channels, spec.height, spec.width):
-        hint = ""
-        if images.shape[1:] == (spec.height, spec.width, spec.channels):
-            hint = " These look like NHWC: use images.transpose(0, 3, 1, 2)."
-        raise SpecError(f"the images have shape {images.shape}; expected {expected}.{hint}")
-    if not spec.accepts_batch(images.shape[0]):
+    if images.dtype != spec.dtype:
         raise SpecError(
-            f"the batch has {images.shape[0]} images and the model takes {spec.batch}. "
+            f"the images are {images.dtype}; expected {_expected(spec)}. To mend it, {_cast_hint(images, spec)}."
+        )
+    check_shape(images.shape, spec)
+    images = np.ascontiguousarray(images)
+    if spec.dtype == "float32":
+        _check_finite(images)
+    return images
+
+
+def check_shape(shape: tuple[int, ...], spec: InputSpec) -> None:
+    """Refuse images of another shape than the input's.
+
+    Raises:
+        SpecError: wrong rank, layout, size or batch.
+    """
+    if len(shape) != 4:
+        hint = " Add the batch dimension: images[None]." if len(shape) == 3 else ""
+        raise SpecError(f"the images have shape {shape}; expected {_expected(spec)}.{hint}")
+    if shape[1:] != spec.shape[1:]:
+        raise SpecError(f"the images have shape {shape}; expected {_expected(spec)}.{_layout_hint(shape, spec)}")
+    if not spec.accepts_batch(shape[0]):
+        raise SpecError(
+            f"the batch has {shape[0]} images and the model takes {spec.batch}. "
             "Export with batch_size='dynamic' (or a range) for other batches."
         )
-    images = np.ascontiguousarray(images)
+
+
+def _expected(spec: InputSpec) -> str:
+    return f"{spec.shape} {spec.dtype} {spec.layout}"
+
+
+def _cast_hint(images: npt.NDArray[Any], spec: InputSpec) -> str:
+    """What to do with images of another dtype."""
+    if spec.dtype == "float32":
+        if images.dtype == np.uint8:
+            return "decode and normalise first: deploykit.load_images(files, model.input_spec)"
+        return "convert with .astype(np.float32)"
+    if images.dtype.kind == "f":
+        return (
+            "pass the decoded pixels, 0 to 255, without mean and std, which are inside this engine: "
+            "deploykit.load_images(files, model.input_spec)"
+        )
+    return "convert pixels from 0 to 255 with .astype(np.uint8)"
+
+
+def _layout_hint(shape: tuple[int, ...], spec: InputSpec) -> str:
+    """How to turn images that stand in the other layout; empty where they do not."""
+    other = (spec.as_pixels() if spec.layout == "NCHW" else spec.as_images()).shape
+    if shape[1:] != other[1:]:
+        return ""
+    if spec.layout == "NCHW":
+        return " These look like NHWC: use images.transpose(0, 3, 1, 2)."
+    return " These look like NCHW: use images.transpose(0, 2, 3, 1)."
+
+
+def _check_finite(images: FloatArray) -> None:
     flat = images.reshape(-1)
     with np.errstate(over="ignore", invalid="ignore"):
         # One pass without a temporary: a NaN or an infinity anywhere shows in the sum of squares.
@@ -220,21 +260,35 @@ def check_images(images: npt.NDArray[Any], spec: InputSpec) -> FloatArray:
     if not np.isfinite(energy) and not np.isfinite(images).all():
         bad = [int(index) for index in np.flatnonzero(~np.isfinite(images).all(axis=(1, 2, 3)))]
         raise SpecError(f"the images hold NaN or infinity (in batch positions {bad}); expected finite values.")
-    return images
 
 
-def _from_torch(images: Any) -> tuple[npt.NDArray[Any], Any]:
-    """A torch tensor as an array that shares its memory, and the way back."""
+def check_tensor(images: Any, spec: InputSpec) -> Any:
+    """Refuse what is not a dense torch tensor of the input's dtype; returns the module torch.
+
+    Raises:
+        SpecError: no tensor, a sparse one, or one of another dtype.
+    """
     torch_module = sys.modules.get("torch")
     if torch_module is None or not isinstance(images, torch_module.Tensor):
         raise SpecError(
             f"the images are a {type(images).__name__}; expected a numpy.ndarray or a torch.Tensor. "
             "Files are read with deploykit.load_images(files, model.input_spec)."
         )
-    if images.dtype != torch_module.float32 or images.layout != torch_module.strided:
-        raise SpecError(
-            f"the images are a {images.layout} tensor of {images.dtype}; expected a dense tensor of torch.float32. "
-            "To mend it, convert with .to_dense() and .float()."
+    if images.dtype != getattr(torch_module, spec.dtype) or images.layout != torch_module.strided:
+        remedy = (
+            "convert with .to_dense() and .float()"
+            if spec.dtype == "float32"
+            else "pass the decoded pixels, 0 to 255, without mean and std, which are inside this engine"
         )
+        raise SpecError(
+            f"the images are a {images.layout} tensor of {images.dtype}; expected a dense tensor of "
+            f"torch.{spec.dtype}. To mend it, {remedy}."
+        )
+    return torch_module
+
+
+def _from_torch(images: Any, spec: InputSpec) -> tuple[ImageArray, Any]:
+    """A torch tensor as an array that shares its memory, and the way back."""
+    torch_module = check_tensor(images, spec)
     device = images.device
     return images.detach().cpu().numpy(), lambda output: torch_module.from_numpy(output).to(device)

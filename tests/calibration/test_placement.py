@@ -1,10 +1,15 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
-from deploykit.calibration.placement import place
+from deploykit.calibration.dialects import onnxruntime
+from deploykit.calibration.placement import place, without
+from deploykit.calibration.plan import onnx_session
+from deploykit.errors import CalibrationError
+from deploykit.parity.metrics import sqnr_db
 from tests.calibration.networks import master_graph
 
 IMAGES = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
@@ -100,3 +105,61 @@ def test_matrix_products_are_found_with_their_bias_and_batched_ones_stay_in_floa
     assert use.bias in {tensor.name for tensor in graph.model.graph.initializer}
     assert list(placement.float_nodes.values()) == ["its weight has rank 3, and integer kernels take matrices"]
     assert not placement.writes
+
+
+def test_without_nothing_is_the_same_placement(residual):
+    placement = place(residual.graph.model)
+    assert without(residual.graph.model, placement, {}) == placement
+
+
+def test_a_node_taken_out_takes_its_tensors_and_the_add_behind_it_along(residual):
+    model, placement = residual.graph.model, place(residual.graph.model)
+    writers = nodes_by_output(model)
+    add = next(node for node in model.graph.node if node.op_type == "Add")
+    conv = next(writers[name] for name in add.input if writers[name].op_type == "Conv")
+    found = without(model, placement, {conv.name: "because"})
+    assert found.float_nodes == placement.float_nodes | {conv.name: "because"}
+    assert found.weights.keys() == placement.weights.keys() - {conv.name}
+    assert conv.output[0] in placement.writes
+    assert conv.output[0] not in found.writes
+    summed = next(node.output[0] for node in model.graph.node if add.output[0] in node.input)
+    assert summed in placement.writes
+    assert summed not in found.writes
+    assert set(found.tensors) < set(placement.tensors)
+
+
+def test_without_the_stem_the_images_are_not_rounded(residual):
+    placement = place(residual.graph.model)
+    stem = next(iter(placement.weights))
+    assert "images" in placement.reads
+    assert "images" not in without(residual.graph.model, placement, {stem: "because"}).tensors
+
+
+def test_a_plan_without_nodes_renders_and_leaves_them_in_float(residual):
+    nodes = list(residual.plan.placement.weights)[:3]
+    plan = residual.plan.without(residual.graph.model, dict.fromkeys(nodes, "because"))
+    model = onnxruntime.render(residual.graph, plan).model
+    constants = {tensor.name for tensor in model.graph.initializer}
+    kept = {node.name for node in model.graph.node if len(node.input) > 1 and node.input[1] in constants}
+    assert set(nodes) <= kept
+    assert not kept & (residual.plan.placement.weights.keys() - set(nodes))
+    residual.run(model)
+
+
+def test_a_node_that_is_not_in_integers_cannot_be_taken_out(residual):
+    placement = place(residual.graph.model)
+    with pytest.raises(CalibrationError, match="nowhere: no node"):
+        without(residual.graph.model, placement, {"nowhere": "because"})
+
+
+def test_a_float_convolution_between_integers_stays_in_float_in_onnx_runtime(residual):
+    """ONNX Runtime would quantize it, with one scale for its whole weight."""
+    conv = next(
+        name for name, use in residual.plan.placement.weights.items() if use.input in residual.plan.placement.writes
+    )
+    plan = residual.plan.without(residual.graph.model, {conv: "because"})
+    model = onnxruntime.render(residual.graph, plan).model
+    session = onnx_session(model, optimize=False)
+    as_written = [session.run(None, {"images": image[None]}) for image in residual.images]
+    expected = [np.concatenate(parts) for parts in zip(*as_written, strict=True)]
+    assert min(sqnr_db(one, other) for one, other in zip(expected, residual.run(model), strict=True)) > 60

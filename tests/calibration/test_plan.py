@@ -60,8 +60,9 @@ def test_the_key_changes_with_each_of_its_parts():
         plan_key("weights", "images", Int8(calibrator="minmax")),
         plan_key("weights", "images", Int8(percentile=99.0)),
         plan_key("weights", "images", Int8(bias_correction=False)),
+        plan_key("weights", "images", Int8(equalization=None)),
     }
-    assert len(others) == 5
+    assert len(others) == 6
     assert key not in others
 
 

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import tracemalloc
+
+import numpy as np
 import pytest
 
 from deploykit.calibration.half import HalfPlan
 from deploykit.calibration.images import CalibrationSet
-from deploykit.calibration.plan import QuantizationPlan, plan_key
+from deploykit.calibration.plan import QuantizationPlan, calibrate, plan_key
+from deploykit.calibration.plan_cache import PlanCache
 from deploykit.calibration.precision import Bf16Plan, plan_precision
-from deploykit.errors import CalibrationError
-from deploykit.spec import Bf16, Fp16, Fp32, Int8
+from deploykit.errors import CalibrationError, CalibrationWarning
+from deploykit.spec import Bf16, Fp16, Fp32, Int8, Preprocessing
 
 
 @pytest.mark.parametrize(
@@ -27,3 +31,63 @@ def test_each_precision_has_its_plan(residual, precision, kind):
 def test_int8_without_images_is_an_error_that_says_what_to_pass(residual):
     with pytest.raises(CalibrationError, match=r"calibration=FOLDER.*Random data is never used"):
         plan_precision(residual.graph.model, Int8(), calibration=None, probe=residual.images, weights_digest="w")
+
+
+def planned(case, precision=None, *, images=None, digest="w", **options):
+    arrays = case.images if images is None else images
+    calibration = CalibrationSet(spec=case.graph.input, arrays=arrays)
+    return plan_precision(
+        case.graph.model,
+        precision or Int8(),
+        calibration=calibration,
+        probe=case.images,
+        weights_digest=digest,
+        **options,
+    )
+
+
+def test_bad_images_are_warned_of_each_time_a_plan_of_them_is_used(residual, tmp_path):
+    cache = PlanCache(tmp_path)
+    for _ in range(2):
+        with pytest.warns(CalibrationWarning, match="only 6 different calibration images"):
+            planned(residual, cache=cache)
+
+
+def test_a_cached_plan_is_not_calibrated_again_and_other_settings_are(residual, tmp_path):
+    cache, heard = PlanCache(tmp_path), []
+    for precision in (Int8(), Int8(), Int8(min_sqnr_db=3), Int8(calibrator="entropy")):
+        plan = planned(residual, precision, cache=cache, on_image=heard.append)
+        assert plan.calibrator == precision.calibrator
+    assert heard == [1, 2, 3, 4, 5, 6] * 2
+
+
+def test_an_offered_plan_is_used_as_it_is(residual):
+    made = planned(residual)
+    assert planned(residual, offered=made) is made
+
+
+def test_a_plan_of_other_weights_is_refused_with_both_digests(residual):
+    made = planned(residual, digest="1" * 64)
+    with pytest.raises(CalibrationError, match=f"digest {'1' * 64}.*digest {'2' * 64}. Calibrate again"):
+        planned(residual, digest="2" * 64, offered=made)
+
+
+def test_a_plan_of_a_graph_with_other_constants_is_refused(residual, tokens):
+    with pytest.raises(CalibrationError, match="equalization are not"):
+        planned(tokens, offered=planned(residual))
+
+
+def test_memory_does_not_grow_with_the_number_of_images(residual):
+    generator = np.random.default_rng(0)
+
+    def peak(count: int) -> int:
+        batches = (generator.normal(size=(1, 3, 64, 64)).astype(np.float32) for _ in range(count))
+        tracemalloc.start()
+        calibrate(residual.graph.model, batches, Int8(calibrator="entropy"), key="", preprocessing=Preprocessing())
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    peak(1)
+    few, many = peak(64), peak(512)
+    assert many < 1.1 * few

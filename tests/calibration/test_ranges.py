@@ -6,6 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from deploykit.calibration import ranges
 from deploykit.calibration.ranges import BINS, ActivationRange, Histogram, quantize_weight
 from deploykit.errors import CalibrationError
 from deploykit.spec import Int8
@@ -16,7 +17,7 @@ BATCHES = st.lists(
     min_size=1,
     max_size=5,
 )
-CALIBRATORS = st.sampled_from(["mse", "minmax", "percentile"])
+CALIBRATORS = st.sampled_from(["mse", "minmax", "percentile", "entropy"])
 
 
 def histogram_of(batches) -> Histogram:
@@ -109,7 +110,41 @@ def test_a_percentile_leaves_out_that_share_of_the_values():
     assert outside == pytest.approx(0.02, abs=0.005)
 
 
-@pytest.mark.parametrize("calibrator", ["mse", "minmax", "percentile"])
+def test_entropy_clips_a_heavy_tail_and_keeps_a_uniform_range_whole():
+    generator = np.random.default_rng(0)
+    tailed = generator.standard_t(2.5, size=(4, 1, 20000)).astype(np.float32)
+    flat = generator.uniform(-1, 1, size=(4, 1, 20000)).astype(np.float32)
+    clipped, whole = (histogram_of([values]).choose(Int8(calibrator="entropy")) for values in (tailed, flat))
+    assert 3 < clipped.amax < 0.7 * np.abs(tailed).max()
+    assert clipped.low == -clipped.amax
+    assert whole.amax > 0.97
+
+
+def test_entropy_is_not_led_by_the_zeros_of_a_relu():
+    values = np.maximum(np.random.default_rng(0).normal(size=(4, 1, 20000)), 0).astype(np.float32)
+    zeros = np.zeros((4, 1, 200000), np.float32)
+    alone, many = (histogram_of(batches).choose(Int8(calibrator="entropy")) for batches in ([values], [values, zeros]))
+    assert alone.low == 0
+    assert many == alone
+    assert alone.amax > 2.5
+
+
+@pytest.mark.parametrize("size", [128, 256, 512, 1024])
+def test_the_divergence_is_that_of_the_published_loop(size):
+    """Migacz 2017 as printed, at sizes that divide evenly into the 128 levels."""
+    counts = np.random.default_rng(1).poisson(np.geomspace(400, 0.05, 1024)).astype(np.float64)
+    reference = counts[:size].copy()
+    reference[-1] += counts[size:].sum()
+    rounded = np.zeros(size)
+    for part in np.array_split(np.arange(size), 128):
+        used = part[counts[part] > 0]
+        rounded[used] = counts[used].sum() / max(len(used), 1)
+    p, q = reference / reference.sum(), rounded / rounded.sum()
+    expected = sum(p[i] * np.log(p[i] / max(q[i], 1e-12)) for i in range(size) if p[i] > 0)
+    assert ranges._divergence(counts, size) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("calibrator", ["mse", "minmax", "percentile", "entropy"])
 @pytest.mark.parametrize("value", [0.0, 1e-40, -1e-40, 7.0])
 def test_a_constant_tensor_has_a_finite_scale(calibrator, value):
     found = histogram_of([np.full((2, 8), value, np.float32)] * 2).choose(Int8(calibrator=calibrator))

@@ -79,7 +79,7 @@ def test_an_int8_bundle_carries_its_plan_its_report_and_its_reference(int8_bundl
     assert {"parity.json", "reference.npz", "quantization-plan.json", "quantization-plan.npz"} < set(manifest.files)
     assert manifest.status == "parity_checked"
     assert manifest.calibration_digest == calibration_set(photographs, backbone.input_spec).digest
-    assert manifest.fusions == {"fold-batchnorm": 20}
+    assert {"fold-batchnorm": 20, "equalize-channels": 12}.items() <= manifest.fusions.items()
     plan = QuantizationPlan.load(int8_bundles[0])
     assert plan.images == 6
     report = ParityReport.load(int8_bundles[0] / "parity.json")
@@ -136,7 +136,7 @@ def test_a_tensorrt_plan_is_built_and_its_graph_checked_in_onnxruntime(features_
     )
     assert heard == STAGES
     assert manifest.status == "built"
-    assert manifest.requires == {"compute_capability": "sm89"}
+    assert manifest.requires == {"compute_capability": "sm89", "flavour": "tensorrt_rtx", "tf32": "off"}
     assert manifest.input.batch == BatchRange(min=1, opt=2, max=4)
     report = ParityReport.load(tmp_path / "bundle" / "parity.json")
     assert {level.measured_on for level in report.levels} == {"proxy: onnxruntime"}
@@ -209,8 +209,10 @@ def test_every_part_of_a_request_is_in_the_cache_key(backbone, monkeypatch):
         key(calibration=calibration_set(arrays, backbone.input_spec)),
         key(calibration=calibration_set(arrays[:1], backbone.input_spec)),
         key(target="sm89"),
+        key(portable=True),
+        key(embed_preprocessing=True),
     }
-    assert len(keys) == 12
+    assert len(keys) == 14
     assert key() in keys
     monkeypatch.setattr(deploykit, "__version__", "99")
     assert key() not in keys
@@ -269,3 +271,21 @@ def test_a_full_disk_is_a_bundle_error_that_leaves_nothing(tmp_path):
     assert "BundleError:" in out
     assert "Nothing was left behind. Free some space" in out
     assert not list(tmp_path.iterdir())
+
+
+def test_a_second_runtime_does_not_calibrate_again(backbone, photographs, tmp_path, monkeypatch):
+    monkeypatch.setenv("DEPLOYKIT_CACHE", str(tmp_path / "cache"))
+    heard = {"onnxruntime": [], "openvino": []}
+    for runtime, images in heard.items():
+        progress = Progress(images=lambda seen, total, images=images: images.append(seen))
+        export_backbone(
+            *(backbone, tmp_path / runtime),
+            runtime=runtime,
+            precision="int8",
+            calibration=photographs,
+            progress=progress,
+        )
+    assert heard == {"onnxruntime": [1, 2, 3, 4, 5, 6], "openvino": []}
+    one, other = (QuantizationPlan.load(tmp_path / runtime) for runtime in heard)
+    assert one.ranges == other.ranges
+    assert one.key == other.key

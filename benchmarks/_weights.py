@@ -1,0 +1,12 @@
+"""Realistic random weights: those that the tests draw."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from tests.backbones.realistic import randomize as realistic
+
+__all__ = ["realistic"]

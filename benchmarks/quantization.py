@@ -1,0 +1,281 @@
+"""INT8 into ONNX Runtime and OpenVINO: ours beside FP32 and beside the stock quantizers, network by network.
+
+Every route gets the same FP32 graph and the same calibration crops; the figures come from crops of other
+photographs. Stock are ONNX Runtime's quantize_static and quantize_dynamic (per channel), and NNCF on the
+ONNX graph when that package is installed. Times are medians over rounds in which all routes of a runtime
+take turns. EfficientNet-Lite0 has its ImageNet weights; the others have random weights whose norms and
+layer scales are drawn from ranges that training gives, so their top-1 agreement says little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import logging
+import statistics
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from _timing import RUNTIMES, Call, alternate, outputs_of
+from _weights import realistic
+from PIL import Image
+
+from deploykit.backbones.base import BackboneOptions
+from deploykit.backbones.registry import build_backbone
+from deploykit.backbones.weights import weights_digest
+from deploykit.calibration.dialects import onnxruntime as ort_dialect
+from deploykit.calibration.dialects import openvino as openvino_dialect
+from deploykit.calibration.equalization import equalization_passes
+from deploykit.calibration.images import calibration_set, preprocess
+from deploykit.calibration.precision import plan_precision
+from deploykit.cli.demo import CALIBRATED, SHOWN, photograph_folder
+from deploykit.export.graphs import output_specs
+from deploykit.export.to_onnx import to_onnx
+from deploykit.export.trace import output_names, trace
+from deploykit.fusion.pipeline import EXPORT_PASSES, fuse
+from deploykit.graph import Graph
+from deploykit.parity.metrics import sqnr_db, top1_agreement
+from deploykit.runtimes.base import FloatArray
+from deploykit.spec import InputSpec, Int8
+
+NETWORKS = (
+    "resnet50",
+    "tf_efficientnet_lite0",
+    "mobilenetv2_100",
+    "mobilenetv3_large_100",
+    "regnety_008",
+    "vit_small_patch16_224",
+    "swin_tiny_patch4_window7_224",
+    "convnext_tiny",
+)
+OURS = "deploykit"
+DIALECTS = {"onnxruntime": ort_dialect, "openvino": openvino_dialect}
+
+
+def crops(names: Iterable[str], count: int, seed: int, spec: InputSpec) -> FloatArray:
+    """Square crops of photographs, preprocessed: ``(count, 3, H, W)``."""
+    generator, names, images = np.random.default_rng(seed), list(names), []
+    for number in range(count):
+        with Image.open(photograph_folder() / names[number % len(names)]) as photograph:
+            side = int(min(photograph.size) * generator.uniform(0.5, 1.0))
+            left, top = (int(generator.integers(0, length - side + 1)) for length in photograph.size)
+            images.append(preprocess(photograph.crop((left, top, left + side, top + side)), spec))
+    return np.stack(images)
+
+
+def nncf_route(model: onnx.ModelProto, images: FloatArray) -> onnx.ModelProto:
+    """NNCF's post-training quantization of the ONNX graph, mixed preset, as a transformer where it is one."""
+    import nncf
+
+    dataset = nncf.Dataset([image[None] for image in images], lambda image: {"images": image})
+    kinds = {node.op_type for node in model.graph.node}
+    transformer = nncf.ModelType.TRANSFORMER if "Softmax" in kinds else None
+    return nncf.quantize(
+        copy.deepcopy(model),
+        dataset,
+        preset=nncf.QuantizationPreset.MIXED,
+        subset_size=len(images),
+        model_type=transformer,
+    )
+
+
+def static_route(model: onnx.ModelProto, images: FloatArray) -> onnx.ModelProto:
+    """ONNX Runtime's static quantization, per channel, Q/DQ, uint8 activations and int8 weights."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = iter(images)
+
+        def get_next(self) -> Any:
+            image = next(self.left, None)
+            return None if image is None else {"images": image[None]}
+
+    with tempfile.TemporaryDirectory() as scratch:
+        source, target = Path(scratch) / "fp32.onnx", Path(scratch) / "int8.onnx"
+        onnx.save(model, source)
+        quantize_static(
+            source, target, Reader(), per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8
+        )
+        return onnx.load(target)
+
+
+def dynamic_route(model: onnx.ModelProto, images: FloatArray) -> onnx.ModelProto:
+    """ONNX Runtime's dynamic quantization of matrix products, per channel; takes no images."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as scratch:
+        source, target = Path(scratch) / "fp32.onnx", Path(scratch) / "int8.onnx"
+        onnx.save(model, source)
+        quantize_dynamic(
+            source, target, per_channel=True, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8
+        )
+        return onnx.load(target)
+
+
+STOCK: dict[str, Callable[[onnx.ModelProto, FloatArray], onnx.ModelProto]] = {
+    "quantize_static": static_route,
+    "quantize_dynamic": dynamic_route,
+    "NNCF on ONNX": nncf_route,
+}
+
+
+def measure(name: str, count: int, rounds: int, settings: Int8) -> list[dict[str, Any]]:
+    """Every route of a network in every runtime, a row each."""
+    torch.manual_seed(0)
+    pretrained = name == "tf_efficientnet_lite0"
+    backbone = build_backbone(name, BackboneOptions(), pretrained=pretrained)
+    backbone = (backbone if pretrained else realistic(backbone)).eval()
+    source = backbone.input_spec
+    spec = InputSpec(height=source.height, width=source.width, preprocessing=source.preprocessing)
+    images = crops(CALIBRATED, count, 0, spec)
+    evaluated = crops((*SHOWN, "motorcycle_right.png"), count, 1, spec)
+    stock_graph, ours_graph = (_graph(backbone, spec, images, chosen) for chosen in (None, settings))
+    plan = plan_precision(
+        ours_graph.model,
+        settings,
+        calibration=calibration_set(images, spec),
+        probe=images[:1],
+        weights_digest=weights_digest(backbone),
+    )
+    stock = _stock_routes(stock_graph.model, images)
+    rows = []
+    for runtime, open_graph in RUNTIMES.items():
+        graphs = {"FP32": stock_graph.model, **stock, OURS: DIALECTS[runtime].render(ours_graph, plan).model}
+        calls = _opened(open_graph, graphs, images[:1])
+        times = alternate(calls, images[:1], rounds)
+        reference = outputs_of(calls["FP32"], evaluated)
+        for route, call in calls.items():
+            outputs = outputs_of(call, evaluated)
+            rows.append(
+                {
+                    "network": name,
+                    "runtime": runtime,
+                    "route": route,
+                    "ms": times[route],
+                    "features_db": None if route == "FP32" else sqnr_db(reference[-2], outputs[-2]),
+                    "logits_db": None if route == "FP32" else sqnr_db(reference[-1], outputs[-1]),
+                    "top1": top1_agreement(reference[-1], outputs[-1]),
+                }
+            )
+    return rows
+
+
+def _graph(backbone: Any, spec: InputSpec, images: FloatArray, settings: Int8 | None) -> Graph:
+    """The FP32 graph, equalized where settings for INT8 are given."""
+    passes = EXPORT_PASSES
+    if settings is not None:
+        passes = (*passes, *equalization_passes(settings, calibration_set(images, spec), spec))
+    model = to_onnx(fuse(trace(backbone, spec), spec, images, passes).program, spec, output_names(backbone))
+    return Graph(input=spec, outputs=output_specs(model), model=model)
+
+
+def _stock_routes(model: onnx.ModelProto, images: FloatArray) -> dict[str, onnx.ModelProto]:
+    found = {}
+    for route, quantize in STOCK.items():
+        if "NNCF" in route and not importlib.util.find_spec("nncf"):
+            print("NNCF is not installed, so its row is absent: pip install nncf")
+            continue
+        try:
+            found[route] = quantize(model, images)
+        except Exception as error:  # a stock quantizer that fails is a finding
+            print(f"{route} fails: {type(error).__name__}: {str(error)[:120]}")
+    return found
+
+
+def _opened(
+    open_graph: Callable[[onnx.ModelProto], Call], graphs: dict[str, onnx.ModelProto], images: FloatArray
+) -> dict[str, Call]:
+    """Every graph that the runtime takes and runs."""
+    calls = {}
+    for route, graph in graphs.items():
+        try:
+            call = open_graph(graph)
+            call(images)
+            calls[route] = call
+        except Exception as error:  # a stock graph that does not run is a finding
+            if route in ("FP32", OURS):
+                raise
+            print(f"{route} does not run: {type(error).__name__}: {str(error).strip()[:120]}")
+    return calls
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    """One table a network and runtime, then what they come to."""
+    for name, runtime in dict.fromkeys((row["network"], row["runtime"]) for row in rows):
+        chosen = _routes(rows, name, runtime)
+        fp32 = chosen["FP32"]["ms"]
+        print(f"\n{name} in {runtime}")
+        print(f"{'route':<18} {'ms':>8} {'FP32/route':>11} {'features dB':>12} {'logits dB':>10} {'top-1':>7}")
+        for route, row in chosen.items():
+            noise = f"{_decibels(row['features_db']):>12} {_decibels(row['logits_db']):>10}"
+            print(f"{route:<18} {row['ms']:8.2f} {fp32 / row['ms']:11.2f} {noise} {row['top1']:7.1%}")
+
+
+def summarize(rows: list[dict[str, Any]]) -> None:
+    """A row a network and runtime: our speed beside FP32 and the fastest stock route, our noise beside the best."""
+    ratios: dict[str, list[tuple[float, float]]] = {runtime: [] for runtime in RUNTIMES}
+    print("\nstock: the fastest stock route; its dB: the best logits of those at least 5% faster than FP32")
+    heads = ("FP32 ms", "ours ms", "FP32/ours", "ours/stock", "stock dB", "ours dB")
+    print(f"{'network':<29}{'runtime':<12}" + "".join(f"{head:>11}" for head in heads))
+    for name, runtime in dict.fromkeys((row["network"], row["runtime"]) for row in rows):
+        chosen = _routes(rows, name, runtime)
+        fp32, ours = chosen["FP32"]["ms"], chosen[OURS]["ms"]
+        stock = [row for route, row in chosen.items() if route not in ("FP32", OURS)]
+        fastest = min(row["ms"] for row in stock)
+        quietest = max((row["logits_db"] for row in stock if row["ms"] < 0.95 * fp32), default=None)
+        ratios[runtime].append((fp32 / ours, ours / fastest))
+        figures = f"{fp32:11.2f}{ours:11.2f}{fp32 / ours:11.2f}{ours / fastest:11.2f}"
+        print(f"{name:<29}{runtime:<12}{figures}{_decibels(quietest):>11}{_decibels(chosen[OURS]['logits_db']):>11}")
+    for runtime, pairs in ratios.items():
+        if pairs:
+            speed, against = (statistics.geometric_mean(column) for column in zip(*pairs, strict=True))
+            print(f"{'geometric mean':<29}{runtime:<12}{'':22}{speed:11.2f}{against:11.2f}")
+
+
+def _routes(rows: list[dict[str, Any]], name: str, runtime: str) -> dict[str, dict[str, Any]]:
+    return {row["route"]: row for row in rows if (row["network"], row["runtime"]) == (name, runtime)}
+
+
+def _decibels(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def main() -> None:
+    """Measure the networks that are asked for and print all that the results file holds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=NETWORKS, help="backbones (default: the eight of the table)")
+    parser.add_argument("--rounds", type=int, default=50, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=48, help="calibration and evaluation crops (default: 48)")
+    parser.add_argument("--results", type=Path, help="a JSON-lines file to add to: networks in it are not measured")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    rows: list[dict[str, Any]] = []
+    if options.results and options.results.exists():
+        rows = [json.loads(line) for line in options.results.read_text().splitlines()]
+    measured = {row["network"] for row in rows}
+    for name in options.networks:
+        if name in measured:
+            continue
+        print(f"measuring {name}", flush=True)
+        found = measure(name, options.images, options.rounds, Int8())
+        rows += found
+        if options.results:
+            with options.results.open("a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in found)
+    chosen = [row for row in rows if row["network"] in options.networks]
+    report(chosen)
+    summarize(chosen)
+
+
+if __name__ == "__main__":
+    main()

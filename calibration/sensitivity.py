@@ -1,0 +1,265 @@
+"""How much of the outputs' noise each integer node makes: measured one node at a time, in one session.
+
+Beside each integer node stands a switch (``If``) that rounds what it reads, and its weight and bias are
+inputs of the graph, so that any set of nodes is quantized by feeding it, without building a graph a node.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+
+from deploykit.calibration.dialects import DIALECTS
+from deploykit.calibration.dialects.qdq import QdqStyle
+from deploykit.calibration.placement import IntegerWeight
+from deploykit.calibration.plan import QuantizationPlan, add_constant, calibration_batch, onnx_session
+from deploykit.calibration.ranges import quantize_weight
+from deploykit.optional import require
+from deploykit.parity.metrics import sqnr_db
+from deploykit.parity.report import MAX_SQNR_DB
+from deploykit.runtimes.base import FloatArray
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MEASURED_IMAGES = 4
+
+PLAIN_STYLE = QdqStyle(symmetric=False, all_writes=False, integer_bias=False, drop_activations=False)
+"""Where a dialect writes no ONNX: uint8 activations with the plan's ranges."""
+
+
+def style_of(runtime: str) -> QdqStyle:
+    """How a runtime's dialect writes Q/DQ nodes."""
+    module = importlib.import_module(DIALECTS[runtime].partition(":")[0])
+    style: QdqStyle = getattr(module, "STYLE", PLAIN_STYLE)
+    return style
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeSensitivity:
+    """One integer node: the SQNR in dB of each output when it alone is quantized, and its work.
+
+    ``layer`` is its weight's name in the state dict. ``macs`` are the multiply-accumulates of one
+    image. A perfect match is `MAX_SQNR_DB`.
+    """
+
+    node: str
+    layer: str
+    operator: str
+    macs: int
+    sqnr_db: dict[str, float]
+
+    @property
+    def worst_db(self) -> float:
+        """The SQNR of the output that suffers most."""
+        return min(self.sqnr_db.values())
+
+    @property
+    def noise(self) -> float:
+        """The noise in that output, as a share of its power."""
+        return float(10 ** (-self.worst_db / 10))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sensitivity:
+    """Every integer node, the noisiest first, and the SQNR of each output with all of them quantized at once."""
+
+    images: int
+    nodes: tuple[NodeSensitivity, ...]
+    together_db: dict[str, float]
+
+    def shares(self) -> dict[str, float]:
+        """Each node's part, 0 to 1, of the noise that all of them make when each works alone."""
+        total = math.fsum(entry.noise for entry in self.nodes) or 1.0
+        return {entry.node: entry.noise / total for entry in self.nodes}
+
+    def plot(self, path: Path) -> None:
+        """Draw a bar a node, the noisiest at the top, into an image file.
+
+        Raises:
+            MissingDependency: matplotlib is not installed.
+        """
+        pyplot = require("matplotlib.figure")
+        figure = pyplot.Figure(figsize=(8, 1 + 0.2 * len(self.nodes)), layout="constrained")
+        axes = figure.add_subplot()
+        axes.barh([entry.layer for entry in self.nodes], [entry.worst_db for entry in self.nodes])
+        axes.invert_yaxis()
+        axes.set_xlabel("SQNR of the worst output with this node alone in integers, dB")
+        figure.savefig(path)
+
+
+def measure_sensitivity(
+    model: onnx.ModelProto, plan: QuantizationPlan, images: FloatArray, style: QdqStyle
+) -> Sensitivity:
+    """Quantize the integer nodes of a plan one at a time and compare the outputs with FP32.
+
+    A node's own noise is that of its weight, its corrected bias and what it reads; what residual
+    adds and pools lose is in no node's figure.
+
+    Args:
+        model: the FP32 master graph.
+        plan: which nodes run in integers, with the range of what they read.
+        images: ``(N, C, H, W)`` to measure on; `MEASURED_IMAGES` of them are used.
+        style: how the runtime's dialect quantizes what a node reads.
+    """
+    simulation = Simulation(model, plan, images, style)
+    nodes = [
+        NodeSensitivity(
+            node=name,
+            layer=use.weight.removeprefix("backbone.").removesuffix(".weight"),
+            operator=simulation.operators[name],
+            macs=simulation.macs[name],
+            sqnr_db=simulation.sqnr_db({name}),
+        )
+        for name, use in plan.placement.weights.items()
+    ]
+    return Sensitivity(
+        images=simulation.images,
+        nodes=tuple(sorted(nodes, key=lambda entry: entry.worst_db)),
+        together_db=simulation.sqnr_db(plan.placement.weights),
+    )
+
+
+class Simulation:
+    """The master graph with a switch at each integer node."""
+
+    def __init__(self, model: onnx.ModelProto, plan: QuantizationPlan, images: FloatArray, style: QdqStyle) -> None:
+        self._plan = plan
+        self._style = style
+        self._exact: dict[str, npt.NDArray[Any]] = {}
+        self._rounded: dict[str, dict[str, npt.NDArray[Any]]] = {}
+        self.operators: dict[str, str] = {}
+        self.macs: dict[str, int] = {}
+        opened = ir.from_proto(model)
+        nodes = {node.name: node for node in opened.graph}
+        for name, use in plan.placement.weights.items():
+            self._open(opened.graph, nodes[name], use)
+        self._outputs = [value.name for value in model.graph.output]
+        self._input = model.graph.input[0].name
+        self._batches = _batches(model, images)
+        self.images = sum(map(len, self._batches))
+        self._session = onnx_session(ir.to_proto(opened))
+        self._reference = self._run(())
+
+    def sqnr_db(self, quantized: Collection[str]) -> dict[str, float]:
+        """The SQNR in dB of every output against FP32 when these nodes run in integers, capped at `MAX_SQNR_DB`."""
+        found = self._run(quantized)
+        return {
+            name: float(np.clip(sqnr_db(before, after), -MAX_SQNR_DB, MAX_SQNR_DB))
+            for name, before, after in zip(self._outputs, self._reference, found, strict=True)
+        }
+
+    def _run(self, quantized: Collection[str]) -> list[FloatArray]:
+        feed = dict(self._exact)
+        for name in quantized:
+            feed |= self._rounded[name]
+        runs = [self._session.run(self._outputs, feed | {self._input: batch}) for batch in self._batches]
+        return [np.concatenate(parts) for parts in zip(*runs, strict=True)]
+
+    def _open(self, graph: ir.Graph, node: ir.Node, use: IntegerWeight) -> None:
+        name = str(node.name)
+        weight = _array(graph, use.weight)
+        self.operators[name] = node.op_type
+        self.macs[name] = _macs(node, weight)
+        integers, scales = quantize_weight(weight, use.axis)
+        shape = [1] * weight.ndim
+        shape[use.axis] = -1
+        rounded = (integers * scales.reshape(shape)).astype(np.float32)
+        self._rounded[name] = {}
+        node.replace_input_with(1, self._feed(graph, name, f"{name}/weight", weight, rounded))
+        self._open_bias(graph, node, use, weight.shape[use.axis])
+        switch = f"{name}/quantized"
+        flag = self._feed(graph, name, switch, np.array(False), np.array(True))
+        node.replace_input_with(0, _switched(graph, node, flag, self._parameters(graph, node, use)))
+
+    def _open_bias(self, graph: ir.Graph, node: ir.Node, use: IntegerWeight, channels: int) -> None:
+        shift = self._plan.bias_shift.get(str(node.name))
+        if shift is None or (use.bias is None and node.op_type == "MatMul"):
+            return
+        bias = np.zeros(channels, np.float32) if use.bias is None else _array(graph, use.bias)
+        value = self._feed(graph, str(node.name), f"{node.name}/bias", bias, (bias + shift).astype(np.float32))
+        if node.op_type == "MatMul":
+            add = next(iter(node.outputs[0].consumers()))
+            add.replace_input_with([operand.name for operand in add.inputs if operand].index(use.bias), value)
+            return
+        node.resize_inputs(max(3, len(node.inputs)))
+        node.replace_input_with(2, value)
+
+    def _feed(
+        self, graph: ir.Graph, node: str, name: str, exact: npt.NDArray[Any], rounded: npt.NDArray[Any]
+    ) -> ir.Value:
+        """An input of the graph with two values: one in float and one for the node in integers."""
+        exact = np.require(exact, requirements="C")
+        self._exact[name], self._rounded[node][name] = exact, rounded
+        dtype = ir.DataType.from_numpy(exact.dtype)
+        value = ir.Value(name=name, shape=ir.Shape(exact.shape), type=ir.TensorType(dtype))
+        graph.inputs.append(value)
+        return value
+
+    def _parameters(self, graph: ir.Graph, node: ir.Node, use: IntegerWeight) -> tuple[ir.Value, ir.Value] | None:
+        """Scale and zero point of what a node reads; None where the runtime takes them from each call."""
+        if self._style.dynamic_products and node.op_type != "Conv":
+            return None
+        measured = self._plan.range_of(use.input)
+        scale, zero_point = measured.affine()
+        zero: npt.NDArray[Any] = np.array(zero_point, np.uint8)
+        if self._style.symmetric:
+            scale, zero = measured.symmetric(), np.array(0, np.int8)
+        return (
+            add_constant(graph, f"{node.name}/input_scale", np.array(scale, np.float32)),
+            add_constant(graph, f"{node.name}/input_zero", zero),
+        )
+
+
+def _switched(graph: ir.Graph, node: ir.Node, flag: ir.Value, parameters: tuple[ir.Value, ir.Value] | None) -> ir.Value:
+    """What a node reads behind ``If(flag)``: rounded, or as it is."""
+    source = node.inputs[0]
+    assert source is not None  # noqa: S101  (ONNX requires it; narrows the type)
+    if parameters is None:
+        quantize = ir.node("DynamicQuantizeLinear", [source], num_outputs=3)
+        scale, zero = quantize.outputs[1], quantize.outputs[2]
+    else:
+        scale, zero = parameters
+        quantize = ir.node("QuantizeLinear", [source, scale, zero])
+    restored = ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero])
+    same = ir.node("Identity", [source])
+    branches = {}
+    for branch, nodes in (("then_branch", [quantize, restored]), ("else_branch", [same])):
+        result = nodes[-1].outputs[0]
+        for position, value in enumerate(value for inner in nodes for value in inner.outputs):
+            value.name = f"{node.name}/{branch}/{position}"
+        result.type, result.shape = ir.TensorType(ir.DataType.FLOAT), source.shape
+        branches[branch] = ir.AttrGraph(branch, ir.Graph([], [result], nodes=nodes, name=f"{node.name}/{branch}"))
+    switch = ir.node("If", [flag], branches, name=f"{node.name}/switch")
+    switch.outputs[0].name = f"{node.name}/read"
+    switch.outputs[0].type, switch.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), source.shape
+    graph.insert_before(node, [switch])
+    return switch.outputs[0]
+
+
+def _array(graph: ir.Graph, name: str) -> npt.NDArray[np.float32]:
+    tensor = graph.initializers[name].const_value
+    assert tensor is not None  # noqa: S101  (an initializer has a value; narrows the type)
+    return tensor.numpy()
+
+
+def _macs(node: ir.Node, weight: npt.NDArray[np.float32]) -> int:
+    """Multiply-accumulates of one image: every weight works once for each position of the output."""
+    dims = [dim if isinstance(dim, int) else 1 for dim in node.outputs[0].shape or ()]
+    positions = dims[2:] if node.op_type == "Conv" else dims[1:-1]
+    return int(weight.size * math.prod(positions))
+
+
+def _batches(model: onnx.ModelProto, images: FloatArray) -> Sequence[FloatArray]:
+    """`MEASURED_IMAGES` of the images, in the batch that the graph takes."""
+    size = calibration_batch(model)
+    chosen = images[np.arange(max(size, min(MEASURED_IMAGES, len(images)))) % len(images)]
+    return [chosen[start : start + size] for start in range(0, len(chosen) - size + 1, size)]

@@ -1,0 +1,113 @@
+"""``deploykit sensitivity``: how much noise each layer makes in INT8, before anything is built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from deploykit.cli import export_options as opt
+from deploykit.cli.output import JsonFlag, show, show_json, table
+from deploykit.spec import Int8, parse_precision
+
+if TYPE_CHECKING:
+    from deploykit.calibration.sensitivity import Sensitivity
+
+EXAMPLE = "Example: deploykit sensitivity resnet18 --calibration photos"
+
+SHOWN_NODES = 12
+
+
+def sensitivity(
+    name: opt.NameArgument,
+    *,
+    backbone: opt.BackboneOption = None,
+    pretrained: opt.PretrainedFlag = False,
+    weights: opt.WeightsOption = None,
+    image_size: opt.SizeOption = None,
+    runtime: opt.RuntimeOption = "onnxruntime",
+    calibration: opt.CalibrationOption = None,
+    skip_corrupt: opt.SkipFlag = False,
+    calibrator: opt.CalibratorOption = None,
+    shown: Annotated[
+        int, typer.Option("--nodes", min=1, help="Rows of the table, the noisiest layers first.")
+    ] = SHOWN_NODES,
+    plot: Annotated[
+        str | None, typer.Option("--plot", metavar="FILE", help="Draw all layers into a .png or .svg file.")
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Quantize one layer at a time to int8 and show what each costs the outputs, in dB against fp32."""
+    chosen, source = opt.choose_weights(name, backbone=backbone, pretrained=pretrained, weights=weights)
+    settings = opt.settings_of(calibrator=calibrator)
+    if plot is not None:
+        from deploykit.optional import require
+
+        require("matplotlib.figure")
+    found = _measure(
+        chosen,
+        source,
+        image_size=opt.image_size_of(image_size),
+        runtime=runtime,
+        precision=parse_precision("int8", settings),
+        calibration=tuple(calibration or ()),
+        skip_corrupt=skip_corrupt,
+    )
+    if plot is not None:
+        found.plot(Path(plot))
+    if json:
+        show_json({"sensitivity": found, "shares": found.shares()})
+        return
+    _show(found, shown)
+    show(f"Next: deploykit export {name} --runtime {runtime} --precision int8 --mixed-precision --calibration ...")
+
+
+def _measure(
+    name: str,
+    pretrained: bool | str,
+    *,
+    image_size: tuple[int, int] | None,
+    runtime: str,
+    precision: object,
+    calibration: tuple[str, ...],
+    skip_corrupt: bool,
+) -> Sensitivity:
+    from deploykit.calibration.images import calibration_set
+    from deploykit.cli.export_check import calibration_source
+    from deploykit.cli.progress import export_progress
+    from deploykit.export.pipeline import ExportRequest
+    from deploykit.export.sensitivity import sensitivity as measure
+    from deploykit.facade import create_backbone
+
+    assert isinstance(precision, Int8)  # noqa: S101  (the caller parsed "int8"; narrows the type)
+    with export_progress() as progress:
+        backbone = create_backbone(name, pretrained=pretrained, image_size=image_size)
+        source = calibration_source(calibration)
+        images = None
+        if source is not None:
+            images = calibration_set(source, backbone.input_spec, skip_corrupt=skip_corrupt)
+        request = ExportRequest(backbone=backbone, runtime=runtime, precision=precision, calibration=images)  # type: ignore[arg-type]
+        return measure(request, progress=progress)
+
+
+def _show(found: Sensitivity, shown: int) -> None:
+    shares = found.shares()
+    outputs = list(found.together_db)
+    columns = ("layer", "operator", "MMACs", *outputs, "share of noise")
+    rows = [
+        [entry.layer, entry.operator, f"{entry.macs / 1e6:.3g}"]
+        + [_decibels(entry.sqnr_db[output]) for output in outputs]
+        + [f"{shares[entry.node]:.1%}"]
+        for entry in found.nodes[:shown]
+    ]
+    rest = sum(shares[entry.node] for entry in found.nodes[shown:])
+    if len(found.nodes) > shown:
+        rows.append([f"{len(found.nodes) - shown} more", "", "", *("" for _ in outputs), f"{rest:.1%}"])
+    rows.append(["all of them", "", "", *(_decibels(found.together_db[output]) for output in outputs), ""])
+    title = f"SQNR in dB of each output with one layer in int8, against fp32, {found.images} images"
+    show(table(columns, rows, right=columns[2:], title=title))
+
+
+def _decibels(value: float) -> str:
+    return "exact" if value >= 120 else f"{value:.1f}"

@@ -1,0 +1,125 @@
+"""Engines of one network, measured beside its FP32 engine: for the mixed-precision search and the speed guard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import TracebackType
+
+from deploykit.bundle import Manifest
+from deploykit.calibration.plan import QuantizationPlan
+from deploykit.calibration.search import Measured
+from deploykit.errors import DeviceUnavailable
+from deploykit.export.build import Builder, Built
+from deploykit.export.measure import measure
+from deploykit.export.speed import LEFT_IN_FLOAT, SpeedReport, time_in_turns
+from deploykit.parity.report import ParityReport
+from deploykit.runtimes.base import FloatArray, ImageArray, Runtime, load_runtime
+from deploykit.spec import Precision
+
+
+class Bench:
+    """Builds candidates in temporary folders; the FP32 engine is built once, when first needed.
+
+    Args:
+        builder: makes the engines.
+        manifest_of: the manifest of an engine that it made.
+        images: to compare on, as an engine takes them.
+        expected: torch's outputs in FP32 for every level and the head.
+        precision: the budget.
+        probe_levels: also compare the levels inside an engine that gives only the head.
+        metric: the user's own figure of a model, higher is better.
+    """
+
+    def __init__(
+        self,
+        *,
+        builder: Builder,
+        manifest_of: Callable[[Built], Manifest],
+        images: ImageArray,
+        expected: dict[str, FloatArray],
+        precision: Precision,
+        probe_levels: bool,
+        metric: Callable[[Runtime], float] | None = None,
+    ) -> None:
+        self._builder = builder
+        self._manifest_of = manifest_of
+        self._images = images
+        self._expected = expected
+        self._precision = precision
+        self._probe_levels = probe_levels
+        self._metric = metric
+        self._open = ExitStack()
+        self._fp32: Runtime | None = None
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+    def parity(self, built: Built, folder: Path) -> tuple[ParityReport, Manifest]:
+        """Compare an engine with torch; its manifest then says what was seen of it."""
+        manifest = self._manifest_of(built)
+        report, status = measure(
+            manifest,
+            folder,
+            images=self._images,
+            expected=self._expected,
+            precision=self._precision,
+            graph=built.graph,
+            whole=built.whole if self._probe_levels else None,
+            lower=self._builder.lower,
+        )
+        return report, replace(manifest, status=status)
+
+    def measured(self, plan: QuantizationPlan) -> Measured:
+        """Build the engine of a plan and measure it: parity, speed, and the user's metric."""
+        with TemporaryDirectory(prefix="deploykit-candidate-") as scratch:
+            folder = Path(scratch)
+            report, manifest = self.parity(self._builder.lowered(self._builder.rendered(plan), folder), folder)
+            agreements = [level.top1_agreement for level in report.levels if level.top1_agreement is not None]
+            found = Measured(
+                sqnr_db=min(level.sqnr_db for level in report.levels),
+                top1_agreement=min(agreements) if agreements else None,
+            )
+            if manifest.status == "built":
+                return found
+            with load_runtime(manifest.runtime)(manifest, folder) as model:
+                (fp32_ms, own_ms), _ = time_in_turns((self.fp32(), model), self._images)
+                metric = None if self._metric is None else float(self._metric(model))
+                return replace(found, speedup=fp32_ms / own_ms, metric=metric)
+
+    def speed(self, manifest: Manifest, folder: Path, plan: QuantizationPlan) -> SpeedReport | None:
+        """Time a built engine against FP32; None where its device is not here."""
+        try:
+            with load_runtime(manifest.runtime)(manifest, folder) as model:
+                (fp32_ms, int8_ms), rounds = time_in_turns((self.fp32(), model), self._images)
+        except DeviceUnavailable:
+            return None
+        left = LEFT_IN_FLOAT.get(manifest.runtime)
+        return SpeedReport(
+            fp32_ms=fp32_ms,
+            int8_ms=int8_ms,
+            rounds=rounds,
+            float_nodes=dict(plan.placement.float_nodes),
+            left=left(folder / manifest.engine) if left is not None else {},
+        )
+
+    def fp32_metric(self) -> float | None:
+        """The user's figure of the FP32 engine; None without a metric."""
+        return None if self._metric is None else float(self._metric(self.fp32()))
+
+    def fp32(self) -> Runtime:
+        """The FP32 engine of the same runtime, open until the bench closes."""
+        if self._fp32 is None:
+            folder = Path(self._open.enter_context(TemporaryDirectory(prefix="deploykit-fp32-")))
+            built = self._builder.lowered(self._builder.rendered(None), folder)
+            manifest = replace(self._manifest_of(built), precision="fp32", precision_settings={})
+            self._fp32 = self._open.enter_context(load_runtime(manifest.runtime)(manifest, folder))
+        return self._fp32

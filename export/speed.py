@@ -1,0 +1,125 @@
+"""The speed guard: an INT8 engine timed in turns with the FP32 engine of the same runtime, and why it is slower."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import onnx
+
+from deploykit.errors import ExportError
+from deploykit.optional import require
+from deploykit.runtimes.base import ImageArray, Runtime
+from deploykit.runtimes.run_onnxruntime import KEEP_FLOAT_WEIGHTS
+
+ROUNDS = 60
+LEAST_ROUNDS = 7
+SECONDS = 2.0
+"""A comparison ends after `ROUNDS` rounds, or after this time and `LEAST_ROUNDS`."""
+SHOWN = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedReport:
+    """An INT8 engine against FP32 on this machine: medians in milliseconds a call, timed in turns.
+
+    ``float_nodes`` are the plan's, with their reasons. ``left`` counts what the runtime's optimized
+    graph still computes in float or converts: empty where the runtime shows no such graph.
+    """
+
+    fp32_ms: float
+    int8_ms: float
+    rounds: int
+    float_nodes: dict[str, str] = field(default_factory=dict)
+    left: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def speedup(self) -> float:
+        """FP32's time over the INT8 engine's: above 1 where INT8 is faster."""
+        return self.fp32_ms / self.int8_ms
+
+    def sentence(self) -> str:
+        """One line: how much faster or slower."""
+        slower = "slower; " if self.speedup < 1 else ""
+        times = f"{slower}median of {self.rounds} rounds in turns, one run"
+        return f"int8 is {self.speedup:.2f} times as fast as fp32 in this runtime here ({times})."
+
+    def reasons(self) -> list[str]:
+        """What keeps the engine from being faster, as lines."""
+        lines = [f"stays in float: {node}: {reason}" for node, reason in list(self.float_nodes.items())[:SHOWN]]
+        if len(self.float_nodes) > SHOWN:
+            lines.append(f"and {len(self.float_nodes) - SHOWN} more nodes stay in float: see quantization-plan.json")
+        if self.left:
+            counted = ", ".join(f"{count} {operator}" for operator, count in self.left.items())
+            lines.append(f"the runtime's optimized graph still has {counted}")
+        return lines or ["every node of the plan runs in integers; this processor or batch gains nothing from them"]
+
+
+def check_speedup(report: SpeedReport | None, runtime: str) -> None:
+    """Refuse an engine that is slower than FP32, or that was not timed.
+
+    Raises:
+        ExportError: either.
+    """
+    if report is None:
+        raise ExportError(
+            f"a speedup is required, and {runtime} has no device here to time the engine on. Export on its device, or "
+            "leave require_speedup out."
+        )
+    if report.speedup < 1:
+        lines = "".join(f"\n  {line}" for line in report.reasons())
+        raise ExportError(
+            f"{report.sentence()} A speedup is required; what is against it:{lines}\n"
+            "Export at fp32 for this runtime, try another runtime, or leave require_speedup out."
+        )
+
+
+def time_in_turns(models: Sequence[Runtime], images: ImageArray) -> tuple[list[float], int]:
+    """The median milliseconds of a call of each model, called in turns on one batch, and the rounds it took."""
+    calls: list[Callable[[], object]] = [_call(model, images) for model in models]
+    for call in calls * 2:
+        call()
+    times: list[list[float]] = [[] for _ in models]
+    start = perf_counter()
+    while len(times[0]) < ROUNDS and (len(times[0]) < LEAST_ROUNDS or perf_counter() - start < SECONDS):
+        for call, taken in zip(calls, times, strict=True):
+            before = perf_counter()
+            call()
+            taken.append(1e3 * (perf_counter() - before))
+    return [median(taken) for taken in times], len(times[0])
+
+
+def _call(model: Runtime, images: ImageArray) -> Callable[[], object]:
+    batch = model.input_spec.batch
+    size = batch if isinstance(batch, int) else batch.opt
+    piece = images[[index % len(images) for index in range(size)]]
+    return lambda: model(piece)
+
+
+def left_in_onnxruntime(engine: Path) -> dict[str, int]:
+    """What ONNX Runtime's optimized graph of an engine still converts, and which weighted nodes run in float."""
+    onnxruntime = require("onnxruntime")
+    with tempfile.TemporaryDirectory(prefix="deploykit-optimized-") as folder:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.add_session_config_entry(*KEEP_FLOAT_WEIGHTS)
+        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+        onnxruntime.InferenceSession(str(engine), options, providers=["CPUExecutionProvider"])
+        graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
+    constants = {tensor.name for tensor in graph.initializer}
+    found: Counter[str] = Counter()
+    for node in graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            found[node.op_type] += 1
+        elif node.op_type in ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"):
+            found[f"float {node.op_type}"] += len(node.input) > 1 and node.input[1] in constants
+    return {operator: count for operator, count in sorted(found.items()) if count}
+
+
+LEFT_IN_FLOAT: dict[str, Callable[[Path], dict[str, int]]] = {"onnxruntime": left_in_onnxruntime}
+"""The runtimes whose optimized graph can be read."""

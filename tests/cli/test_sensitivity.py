@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import pytest
+
+WORDS = ("sensitivity", "resnet18", "--image-size", "64")
+
+
+@pytest.fixture(scope="module")
+def told(call, photos):
+    done = call(*WORDS, "--calibration", photos, "--json")
+    assert done.code == 0, done.err
+    return done
+
+
+def test_every_layer_has_a_figure_for_every_level(told):
+    found = told.json()["sensitivity"]
+    assert len(found["nodes"]) == 21
+    assert {"conv1", "layer1.0.conv1", "fc"} < {entry["layer"] for entry in found["nodes"]}
+    for entry in found["nodes"]:
+        assert list(entry["sqnr_db"]) == ["stem", "stage1", "stage2", "stage3", "stage4", "logits"]
+    assert sum(told.json()["shares"].values()) == pytest.approx(1)
+
+
+def test_few_images_are_warned_of_on_stderr(told):
+    assert told.err.count("warning: only 4 different calibration images were given; expected at least 16") == 1
+
+
+def test_the_table_shows_some_layers_and_sums_up_the_rest(call, photos, told):
+    done = call(*WORDS, "--calibration", photos, "--nodes", "3")
+    assert done.code == 0
+    layers = {entry["layer"] for entry in told.json()["sensitivity"]["nodes"]}
+    rows = [line.split("│")[1].strip() for line in done.out.splitlines() if "Conv" in line or "Gemm" in line]
+    assert len(rows) == 3
+    assert set(rows) < layers
+    assert "18 more" in done.out
+    assert "all of them" in done.out
+    assert done.out.splitlines()[-1].startswith("Next: deploykit export resnet18")
+
+
+def test_a_float_runtime_and_missing_images_are_bad_usage(call, photos):
+    assert call(*WORDS).code == 2
+    unknown = call(*WORDS, "--calibration", photos, "--runtime", "onnxruntim")
+    assert unknown.code == 2
+    assert "Did you mean 'onnxruntime'" in unknown.err

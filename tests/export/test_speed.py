@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from deploykit import create_backbone, export_backbone, load_bundle
+from deploykit.bundle import open_bundle
+from deploykit.calibration.dialects import onnxruntime as dialect
+from deploykit.errors import ExportError
+from deploykit.export import speed
+from deploykit.export.pipeline import Progress
+from deploykit.export.speed import SpeedReport, check_speedup, left_in_onnxruntime, time_in_turns
+from tests.backbones.realistic import randomize
+
+SLOWER = SpeedReport(
+    fp32_ms=2.0,
+    int8_ms=4.0,
+    rounds=9,
+    float_nodes={f"node{index}": "because" for index in range(8)},
+    left={"DequantizeLinear": 3},
+)
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return randomize(create_backbone("resnet18", image_size=64, num_classes=10)).eval()
+
+
+@pytest.fixture(scope="module")
+def timed(backbone, photographs, tmp_path_factory):
+    """An INT8 bundle that was timed, and what its progress told."""
+    heard: list[SpeedReport] = []
+    folder = tmp_path_factory.mktemp("timed") / "bundle"
+    export_backbone(
+        *(backbone, folder),
+        runtime="onnxruntime",
+        precision="int8",
+        calibration=photographs,
+        time_against_fp32=True,
+        progress=Progress(speed=heard.append),
+    )
+    return folder, heard
+
+
+def test_the_ratio_is_in_the_manifest_and_told(timed):
+    folder, (report,) = timed
+    assert open_bundle(folder).speedup == round(report.speedup, 3)
+    assert report.fp32_ms > 0
+    assert report.int8_ms > 0
+    assert report.rounds >= speed.LEAST_ROUNDS
+    assert report.float_nodes == {}
+    assert not [operator for operator in report.left if "Conv" in operator]
+
+
+def test_an_export_that_was_not_asked_is_not_timed(backbone, photographs, tmp_path):
+    manifest = export_backbone(
+        backbone, tmp_path / "bundle", runtime="onnxruntime", precision="int8", calibration=photographs
+    )
+    assert manifest.speedup is None
+
+
+def test_a_float_engine_is_not_timed_against_itself(backbone, tmp_path):
+    heard = []
+    manifest = export_backbone(
+        *(backbone, tmp_path / "bundle"),
+        runtime="onnxruntime",
+        require_speedup=True,
+        progress=Progress(speed=heard.append),
+    )
+    assert manifest.speedup is None
+    assert not heard
+
+
+def test_models_are_called_in_turns_and_the_median_is_theirs(timed, monkeypatch):
+    folder, _ = timed
+    with load_bundle(folder) as one, load_bundle(folder) as other:
+        calls = []
+        for name, model in (("one", one), ("other", other)):
+            run = model._run
+            monkeypatch.setattr(model, "_run", lambda images, run=run, name=name: calls.append(name) or run(images))
+        images = np.zeros((3, 3, 64, 64), np.float32)
+        medians, rounds = time_in_turns((one, other), images)
+    assert calls == ["one", "other"] * (rounds + 2)
+    assert all(0 < value < 1000 for value in medians)
+
+
+def test_what_is_left_in_float_is_read_from_the_optimized_graph(residual_case, tmp_path):
+    graph, plan = residual_case
+
+    def left(rendered) -> dict[str, int]:
+        onnx.save(rendered.model, tmp_path / "model.onnx")
+        return left_in_onnxruntime(tmp_path / "model.onnx")
+
+    in_float, quantized = left(dialect.render(graph, None)), left(dialect.render(graph, plan))
+    assert in_float["float Conv"] == 9
+    assert not [operator for operator in in_float if "Quantize" in operator]
+    assert quantized["float Conv"] == len(plan.placement.float_nodes) == 2
+    nodes = list(plan.placement.weights)[2:4]
+    mixed = left(dialect.render(graph, plan.without(graph.model, dict.fromkeys(nodes, "because"))))
+    assert mixed["float Conv"] == 4
+    assert mixed["DequantizeLinear"] > quantized["DequantizeLinear"]
+
+
+@pytest.fixture(scope="module")
+def residual_case(photographs):
+    from deploykit.calibration.images import calibration_set
+    from deploykit.spec import InputSpec
+    from tests.calibration.networks import SIDE, Residual, graph_of, plan_of
+
+    images = calibration_set(photographs, InputSpec(height=SIDE, width=SIDE)).sample(4)
+    graph = graph_of(Residual, images)
+    return graph, plan_of(graph, images)
+
+
+def test_a_slower_engine_is_told_with_its_reasons():
+    assert SLOWER.speedup == 0.5
+    assert "slower" in SLOWER.sentence()
+    assert "0.50" in SLOWER.sentence()
+    reasons = SLOWER.reasons()
+    assert reasons[0] == "stays in float: node0: because"
+    assert reasons[-2] == "and 2 more nodes stay in float: see quantization-plan.json"
+    assert reasons[-1] == "the runtime's optimized graph still has 3 DequantizeLinear"
+    assert replace(SLOWER, float_nodes={}, left={}).reasons()[0].startswith("every node of the plan runs in integers")
+
+
+def test_a_required_speedup_refuses_a_slower_or_untimed_engine():
+    with pytest.raises(ExportError, match=r"slower[\s\S]*node0: because[\s\S]*leave require_speedup out"):
+        check_speedup(SLOWER, "onnxruntime")
+    with pytest.raises(ExportError, match="tensorrt has no device here"):
+        check_speedup(None, "tensorrt")
+    check_speedup(replace(SLOWER, int8_ms=1.0), "onnxruntime")
+
+
+def test_a_required_speedup_that_is_missed_leaves_nothing(backbone, photographs, tmp_path, monkeypatch):
+    monkeypatch.setattr("deploykit.export.bench.time_in_turns", lambda models, images: ([1.0, 2.0], 7))
+    with pytest.raises(ExportError, match="A speedup is required"):
+        export_backbone(
+            *(backbone, tmp_path / "bundle"),
+            runtime="onnxruntime",
+            precision="int8",
+            calibration=photographs,
+            require_speedup=True,
+        )
+    assert not (tmp_path / "bundle").exists()
