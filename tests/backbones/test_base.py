@@ -32,7 +32,7 @@ def trained(name, *, checkpointing, wrap=lambda model: model, frozen=None, backw
         ("mobilenetv3_small_100", {}),
         ("regnety_002", {}),
     ],
-    ids=str,
+    ids=["plain", "frozen stage", "two backward passes", "memory efficient", "mobilenet", "regnet"],
 )
 def test_checkpointing_changes_no_gradient_and_no_statistic(name, options):
     plain = trained(name, checkpointing=False, **options)
