@@ -17,11 +17,16 @@ Call = Callable[[FloatArray], list[FloatArray]]
 
 
 def in_onnxruntime(model: onnx.ModelProto) -> Call:
-    """A graph as a call in ONNX Runtime, on the CPU."""
+    """A graph as a call in ONNX Runtime, on the CPU, its threads asleep between calls.
+
+    By default they wait actively, and those of one session take a core from the next: on 2 cores that
+    doubled the time of EfficientNet-Lite0, in some turns and not in others.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda images: session.run(None, {name: images})
@@ -48,7 +53,7 @@ RUNTIMES: dict[str, Callable[[onnx.ModelProto], Call]] = {"onnxruntime": in_onnx
 def alternate(calls: Mapping[str, Call], images: FloatArray, rounds: int) -> dict[str, float]:
     """Milliseconds a call, the median of ``rounds`` in which all take turns.
 
-    Each turn makes two calls and times the second: the threads of the call before spin on for a while.
+    Each turn makes two calls and times the second, which finds its weights in the caches.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + WARM_UP):

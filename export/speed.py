@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, sleep
 
 import onnx
 
@@ -21,6 +21,8 @@ ROUNDS = 60
 LEAST_ROUNDS = 7
 SECONDS = 2.0
 """A comparison ends after `ROUNDS` rounds, or after this time and `LEAST_ROUNDS`."""
+PAUSE = 0.02
+"""Seconds before a call, by which the threads of the model before it are asleep."""
 SHOWN = 6
 
 
@@ -80,7 +82,11 @@ def check_speedup(report: SpeedReport | None, runtime: str) -> None:
 
 
 def time_in_turns(models: Sequence[Runtime], images: ImageArray) -> tuple[list[float], int]:
-    """The median milliseconds of a call of each model, called in turns on one batch, and the rounds it took."""
+    """The median milliseconds of a call of each model, called in turns on one batch, and the rounds it took.
+
+    Before each call there is a pause, and a call that is not timed: a runtime's threads wait actively for a
+    while after a call, and would take a core from the next model.
+    """
     calls: list[Callable[[], object]] = [_call(model, images) for model in models]
     for call in calls * 2:
         call()
@@ -88,6 +94,8 @@ def time_in_turns(models: Sequence[Runtime], images: ImageArray) -> tuple[list[f
     start = perf_counter()
     while len(times[0]) < ROUNDS and (len(times[0]) < LEAST_ROUNDS or perf_counter() - start < SECONDS):
         for call, taken in zip(calls, times, strict=True):
+            sleep(PAUSE)
+            call()
             before = perf_counter()
             call()
             taken.append(1e3 * (perf_counter() - before))
