@@ -16,6 +16,7 @@ import warnings
 import numpy as np
 import onnx
 import torch
+from _from_tests import declare_torchvision_operators
 from _timing import RUNTIMES, alternate
 from fusion import engine_graph
 
@@ -38,19 +39,6 @@ MODELS = (
     "coatnet_0_rw_224",
 )
 """One of each family."""
-
-# torchvision's only wheels are CUDA builds: beside a CPU torch its import fails on these two operators.
-_TORCHVISION_OPERATORS = ("nms", "qnms")
-
-
-def declare_torchvision_operators() -> torch.library.Library | None:
-    """Let timm import torchvision beside a CPU torch; hold what this returns."""
-    if hasattr(torch.ops.torchvision, "nms"):
-        return None
-    library = torch.library.Library("torchvision", "DEF")
-    for operator in _TORCHVISION_OPERATORS:
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
 
 
 def stock_graph(name: str, side: int) -> onnx.ModelProto:

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from _from_tests import realistic
 from _timing import RUNTIMES, Call, alternate, outputs_of
-from _weights import realistic
 from PIL import Image
 
 from deploykit.backbones.base import BackboneOptions

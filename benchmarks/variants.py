@@ -46,6 +46,7 @@ from deploykit.cli.processor import read_processor
 from deploykit.errors import DeployKitError
 from deploykit.export.graphs import output_specs, select
 from deploykit.export.lowering import LOWERINGS
+from deploykit.export.speed import PAUSE
 from deploykit.export.to_onnx import to_onnx
 from deploykit.export.trace import output_names, trace
 from deploykit.fusion.pipeline import fuse
@@ -191,12 +192,13 @@ def images_for(spec: InputSpec) -> FloatArray:
 def time_in_turns(models: Mapping[str, Any], images: FloatArray, rounds: int) -> dict[str, float]:
     """The median milliseconds of a call of each model, after `WARM_UP` rounds.
 
-    A turn is two calls, of which the second is timed: during the first, threads of the runtime before
-    still wait actively for more work and take a core each.
+    A turn is a pause and two calls, of which the second is timed: threads of the runtime before wait
+    actively for more work for a while, and take a core each.
     """
     times: dict[str, list[float]] = {name: [] for name in models}
     for number in range(rounds + WARM_UP):
         for name, model in models.items():
+            time.sleep(PAUSE)
             model(images)
             start = time.perf_counter()
             model(images)

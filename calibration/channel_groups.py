@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from deploykit.fusion.affine import PERMUTATIONS, permutation
+from deploykit.fusion.affine import LINEAR, PERMUTATIONS, channel_axis, permutation
 from deploykit.fusion.constants import argument, constant, sizes
 
 _aten = torch.ops.aten
@@ -91,18 +91,16 @@ class _Finder:
                 self._block(node)
 
     def _is_layer(self, node: Node) -> bool:
-        return node.target in (_aten.linear.default, *_CONVOLUTIONS) and constant(self.module, node.args[1]) is not None
+        return node.target in (LINEAR, *_CONVOLUTIONS) and constant(self.module, node.args[1]) is not None
 
     def _layer(self, node: Node) -> None:
         source: Any = node.args[0]
-        axis = len(sizes(node)) - 1 if node.target == _aten.linear.default else 1
-        groups = 1 if node.target == _aten.linear.default else int(argument(node, 6, "groups", 1))
+        axis = channel_axis(node)  # of what it reads too, whose rank is the same
+        groups = 1 if node.target == LINEAR else int(argument(node, 6, "groups", 1))
         depthwise = groups > 1 and groups == sizes(source)[1] == sizes(node)[1]
         if source in self.members:
             group, source_axis = self.members[source]
-            if source_axis != (len(sizes(source)) - 1 if node.target == _aten.linear.default else 1) or (
-                groups > 1 and not depthwise
-            ):
+            if source_axis != axis or (groups > 1 and not depthwise):
                 group.blocked = True
             else:
                 group.readers.append(node)

@@ -38,7 +38,7 @@ from deploykit.graph import Graph
 from deploykit.labels import class_labels
 from deploykit.optional import installed_version, require
 from deploykit.parity.reference import capture
-from deploykit.runtimes.base import Runtime, load_runtime
+from deploykit.runtimes.base import FloatArray, ImageArray, Runtime, load_runtime
 from deploykit.spec import Batch, InputSpec, Int8, Precision
 
 SEARCH_FILE = "mixed-precision.json"
@@ -151,6 +151,46 @@ def engine_input(request: ExportRequest) -> InputSpec:
     return spec.as_pixels() if request.embed_preprocessing else spec
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What an export has before any runtime decides something.
+
+    ``given`` are the images to compare on as an engine takes them (``taken``), ``probe`` the same as
+    the network takes them, ``(N, C, H, W)`` float32.
+    """
+
+    taken: InputSpec
+    given: ImageArray
+    probe: FloatArray
+    master: Graph
+    plan: PrecisionPlan
+    fusions: tuple[FusionRecord, ...]
+
+
+def prepare(request: ExportRequest, progress: Progress) -> Prepared:
+    """Trace, fuse, write the master graph and plan the precision of a checked request.
+
+    Raises:
+        CalibrationError: images that cannot be used.
+        FusionError, ExportError: a stage failed; the message says which.
+    """
+    progress.stage("trace")
+    taken = engine_input(request)
+    spec = taken.as_images()
+    given = parity_images(request.calibration, taken)
+    probe = network_images(given, taken)
+    program = trace(request.backbone, spec)
+    progress.stage("fuse")
+    balancing = equalization_passes(request.precision, request.calibration, spec)
+    fused = fuse(program, spec, probe, (*EXPORT_PASSES, *balancing))
+    progress.stage("to_onnx")
+    model = to_onnx(fused.program, spec, output_names(request.backbone))
+    master = Graph(input=spec, outputs=output_specs(model), model=model, program=fused.program)
+    progress.stage("plan")
+    plan = _plan(request, model, probe, progress)
+    return Prepared(taken=taken, given=given, probe=probe, master=master, plan=plan, fusions=fused.records)
+
+
 def export(
     request: ExportRequest, folder: Path, *, overwrite: bool = False, progress: Progress | None = None
 ) -> Manifest:
@@ -166,44 +206,31 @@ def export(
     check_request(request)
     progress = progress or Progress()
     with writing(folder, overwrite=overwrite) as staging, ExitStack() as closing:
-        progress.stage("trace")
-        taken = engine_input(request)
-        spec = taken.as_images()
-        given = parity_images(request.calibration, taken)
-        probe = network_images(given, taken)
-        program = trace(request.backbone, spec)
-        progress.stage("fuse")
-        balancing = equalization_passes(request.precision, request.calibration, spec)
-        fused = fuse(program, spec, probe, (*EXPORT_PASSES, *balancing))
-        progress.stage("to_onnx")
-        model = to_onnx(fused.program, spec, output_names(request.backbone))
-        master = Graph(input=spec, outputs=output_specs(model), model=model, program=fused.program)
-        progress.stage("plan")
-        plan = _plan(request, model, probe, progress)
+        network = prepare(request, progress)
         builder = Builder(
-            master=master,
+            master=network.master,
             runtime=request.runtime,
             render=_load(DIALECTS[request.runtime]),
             lower=_load((PORTABLE_LOWERINGS if request.portable else LOWERINGS)[request.runtime]),
             outputs=request.backbone.spec.output_names,
-            taken=taken,
-            probe=probe,
+            taken=network.taken,
+            probe=network.probe,
             target=request.target,
         )
-        expected = torch_outputs(request.backbone, probe)
+        expected = torch_outputs(request.backbone, network.probe)
         bench = closing.enter_context(
             Bench(
                 builder=builder,
-                manifest_of=partial(_manifest, request, taken, fused.records),
-                images=given,
+                manifest_of=partial(_manifest, request, network.taken, network.fusions),
+                images=network.given,
                 expected=expected,
                 precision=request.precision,
                 probe_levels=request.probe_levels,
                 metric=request.metric,
             )
         )
-        found = _searched(request, plan, builder, bench, progress)
-        plan = found.plan if found is not None else plan
+        found = _searched(request, network.plan, builder, bench, progress)
+        plan = found.plan if found is not None else network.plan
         progress.stage("render")
         rendered = builder.rendered(plan)
         progress.stage("lower")
@@ -214,7 +241,7 @@ def export(
         speed = _timed(request, plan, partial(bench.speed, manifest, staging), progress)
         progress.stage("bundle")
         report.save(staging / PARITY_FILE)
-        given_as_float = given.astype(np.float32)  # which has every uint8: the reference's one dtype
+        given_as_float = network.given.astype(np.float32)  # which has every uint8: the reference's one dtype
         kept = {output.name: expected[output.name] for output in built.graph.outputs}
         capture(given_as_float, kept).save(staging / REFERENCE_FILE)
         if isinstance(plan, QuantizationPlan):

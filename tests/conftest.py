@@ -18,9 +18,6 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "immunohistochemistry", "rocket")
 SHORT_SIDE = 128
 
-# torchvision's only wheels are CUDA builds: beside a CPU torch its import fails on these two operators.
-_TORCHVISION_OPERATORS = ("nms", "qnms")
-
 
 @pytest.fixture(scope="session", autouse=True)
 def engine_cache(tmp_path_factory):
@@ -49,19 +46,9 @@ def timm():
     """The module timm; skips by name where it is absent."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        library = _declare_torchvision_operators()
+        from tests.torchvision_operators import declare_torchvision_operators
+
+        library = declare_torchvision_operators()
         module = pytest.importorskip("timm", reason="timm is not installed")
     yield module
     del library
-
-
-def _declare_torchvision_operators():
-    """Hold the returned library as long as torchvision is in use: its operators die with it."""
-    import torch
-
-    if hasattr(torch.ops.torchvision, "nms"):
-        return None
-    library = torch.library.Library("torchvision", "DEF")
-    for operator in _TORCHVISION_OPERATORS:
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library

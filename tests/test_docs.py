@@ -28,8 +28,8 @@ RUNNER = """
 import contextlib, io, json, sys
 blocks = json.loads(sys.stdin.read())
 if any("timm/" in code for _, code in blocks):
-    from tests.conftest import _declare_torchvision_operators
-    library = _declare_torchvision_operators()
+    from tests.torchvision_operators import declare_torchvision_operators
+    library = declare_torchvision_operators()
 namespace, answers = {"__name__": "page"}, []
 for line, code in blocks:
     out = io.StringIO()

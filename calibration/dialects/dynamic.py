@@ -48,8 +48,7 @@ def quantize_product(
     added: list[ir.Node] = [product, widened, step, scaled]
     if node.op_type == "Gemm" and len(node.inputs) > 2:
         added.append(ir.node("Add", [scaled.outputs[0], node.inputs[2]], name=f"{name}/add"))
-    graph.insert_before(node, added)
-    _take_over(graph, node, added[-1].outputs[0])
+    ir.convenience.replace_nodes_and_values(graph, node, [node], added, node.outputs, added[-1].outputs)
 
 
 def _quantized(graph: ir.Graph, source: ir.Value) -> tuple[Any, ...]:
@@ -62,11 +61,3 @@ def _quantized(graph: ir.Graph, source: ir.Value) -> tuple[Any, ...]:
         value.name = f"{source.name}/{part}"
     graph.append(node)  # the renderer sorts the graph
     return tuple(node.outputs)
-
-
-def _take_over(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
-    old = node.outputs[0]
-    value.name, value.shape, value.type = old.name, old.shape, old.type
-    old.name = f"{value.name}/replaced"
-    ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
-    graph.remove(node, safe=True)

@@ -30,7 +30,7 @@ def prepare(graph: ir.Graph, value: ir.Value) -> ir.Value:
     if node.op_type == "HardSwish":
         return _split_hard_swish(graph, node)
     if node.op_type == "ReduceMean":
-        return _take_over(graph, node, ir.node("GlobalAveragePool", [node.inputs[0]], name=f"{node.name}/pool"))
+        return _replace(graph, node, ir.node("GlobalAveragePool", [node.inputs[0]], name=f"{node.name}/pool"))
     if node.op_type == "GlobalAveragePool":
         return value
     for position, factor in enumerate(node.inputs):
@@ -45,17 +45,12 @@ def _split_hard_swish(graph: ir.Graph, node: ir.Node) -> ir.Value:
     shifted = ir.node("Add", [source, three], name=f"{name}/shifted")
     gate = _pair(graph, shifted.outputs[0], f"{name}/gate", 6 / 255, _GATE_SCALE)
     graph.append(shifted)
-    return _take_over(graph, node, ir.node("Mul", [source, gate], name=f"{name}/product"))
+    return _replace(graph, node, ir.node("Mul", [source, gate], name=f"{name}/product"))
 
 
-def _take_over(graph: ir.Graph, node: ir.Node, other: ir.Node) -> ir.Value:
-    graph.append(other)
-    old, value = node.outputs[0], other.outputs[0]
-    value.name, value.shape, value.type = old.name, old.shape, old.type
-    old.name = f"{value.name}/replaced"
-    ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
-    return value
+def _replace(graph: ir.Graph, node: ir.Node, other: ir.Node) -> ir.Value:
+    ir.convenience.replace_nodes_and_values(graph, node, [node], [other], node.outputs, other.outputs)
+    return other.outputs[0]
 
 
 def _pair(graph: ir.Graph, value: ir.Value, name: str, scale: float, read_as: float | None = None) -> ir.Value:

@@ -26,5 +26,6 @@ def test_the_stages_are_those_of_the_pipeline():
 
     from deploykit.export import pipeline
 
-    reported = re.findall(r'progress\.stage\("(\w+)"\)', inspect.getsource(pipeline.export))
+    source = inspect.getsource(pipeline.prepare) + inspect.getsource(pipeline.export)
+    reported = re.findall(r'progress\.stage\("(\w+)"\)', source)
     assert list(progress_module.STAGES)[1:] == reported
