@@ -241,7 +241,7 @@ class Int8:
             (Nagel et al. 2019, "Data-Free Quantization", section 4.2, with measured means).
         equalization: 0 to 1, how much of the spread between channels goes from the activations into
             the weights beforehand (cross-layer equalization, SmoothQuant's alpha); None: nothing is scaled.
-        reduce_range: round weights to 7 bits, -63..63, whose products cannot saturate in the 16 bits of x86
+        reduce_range: round weights more coarsely, so that no product saturates in the 16 bits of x86
             processors without VNNI (ONNX Runtime's term); None: where the target needs it.
         float_dtype: what stays in float computes in ``fp32``, or in ``fp16`` where the runtime has it.
         mixed_precision: search the fewest layers to keep in float so that the engine is within its budget.
