@@ -28,12 +28,9 @@ from typing import Any
 
 import numpy as np
 
-CROPPED = 256
-"""The side of a crop in pixels."""
 
-
-def write_photographs(folder: Path, count: int) -> Path:
-    """``count`` JPEG crops, half to all of a photograph's short side; those that are there are kept."""
+def write_photographs(folder: Path, count: int, side: int) -> Path:
+    """``count`` JPEG crops of a side in pixels, of half to all of a photograph's; those that are there are kept."""
     from PIL import Image
 
     from deploykit.cli.demo import CALIBRATED, SHOWN, photograph_folder
@@ -43,16 +40,16 @@ def write_photographs(folder: Path, count: int) -> Path:
     generator = np.random.default_rng(0)
     for number in range(count):
         photograph = photographs[number % len(photographs)]
-        side = int(min(photograph.size) * generator.uniform(0.5, 1.0))
-        left, top = (int(generator.integers(0, length - side + 1)) for length in photograph.size)
+        part = int(min(photograph.size) * generator.uniform(0.5, 1.0))
+        left, top = (int(generator.integers(0, length - part + 1)) for length in photograph.size)
         path = folder / f"{number:05d}.jpg"
         if not path.exists():
-            crop = photograph.crop((left, top, left + side, top + side)).resize((CROPPED, CROPPED))
+            crop = photograph.crop((left, top, left + part, top + part)).resize((side, side))
             crop.save(path, quality=90)
     return folder
 
 
-def write_graph(name: str, path: Path, *, dynamic: bool) -> None:
+def write_graph(name: str, path: Path, size: int, *, dynamic: bool) -> None:
     """The fused master graph of a backbone with random weights, of batch 1 or of a dynamic one."""
     import onnx
     import torch
@@ -67,7 +64,7 @@ def write_graph(name: str, path: Path, *, dynamic: bool) -> None:
     from deploykit.spec import BatchRange
 
     torch.manual_seed(0)
-    backbone = realistic(build(name, BackboneOptions())).eval()
+    backbone = realistic(build(name, BackboneOptions(image_size=(size, size)))).eval()
     spec = replace(backbone.input_spec, batch=BatchRange() if dynamic else 1)
     fused = fuse(trace(backbone, spec), spec, parity_images(None, spec))
     onnx.save(to_onnx(fused.program, spec, output_names(backbone)), path)
@@ -116,6 +113,7 @@ def main() -> None:
     """Print a row a number of images, with its ratios to the first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", default="mobilenetv3_small_100", help="default: %(default)s")
+    parser.add_argument("--image-size", type=int, default=224, help="in pixels (default: %(default)s)")
     parser.add_argument("--images", type=int, nargs="+", default=[64, 512, 4096], help="default: %(default)s")
     parser.add_argument("--calibrator", default="mse", help="default: %(default)s")
     parser.add_argument("--dynamic", action="store_true", help="of a dynamic batch: 4 images at a time, not 1")
@@ -128,11 +126,12 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="deploykit-calibration-memory-") as scratch:
         work = options.work or Path(scratch)
-        photographs = write_photographs(work / "photographs", max(options.images))
-        graph = work / f"{options.network}{'-dynamic' if options.dynamic else ''}.onnx"
+        size = options.image_size
+        photographs = write_photographs(work / f"photographs-{size}", max(options.images), 8 * size // 7)
+        graph = work / f"{options.network}-{size}{'-dynamic' if options.dynamic else ''}.onnx"
         if not graph.exists():
-            write_graph(options.network, graph, dynamic=options.dynamic)
-        print(f"{options.network}, 224 px, {options.calibrator}, batches of {4 if options.dynamic else 1}")
+            write_graph(options.network, graph, size, dynamic=options.dynamic)
+        print(f"{options.network}, {size} px, {options.calibrator}, batches of {4 if options.dynamic else 1}")
         print(f"{'images':>7}{'before MB':>11}{'peak MB':>9}{'ratio':>7}{'seconds':>9}{'ms/image':>10}{'ratio':>7}")
         rows: list[dict[str, Any]] = []
         for count in options.images:

@@ -248,8 +248,5 @@ def quantize_weight(
 
 def _largest_pairs(channels: Array) -> Array:
     """The largest sum of two values of one sign in each row, ``(rows,)``; of the one value in rows of one."""
-
-    def of_positive(values: Array) -> Array:
-        return np.sort(np.maximum(values, 0), axis=1)[:, -2:].sum(axis=1)
-
-    return np.maximum(of_positive(channels), of_positive(-channels))
+    sums = [np.sort(np.maximum(one_sign, 0), axis=1)[:, -2:].sum(axis=1) for one_sign in (channels, -channels)]
+    return np.asarray(np.maximum(*sums))

@@ -19,7 +19,7 @@ def benchmark(monkeypatch):
 
 def test_the_peak_of_a_process_does_not_grow_with_the_images(benchmark, residual, tmp_path):
     pytest.importorskip("skimage", reason="scikit-image is not installed")
-    photographs = benchmark.write_photographs(tmp_path / "photographs", MANY)
+    photographs = benchmark.write_photographs(tmp_path / "photographs", MANY, 72)
     assert len(list(photographs.iterdir())) == MANY
     onnx.save(residual.graph.model, tmp_path / "master.onnx")
     few, many = (
