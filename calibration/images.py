@@ -248,7 +248,7 @@ class CalibrationSet:
         digest.update(repr(self.spec.shape[1:]).encode())
         if self.arrays is not None:
             for image in _rows(self.arrays):
-                digest.update(np.ascontiguousarray(image))
+                digest.update(np.ascontiguousarray(image).tobytes())
         for path in self.files:
             digest.update(hashlib.sha256(_read_bytes(path)).digest())
         return digest.hexdigest()
@@ -366,7 +366,8 @@ def _rows(arrays: ImageArray, skip: int = 0) -> Iterator[ImageArray]:
 
     A mapped file's pages count as this process's memory until they are given back.
     """
-    mapped = arrays.base if isinstance(arrays.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED") else None
+    base: object = arrays.base
+    mapped = base if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED") else None
     for position in range(skip, len(arrays)):
         yield np.array(arrays[position]) if mapped is not None else np.asarray(arrays[position])
         if mapped is not None and position % ROWS_MAPPED == ROWS_MAPPED - 1:

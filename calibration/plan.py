@@ -57,7 +57,7 @@ class QuantizationPlan:
     bias_shift: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
 
     def integers_of(
-        self, node: str, weight: FloatArray, axis: int, least: FloatArray | None = None
+        self, node: str, weight: FloatArray, axis: int, least: npt.NDArray[Any] | None = None
     ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
         """A node's weight in integers with one scale a channel of ``axis``: the same in every dialect.
 
