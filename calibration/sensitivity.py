@@ -21,7 +21,6 @@ from deploykit.calibration.dialects import DIALECTS
 from deploykit.calibration.dialects.qdq import QdqStyle
 from deploykit.calibration.placement import IntegerWeight
 from deploykit.calibration.plan import QuantizationPlan, add_constant, calibration_batch, onnx_session
-from deploykit.calibration.ranges import quantize_weight
 from deploykit.optional import require
 from deploykit.parity.metrics import sqnr_db
 from deploykit.parity.report import MAX_SQNR_DB
@@ -169,7 +168,7 @@ class Simulation:
         weight = _array(graph, use.weight)
         self.operators[name] = node.op_type
         self.macs[name] = _macs(node, weight)
-        integers, scales = quantize_weight(weight, use.axis)
+        integers, scales = self._plan.integers_of(name, weight, use.axis)
         shape = [1] * weight.ndim
         shape[use.axis] = -1
         rounded = (integers * scales.reshape(shape)).astype(np.float32)

@@ -241,6 +241,8 @@ class Int8:
             (Nagel et al. 2019, "Data-Free Quantization", section 4.2, with measured means).
         equalization: 0 to 1, how much of the spread between channels goes from the activations into
             the weights beforehand (cross-layer equalization, SmoothQuant's alpha); None: nothing is scaled.
+        reduce_range: round weights more coarsely, so that no product saturates in the 16 bits of x86
+            processors without VNNI (ONNX Runtime's term); None: where the target needs it.
         float_dtype: what stays in float computes in ``fp32``, or in ``fp16`` where the runtime has it.
         mixed_precision: search the fewest layers to keep in float so that the engine is within its budget.
         max_metric_drop: with a metric of the user's own, how far below the FP32 engine's it may be.
@@ -253,6 +255,7 @@ class Int8:
     percentile: float = 99.99
     bias_correction: bool = True
     equalization: float | None = 0.5
+    reduce_range: bool | None = None
     float_dtype: FloatDtype = "fp32"
     mixed_precision: bool = False
     max_metric_drop: float | None = None
