@@ -15,6 +15,9 @@ from deploykit.errors import SpecError, nearest
 Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 CropMode: TypeAlias = Literal["center", "squash", "border"]
 Calibrator: TypeAlias = Literal["mse", "minmax", "percentile", "entropy"]
+BiasCorrection: TypeAlias = Literal["fast", "full"]
+Rounding: TypeAlias = Literal["nearest", "adaptive"]
+WeightScales: TypeAlias = Literal["max", "mse"]
 FloatDtype: TypeAlias = Literal["fp32", "fp16"]
 InputDtype: TypeAlias = Literal["float32", "uint8"]
 Layout: TypeAlias = Literal["NCHW", "NHWC"]
@@ -237,8 +240,13 @@ class Int8:
         calibrator: how a range is chosen from the statistics: ``mse`` (least squared error),
             ``minmax``, ``percentile``, or ``entropy`` (least Kullback-Leibler divergence, as TensorRT).
         percentile: the share of values inside the range for ``percentile``, in percent.
-        bias_correction: shift each bias by the mean error that rounding the weights makes
-            (Nagel et al. 2019, "Data-Free Quantization", section 4.2, with measured means).
+        bias_correction: shift each bias by the mean error that rounding makes (Nagel et al. 2019,
+            "Data-Free Quantization", section 4.2, with measured means): ``fast``, that of its own weight, in
+            the same pass; ``full``, that of all before it too, layer after layer; None or False: not at
+            all. True is ``fast``.
+        rounding: each weight to the ``nearest`` integer, or ``adaptive``: so that a layer's output on the
+            calibration images changes least (GPTQ, Frantar et al. 2022).
+        weight_scales: a channel's ``max``, or ``mse``: clipped where its output then changes least.
         equalization: 0 to 1, how much of the spread between channels goes from the activations into
             the weights beforehand (cross-layer equalization, SmoothQuant's alpha); None: nothing is scaled.
         float_dtype: what stays in float computes in ``fp32``, or in ``fp16`` where the runtime has it.
@@ -251,7 +259,9 @@ class Int8:
     min_top1_agreement: float | None = None
     calibrator: Calibrator = "mse"
     percentile: float = 99.99
-    bias_correction: bool = True
+    bias_correction: BiasCorrection | bool | None = "fast"
+    rounding: Rounding = "nearest"
+    weight_scales: WeightScales = "max"
     equalization: float | None = 0.5
     float_dtype: FloatDtype = "fp32"
     mixed_precision: bool = False
@@ -262,6 +272,12 @@ class Int8:
             raise SpecError(f"max_metric_drop is {self.max_metric_drop}; it must be 0 or more.")
         _check_choice("float_dtype", self.float_dtype, ("fp32", "fp16"))
         _check_choice("calibrator", self.calibrator, get_args(Calibrator))
+        _check_choice("rounding", self.rounding, get_args(Rounding))
+        _check_choice("weight_scales", self.weight_scales, get_args(WeightScales))
+        if isinstance(self.bias_correction, bool):
+            object.__setattr__(self, "bias_correction", "fast" if self.bias_correction else None)
+        if self.bias_correction is not None:
+            _check_choice("bias_correction", self.bias_correction, get_args(BiasCorrection))
         if not 50 < self.percentile <= 100:
             raise SpecError(f"percentile is {self.percentile}; it must be above 50 and at most 100.")
         if self.equalization is not None and not 0 <= self.equalization <= 1:

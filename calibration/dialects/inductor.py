@@ -22,7 +22,6 @@ from deploykit.backbones.attention import TRANSPOSED
 from deploykit.calibration.half import HalfPlan
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.precision import PrecisionPlan
-from deploykit.calibration.ranges import quantize_weight
 from deploykit.errors import ExportError
 from deploykit.fusion.program import export_program
 from deploykit.graph import Graph
@@ -114,7 +113,7 @@ def _insert_qdq(module: GraphModule, plan: QuantizationPlan) -> None:
         if (source, use.input) not in quantized:
             quantized[source, use.input] = _quantize_activation(module, source, scale, zero_point)
         node.update_arg(0, quantized[source, use.input])
-        _quantize_weight(module, node, plan.bias_shift.get(name))
+        _quantize_weight(module, node, plan, name, transposed=use.axis == 1)
     module.recompile()
 
 
@@ -127,12 +126,16 @@ def _quantize_activation(module: GraphModule, source: Node, scale: float, zero_p
         return module.graph.call_function(operators.dequantize_per_tensor.default, (integers, *settings))
 
 
-def _quantize_weight(module: GraphModule, node: Node, shift: npt.NDArray[np.float32] | None) -> None:
+def _quantize_weight(module: GraphModule, node: Node, plan: QuantizationPlan, planned: str, *, transposed: bool) -> None:
+    """Write a weight as the plan's node has it, whose own is transposed where it is a MatMul."""
     weight_node: Any = node.args[1]
     target = str(weight_node.target)
     owner, _, name = target.rpartition(".")
     holder = module.get_submodule(owner)
-    integers, scales = quantize_weight(_value(module, weight_node).numpy(), axis=0)
+    values = _value(module, weight_node).numpy()
+    integers, scales = plan.integers_of(planned, values.T if transposed else values, int(transposed))
+    if transposed:
+        integers = np.ascontiguousarray(integers.T)
     names = {"integers": f"{name}_integers", "scales": f"{name}_scales", "zeros": f"{name}_zeros"}
     holder.register_buffer(names["integers"], torch.from_numpy(integers))
     holder.register_buffer(names["scales"], torch.from_numpy(scales))
@@ -143,6 +146,7 @@ def _quantize_weight(module: GraphModule, node: Node, shift: npt.NDArray[np.floa
             torch.ops.quantized_decomposed.dequantize_per_channel.default, (*parts, 0, -127, 127, torch.int8)
         )
     node.update_arg(1, restored)
+    shift = plan.bias_shift.get(planned)
     if shift is not None and np.any(shift):
         _shift_bias(module, node, owner, torch.from_numpy(np.asarray(shift, np.float32)))
 

@@ -15,7 +15,6 @@ from deploykit.calibration.dialects.dynamic import quantize_product
 from deploykit.calibration.dialects.gates import prepare
 from deploykit.calibration.placement import IntegerWeight
 from deploykit.calibration.plan import QuantizationPlan, add_constant
-from deploykit.calibration.ranges import quantize_weight
 
 BIAS_LIMIT = 2**30
 """The largest int32 bias: the other half of the accumulator is for the products."""
@@ -89,7 +88,7 @@ class _Renderer:
         integer_bias = self.style.integer_bias and node.op_type == "Conv"
         step = np.float32(self.plan.range_of(use.input).affine()[0])
         least = np.abs(bias) / (step * BIAS_LIMIT) if integer_bias and bias is not None else None
-        integers, scales = quantize_weight(values, use.axis, least)
+        integers, scales = self.plan.integers_of(name, values, use.axis, least)
         if bias is not None:
             self._replace_bias(node, use, bias, step * scales if integer_bias else None)
         if self.style.dynamic_products and node.op_type != "Conv":
