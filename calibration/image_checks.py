@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from deploykit.runtimes.base import FloatArray
 from deploykit.spec import Preprocessing
@@ -40,6 +43,22 @@ class ImageChecks:
             self._least, self._most = min(self._least, low), max(self._most, high)
             self._squares += float(np.square(image, dtype=np.float64).sum())
             self._values += image.size
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """All that was seen, exactly."""
+        return {
+            "digests": np.frombuffer(b"".join(sorted(self._different)), np.uint8),
+            "counts": np.array([self._seen, self._constant, self._values]),
+            "figures": np.array([self._squares, self._least, self._most], np.float64),
+        }
+
+    def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Take over what was seen from the `state` of others with the same preprocessing."""
+        size = hashlib.sha256().digest_size
+        digests = state["digests"].tobytes()
+        self._different = {digests[start : start + size] for start in range(0, len(digests), size)}
+        self._seen, self._constant, self._values = (int(count) for count in state["counts"])
+        self._squares, self._least, self._most = (float(figure) for figure in state["figures"])
 
     def problems(self) -> tuple[str, ...]:
         """One message a fault: what was seen, what was expected, and what to do."""

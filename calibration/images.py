@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
+import mmap
 import os
 import tempfile
 import warnings
@@ -22,6 +24,8 @@ from deploykit.runtimes.base import FloatArray, ImageArray, check_images
 from deploykit.spec import InputSpec, Preprocessing
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+ROWS_MAPPED = 16
+"""How many images of a mapped file are in memory at most."""
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -173,18 +177,24 @@ class CalibrationSet:
     def __len__(self) -> int:
         return len(self.files) if self.arrays is None else len(self.arrays)
 
-    def images(self) -> Iterator[FloatArray]:
-        """Each image as ``(C, H, W)`` float32, normalised.
+    def images(self, skip: int = 0) -> Iterator[FloatArray]:
+        """Each image as ``(C, H, W)`` float32, normalised, without the first ``skip``.
 
         Raises:
             CalibrationError: a corrupt file, unless ``skip_corrupt``, which warns; or none left.
         """
         if self.arrays is not None:
-            for position, image in enumerate(self.arrays):
-                yield _checked(np.asarray(image)[None], self.spec, f"image {position}")[0]
+            for position, image in enumerate(_rows(self.arrays, skip), start=skip):
+                yield _checked(image[None], self.spec, f"image {position}")[0]
             return
+        if self.skip_corrupt:  # which files are among the first is known only once they are read
+            yield from itertools.islice(self._decoded(self.files), skip, None)
+        else:
+            yield from self._decoded(self.files[skip:])
+
+    def _decoded(self, files: tuple[Path, ...]) -> Iterator[FloatArray]:
         read = 0
-        for path in self.files:
+        for path in files:
             try:
                 image = read_image(path, self.spec.as_images())
             except CalibrationError as error:
@@ -194,7 +204,7 @@ class CalibrationSet:
                 continue
             read += 1
             yield image
-        if not read:
+        if files and not read:
             raise CalibrationError(f"none of the {len(self.files)} calibration files could be read.")
 
     def _every_problem(self, first: CalibrationError, path: Path) -> str:
@@ -207,10 +217,13 @@ class CalibrationSet:
                 problems.append(str(error))
         return "\n".join([*problems, "To leave such files out, pass skip_corrupt=True."])
 
-    def batches(self, size: int) -> Iterator[FloatArray]:
-        """Batches of exactly ``size`` images; a last partial batch is filled up by repeating its images."""
+    def batches(self, size: int, *, skip: int = 0) -> Iterator[FloatArray]:
+        """Batches of exactly ``size`` images, without the first ``skip`` batches.
+
+        A last partial batch is filled up by repeating its images.
+        """
         pending: list[FloatArray] = []
-        for image in self.images():
+        for image in self.images(skip * size):
             pending.append(image)
             if len(pending) == size:
                 yield np.stack(pending)
@@ -234,8 +247,8 @@ class CalibrationSet:
         digest = hashlib.sha256(repr(self.spec.preprocessing).encode())
         digest.update(repr(self.spec.shape[1:]).encode())
         if self.arrays is not None:
-            for image in self.arrays:
-                digest.update(np.ascontiguousarray(image).tobytes())
+            for image in _rows(self.arrays):
+                digest.update(np.ascontiguousarray(image))
         for path in self.files:
             digest.update(hashlib.sha256(_read_bytes(path)).digest())
         return digest.hexdigest()
@@ -346,6 +359,18 @@ def _checked(image: ImageArray, spec: InputSpec, name: str) -> FloatArray:
         return check_images(image, single)
     except SpecError as error:
         raise CalibrationError(f"{name} of the calibration set cannot be used: {error}") from error
+
+
+def _rows(arrays: ImageArray, skip: int = 0) -> Iterator[ImageArray]:
+    """Each image of an array, one alive at a time where it is mapped from a file.
+
+    A mapped file's pages count as this process's memory until they are given back.
+    """
+    mapped = arrays.base if isinstance(arrays.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED") else None
+    for position in range(skip, len(arrays)):
+        yield np.array(arrays[position]) if mapped is not None else np.asarray(arrays[position])
+        if mapped is not None and position % ROWS_MAPPED == ROWS_MAPPED - 1:
+            mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _to_array(batch: Any) -> npt.NDArray[Any]:

@@ -1,4 +1,4 @@
-"""What a node multiplies with its weight, as rows of a matrix product: a sample of a convolution's patches, or of tokens."""
+"""What a node multiplies with its weight, as rows of a matrix product: sampled patches of a map, or tokens."""
 
 from __future__ import annotations
 

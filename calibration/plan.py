@@ -15,15 +15,15 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
-from deploykit.calibration.image_checks import ImageChecks
 from deploykit.calibration.placement import Placement, place, without
-from deploykit.calibration.ranges import ActivationRange, Histogram, quantize_weight
+from deploykit.calibration.ranges import ActivationRange, TensorStatistics, quantize_weight
+from deploykit.calibration.statistics import Statistics
 from deploykit.calibration.weights import RoundedWeight
 from deploykit.errors import CalibrationError
 from deploykit.optional import require
 from deploykit.runtimes.base import FloatArray
 from deploykit.runtimes.run_onnxruntime import KEEP_FLOAT_WEIGHTS
-from deploykit.spec import FloatDtype, Int8, Preprocessing
+from deploykit.spec import FloatDtype, Int8
 
 PLAN_FILE = "quantization-plan.json"
 SHIFT_FILE = "quantization-plan.npz"
@@ -40,6 +40,8 @@ class QuantizationPlan:
     ``bias_shift`` maps a node to the ``(channels,)`` mean error that rounding its weight makes in
     its output, which a dialect adds to the bias. ``weights`` maps a node to how its weight was rounded,
     where that is not to the nearest. ``float_dtype`` is what the rest computes in.
+    ``weight_bits`` is 7 where products of 8-bit weights would saturate, else 8.
+    ``statistics`` are what was seen of each tensor: no dialect reads them, people do.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -49,9 +51,11 @@ class QuantizationPlan:
     calibrator: str
     images: int
     warnings: tuple[str, ...] = ()
+    weight_bits: int = 8
     float_dtype: FloatDtype = "fp32"
     placement: Placement
     ranges: dict[str, ActivationRange]
+    statistics: dict[str, TensorStatistics] = field(default_factory=dict)
     bias_shift: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
     weights: dict[str, RoundedWeight] = field(default_factory=dict)
 
@@ -67,7 +71,9 @@ class QuantizationPlan:
             least: the smallest scale that each channel may have, ``(channels,)``.
         """
         chosen = self.weights.get(node)
-        return quantize_weight(weight, axis, least) if chosen is None else chosen.integers_of(weight, axis, least)
+        if chosen is not None:
+            return chosen.integers_of(weight, axis, least, bits=self.weight_bits)
+        return quantize_weight(weight, axis, least, bits=self.weight_bits)
 
     def range_of(self, tensor: str) -> ActivationRange:
         """The range of a tensor, or of the tensor whose range it shares."""
@@ -148,9 +154,14 @@ def constants_digest(model: onnx.ModelProto) -> str:
 def plan_key(weights_digest: str, images_digest: str, settings: Int8) -> str:
     """What a plan is keyed by: equal keys give equal plans."""
     text = "\n".join((weights_digest, images_digest, settings.calibrator, str(settings.percentile)))
-    switches = f"{settings.bias_correction}\n{settings.equalization}\n{settings.float_dtype}"
+    switches = f"{settings.bias_correction}\n{settings.equalization}\n{settings.float_dtype}\n{weight_bits(settings)}"
     switches += f"\n{settings.rounding}\n{settings.weight_scales}"
     return hashlib.sha256(f"{text}\n{switches}".encode()).hexdigest()
+
+
+def weight_bits(settings: Int8) -> int:
+    """How many bits of an int8 weight are used."""
+    return 7 if settings.reduce_range else 8
 
 
 def calibrate(
@@ -160,8 +171,8 @@ def calibrate(
     *,
     key: str,
     weights_digest: str = "",
-    preprocessing: Preprocessing | None = None,
-    on_batch: Callable[[int], None] | None = None,
+    started: Statistics | None = None,
+    on_batch: Callable[[Statistics], None] | None = None,
 ) -> QuantizationPlan:
     """Run the master graph over the images once and choose every range.
 
@@ -171,8 +182,9 @@ def calibrate(
         settings: the calibrator and whether to correct biases.
         key: what the plan is keyed by, from `plan_key`.
         weights_digest: the digest of the weights, by which the plan is refused for others.
-        preprocessing: what the images should have been normalised with; None leaves them unchecked.
-        on_batch: called with the number of images seen so far.
+        started: where to add what is found: `Statistics` that know how images are normalised check them, and
+            those of a stopped pass go on, with ``batches`` from there; None: new ones that check nothing.
+        on_batch: called with what has been found so far, after each batch.
 
     Raises:
         CalibrationError: no images, or activations that are not finite.
@@ -181,51 +193,48 @@ def calibrate(
     placement = place(model)
     if not placement.weights:
         raise CalibrationError("the graph has no convolution or matrix product with constant weights to quantize.")
-    probes = _BiasProbes(model, placement) if settings.bias_correction else None
+    probes = _BiasProbes(model, placement, weight_bits(settings)) if settings.bias_correction else None
     session = onnx_session(_instrument(model, placement, probes))
-    tensors = [name for name in placement.tensors if name != model.graph.input[0].name]
-    wanted = [*tensors, *(probes.outputs if probes else ())]
-    histograms = {name: Histogram() for name in placement.tensors}
-    sums: dict[str, npt.NDArray[np.float64]] = {}
-    checks = ImageChecks(preprocessing) if preprocessing else None
-    seen = count = 0
+    averaged = probes.outputs if probes else {}
+    statistics = started or Statistics()
     for batch in batches:
-        if checks:
-            checks.update(batch)
-        found = session.run(wanted, {model.graph.input[0].name: batch})
-        for name, values in zip(wanted, found, strict=True):
-            if name in histograms:
-                histograms[name].update(values)
-            else:
-                sums[name] = sums.get(name, 0.0) + values.astype(np.float64)
-        if model.graph.input[0].name in histograms:
-            histograms[model.graph.input[0].name].update(batch)
-        seen, count = seen + len(batch), count + 1
+        _observe(session, batch, placement.tensors, averaged, statistics)
         if on_batch:
-            on_batch(seen)
-    if not seen:
+            on_batch(statistics)
+    if not statistics.images:
         raise CalibrationError("the calibration set gave no images; expected at least one.")
-    shift = {
-        node: (sums[output] / count).astype(np.float32) for output, node in (probes.outputs.items() if probes else ())
-    }
+    ranges = {name: statistics.histograms[name].choose(settings) for name in placement.tensors}
     return QuantizationPlan(
         key=key,
         weights_digest=weights_digest,
         constants_digest=constants_digest(model),
         calibrator=settings.calibrator,
-        images=seen,
-        warnings=checks.problems() if checks else (),
+        images=statistics.images,
+        warnings=statistics.checks.problems() if statistics.checks else (),
+        weight_bits=weight_bits(settings),
         float_dtype=settings.float_dtype,
         placement=placement,
-        ranges={name: histogram.choose(settings) for name, histogram in histograms.items()},
-        bias_shift=shift,
+        ranges=ranges,
+        statistics={name: statistics.histograms[name].statistics(chosen) for name, chosen in ranges.items()},
+        bias_shift={node: statistics.mean(output) for output, node in averaged.items()},
     )
+
+
+def _observe(
+    session: Any, batch: FloatArray, tensors: Iterable[str], probes: Iterable[str], statistics: Statistics
+) -> None:
+    """Run one batch and add what it gives; nothing of it is alive when the next one runs."""
+    source = session.get_inputs()[0].name
+    wanted = [name for name in (*tensors, *probes) if name != source]
+    found = dict(zip(wanted, session.run(wanted, {source: batch}), strict=True)) | {source: batch}
+    statistics.update(batch, {name: found[name] for name in tensors}, {name: found[name] for name in probes})
 
 
 class _BiasProbes:
     """Beside each integer node, the same node with the rounding error of its weight, averaged a channel."""
 
-    def __init__(self, model: onnx.ModelProto, placement: Placement) -> None:
+    def __init__(self, model: onnx.ModelProto, placement: Placement, bits: int) -> None:
+        self._bits = bits
         self._weights = {tensor.name: tensor for tensor in model.graph.initializer}
         self._placement = placement
         self.outputs = {f"{node}/mean_error": node for node in placement.weights}
@@ -236,7 +245,7 @@ class _BiasProbes:
         for output, name in self.outputs.items():
             use = self._placement.weights[name]
             values = onnx.numpy_helper.to_array(self._weights[use.weight])
-            integers, scales = quantize_weight(values, use.axis)
+            integers, scales = quantize_weight(values, use.axis, bits=self._bits)
             shape = [1] * values.ndim
             shape[use.axis] = -1
             error = add_constant(graph, f"{name}/error", values - integers * scales.reshape(shape))

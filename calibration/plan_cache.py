@@ -14,6 +14,7 @@ from filelock import FileLock
 
 import deploykit
 from deploykit.cache import default_root
+from deploykit.calibration.checkpoint import Checkpoint
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.errors import CalibrationError
 
@@ -48,9 +49,14 @@ class PlanCache:
                 return found
             plan = make()
             self._write(key, plan)
+            self.checkpoint(key).remove()
             return plan
         finally:
             lock.release()
+
+    def checkpoint(self, key: str) -> Checkpoint:
+        """Where the calibration for a key is kept while it runs."""
+        return Checkpoint(self.root / f"{key}.statistics")
 
     def _read(self, key: str) -> QuantizationPlan | None:
         entry = self.root / key

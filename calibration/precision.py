@@ -14,6 +14,7 @@ from deploykit.calibration.images import CalibrationSet
 from deploykit.calibration.plan import QuantizationPlan, calibrate, calibration_batch, plan_key
 from deploykit.calibration.plan_cache import PlanCache, cache_key
 from deploykit.calibration.reconstruction import RECONSTRUCTION_IMAGES, needs_reconstruction, reconstruct
+from deploykit.calibration.statistics import Statistics
 from deploykit.errors import CalibrationError, CalibrationWarning
 from deploykit.runtimes.base import FloatArray
 from deploykit.spec import Bf16, Fp16, Int8, Precision
@@ -50,7 +51,8 @@ def plan_precision(
     weights_digest: str,
     offered: QuantizationPlan | None = None,
     cache: PlanCache | None = None,
-    on_image: Callable[[int], None] | None = None,
+    on_image: Callable[[int], None] = lambda seen: None,
+    on_resume: Callable[[int], None] = lambda seen: None,
 ) -> PrecisionPlan:
     """Make the plan that a precision needs.
 
@@ -63,6 +65,7 @@ def plan_precision(
         offered: an INT8 plan that was made before, to use instead of calibrating.
         cache: where INT8 plans that were made before are; None calibrates always.
         on_image: called with the number of images calibrated so far.
+        on_resume: called with the number of images after which a stopped calibration goes on.
 
     Raises:
         CalibrationError: INT8 without images: deploykit never calibrates on random data; or a plan of other weights.
@@ -81,20 +84,33 @@ def plan_precision(
     images, settings = calibration, precision
     key = plan_key(weights_digest, images.digest, settings)
 
+    kept = cache_key(key, model)
+
     def make() -> QuantizationPlan:
+        checkpoint = cache.checkpoint(kept) if cache is not None else None
+        preprocessing = images.spec.preprocessing
+        started = checkpoint.started(preprocessing) if checkpoint else Statistics(preprocessing)
+        if started.images:
+            on_resume(started.images)
+
+        def heard(found: Statistics) -> None:
+            if checkpoint:
+                checkpoint.keep(found)
+            on_image(found.images)
+
         again = needs_reconstruction(settings)
         plan = calibrate(
             model,
-            images.batches(calibration_batch(model)),
+            images.batches(calibration_batch(model), skip=started.batches),
             replace(settings, bias_correction=None) if again else settings,
             key=key,
             weights_digest=weights_digest,
-            preprocessing=images.spec.preprocessing,
-            on_batch=on_image,
+            started=started,
+            on_batch=heard,
         )
         return reconstruct(model, plan, images.sample(RECONSTRUCTION_IMAGES), settings) if again else plan
 
-    plan = make() if cache is None else cache.get_or_make(cache_key(key, model), make)
+    plan = make() if cache is None else cache.get_or_make(kept, make)
     for problem in plan.warnings:
         warnings.warn(problem, CalibrationWarning, stacklevel=2)
     return plan

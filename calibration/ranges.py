@@ -13,9 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from deploykit.errors import CalibrationError
+from deploykit.parity.report import MAX_SQNR_DB
 from deploykit.spec import Int8
 
 BINS = 2048
+_FACTS = 6
+"""How many numbers a histogram's state holds before its counts."""
 SAMPLES_PER_IMAGE = 16384
 ENTROPY_LEVELS = 128
 """What TensorRT's calibrator rounds magnitudes to: 8 bits less the sign."""
@@ -43,6 +46,20 @@ class ActivationRange:
         return max(self.amax, 1e-8) / 127
 
 
+@dataclass(frozen=True, kw_only=True)
+class TensorStatistics:
+    """What calibration saw of one tensor: exact ends, mean and standard deviation of its sampled values.
+
+    ``sqnr_db`` is the signal over the noise that rounding to the chosen uint8 range makes, in dB.
+    """
+
+    low: float
+    high: float
+    mean: float
+    deviation: float
+    sqnr_db: float
+
+
 class Histogram:
     """The distribution of one tensor, fed a batch at a time."""
 
@@ -51,6 +68,29 @@ class Histogram:
         self.high = -np.inf
         self._edge = 0.0  # the bins cover -edge..edge
         self._counts = np.zeros(BINS, np.int64)
+        self._samples = 0
+        self._sum = 0.0
+        self._squares = 0.0
+
+    def state(self) -> npt.NDArray[np.float64]:
+        """All that it holds, exactly, as one vector: counts stay below 2**53."""
+        facts = (self.low, self.high, self._edge, self._samples, self._sum, self._squares)
+        return np.concatenate([np.array(facts, np.float64), self._counts.astype(np.float64)])
+
+    @classmethod
+    def of(cls, state: Array) -> Histogram:
+        """The histogram whose `state` this is.
+
+        Raises:
+            ValueError: it is none's.
+        """
+        if state.shape != (_FACTS + BINS,) or state.dtype != np.float64:
+            raise ValueError(f"a histogram's state is {state.shape} {state.dtype}, not ({_FACTS + BINS},) float64")
+        histogram = cls()
+        histogram.low, histogram.high, histogram._edge = (float(value) for value in state[:3])
+        histogram._samples, histogram._sum, histogram._squares = int(state[3]), float(state[4]), float(state[5])
+        histogram._counts = state[_FACTS:].astype(np.int64)
+        return histogram
 
     def update(self, values: Array) -> None:
         """Add one batch of the tensor, of any shape.
@@ -65,9 +105,13 @@ class Histogram:
         self._widen(max(abs(low), abs(high)))
         flat = values.reshape(-1)
         step = max(1, flat.size // (SAMPLES_PER_IMAGE * values.shape[0]))
+        samples = flat[::step].astype(np.float64)  # float32 has no 2048 bins below its least normal number
+        self._samples += samples.size
+        self._sum += float(samples.sum())
+        self._squares += float(np.square(samples).sum())
         if self._edge > 0:
-            samples = flat[::step].astype(np.float64)  # float32 has no 2048 bins below its least normal number
-            self._counts += np.histogram(samples, BINS, (-self._edge, self._edge))[0]
+            bins = ((samples + self._edge) * (BINS / 2 / self._edge)).astype(np.int64)
+            self._counts += np.bincount(np.minimum(bins, BINS - 1), minlength=BINS)
 
     def _widen(self, magnitude: float) -> None:
         if self._edge == 0.0:
@@ -76,6 +120,28 @@ class Histogram:
             middle = self._counts.reshape(-1, 2).sum(1)
             self._counts = np.pad(middle, BINS // 4)
             self._edge *= 2
+
+    def statistics(self, chosen: ActivationRange) -> TensorStatistics:
+        """What was seen, and how well a range rounds it."""
+        mean = self._sum / self._samples
+        used = np.flatnonzero(self._counts)
+        signal = self._squares / self._samples
+        noise = 0.0
+        if len(used):
+            counts = self._counts[used]
+            noise = _error(self._centres()[used], counts, chosen.low, chosen.high, levels=255) / counts.sum()
+        sqnr = 10 * np.log10(signal / noise) if signal > 0 and noise > 0 else MAX_SQNR_DB
+        return TensorStatistics(
+            low=self.low,
+            high=self.high,
+            mean=mean,
+            deviation=float(np.sqrt(max(signal - mean * mean, 0.0))),
+            sqnr_db=round(float(sqnr), 2),
+        )
+
+    def _centres(self) -> npt.NDArray[np.float64]:
+        """The middle of each bin."""
+        return np.linspace(-self._edge, self._edge, BINS + 1)[:-1] + self._edge / BINS
 
     def choose(self, settings: Int8) -> ActivationRange:
         """The range that a calibrator picks; it always holds 0, so that padding is exact."""
@@ -119,7 +185,7 @@ class Histogram:
     def _least_error(self, low: float, high: float, *, levels: int) -> tuple[float, float]:
         """Shrink each end in turn to the least mean squared error of quantizing the histogram."""
         used = np.flatnonzero(self._counts)
-        centres = (np.linspace(-self._edge, self._edge, BINS + 1)[:-1] + self._edge / BINS)[used]
+        centres = self._centres()[used]
         counts = self._counts[used]
         shares = np.linspace(0.3, 1.0, 71)
         if low == -high:
@@ -158,20 +224,21 @@ def _divergence(counts: Array, size: int) -> float:
 
 
 def quantize_weight(
-    weight: Array, axis: int, least: Array | None = None
+    weight: Array, axis: int, least: Array | None = None, *, bits: int = 8
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
     """A weight to int8 in -127..127 with one scale a channel of ``axis``, and those scales.
 
-    ``least`` is the smallest scale that each channel may have, ``(channels,)``.
+    With ``bits`` 7 to -63..63. ``least`` is the smallest scale that each channel may have, ``(channels,)``.
 
     A channel that BatchNorm folding left at zero, or far below the others, gets a scale of a
     ten-thousandth of the largest: a scale of zero would give NaN.
     """
     moved = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1).astype(np.float64)
     amax = np.abs(moved).max(axis=1)
+    top = 2 ** (bits - 1) - 1
     floor = max(float(amax.max()) * 1e-4, 1e-8)
-    scales = np.maximum(np.maximum(amax, floor) / 127, 0.0 if least is None else least).astype(np.float32)
+    scales = np.maximum(np.maximum(amax, floor) / top, 0.0 if least is None else least).astype(np.float32)
     shape = [1] * weight.ndim
     shape[axis] = -1
     rounded = np.round(weight / scales.reshape(shape))
-    return np.clip(rounded, -127, 127).astype(np.int8), scales
+    return np.clip(rounded, -top, top).astype(np.int8), scales

@@ -69,7 +69,7 @@ def reconstruct(
         read = _rows(simulation, layers, names, quantized=(*weights, *names)) if sequential else exact
         for name in names:
             layer = layers[name]
-            integers, scales = _round(layer, read[name], settings)
+            integers, scales = _round(layer, read[name], settings, plan.weight_bits)
             rounded = integers * scales.unsqueeze(2)
             if settings.bias_correction is not None:
                 shifts[name] = _shift(layer, exact[name], rounded, read[name])
@@ -99,9 +99,7 @@ def _layers(model: onnx.ModelProto, plan: QuantizationPlan) -> dict[str, _Layer]
     layers = {}
     for name, use in plan.placement.weights.items():
         weight = onnx.numpy_helper.to_array(constants[use.weight])
-        layers[name] = _Layer(
-            weight=weight, shape=LayerShape.of(nodes[name], weight.shape, use.axis), input=use.input
-        )
+        layers[name] = _Layer(weight=weight, shape=LayerShape.of(nodes[name], weight.shape, use.axis), input=use.input)
     return layers
 
 
@@ -134,17 +132,18 @@ def _rows(
     return {name: torch.from_numpy(np.concatenate(parts)).transpose(0, 1) for name, parts in pieces.items()}
 
 
-def _round(layer: _Layer, read: Tensor, settings: Int8) -> tuple[Tensor, Tensor]:
+def _round(layer: _Layer, read: Tensor, settings: Int8, bits: int) -> tuple[Tensor, Tensor]:
     """Integers ``(groups, channels, K)`` and scales ``(groups, channels)`` of a weight."""
     matrix = layer.shape.matrix(layer.weight)
-    scales = torch.from_numpy(quantize_weight(layer.weight, layer.shape.axis)[1]).reshape(matrix.shape[:2])
+    top = 2 ** (bits - 1) - 1
+    scales = torch.from_numpy(quantize_weight(layer.weight, layer.shape.axis, bits=bits)[1]).reshape(matrix.shape[:2])
     centred = read - read.mean(1, keepdim=True) if settings.bias_correction is not None else read
     moments = centred.transpose(1, 2) @ centred / read.shape[1]
     if settings.weight_scales == "mse":
-        scales = clipped_scales(matrix, scales, moments)
+        scales = clipped_scales(matrix, scales, moments, top)
     if settings.rounding == "adaptive":
-        return round_with_feedback(matrix, scales, moments), scales
-    return round_to_nearest(matrix, scales), scales
+        return round_with_feedback(matrix, scales, moments, top), scales
+    return round_to_nearest(matrix, scales, top), scales
 
 
 def _shift(layer: _Layer, exact: Tensor, rounded: Tensor, read: Tensor) -> npt.NDArray[np.float32]:

@@ -17,49 +17,50 @@ DAMPING = 0.01
 """Added to the diagonal of the second moments, as a share of its mean: directions that the images never take."""
 BLOCK = 128
 SWEEPS = 2
-LIMIT = 127
 CLIPPINGS = tuple(1 - step / 40 for step in range(21))
 """The shares of a channel's largest weight that a scale may end at: 1 to 0.5."""
 
 
-def round_with_feedback(weight: Tensor, scales: Tensor, moments: Tensor) -> Tensor:
+def round_with_feedback(weight: Tensor, scales: Tensor, moments: Tensor, top: int = 127) -> Tensor:
     """Integers whose products with what a layer reads are close to the weight's.
 
     Args:
         weight: ``(groups, channels, K)`` in float, the weights of each group's output channels.
         scales: ``(groups, channels)``, the step of each output channel.
         moments: ``(groups, K, K)``, the second moments of what each group reads.
+        top: the largest integer.
 
     Returns:
-        ``(groups, channels, K)`` in -127..127, float.
+        ``(groups, channels, K)`` in -top..top, float.
     """
     damped = moments + _damping(moments)
     order = torch.argsort(torch.diagonal(damped, dim1=1, dim2=2).mean(0), descending=True)
     steps = scales.unsqueeze(2)
     target = weight[:, :, order] / steps
     damped = damped[:, order][:, :, order]
-    rounded = _with_feedback(target, damped)
-    _descend(rounded, target, damped)
+    rounded = _with_feedback(target, damped, top)
+    _descend(rounded, target, damped, top)
     return rounded[:, :, torch.argsort(order)]
 
 
-def round_to_nearest(weight: Tensor, scales: Tensor) -> Tensor:
-    """Integers in -127..127, as float, of a weight ``(groups, channels, K)`` with scales ``(groups, channels)``."""
-    return (weight / scales.unsqueeze(2)).round().clamp(-LIMIT, LIMIT)
+def round_to_nearest(weight: Tensor, scales: Tensor, top: int = 127) -> Tensor:
+    """Integers in -top..top, as float, of a weight ``(groups, channels, K)`` with scales ``(groups, channels)``."""
+    return (weight / scales.unsqueeze(2)).round().clamp(-top, top)
 
 
-def clipped_scales(weight: Tensor, scales: Tensor, moments: Tensor) -> Tensor:
+def clipped_scales(weight: Tensor, scales: Tensor, moments: Tensor, top: int = 127) -> Tensor:
     """The scales, each at most as it was, with the least squared error in the output after rounding to the nearest.
 
     Args:
         weight: ``(groups, channels, K)``.
         scales: ``(groups, channels)`` that clip nothing.
         moments: ``(groups, K, K)``, the second moments of what each group reads.
+        top: the largest integer.
     """
     best, least = scales.clone(), torch.full_like(scales, torch.inf)
     for share in CLIPPINGS:
         tried = scales * share
-        error = round_to_nearest(weight, tried) * tried.unsqueeze(2) - weight
+        error = round_to_nearest(weight, tried, top) * tried.unsqueeze(2) - weight
         loss = ((error @ moments) * error).sum(2)
         best, least = torch.where(loss < least, tried, best), torch.minimum(loss, least)
     return best
@@ -70,7 +71,7 @@ def _damping(moments: Tensor) -> Tensor:
     return torch.diag_embed((DAMPING * mean)[:, None].expand(moments.shape[:2]))
 
 
-def _with_feedback(target: Tensor, moments: Tensor) -> Tensor:
+def _with_feedback(target: Tensor, moments: Tensor, top: int) -> Tensor:
     """Round column by column; what is left of each is spread over those after it by the inverse moments."""
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
     factor = torch.linalg.cholesky(inverse, upper=True)
@@ -79,7 +80,7 @@ def _with_feedback(target: Tensor, moments: Tensor) -> Tensor:
         stop = min(start + BLOCK, size)
         errors = torch.empty_like(left[:, :, start:stop])
         for column in range(start, stop):
-            rounded[:, :, column] = left[:, :, column].round().clamp(-LIMIT, LIMIT)
+            rounded[:, :, column] = left[:, :, column].round().clamp(-top, top)
             error = (left[:, :, column] - rounded[:, :, column]) / factor[:, column, column, None]
             left[:, :, column:stop] -= error[:, :, None] * factor[:, column, None, column:stop]
             errors[:, :, column - start] = error
@@ -87,7 +88,7 @@ def _with_feedback(target: Tensor, moments: Tensor) -> Tensor:
     return rounded
 
 
-def _descend(rounded: Tensor, target: Tensor, moments: Tensor) -> None:
+def _descend(rounded: Tensor, target: Tensor, moments: Tensor, top: int) -> None:
     """Move single elements by whole steps, in place, while that lowers the error of the output."""
     gradient = (rounded - target) @ moments
     diagonal = torch.diagonal(moments, dim1=1, dim2=2)
@@ -95,7 +96,7 @@ def _descend(rounded: Tensor, target: Tensor, moments: Tensor) -> None:
         moved = False
         for column in range(target.shape[2]):
             best = rounded[:, :, column] - gradient[:, :, column] / diagonal[:, column, None]
-            step = best.round().clamp(-LIMIT, LIMIT) - rounded[:, :, column]
+            step = best.round().clamp(-top, top) - rounded[:, :, column]
             if step.any():
                 moved = True
                 rounded[:, :, column] += step

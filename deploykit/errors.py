@@ -15,6 +15,7 @@
     └── ParityError          an engine's numbers are outside their budget
 
     CalibrationWarning       images that calibrate badly: few, identical, constant or not normalised
+    SaturationWarning        an INT8 engine on a processor whose products of 8-bit weights saturate
 
 A message says what was observed, what was expected, and what to do.
 """
@@ -61,6 +62,10 @@ class CalibrationError(DeployKitError):
 
 class CalibrationWarning(UserWarning):
     """Images that give ranges, but bad ones: few, identical, constant or not normalised."""
+
+
+class SaturationWarning(UserWarning):
+    """An INT8 engine was opened on a processor where its products can saturate, and its numbers differ."""
 
 
 class ExportError(DeployKitError):

@@ -75,7 +75,7 @@ def create_backbone(
         embed_preprocessing: the model takes decoded RGB pixels, uint8 ``(N, H, W, C)`` of its size,
             and does the cast, the transpose and the mean and std itself.
         device: where it runs; ``"auto"`` is the runtime's first device.
-        target: what an engine is built for, where the runtime has targets (``"sm89"``).
+        target: what an engine is built for, where the runtime has targets (``"sm89"``, ``"x86-avx2"``).
         cache: keep built engines and INT8 plans, keyed by all that decides them.
 
     Raises:

@@ -249,6 +249,8 @@ class Int8:
         weight_scales: a channel's ``max``, or ``mse``: clipped where its output then changes least.
         equalization: 0 to 1, how much of the spread between channels goes from the activations into
             the weights beforehand (cross-layer equalization, SmoothQuant's alpha); None: nothing is scaled.
+        reduce_range: round weights to 7 bits, -63..63, whose products cannot saturate in the 16 bits of x86
+            processors without VNNI (ONNX Runtime's term); None: where the target needs it.
         float_dtype: what stays in float computes in ``fp32``, or in ``fp16`` where the runtime has it.
         mixed_precision: search the fewest layers to keep in float so that the engine is within its budget.
         max_metric_drop: with a metric of the user's own, how far below the FP32 engine's it may be.
@@ -263,6 +265,7 @@ class Int8:
     rounding: Rounding = "nearest"
     weight_scales: WeightScales = "max"
     equalization: float | None = 0.5
+    reduce_range: bool | None = None
     float_dtype: FloatDtype = "fp32"
     mixed_precision: bool = False
     max_metric_drop: float | None = None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 from deploykit.errors import SpecError, nearest
 from deploykit.graph import Graph
+from deploykit.processor import PROCESSOR_TARGETS, saturates
+from deploykit.runtimes.base import load_runtime
+from deploykit.spec import Int8, Precision
 
 __all__ = [
     "LOWERINGS",
@@ -19,6 +22,7 @@ __all__ = [
     "Lowering",
     "check_portable",
     "check_target",
+    "settled",
 ]
 
 LOWERINGS: dict[str, str] = {
@@ -53,8 +57,10 @@ TENSORRT_DEVICES: dict[str, str] = {
 
 TARGETS: dict[str, tuple[str, ...]] = {
     "tensorrt": (*sorted(set(TENSORRT_DEVICES.values()), key=lambda name: int(name[2:])), *TENSORRT_DEVICES),
+    "onnxruntime": tuple(PROCESSOR_TARGETS),
+    "openvino": tuple(PROCESSOR_TARGETS),
 }
-"""What an engine can be built for, in the runtimes that have targets: compute capabilities and devices."""
+"""What an engine can be built for, in the runtimes that have targets: compute capabilities, devices, processors."""
 
 
 def check_portable(runtime: str, target: str | None) -> None:
@@ -87,6 +93,13 @@ def check_target(runtime: str, target: str | None) -> None:
     if not known:
         raise SpecError(f"the {runtime} runtime has no targets, and target={target!r} was given. Leave it out.")
     raise SpecError(f"unknown {runtime} target {target!r}. {nearest(target, known)}")
+
+
+def settled(precision: Precision, runtime: str, target: str | None) -> Precision:
+    """The precision with what INT8 leaves to the target decided: whether 8-bit weights would saturate there."""
+    if not isinstance(precision, Int8) or precision.reduce_range is not None:
+        return precision
+    return replace(precision, reduce_range=load_runtime(runtime).uses_cpu and saturates(target))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from deploykit.errors import SpecError
 from deploykit.export.bench import Bench
 from deploykit.export.build import Builder, Built
 from deploykit.export.graphs import output_specs
-from deploykit.export.lowering import LOWERINGS, PORTABLE_LOWERINGS, check_portable, check_target
+from deploykit.export.lowering import LOWERINGS, PORTABLE_LOWERINGS, check_portable, check_target, settled
 from deploykit.export.measure import parity_images, torch_outputs
 from deploykit.export.mixed import mixed_precision
 from deploykit.export.speed import SpeedReport, check_speedup
@@ -75,17 +75,23 @@ class ExportRequest:
     require_speedup: bool = False
     metric: Callable[[Runtime], float] | None = None
 
+    def __post_init__(self) -> None:
+        if self.runtime in LOWERINGS:  # the torch runtime is refused later, with a message
+            object.__setattr__(self, "precision", settled(self.precision, self.runtime, self.target))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
     """What a caller hears of a running export.
 
-    ``stage``: the one that begins. ``images``: calibrated, of how many. ``candidate``: each one of a search,
-    in a line. ``speed``: how fast an INT8 engine is.
+    ``stage``: the one that begins. ``images``: calibrated, of how many. ``resumed``: a stopped calibration goes
+    on after so many images, of how many. ``candidate``: each one of a search, in a line. ``speed``: how fast
+    an INT8 engine is.
     """
 
     stage: Callable[[str], None] = lambda name: None
     images: Callable[[int, int], None] = lambda seen, total: None
+    resumed: Callable[[int, int], None] = lambda seen, total: None
     candidate: Callable[[str], None] = lambda summary: None
     speed: Callable[[SpeedReport], None] = lambda report: None
 
@@ -319,6 +325,7 @@ def _plan(request: ExportRequest, model: Any, probe: Any, progress: Progress) ->
         weights_digest=weights_digest(request.backbone),
         cache=PlanCache() if request.cache else None,
         on_image=lambda seen: progress.images(min(seen, total), total),
+        on_resume=lambda seen: progress.resumed(min(seen, total), total),
     )
 
 

@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from torch import Tensor, nn
@@ -126,7 +125,9 @@ def _quantize_activation(module: GraphModule, source: Node, scale: float, zero_p
         return module.graph.call_function(operators.dequantize_per_tensor.default, (integers, *settings))
 
 
-def _quantize_weight(module: GraphModule, node: Node, plan: QuantizationPlan, planned: str, *, transposed: bool) -> None:
+def _quantize_weight(
+    module: GraphModule, node: Node, plan: QuantizationPlan, planned: str, *, transposed: bool
+) -> None:
     """Write a weight as the plan's node has it, whose own is transposed where it is a MatMul."""
     weight_node: Any = node.args[1]
     target = str(weight_node.target)

@@ -42,6 +42,7 @@ def export(
     calibration: opt.CalibrationOption = None,
     skip_corrupt: opt.SkipFlag = False,
     calibrator: opt.CalibratorOption = None,
+    reduce_range: opt.ReduceRangeFlag = None,
     min_sqnr_db: opt.SqnrOption = None,
     min_top1_agreement: opt.AgreementOption = None,
     mixed_precision: opt.MixedFlag = False,
@@ -56,6 +57,7 @@ def export(
     chosen, source = opt.choose_weights(name, backbone=backbone, pretrained=pretrained, weights=weights)
     settings = opt.settings_of(
         calibrator=calibrator,
+        reduce_range=reduce_range,
         min_sqnr_db=min_sqnr_db,
         min_top1_agreement=min_top1_agreement,
         float_dtype=float_dtype,

@@ -51,6 +51,8 @@ def check_export(choice: ExportChoice) -> ExportPlan:
         raise SpecError(f"{choice.name} is a bundle already. Give a backbone's name: `deploykit list` shows them.")
     for package in BUILD_PACKAGES:
         require(package)
+    from deploykit.export.lowering import settled
+
     backbone, weights = _without_memory(choice)
     spec = replace(backbone.input_spec, batch=choice.batch)
     spec = spec.as_pixels() if choice.embed_preprocessing else spec
@@ -65,7 +67,7 @@ def check_export(choice: ExportChoice) -> ExportPlan:
         runtime=choice.runtime,
         runtime_version=installed_version(load_runtime(choice.runtime).package) or "unknown",
         precision=choice.precision.name,
-        settings=vars(choice.precision),
+        settings=vars(settled(choice.precision, choice.runtime, choice.target)),
         target=choice.target,
         calibration_images=len(calibration or ()),
         output=str(choice.output),

@@ -126,7 +126,7 @@ TargetOption = Annotated[
         "--target",
         panel=_ENGINE,
         default="the runtime's own",
-        help="What the engine is built for, where its runtime has targets: sm89, rtx-4090.",
+        help="What the engine is built for, where its runtime has targets: sm89, rtx-4090, x86-avx2.",
     ),
 ]
 PortableFlag = Annotated[
@@ -163,6 +163,15 @@ CalibratorOption = Annotated[
         metavar="|".join(get_args(Calibrator)),
         default=Int8().calibrator,
         help="How int8 chooses a range from the images.",
+    ),
+]
+ReduceRangeFlag = Annotated[
+    bool | None,
+    _option(
+        "--reduce-range/--full-range",
+        panel=_NUMBERS,
+        default="by the target",
+        help="int8: weights of 7 bits, which x86 processors without VNNI multiply exactly, or of 8.",
     ),
 ]
 SqnrOption = Annotated[

@@ -19,6 +19,7 @@ EXAMPLE = "Example: deploykit inspect resnet18-onnxruntime-fp32"
 PARITY_FILE = "parity.json"
 PLAN_FILE = "quantization-plan.json"
 SHOWN_FLOAT_NODES = 12
+SHOWN_RANGES = 3
 
 Section: TypeAlias = tuple[str, list[tuple[str, str]]]
 
@@ -31,13 +32,18 @@ _STATUS = {
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationSummary:
-    """``float_nodes`` maps each weighted node that stays in float to the reason."""
+    """``float_nodes`` maps each weighted node that stays in float to the reason.
+
+    ``noisiest`` are the activations that lose most by rounding, each with the SQNR of its range in dB.
+    """
 
     calibrator: str
     images: int
     integer_weights: int
+    weight_bits: int
     activation_ranges: int
     float_nodes: dict[str, str]
+    noisiest: dict[str, float]
 
 
 def inspect(bundle: BundleArgument, json: JsonFlag = False) -> None:
@@ -75,12 +81,15 @@ def read_quantization(path: Path) -> QuantizationSummary:
     try:
         plan: Any = msgspec.json.decode(path.read_bytes())
         placement = plan["placement"]
+        noise = {name: float(seen["sqnr_db"]) for name, seen in plan.get("statistics", {}).items()}
         return QuantizationSummary(
             calibrator=str(plan["calibrator"]),
             images=int(plan["images"]),
             integer_weights=len(placement["weights"]),
+            weight_bits=int(plan.get("weight_bits", 8)),
             activation_ranges=len(plan["ranges"]),
             float_nodes=dict(placement["float_nodes"]),
+            noisiest=dict(sorted(noise.items(), key=lambda entry: entry[1])[:SHOWN_RANGES]),
         )
     except (OSError, msgspec.MsgspecError, KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{path} is not a quantization plan ({error!r}). Export the bundle again.") from error
@@ -128,12 +137,17 @@ def _sections(manifest: Manifest, quantization: QuantizationSummary | None) -> I
 def _quantization_rows(plan: QuantizationSummary) -> list[tuple[str, str]]:
     rows = [
         ("calibrator", f"{plan.calibrator}, {plan.images} images"),
-        ("integers", f"{plan.integer_weights} weights, {plan.activation_ranges} activation ranges"),
+        (
+            "integers",
+            f"{plan.integer_weights} weights of {plan.weight_bits} bits, {plan.activation_ranges} activation ranges",
+        ),
         ("float", f"{len(plan.float_nodes)} nodes"),
     ]
     rows += [("", f"{node}: {reason}") for node, reason in list(plan.float_nodes.items())[:SHOWN_FLOAT_NODES]]
     if len(plan.float_nodes) > SHOWN_FLOAT_NODES:
         rows.append(("", f"and {len(plan.float_nodes) - SHOWN_FLOAT_NODES} more: see {PLAN_FILE}"))
+    if plan.noisiest:
+        rows.append(("noisiest", ", ".join(f"{name} {noise:.1f} dB" for name, noise in plan.noisiest.items())))
     return rows
 
 

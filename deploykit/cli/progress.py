@@ -32,6 +32,9 @@ OPTIONAL_STAGES: dict[str, str] = {
 }
 """Stages that only some commands have, and so without a number."""
 
+SHORTEST_SECONDS, LONGEST_SECONDS = 2.0, 60.0
+"""How far apart the plain lines of a calibration stand: a tenth of the images, but within these times."""
+
 
 @contextmanager
 def export_progress() -> Iterator[Progress]:
@@ -61,7 +64,10 @@ def _bars() -> Iterator[Progress]:
         def seen(count: int, total: int) -> None:
             bars.update(images, completed=count, total=total, visible=count < total)
 
-        yield Progress(stage=stage, images=seen, candidate=lambda told: stderr_console().print(f"  {told}"))
+        def say(text: str) -> None:
+            stderr_console().print(f"  {text}")
+
+        yield Progress(stage=stage, images=seen, resumed=lambda *at: say(_resuming(*at)), candidate=say)
 
 
 @contextmanager
@@ -69,7 +75,7 @@ def _lines() -> Iterator[Progress]:
     from deploykit.export.pipeline import Progress
 
     console, start = stderr_console(), monotonic()
-    told = 0
+    last = (0, start)  # the tenth that was told, and when
 
     def line(text: str) -> None:
         console.print(f"{monotonic() - start:6.1f} s  {text}", soft_wrap=True)
@@ -79,10 +85,21 @@ def _lines() -> Iterator[Progress]:
         line(f"{place}{(STAGES | OPTIONAL_STAGES).get(name, name)}")
 
     def seen(count: int, total: int) -> None:
-        nonlocal told
-        quarter = 4 * count // max(total, 1)
-        if quarter > told:
-            told = quarter
+        nonlocal last
+        tenth, now = 10 * count // max(total, 1), monotonic()
+        if (
+            (tenth > last[0] and now - last[1] >= SHORTEST_SECONDS)
+            or now - last[1] >= LONGEST_SECONDS
+            or count == total
+        ):
+            last = (tenth, now)
             line(f"      calibrated {count} of {total} images")
 
-    yield Progress(stage=stage, images=seen, candidate=lambda told: line(f"      {told}"))
+    def say(text: str) -> None:
+        line(f"      {text}")
+
+    yield Progress(stage=stage, images=seen, resumed=lambda *at: say(_resuming(*at)), candidate=say)
+
+
+def _resuming(count: int, total: int) -> str:
+    return f"resuming the calibration at image {count} of {total}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+import warnings
 from abc import ABC, abstractmethod
 from pathlib import Path
 from types import TracebackType
@@ -16,9 +17,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from deploykit.errors import DeployKitError, IncompatibleEngine, SpecError, nearest
+from deploykit.errors import DeployKitError, IncompatibleEngine, SaturationWarning, SpecError, nearest
 from deploykit.optional import installed_version, require
-from deploykit.spec import FeatureInfo, InputSpec, Precision, parse_precision
+from deploykit.processor import this_processor
+from deploykit.spec import FeatureInfo, InputSpec, Int8, Precision, parse_precision
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +61,7 @@ class Runtime(ABC):
     version_policy: ClassVar[Literal["exact", "same_or_newer"]]
     precisions: ClassVar[tuple[str, ...]]
     int8_float_dtypes: ClassVar[tuple[str, ...]] = ("fp32",)
+    uses_cpu: ClassVar[bool] = True
 
     def __init__(self, manifest: Manifest, folder: Path, *, device: str = "auto") -> None:
         require(self.package)
@@ -72,6 +75,7 @@ class Runtime(ABC):
         self._closed = False
         self._check_version()
         self.device = self._open(folder / manifest.engine, device)
+        self._warn_of_saturation()
 
     @abstractmethod
     def _open(self, engine: Path, device: str) -> str:
@@ -142,6 +146,19 @@ class Runtime(ABC):
 
     def _closed_error(self) -> SpecError:
         return SpecError(f"this {self.runtime} model is closed. Open the bundle again with load_bundle().")
+
+    def _warn_of_saturation(self) -> None:
+        """Say so where this processor may not give the numbers that the engine was compared with."""
+        exact = not isinstance(self.precision, Int8) or self.precision.reduce_range
+        if exact or not self.device.startswith("cpu") or not this_processor().saturates:
+            return
+        warnings.warn(
+            f"this int8 engine has 8-bit weights, whose products can saturate on this processor "
+            f"({this_processor().model}, without VNNI), so its outputs may differ from those it was compared with. "
+            "Run deploykit verify here, or export it again for this processor: target='x86-avx2'.",
+            SaturationWarning,
+            stacklevel=4,
+        )
 
     def _check_version(self) -> None:
         built, here = self.manifest.runtime_version, installed_version(self.package) or "unknown"

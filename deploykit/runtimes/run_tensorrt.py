@@ -53,6 +53,7 @@ class TensorRTRuntime(Runtime):
     version_policy: ClassVar[Literal["exact", "same_or_newer"]] = "exact"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "int8")
     int8_float_dtypes: ClassVar[tuple[str, ...]] = ("fp32", "fp16")
+    uses_cpu: ClassVar[bool] = False
 
     def __init__(self, manifest: Manifest, folder: Path, *, device: str = "auto", cuda_graphs: bool = False) -> None:
         self._cuda_graphs = cuda_graphs

@@ -85,7 +85,8 @@ def test_calibrating_twice_gives_the_same_plan(residual):
 
 def test_progress_counts_images(residual):
     heard = []
-    calibrate(residual.graph.model, [image[None] for image in residual.images], Int8(), key="", on_batch=heard.append)
+    batches = [image[None] for image in residual.images]
+    calibrate(residual.graph.model, batches, Int8(), key="", on_batch=lambda found: heard.append(found.images))
     assert heard == [1, 2, 3, 4, 5, 6]
 
 

@@ -10,6 +10,7 @@ from deploykit.calibration.images import CalibrationSet
 from deploykit.calibration.plan import QuantizationPlan, calibrate, plan_key
 from deploykit.calibration.plan_cache import PlanCache
 from deploykit.calibration.precision import Bf16Plan, plan_precision
+from deploykit.calibration.statistics import Statistics
 from deploykit.errors import CalibrationError, CalibrationWarning
 from deploykit.spec import Bf16, Fp16, Fp32, Int8, Preprocessing
 
@@ -83,7 +84,9 @@ def test_memory_does_not_grow_with_the_number_of_images(residual):
     def peak(count: int) -> int:
         batches = (generator.normal(size=(1, 3, 64, 64)).astype(np.float32) for _ in range(count))
         tracemalloc.start()
-        calibrate(residual.graph.model, batches, Int8(calibrator="entropy"), key="", preprocessing=Preprocessing())
+        calibrate(
+            residual.graph.model, batches, Int8(calibrator="entropy"), key="", started=Statistics(Preprocessing())
+        )
         found = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return found

@@ -7,7 +7,6 @@ import importlib.metadata
 import pytest
 
 from deploykit.cli import doctor as doctor_module
-from deploykit.cli.processor import read_processor
 
 
 def test_the_machine_is_told_as_json_and_as_text(call, tmp_path, monkeypatch):
@@ -76,25 +75,3 @@ def test_a_broken_weights_package_is_a_word_in_its_row(call, monkeypatch):
     done = call("doctor")
     assert done.code == 0
     assert "broken: the entry point 'mine' fails" in done.out
-
-
-@pytest.mark.parametrize(
-    ("text", "model", "int8"),
-    [
-        ("model name\t: Core X\nflags\t\t: sse avx2 avx_vnni\n", "Core X", ("AVX2", "AVX-VNNI")),
-        ("model name\t: Xeon X\nflags\t\t: avx2 avx512_vnni amx_int8\n", "Xeon X", ("AVX2", "AVX512-VNNI", "AMX-INT8")),
-        ("Features\t: fp asimd asimddp i8mm\nModel\t\t: Board X\n", "Board X", ("dotprod", "i8mm")),
-        ("Features\t: fp asimd\nModel\t\t: Board Y\n", "Board Y", ()),
-    ],
-)
-def test_int8_instructions_are_read_from_cpuinfo(tmp_path, text, model, int8):
-    (tmp_path / "cpuinfo").write_text(text)
-    found = read_processor(tmp_path / "cpuinfo")
-    assert (found.model, found.int8) == (model, int8)
-    assert found.cores >= 1
-
-
-def test_a_system_without_cpuinfo_still_has_a_processor(tmp_path):
-    found = read_processor(tmp_path / "absent")
-    assert found.model
-    assert (found.int8, found.absent) == ((), ())

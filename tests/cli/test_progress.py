@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
 
+from deploykit.calibration import checkpoint, plan
 from deploykit.cli import progress as progress_module
 
 
@@ -29,3 +31,67 @@ def test_the_stages_are_those_of_the_pipeline():
     source = inspect.getsource(pipeline.prepare) + inspect.getsource(pipeline.export)
     reported = re.findall(r'progress\.stage\("(\w+)"\)', source)
     assert list(progress_module.STAGES)[1:] == reported
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What a pipe is told, with a clock that the test moves."""
+    console = Console(file=io.StringIO(), force_terminal=False, width=100)
+    monkeypatch.setattr(progress_module, "stderr_console", lambda: console)
+    clock = [0.0]
+    monkeypatch.setattr(progress_module, "monotonic", lambda: clock[0])
+    return console.file, clock
+
+
+def calibrated_lines(told, total: int, seconds_each: float) -> list[str]:
+    file, clock = told
+    with progress_module.export_progress() as progress:
+        for seen in range(1, total + 1):
+            clock[0] += seconds_each
+            progress.images(seen, total)
+    return [line for line in file.getvalue().splitlines() if "calibrated" in line]
+
+
+@pytest.mark.parametrize(
+    ("total", "seconds_each", "least", "most"),
+    [(4, 0.1, 1, 1), (60, 0.1, 1, 4), (4096, 0.1, 10, 12), (100_000, 0.1, 160, 180)],
+    ids=["a few", "a folder", "thousands", "hours"],
+)
+def test_a_pipe_is_told_of_folders_of_any_size(told, total, seconds_each, least, most):
+    """A line each tenth, none within seconds of the last, one each minute, and always the last."""
+    lines = calibrated_lines(told, total, seconds_each)
+    assert least <= len(lines) <= most
+    assert lines[-1].endswith(f"calibrated {total} of {total} images")
+
+
+def test_a_terminal_shows_the_time_that_is_left(monkeypatch):
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    monkeypatch.setattr(progress_module, "stderr_console", lambda: console)
+    with progress_module.export_progress() as progress:
+        progress.resumed(1200, 4096)
+        progress.images(1204, 4096)
+    shown = console.file.getvalue()
+    assert "resuming the calibration at image 1200 of 4096" in shown
+    assert "1204/4096" in shown
+
+
+def test_a_stopped_export_goes_on_calibrating(call, photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("DEPLOYKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(checkpoint, "SAVE_SECONDS", 0.0)
+    words = ("export", "resnet18", "--runtime", "onnxruntime", "--image-size", "64", "--precision", "int8")
+    words += ("--calibration", photos, "--no-speed", "-o", tmp_path / "bundle")
+    observe, seen = plan._observe, []
+
+    def interrupted(*arguments):
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        seen.append(True)
+        observe(*arguments)
+
+    monkeypatch.setattr(plan, "_observe", interrupted)
+    stopped = call(*words)
+    assert (stopped.code, stopped.err.rstrip().endswith("interrupted; nothing was left half-written.")) == (130, True)
+    monkeypatch.setattr(plan, "_observe", observe)
+    done = call(*words)
+    assert done.code == 0, done.err
+    assert "resuming the calibration at image 3 of 4" in done.err

@@ -1,10 +1,15 @@
-"""Which processor this is, and which of its instructions make INT8 fast."""
+"""Which processor this is, which of its instructions make INT8 fast, and where INT8 products saturate.
+
+x86 processors without VNNI or AMX multiply uint8 by int8 with ``vpmaddubsw``, which adds two products in
+16 bits: 2 * 255 * 127 does not fit, 2 * 255 * 63 does. So weights of 7 bits are exact there, and of 8 are not.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -18,6 +23,16 @@ INT8_X86: dict[str, str] = {
 INT8_ARM: dict[str, str] = {"asimddp": "dotprod", "i8mm": "i8mm"}
 """The kernel's name of each instruction set to the name that people use."""
 
+PROCESSOR_TARGETS: dict[str, bool] = {
+    "x86-avx2": True,
+    "x86-avx512": True,
+    "x86-vnni": False,
+    "arm64": False,
+}
+"""Processors that an INT8 engine can be made for, and whether products of 8-bit weights saturate there."""
+
+_EXACT_X86 = frozenset({"AVX512-VNNI", "AVX-VNNI", "AMX-INT8"})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Processor:
@@ -27,6 +42,11 @@ class Processor:
     cores: int
     int8: tuple[str, ...]
     absent: tuple[str, ...]
+
+    @property
+    def saturates(self) -> bool:
+        """Whether it is known to be an x86 processor that adds INT8 products in 16 bits."""
+        return set(self.absent) >= _EXACT_X86
 
 
 def read_processor(cpuinfo: Path = CPUINFO) -> Processor:
@@ -44,6 +64,17 @@ def read_processor(cpuinfo: Path = CPUINFO) -> Processor:
         int8=tuple(name for flag, name in known.items() if flag in flags),
         absent=tuple(name for flag, name in known.items() if flag not in flags) if flags else (),
     )
+
+
+@cache
+def this_processor() -> Processor:
+    """`read_processor` of this machine, read once."""
+    return read_processor()
+
+
+def saturates(target: str | None) -> bool:
+    """Whether products of 8-bit weights saturate on one of `PROCESSOR_TARGETS`; None: on this machine."""
+    return this_processor().saturates if target is None else PROCESSOR_TARGETS.get(target, False)
 
 
 def _fields(text: str) -> dict[str, str]:

@@ -1,0 +1,148 @@
+"""Peak memory and time of calibrating, by the number of images: each cell in a process of its own.
+
+The images are JPEG files, crops of scikit-image's photographs at random places, written once to a work
+folder. A process opens the master graph, calibrates on the first N files as an export does, and reports the
+highest resident memory that the kernel saw of it, and the time.
+
+Bars: the peak with 4096 images at most 1.1 times that with 64, and time linear in their number; Swin-T with
+entropy calibration under 2.5 GB.
+
+    python benchmarks/calibration_memory.py                          # mobilenetv3_small_100: 64, 512, 4096
+    python benchmarks/calibration_memory.py --network swin_tiny_patch4_window7_224 --calibrator entropy \
+        --images 64 256
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CROPPED = 256
+"""The side of a crop in pixels."""
+
+
+def write_photographs(folder: Path, count: int) -> Path:
+    """``count`` JPEG crops, half to all of a photograph's short side; those that are there are kept."""
+    from PIL import Image
+
+    from deploykit.cli.demo import CALIBRATED, SHOWN, photograph_folder
+
+    folder.mkdir(parents=True, exist_ok=True)
+    photographs = [Image.open(photograph_folder() / name).convert("RGB") for name in (*CALIBRATED, *SHOWN)]
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        photograph = photographs[number % len(photographs)]
+        side = int(min(photograph.size) * generator.uniform(0.5, 1.0))
+        left, top = (int(generator.integers(0, length - side + 1)) for length in photograph.size)
+        path = folder / f"{number:05d}.jpg"
+        if not path.exists():
+            crop = photograph.crop((left, top, left + side, top + side)).resize((CROPPED, CROPPED))
+            crop.save(path, quality=90)
+    return folder
+
+
+def write_graph(name: str, path: Path, *, dynamic: bool) -> None:
+    """The fused master graph of a backbone with random weights, of batch 1 or of a dynamic one."""
+    import onnx
+    import torch
+    from _from_tests import realistic
+
+    from deploykit.backbones.base import BackboneOptions
+    from deploykit.backbones.registry import build
+    from deploykit.export.measure import parity_images
+    from deploykit.export.to_onnx import to_onnx
+    from deploykit.export.trace import output_names, trace
+    from deploykit.fusion.pipeline import fuse
+    from deploykit.spec import BatchRange
+
+    torch.manual_seed(0)
+    backbone = realistic(build(name, BackboneOptions())).eval()
+    spec = replace(backbone.input_spec, batch=BatchRange() if dynamic else 1)
+    fused = fuse(trace(backbone, spec), spec, parity_images(None, spec))
+    onnx.save(to_onnx(fused.program, spec, output_names(backbone)), path)
+
+
+def calibrate_here(graph: Path, photographs: Path, count: int, calibrator: str) -> dict[str, Any]:
+    """Calibrate in this process and say what it took."""
+    import onnx
+
+    from deploykit.calibration.images import calibration_set
+    from deploykit.calibration.plan import calibrate, calibration_batch
+    from deploykit.calibration.statistics import Statistics
+    from deploykit.spec import InputSpec, Int8
+
+    model = onnx.load(graph)
+    height, width = (side.dim_value for side in model.graph.input[0].type.tensor_type.shape.dim[2:])
+    spec = InputSpec(height=height, width=width)
+    images = calibration_set(sorted(photographs.iterdir())[:count], spec)
+    before, start = _peak(), time.perf_counter()
+    calibrate(
+        model,
+        images.batches(calibration_batch(model)),
+        Int8(calibrator=calibrator),  # type: ignore[arg-type]
+        key="",
+        started=Statistics(spec.preprocessing),
+    )
+    return {"before_mb": before, "peak_mb": _peak(), "seconds": time.perf_counter() - start}
+
+
+def _peak() -> float:
+    """The highest resident memory of this process so far, in MB (the kernel counts KiB, on macOS bytes)."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def measure(arguments: list[str]) -> dict[str, Any]:
+    """`calibrate_here` in a process where nothing else has run."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--here", *arguments], check=True, stdout=subprocess.PIPE, text=True, env=os.environ
+    )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    """Print a row a number of images, with its ratios to the first."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", default="mobilenetv3_small_100", help="default: %(default)s")
+    parser.add_argument("--images", type=int, nargs="+", default=[64, 512, 4096], help="default: %(default)s")
+    parser.add_argument("--calibrator", default="mse", help="default: %(default)s")
+    parser.add_argument("--dynamic", action="store_true", help="of a dynamic batch: 4 images at a time, not 1")
+    parser.add_argument("--work", type=Path, help="a folder that keeps graphs and photographs (default: none)")
+    parser.add_argument("--here", nargs=4, metavar="PART", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.here:
+        graph, photographs, count, calibrator = options.here
+        print(json.dumps(calibrate_here(Path(graph), Path(photographs), int(count), calibrator)))
+        return
+    with tempfile.TemporaryDirectory(prefix="deploykit-calibration-memory-") as scratch:
+        work = options.work or Path(scratch)
+        photographs = write_photographs(work / "photographs", max(options.images))
+        graph = work / f"{options.network}{'-dynamic' if options.dynamic else ''}.onnx"
+        if not graph.exists():
+            write_graph(options.network, graph, dynamic=options.dynamic)
+        print(f"{options.network}, 224 px, {options.calibrator}, batches of {4 if options.dynamic else 1}")
+        print(f"{'images':>7}{'before MB':>11}{'peak MB':>9}{'ratio':>7}{'seconds':>9}{'ms/image':>10}{'ratio':>7}")
+        rows: list[dict[str, Any]] = []
+        for count in options.images:
+            row = measure([str(graph), str(photographs), str(count), options.calibrator])
+            rows.append(row)
+            each, ratio = 1000 * row["seconds"] / count, row["peak_mb"] / rows[0]["peak_mb"]
+            slower = each / (1000 * rows[0]["seconds"] / options.images[0])
+            memory = f"{row['before_mb']:11.0f}{row['peak_mb']:9.0f}{ratio:7.3f}"
+            print(f"{count:7}{memory}{row['seconds']:9.1f}{each:10.1f}{slower:7.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

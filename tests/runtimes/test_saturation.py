@@ -1,0 +1,101 @@
+"""Targets and processors of INT8 engines: 7-bit weights where products of 8-bit ones saturate."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from deploykit import processor
+from deploykit.bundle import read_manifest
+from deploykit.calibration.plan import QuantizationPlan
+from deploykit.errors import SaturationWarning, SpecError
+from deploykit.export.lowering import check_target, settled
+from deploykit.export.pipeline import ExportRequest
+from deploykit.facade import create_backbone, export_backbone, load_bundle
+from deploykit.processor import Processor
+from deploykit.runtimes import base
+from deploykit.spec import Fp32, Int8
+from tests.backbones.realistic import randomize
+
+OLD = Processor(model="Old Xeon", cores=1, int8=("AVX2",), absent=("AVX512-VNNI", "AVX-VNNI", "AMX-INT8"))
+NEW = Processor(model="New Xeon", cores=1, int8=("AVX2", "AVX512-VNNI"), absent=("AVX-VNNI", "AMX-INT8"))
+
+
+def put_in(monkeypatch, chip: Processor) -> None:
+    """Let this machine have a processor."""
+    for module in (processor, base):
+        monkeypatch.setattr(module, "this_processor", lambda: chip)
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return randomize(create_backbone("resnet18", image_size=32, num_classes=10)).eval()
+
+
+@pytest.fixture(scope="module")
+def bundles(backbone, photographs, tmp_path_factory) -> dict[str, Path]:
+    """One engine for each target."""
+    made = {}
+    for target in ("x86-avx2", "x86-vnni"):
+        made[target] = tmp_path_factory.mktemp("bundles") / target
+        export_backbone(
+            backbone, made[target], runtime="openvino", precision="int8", calibration=photographs, target=target
+        )
+    return made
+
+
+def test_the_target_decides_the_bits_and_the_bundle_says_them(bundles):
+    for target, bits in (("x86-avx2", 7), ("x86-vnni", 8)):
+        manifest = read_manifest(bundles[target])
+        assert manifest.target == target
+        assert manifest.precision_settings["reduce_range"] is (bits == 7)
+        assert QuantizationPlan.load(bundles[target]).weight_bits == bits
+
+
+def test_8_bit_weights_on_a_processor_without_vnni_are_warned_of(bundles, monkeypatch):
+    put_in(monkeypatch, OLD)
+    with pytest.warns(SaturationWarning, match=r"can saturate on this processor \(Old Xeon.*target='x86-avx2'"):
+        load_bundle(bundles["x86-vnni"]).close()
+
+
+@pytest.mark.parametrize(("target", "chip"), [("x86-avx2", OLD), ("x86-avx2", NEW), ("x86-vnni", NEW)])
+def test_where_nothing_saturates_nothing_is_said(target, chip, bundles, monkeypatch):
+    put_in(monkeypatch, chip)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_bundle(bundles[target]).close()
+
+
+@pytest.mark.parametrize(
+    ("runtime", "target", "chip", "expected"),
+    [
+        ("onnxruntime", None, OLD, True),
+        ("onnxruntime", None, NEW, False),
+        ("openvino", "x86-avx512", NEW, True),
+        ("openvino", "arm64", OLD, False),
+        ("torch_compile", None, OLD, True),
+        ("tensorrt", None, OLD, False),
+    ],
+)
+def test_what_is_left_open_follows_the_target_or_this_processor(runtime, target, chip, expected, backbone, monkeypatch):
+    put_in(monkeypatch, chip)
+    request = ExportRequest(backbone=backbone, runtime=runtime, precision=Int8(), target=target)
+    assert request.precision == Int8(reduce_range=expected)
+
+
+def test_what_is_asked_for_is_kept(monkeypatch):
+    put_in(monkeypatch, OLD)
+    for asked in (Int8(reduce_range=False), Int8(reduce_range=True), Fp32()):
+        assert settled(asked, "onnxruntime", "x86-vnni") == asked
+
+
+def test_an_unknown_processor_gets_the_nearest_spelling():
+    with pytest.raises(SpecError, match=r"unknown openvino target .x86-vni.\. Did you mean .x86-vnni."):
+        check_target("openvino", "x86-vni")
+    with pytest.raises(SpecError, match="torch_compile runtime has no targets"):
+        check_target("torch_compile", "x86-vnni")
