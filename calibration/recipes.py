@@ -76,6 +76,11 @@ class Trial:
     top1_agreement: float | None = None
     seconds: float
 
+    @property
+    def summary(self) -> str:
+        """One line for a progress report."""
+        return f"recipe {self.name}: {self.sqnr_db:.1f} dB, {self.seconds:.0f} s"
+
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeReport:

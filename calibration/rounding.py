@@ -92,14 +92,23 @@ def _descend(rounded: Tensor, target: Tensor, moments: Tensor, top: int) -> None
     """Move single elements by whole steps, in place, while that lowers the error of the output."""
     gradient = (rounded - target) @ moments
     diagonal = torch.diagonal(moments, dim1=1, dim2=2)
+    size = target.shape[2]
     for _ in range(SWEEPS):
         moved = False
-        for column in range(target.shape[2]):
-            best = rounded[:, :, column] - gradient[:, :, column] / diagonal[:, column, None]
-            step = best.round().clamp(-top, top) - rounded[:, :, column]
-            if step.any():
+        for start in range(0, size, BLOCK):
+            stop = min(start + BLOCK, size)
+            steps = torch.zeros_like(rounded[:, :, start:stop])
+            near = moments[:, start:stop, start:stop]
+            slope = gradient[:, :, start:stop].clone()
+            for column in range(stop - start):
+                here = rounded[:, :, start + column]
+                best = here - slope[:, :, column] / diagonal[:, start + column, None]
+                step = best.round().clamp(-top, top) - here
+                steps[:, :, column] = step
+                here += step
+                slope += step[:, :, None] * near[:, None, column]
+            if steps.any():
                 moved = True
-                rounded[:, :, column] += step
-                gradient += step[:, :, None] * moments[:, None, column]
+                gradient += steps @ moments[:, start:stop]
         if not moved:
             break

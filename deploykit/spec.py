@@ -251,6 +251,10 @@ class Int8:
             the weights beforehand (cross-layer equalization, SmoothQuant's alpha); None: nothing is scaled.
         reduce_range: round weights to 7 bits, -63..63, whose products cannot saturate in the 16 bits of x86
             processors without VNNI (ONNX Runtime's term); None: where the target needs it.
+        recipe: a name of `deploykit.calibration.recipes.RECIPES`, whose settings take the place of the
+            five above; ``family``: the measured default of the backbone's family; ``auto``: the best of the
+            table on calibration images that are held out, found within the budget; None: as they are here.
+        recipe_budget_s: how many seconds the trials of ``auto`` may take together.
         float_dtype: what stays in float computes in ``fp32``, or in ``fp16`` where the runtime has it.
         mixed_precision: search the fewest layers to keep in float so that the engine is within its budget.
         max_metric_drop: with a metric of the user's own, how far below the FP32 engine's it may be.
@@ -266,6 +270,8 @@ class Int8:
     weight_scales: WeightScales = "max"
     equalization: float | None = 0.5
     reduce_range: bool | None = None
+    recipe: str | None = None
+    recipe_budget_s: float = 120.0
     float_dtype: FloatDtype = "fp32"
     mixed_precision: bool = False
     max_metric_drop: float | None = None
@@ -273,6 +279,8 @@ class Int8:
     def __post_init__(self) -> None:
         if self.max_metric_drop is not None and not self.max_metric_drop >= 0:
             raise SpecError(f"max_metric_drop is {self.max_metric_drop}; it must be 0 or more.")
+        if not self.recipe_budget_s > 0:
+            raise SpecError(f"recipe_budget_s is {self.recipe_budget_s}; it must be above 0 seconds.")
         _check_choice("float_dtype", self.float_dtype, ("fp32", "fp16"))
         _check_choice("calibrator", self.calibrator, get_args(Calibrator))
         _check_choice("rounding", self.rounding, get_args(Rounding))
