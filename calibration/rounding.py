@@ -34,13 +34,14 @@ def round_with_feedback(weight: Tensor, scales: Tensor, moments: Tensor, top: in
         ``(groups, channels, K)`` in -top..top, float.
     """
     damped = moments + _damping(moments)
-    order = torch.argsort(torch.diagonal(damped, dim1=1, dim2=2).mean(0), descending=True)
-    steps = scales.unsqueeze(2)
-    target = weight[:, :, order] / steps
-    damped = damped[:, order][:, :, order]
+    size = damped.shape[1]
+    order = torch.argsort(torch.diagonal(damped, dim1=1, dim2=2), dim=1, descending=True)  # the loudest first
+    damped = damped.gather(1, order[:, :, None].expand(-1, -1, size)).gather(2, order[:, None].expand(-1, size, -1))
+    columns = order[:, None].expand_as(weight)
+    target = (weight / scales.unsqueeze(2)).gather(2, columns)
     rounded = _with_feedback(target, damped, top)
     _descend(rounded, target, damped, top)
-    return rounded[:, :, torch.argsort(order)]
+    return torch.empty_like(rounded).scatter_(2, columns, rounded)
 
 
 def round_to_nearest(weight: Tensor, scales: Tensor, top: int = 127) -> Tensor:
