@@ -27,7 +27,7 @@ from _from_tests import realistic
 from _timing import RUNTIMES, Call, outputs_of
 from quantization import DIALECTS, NETWORKS, crops
 
-from deploykit.backbones.base import BackboneOptions
+from deploykit.backbones.base import BackboneOptions, BaseBackbone
 from deploykit.backbones.registry import build_backbone
 from deploykit.backbones.weights import weights_digest
 from deploykit.calibration.equalization import equalization_passes
@@ -47,12 +47,16 @@ from deploykit.spec import Int8
 COLUMNS = ("conversion", "quantization ort", "quantization ov", "runtime ort", "runtime ov", "plan")
 
 
-def graphs_of(name: str, calibrated: FloatArray, settings: Int8) -> dict[str, onnx.ModelProto]:
-    """The FP32 graph of a network and the plan's rendering for each runtime, all from one calibration."""
+def backbone_of(name: str) -> BaseBackbone:
+    """EfficientNet-Lite0 with its ImageNet weights, others with realistic random ones."""
     torch.manual_seed(0)
     pretrained = name == "tf_efficientnet_lite0"
     backbone = build_backbone(name, BackboneOptions(), pretrained=pretrained)
-    backbone = (backbone if pretrained else realistic(backbone)).eval()
+    return (backbone if pretrained else realistic(backbone)).eval()
+
+
+def graphs_of(backbone: BaseBackbone, calibrated: FloatArray, settings: Int8) -> dict[str, onnx.ModelProto]:
+    """The FP32 graph of a network and the plan's rendering for each runtime, all from one calibration."""
     spec = backbone.input_spec
     images = calibration_set(calibrated, spec)
     passes = (*EXPORT_PASSES, *equalization_passes(settings, images, spec))
@@ -73,9 +77,10 @@ def as_written(model: onnx.ModelProto) -> Call:
 
 def measure(name: str, count: int, settings: Int8) -> dict[str, Any]:
     """Every column of a network: ``[last features, logits]`` in dB."""
-    spec = build_backbone(name, BackboneOptions(), pretrained=False).input_spec
+    backbone = backbone_of(name)
+    spec = backbone.input_spec
     evaluated = crops((*SHOWN, "motorcycle_right.png"), count, 1, spec)
-    graphs = graphs_of(name, crops(CALIBRATED, count, 0, spec), settings)
+    graphs = graphs_of(backbone, crops(CALIBRATED, count, 0, spec), settings)
     found = {
         (graph, runtime): outputs_of(open_graph(model), evaluated)
         for graph, model in graphs.items()

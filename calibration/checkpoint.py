@@ -25,6 +25,7 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._partial = path.with_name(f"{path.name}.partial")
         self._saved = monotonic()
 
     def started(self, preprocessing: Preprocessing | None) -> Statistics:
@@ -43,7 +44,8 @@ class Checkpoint:
         if monotonic() - self._saved < SAVE_SECONDS:
             return
         try:
-            statistics.save(self._path)
+            statistics.save(self._partial)
+            self._partial.replace(self._path)
         except OSError as error:
             logger.warning("A stopped calibration could not go on, because %s cannot be written: %s", self._path, error)
         self._saved = monotonic()
@@ -51,6 +53,7 @@ class Checkpoint:
     def remove(self) -> None:
         """Forget it."""
         try:
-            self._path.unlink(missing_ok=True)
+            for path in (self._path, self._partial):
+                path.unlink(missing_ok=True)
         except OSError as error:
             logger.warning("%s is of no more use and cannot be removed: %s", self._path, error)

@@ -61,7 +61,7 @@ class LayerShape:
         channels = self.shape[self.axis]
         return int(np.prod(self.shape)) // channels * self.groups
 
-    def matrix(self, weight: FloatArray) -> Tensor:
+    def matrix(self, weight: npt.NDArray[Any]) -> Tensor:
         """The weight as ``(groups, channels, K)``."""
         turned = weight if self.axis == 0 else weight.T
         return torch.from_numpy(np.ascontiguousarray(turned).reshape(self.groups, turned.shape[0] // self.groups, -1))

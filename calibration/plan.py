@@ -40,7 +40,7 @@ class QuantizationPlan:
     ``bias_shift`` maps a node to the ``(channels,)`` mean error that rounding its weight makes in
     its output, which a dialect adds to the bias. ``weights`` maps a node to how its weight was rounded,
     where that is not to the nearest. ``float_dtype`` is what the rest computes in.
-    ``weight_bits`` is 7 where products of 8-bit weights would saturate, else 8.
+    ``reduce_range``: the weights are such that no product saturates where two are added in 16 bits.
     ``statistics`` are what was seen of each tensor: no dialect reads them, people do.
     """
 
@@ -51,7 +51,7 @@ class QuantizationPlan:
     calibrator: str
     images: int
     warnings: tuple[str, ...] = ()
-    weight_bits: int = 8
+    reduce_range: bool = False
     float_dtype: FloatDtype = "fp32"
     placement: Placement
     ranges: dict[str, ActivationRange]
@@ -72,8 +72,8 @@ class QuantizationPlan:
         """
         chosen = self.weights.get(node)
         if chosen is not None:
-            return chosen.integers_of(weight, axis, least, bits=self.weight_bits)
-        return quantize_weight(weight, axis, least, bits=self.weight_bits)
+            return chosen.integers_of(weight, axis, least, reduce_range=self.reduce_range)
+        return quantize_weight(weight, axis, least, reduce_range=self.reduce_range)
 
     def range_of(self, tensor: str) -> ActivationRange:
         """The range of a tensor, or of the tensor whose range it shares."""
@@ -154,14 +154,9 @@ def constants_digest(model: onnx.ModelProto) -> str:
 def plan_key(weights_digest: str, images_digest: str, settings: Int8) -> str:
     """What a plan is keyed by: equal keys give equal plans."""
     text = "\n".join((weights_digest, images_digest, settings.calibrator, str(settings.percentile)))
-    switches = f"{settings.bias_correction}\n{settings.equalization}\n{settings.float_dtype}\n{weight_bits(settings)}"
-    switches += f"\n{settings.rounding}\n{settings.weight_scales}"
+    parts = (settings.bias_correction, settings.equalization, settings.float_dtype, bool(settings.reduce_range))
+    switches = "\n".join(map(str, (*parts, settings.rounding, settings.weight_scales)))
     return hashlib.sha256(f"{text}\n{switches}".encode()).hexdigest()
-
-
-def weight_bits(settings: Int8) -> int:
-    """How many bits of an int8 weight are used."""
-    return 7 if settings.reduce_range else 8
 
 
 def calibrate(
@@ -193,7 +188,7 @@ def calibrate(
     placement = place(model)
     if not placement.weights:
         raise CalibrationError("the graph has no convolution or matrix product with constant weights to quantize.")
-    probes = _BiasProbes(model, placement, weight_bits(settings)) if settings.bias_correction else None
+    probes = _BiasProbes(model, placement, settings) if settings.bias_correction else None
     session = onnx_session(_instrument(model, placement, probes))
     averaged = probes.outputs if probes else {}
     statistics = started or Statistics()
@@ -211,7 +206,7 @@ def calibrate(
         calibrator=settings.calibrator,
         images=statistics.images,
         warnings=statistics.checks.problems() if statistics.checks else (),
-        weight_bits=weight_bits(settings),
+        reduce_range=bool(settings.reduce_range),
         float_dtype=settings.float_dtype,
         placement=placement,
         ranges=ranges,
@@ -233,8 +228,8 @@ def _observe(
 class _BiasProbes:
     """Beside each integer node, the same node with the rounding error of its weight, averaged a channel."""
 
-    def __init__(self, model: onnx.ModelProto, placement: Placement, bits: int) -> None:
-        self._bits = bits
+    def __init__(self, model: onnx.ModelProto, placement: Placement, settings: Int8) -> None:
+        self._reduce_range = bool(settings.reduce_range)
         self._weights = {tensor.name: tensor for tensor in model.graph.initializer}
         self._placement = placement
         self.outputs = {f"{node}/mean_error": node for node in placement.weights}
@@ -245,7 +240,7 @@ class _BiasProbes:
         for output, name in self.outputs.items():
             use = self._placement.weights[name]
             values = onnx.numpy_helper.to_array(self._weights[use.weight])
-            integers, scales = quantize_weight(values, use.axis, bits=self._bits)
+            integers, scales = quantize_weight(values, use.axis, reduce_range=self._reduce_range)
             shape = [1] * values.ndim
             shape[use.axis] = -1
             error = add_constant(graph, f"{name}/error", values - integers * scales.reshape(shape))

@@ -28,6 +28,8 @@ from deploykit.spec import Int8
 
 RECONSTRUCTION_IMAGES = 32
 """How many calibration images are read; the ranges are from all of them."""
+TOP, REDUCED_TOP = 127, 63
+"""The largest integer, and the largest of which two with 8-bit activations add up in 16 bits whatever they are."""
 ROWS = 4096
 """How many rows of what a node reads its moments are from."""
 HELD_BYTES = 2**28
@@ -69,7 +71,7 @@ def reconstruct(
         read = _rows(simulation, layers, names, quantized=(*weights, *names)) if sequential else exact
         for name in names:
             layer = layers[name]
-            integers, scales = _round(layer, read[name], settings, plan.weight_bits)
+            integers, scales = _round(layer, read[name], settings, reduce_range=plan.reduce_range)
             rounded = integers * scales.unsqueeze(2)
             if settings.bias_correction is not None:
                 shifts[name] = _shift(layer, exact[name], rounded, read[name])
@@ -132,11 +134,14 @@ def _rows(
     return {name: torch.from_numpy(np.concatenate(parts)).transpose(0, 1) for name, parts in pieces.items()}
 
 
-def _round(layer: _Layer, read: Tensor, settings: Int8, bits: int) -> tuple[Tensor, Tensor]:
+def _round(layer: _Layer, read: Tensor, settings: Int8, *, reduce_range: bool) -> tuple[Tensor, Tensor]:
     """Integers ``(groups, channels, K)`` and scales ``(groups, channels)`` of a weight."""
-    matrix = layer.shape.matrix(layer.weight)
-    top = 2 ** (bits - 1) - 1
-    scales = torch.from_numpy(quantize_weight(layer.weight, layer.shape.axis, bits=bits)[1]).reshape(matrix.shape[:2])
+    axis, matrix = layer.shape.axis, layer.shape.matrix(layer.weight)
+    if settings.rounding == "nearest" and settings.weight_scales == "max":
+        integers, nearest = quantize_weight(layer.weight, axis, reduce_range=reduce_range)
+        return layer.shape.matrix(integers).float(), torch.from_numpy(nearest).reshape(matrix.shape[:2])
+    top = REDUCED_TOP if reduce_range else TOP
+    scales = torch.from_numpy(quantize_weight(layer.weight, axis)[1] * np.float32(TOP / top)).reshape(matrix.shape[:2])
     centred = read - read.mean(1, keepdim=True) if settings.bias_correction is not None else read
     moments = centred.transpose(1, 2) @ centred / read.shape[1]
     if settings.weight_scales == "mse":

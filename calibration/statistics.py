@@ -5,18 +5,15 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from deploykit.calibration.image_checks import ImageChecks
-from deploykit.calibration.ranges import Histogram
+from deploykit.calibration.ranges import Array, Histogram
 from deploykit.errors import CalibrationError
 from deploykit.runtimes.base import FloatArray
 from deploykit.spec import Preprocessing
-
-Array = npt.NDArray[Any]
 
 
 class Statistics:
@@ -61,7 +58,7 @@ class Statistics:
         return (self._sums[probe] / self.batches).astype(np.float32)
 
     def save(self, path: Path) -> None:
-        """Write everything as one ``.npz``, into a neighbour that is then renamed.
+        """Write everything as one ``.npz``.
 
         Raises:
             OSError: it cannot be written.
@@ -75,10 +72,8 @@ class Statistics:
         arrays |= {f"probe/{name}": total for name, total in self._sums.items()}
         if self.checks:
             arrays |= {f"images/{name}": state for name, state in self.checks.state().items()}
-        partial = path.with_name(f"{path.name}.partial")
-        with partial.open("wb") as file:
+        with path.open("wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
-        partial.replace(path)
 
     @classmethod
     def load(cls, path: Path, preprocessing: Preprocessing | None = None) -> Statistics:

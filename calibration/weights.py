@@ -29,13 +29,18 @@ class RoundedWeight:
         return cls(steps=(integers.astype(np.int16) - nearest).astype(np.int8), scales=scales)
 
     def integers_of(
-        self, weight: npt.NDArray[np.float32], axis: int, least: npt.NDArray[np.float32] | None = None, *, bits: int = 8
+        self,
+        weight: npt.NDArray[np.float32],
+        axis: int,
+        least: npt.NDArray[np.float32] | None = None,
+        *,
+        reduce_range: bool = False,
     ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
         """The integers and scales; a channel whose scale is below the ``least`` is rounded to the nearest."""
         integers = (_nearest(weight, axis, self.scales) + self.steps).astype(np.int8)
         if least is None or not np.any(self.scales < least):
             return integers, self.scales
-        coarse, raised = quantize_weight(weight, axis, least, bits=bits)
+        coarse, raised = quantize_weight(weight, axis, least, reduce_range=reduce_range)
         small = self.scales < least
         return np.where(_along(small, weight, axis), coarse, integers), np.where(small, raised, self.scales)
 

@@ -1,7 +1,8 @@
 """Which processor this is, which of its instructions make INT8 fast, and where INT8 products saturate.
 
 x86 processors without VNNI or AMX multiply uint8 by int8 with ``vpmaddubsw``, which adds two products in
-16 bits: 2 * 255 * 127 does not fit, 2 * 255 * 63 does. So weights of 7 bits are exact there, and of 8 are not.
+16 bits: 255 * (127 + 127) does not fit. 255 * 128 does, so weights are exact there when no two of one sign add
+up to more, which ``Int8(reduce_range=True)`` sees to.
 """
 
 from __future__ import annotations

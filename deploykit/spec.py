@@ -249,7 +249,7 @@ class Int8:
         weight_scales: a channel's ``max``, or ``mse``: clipped where its output then changes least.
         equalization: 0 to 1, how much of the spread between channels goes from the activations into
             the weights beforehand (cross-layer equalization, SmoothQuant's alpha); None: nothing is scaled.
-        reduce_range: round weights to 7 bits, -63..63, whose products cannot saturate in the 16 bits of x86
+        reduce_range: round weights more coarsely, so that no product saturates in the 16 bits of x86
             processors without VNNI (ONNX Runtime's term); None: where the target needs it.
         recipe: a name of `deploykit.calibration.recipes.RECIPES`, whose settings take the place of the
             five above; ``family``: the measured default of the backbone's family; ``auto``: the best of the

@@ -66,14 +66,21 @@ def vpmaddubsw(activations: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.clip(pairs, -(2**15), 2**15 - 1).sum(1)
 
 
-@pytest.mark.parametrize(("bits", "exact"), [(8, False), (7, True)])
-def test_sums_of_two_products_fit_16_bits_with_7_bit_weights_and_not_with_8(bits, exact):
-    generator = np.random.default_rng(0)
-    weight = generator.normal(size=(64, 32)).astype(np.float32)
-    weight[1] = weight[0]  # neighbours of one sign, as smooth filters have
-    activations = generator.integers(200, 256, (16, 64), dtype=np.uint8)
-    integers, _ = quantize_weight(weight, 1, bits=bits)
+@pytest.mark.parametrize("reduce_range", [False, True])
+@pytest.mark.parametrize("seed", range(8))
+def test_sums_of_two_products_fit_16_bits_when_the_range_is_reduced(reduce_range, seed):
+    """In any order: the worst is that in which the largest weights of one sign are neighbours."""
+    generator = np.random.default_rng(seed)
+    weight = generator.standard_t(3, size=(64, 32)).astype(np.float32)
+    integers = np.sort(quantize_weight(weight, 1, reduce_range=reduce_range)[0], axis=0)
+    activations = generator.integers(0, 256, (16, 64), dtype=np.uint8)
+    activations[:, :8] = activations[:, -8:] = 255
     whole = activations.astype(np.int32) @ integers.astype(np.int32)
-    assert np.array_equal(vpmaddubsw(activations, integers), whole) is exact
-    extreme = np.full((1, 2), 255, np.uint8), np.full((2, 1), 2 ** (bits - 1) - 1, np.int8)
-    assert (vpmaddubsw(*extreme) == extreme[0].astype(int) @ extreme[1].astype(int)).all() == exact
+    assert np.array_equal(vpmaddubsw(activations, integers), whole) is reduce_range
+
+
+def test_a_reduced_range_is_finer_than_7_bits_wherever_one_weight_stands_out():
+    weight = np.array([[1.0, -1.0, 0.1], [1.0, 1.0, 0.1], [1.0, 0.5, 0.5]], np.float32)
+    integers, scales = quantize_weight(weight, 0, reduce_range=True)
+    np.testing.assert_allclose(scales, np.array([1.1, 2.0, 1.5]) / 127, rtol=1e-6)
+    assert integers.tolist() == [[115, -115, 12], [64, 64, 6], [85, 42, 42]]

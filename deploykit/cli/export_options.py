@@ -192,7 +192,7 @@ ReduceRangeFlag = Annotated[
         "--reduce-range/--full-range",
         panel=_NUMBERS,
         default="by the target",
-        help="int8: weights of 7 bits, which x86 processors without VNNI multiply exactly, or of 8.",
+        help="int8: coarser weights, which x86 processors without VNNI multiply exactly, or all 8 bits.",
     ),
 ]
 SqnrOption = Annotated[

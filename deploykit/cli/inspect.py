@@ -40,7 +40,7 @@ class QuantizationSummary:
     calibrator: str
     images: int
     integer_weights: int
-    weight_bits: int
+    reduce_range: bool
     activation_ranges: int
     float_nodes: dict[str, str]
     noisiest: dict[str, float]
@@ -86,7 +86,7 @@ def read_quantization(path: Path) -> QuantizationSummary:
             calibrator=str(plan["calibrator"]),
             images=int(plan["images"]),
             integer_weights=len(placement["weights"]),
-            weight_bits=int(plan.get("weight_bits", 8)),
+            reduce_range=bool(plan.get("reduce_range")),
             activation_ranges=len(plan["ranges"]),
             float_nodes=dict(placement["float_nodes"]),
             noisiest=dict(sorted(noise.items(), key=lambda entry: entry[1])[:SHOWN_RANGES]),
@@ -135,12 +135,10 @@ def _sections(manifest: Manifest, quantization: QuantizationSummary | None) -> I
 
 
 def _quantization_rows(plan: QuantizationSummary) -> list[tuple[str, str]]:
+    reduced = " (reduced, for processors without VNNI)" if plan.reduce_range else ""
     rows = [
         ("calibrator", f"{plan.calibrator}, {plan.images} images"),
-        (
-            "integers",
-            f"{plan.integer_weights} weights of {plan.weight_bits} bits, {plan.activation_ranges} activation ranges",
-        ),
+        ("integers", f"{plan.integer_weights} weights{reduced}, {plan.activation_ranges} activation ranges"),
         ("float", f"{len(plan.float_nodes)} nodes"),
     ]
     rows += [("", f"{node}: {reason}") for node, reason in list(plan.float_nodes.items())[:SHOWN_FLOAT_NODES]]

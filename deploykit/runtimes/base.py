@@ -153,7 +153,7 @@ class Runtime(ABC):
         if exact or not self.device.startswith("cpu") or not this_processor().saturates:
             return
         warnings.warn(
-            f"this int8 engine has 8-bit weights, whose products can saturate on this processor "
+            f"this int8 engine has weights whose products can saturate on this processor "
             f"({this_processor().model}, without VNNI), so its outputs may differ from those it was compared with. "
             "Run deploykit verify here, or export it again for this processor: target='x86-avx2'.",
             SaturationWarning,

@@ -116,12 +116,15 @@ def test_without_bias_correction_no_bias_is_shifted(residual):
     assert not reconstruct(residual.graph.model, residual.plan, residual.images, settings).bias_shift
 
 
-def test_seven_bits_stay_seven_bits(residual):
-    plan = replace(residual.plan, weight_bits=7)
-    rounded = reconstruct(residual.graph.model, plan, residual.images, ADAPTIVE)
-    model = openvino_dialect.render(residual.graph, rounded).model
-    tensors = [onnx.numpy_helper.to_array(t) for t in model.graph.initializer if t.name.endswith("/integers")]
-    assert max(int(np.abs(tensor.astype(int)).max()) for tensor in tensors if tensor.dtype == np.int8) == 63
+@pytest.mark.parametrize("settings", [ADAPTIVE, FULL, Int8(weight_scales="mse")], ids=["adaptive", "full", "mse"])
+def test_no_two_weights_of_a_reduced_range_saturate(residual, settings):
+    plan = reconstruct(residual.graph.model, replace(residual.plan, reduce_range=True), residual.images, settings)
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in residual.graph.model.graph.initializer}
+    for name, use in plan.placement.weights.items():
+        integers, _ = plan.integers_of(name, constants[use.weight], use.axis)
+        channels = np.moveaxis(integers, use.axis, 0).reshape(integers.shape[use.axis], -1).astype(int)
+        for values in (channels, -channels):
+            assert np.sort(np.maximum(values, 0), axis=1)[:, -2:].sum(axis=1).max() <= 128
 
 
 def test_clipped_scales_are_below_the_largest_weight(residual):

@@ -1,4 +1,4 @@
-"""Targets and processors of INT8 engines: 7-bit weights where products of 8-bit ones saturate."""
+"""Targets and processors of INT8 engines: coarser weights where products of others saturate."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ def bundles(backbone, photographs, tmp_path_factory) -> dict[str, Path]:
     return made
 
 
-def test_the_target_decides_the_bits_and_the_bundle_says_them(bundles):
-    for target, bits in (("x86-avx2", 7), ("x86-vnni", 8)):
+def test_the_target_decides_and_the_bundle_says_it(bundles):
+    for target, reduced in (("x86-avx2", True), ("x86-vnni", False)):
         manifest = read_manifest(bundles[target])
         assert manifest.target == target
-        assert manifest.precision_settings["reduce_range"] is (bits == 7)
-        assert QuantizationPlan.load(bundles[target]).weight_bits == bits
+        assert manifest.precision_settings["reduce_range"] is reduced
+        assert QuantizationPlan.load(bundles[target]).reduce_range is reduced
 
 
-def test_8_bit_weights_on_a_processor_without_vnni_are_warned_of(bundles, monkeypatch):
+def test_weights_of_all_8_bits_on_a_processor_without_vnni_are_warned_of(bundles, monkeypatch):
     put_in(monkeypatch, OLD)
     with pytest.warns(SaturationWarning, match=r"can saturate on this processor \(Old Xeon.*target='x86-avx2'"):
         load_bundle(bundles["x86-vnni"]).close()
