@@ -138,7 +138,7 @@ def measure(name: str, count: int, rounds: int, settings: Int8) -> list[dict[str
     spec = InputSpec(height=source.height, width=source.width, preprocessing=source.preprocessing)
     images = crops(CALIBRATED, count, 0, spec)
     evaluated = crops((*SHOWN, "motorcycle_right.png"), count, 1, spec)
-    stock_graph, ours_graph = (_graph(backbone, spec, images, chosen) for chosen in (None, settings))
+    stock_graph, ours_graph = (fused_graph(backbone, spec, images, chosen) for chosen in (None, settings))
     plan = plan_precision(
         ours_graph.model,
         settings,
@@ -169,7 +169,7 @@ def measure(name: str, count: int, rounds: int, settings: Int8) -> list[dict[str
     return rows
 
 
-def _graph(backbone: Any, spec: InputSpec, images: FloatArray, settings: Int8 | None) -> Graph:
+def fused_graph(backbone: Any, spec: InputSpec, images: FloatArray, settings: Int8 | None) -> Graph:
     """The FP32 graph, equalized where settings for INT8 are given."""
     passes = EXPORT_PASSES
     if settings is not None:

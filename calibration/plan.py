@@ -18,6 +18,7 @@ import onnx_ir as ir
 from deploykit.calibration.placement import Placement, place, without
 from deploykit.calibration.ranges import ActivationRange, TensorStatistics, quantize_weight
 from deploykit.calibration.statistics import Statistics
+from deploykit.calibration.weights import RoundedWeight
 from deploykit.errors import CalibrationError
 from deploykit.optional import require
 from deploykit.runtimes.base import FloatArray
@@ -37,7 +38,8 @@ class QuantizationPlan:
     ``weights_digest`` is that of the backbone's weights, ``constants_digest`` that of the master graph's,
     which fusion and equalization have changed. ``warnings`` say what was wrong with the images.
     ``bias_shift`` maps a node to the ``(channels,)`` mean error that rounding its weight makes in
-    its output, which a dialect adds to the bias. ``float_dtype`` is what the rest computes in.
+    its output, which a dialect adds to the bias. ``weights`` maps a node to how its weight was rounded,
+    where that is not to the nearest. ``float_dtype`` is what the rest computes in.
     ``reduce_range``: the weights are such that no product saturates where two are added in 16 bits.
     ``statistics`` are what was seen of each tensor: no dialect reads them, people do.
     """
@@ -55,6 +57,7 @@ class QuantizationPlan:
     ranges: dict[str, ActivationRange]
     statistics: dict[str, TensorStatistics] = field(default_factory=dict)
     bias_shift: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+    weights: dict[str, RoundedWeight] = field(default_factory=dict)
 
     def integers_of(
         self, node: str, weight: FloatArray, axis: int, least: npt.NDArray[Any] | None = None
@@ -67,6 +70,9 @@ class QuantizationPlan:
             axis: that of its output channels.
             least: the smallest scale that each channel may have, ``(channels,)``.
         """
+        chosen = self.weights.get(node)
+        if chosen is not None:
+            return chosen.integers_of(weight, axis, least, reduce_range=self.reduce_range)
         return quantize_weight(weight, axis, least, reduce_range=self.reduce_range)
 
     def range_of(self, tensor: str) -> ActivationRange:
@@ -104,10 +110,13 @@ class QuantizationPlan:
             )
 
     def save(self, folder: Path) -> None:
-        """Write the plan into ``folder``: `PLAN_FILE` to read, and the bias shifts in `SHIFT_FILE`."""
-        readable = replace(self, bias_shift={})
+        """Write the plan into ``folder``: `PLAN_FILE` to read, and bias shifts and roundings in `SHIFT_FILE`."""
+        readable = replace(self, bias_shift={}, weights={})
         (folder / PLAN_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(readable), indent=1) + b"\n")
-        np.savez(folder / SHIFT_FILE, allow_pickle=False, **self.bias_shift)
+        arrays = {f"bias_shift:{node}": shift for node, shift in self.bias_shift.items()}
+        for node, chosen in self.weights.items():
+            arrays |= {f"steps:{node}": chosen.steps, f"scales:{node}": chosen.scales}
+        np.savez_compressed(folder / SHIFT_FILE, allow_pickle=False, **arrays)
 
     @staticmethod
     def load(folder: Path) -> QuantizationPlan:
@@ -118,9 +127,17 @@ class QuantizationPlan:
         """
         try:
             plan = msgspec.json.decode((folder / PLAN_FILE).read_bytes(), type=QuantizationPlan)
-            with np.load(folder / SHIFT_FILE, allow_pickle=False) as shifts:
-                return replace(plan, bias_shift=dict(shifts))
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, msgspec.MsgspecError) as error:
+            with np.load(folder / SHIFT_FILE, allow_pickle=False) as arrays:
+                kinds: dict[str, dict[str, Any]] = {"bias_shift": {}, "steps": {}, "scales": {}}
+                for name, array in arrays.items():
+                    kind, _, node = name.partition(":")
+                    kinds[kind][node] = array
+                weights = {
+                    node: RoundedWeight(steps=steps, scales=kinds["scales"][node])
+                    for node, steps in kinds["steps"].items()
+                }
+                return replace(plan, bias_shift=kinds["bias_shift"], weights=weights)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, msgspec.MsgspecError) as error:
             raise CalibrationError(
                 f"{folder}: {PLAN_FILE} or {SHIFT_FILE} is not readable ({error}). Calibrate again."
             ) from error
@@ -137,9 +154,8 @@ def constants_digest(model: onnx.ModelProto) -> str:
 def plan_key(weights_digest: str, images_digest: str, settings: Int8) -> str:
     """What a plan is keyed by: equal keys give equal plans."""
     text = "\n".join((weights_digest, images_digest, settings.calibrator, str(settings.percentile)))
-    switches = (
-        f"{settings.bias_correction}\n{settings.equalization}\n{settings.float_dtype}\n{bool(settings.reduce_range)}"
-    )
+    parts = (settings.bias_correction, settings.equalization, settings.float_dtype, bool(settings.reduce_range))
+    switches = "\n".join(map(str, (*parts, settings.rounding, settings.weight_scales)))
     return hashlib.sha256(f"{text}\n{switches}".encode()).hexdigest()
 
 

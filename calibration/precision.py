@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import onnx
@@ -13,6 +13,7 @@ from deploykit.calibration.half import HalfPlan, plan_half
 from deploykit.calibration.images import CalibrationSet
 from deploykit.calibration.plan import QuantizationPlan, calibrate, calibration_batch, plan_key
 from deploykit.calibration.plan_cache import PlanCache, cache_key
+from deploykit.calibration.reconstruction import RECONSTRUCTION_IMAGES, needs_reconstruction, reconstruct
 from deploykit.calibration.statistics import Statistics
 from deploykit.errors import CalibrationError, CalibrationWarning
 from deploykit.runtimes.base import FloatArray
@@ -97,15 +98,17 @@ def plan_precision(
                 checkpoint.keep(found)
             on_image(found.images)
 
-        return calibrate(
+        again = needs_reconstruction(settings)
+        plan = calibrate(
             model,
             images.batches(calibration_batch(model), skip=started.batches),
-            settings,
+            replace(settings, bias_correction=None) if again else settings,
             key=key,
             weights_digest=weights_digest,
             started=started,
             on_batch=heard,
         )
+        return reconstruct(model, plan, images.sample(RECONSTRUCTION_IMAGES), settings) if again else plan
 
     plan = make() if cache is None else cache.get_or_make(kept, make)
     for problem in plan.warnings:

@@ -128,9 +128,25 @@ def measure_sensitivity(
 
 
 class Simulation:
-    """The master graph with a switch at each integer node."""
+    """The master graph with a switch at each integer node.
 
-    def __init__(self, model: onnx.ModelProto, plan: QuantizationPlan, images: FloatArray, style: QdqStyle) -> None:
+    Args:
+        model: the FP32 master graph.
+        plan: which nodes have a switch, with the range of what they read.
+        images: ``(N, C, H, W)``; ``most`` of them are used.
+        style: how the runtime's dialect quantizes what a node reads.
+        most: how many images.
+    """
+
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        plan: QuantizationPlan,
+        images: FloatArray,
+        style: QdqStyle = PLAIN_STYLE,
+        *,
+        most: int = MEASURED_IMAGES,
+    ) -> None:
         self._plan = plan
         self._style = style
         self._exact: dict[str, npt.NDArray[Any]] = {}
@@ -143,24 +159,45 @@ class Simulation:
             self._open(opened.graph, nodes[name], use)
         self._outputs = [value.name for value in model.graph.output]
         self._input = model.graph.input[0].name
-        self._batches = _batches(model, images)
-        self.images = sum(map(len, self._batches))
+        self.batches = _batches(model, images, most)
+        self.images = sum(map(len, self.batches))
         self._session = onnx_session(ir.to_proto(opened))
-        self._reference = self._run(())
+        self._reference: list[FloatArray] | None = None
 
     def sqnr_db(self, quantized: Collection[str]) -> dict[str, float]:
         """The SQNR in dB of every output against FP32 when these nodes run in integers, capped at `MAX_SQNR_DB`."""
+        if self._reference is None:
+            self._reference = self._run(())
         found = self._run(quantized)
         return {
             name: float(np.clip(sqnr_db(before, after), -MAX_SQNR_DB, MAX_SQNR_DB))
             for name, before, after in zip(self._outputs, self._reference, found, strict=True)
         }
 
-    def _run(self, quantized: Collection[str]) -> list[FloatArray]:
+    def read_by(self, nodes: Sequence[str], batch: FloatArray, quantized: Collection[str] = ()) -> list[FloatArray]:
+        """What nodes read when some run in integers, rounded where the reader itself does; nothing behind is run."""
+        options = require("onnxruntime").RunOptions()
+        options.only_execute_path_to_fetches = True
+        wanted = [_read_name(node) for node in nodes]
+        found: list[FloatArray] = self._session.run(wanted, self._feeds(quantized) | {self._input: batch}, options)
+        return found
+
+    def round_to(self, node: str, weight: FloatArray, shift: FloatArray) -> None:
+        """Give a node another weight and bias for when it runs in integers."""
+        values = self._rounded[node]
+        values[f"{node}/weight"] = np.require(weight, np.float32, "C")
+        if f"{node}/bias" in values:
+            values[f"{node}/bias"] = np.asarray(self._exact[f"{node}/bias"] + shift, np.float32)
+
+    def _feeds(self, quantized: Collection[str]) -> dict[str, npt.NDArray[Any]]:
         feed = dict(self._exact)
         for name in quantized:
             feed |= self._rounded[name]
-        runs = [self._session.run(self._outputs, feed | {self._input: batch}) for batch in self._batches]
+        return feed
+
+    def _run(self, quantized: Collection[str]) -> list[FloatArray]:
+        feed = self._feeds(quantized)
+        runs = [self._session.run(self._outputs, feed | {self._input: batch}) for batch in self.batches]
         return [np.concatenate(parts) for parts in zip(*runs, strict=True)]
 
     def _open(self, graph: ir.Graph, node: ir.Node, use: IntegerWeight) -> None:
@@ -177,12 +214,14 @@ class Simulation:
         self._open_bias(graph, node, use, weight.shape[use.axis])
         switch = f"{name}/quantized"
         flag = self._feed(graph, name, switch, np.array(False), np.array(True))
-        node.replace_input_with(0, _switched(graph, node, flag, self._parameters(graph, node, use)))
+        read = _switched(graph, node, flag, self._parameters(graph, node, use))
+        node.replace_input_with(0, read)
+        graph.outputs.append(read)
 
     def _open_bias(self, graph: ir.Graph, node: ir.Node, use: IntegerWeight, channels: int) -> None:
-        shift = self._plan.bias_shift.get(str(node.name))
-        if shift is None or (use.bias is None and node.op_type == "MatMul"):
+        if use.bias is None and node.op_type == "MatMul":
             return
+        shift = self._plan.bias_shift.get(str(node.name), 0.0)
         bias = np.zeros(channels, np.float32) if use.bias is None else _array(graph, use.bias)
         value = self._feed(graph, str(node.name), f"{node.name}/bias", bias, (bias + shift).astype(np.float32))
         if node.op_type == "MatMul":
@@ -218,6 +257,10 @@ class Simulation:
         )
 
 
+def _read_name(node: str) -> str:
+    return f"{node}/read"
+
+
 def _switched(graph: ir.Graph, node: ir.Node, flag: ir.Value, parameters: tuple[ir.Value, ir.Value] | None) -> ir.Value:
     """What a node reads behind ``If(flag)``: rounded, or as it is."""
     source = node.inputs[0]
@@ -238,7 +281,7 @@ def _switched(graph: ir.Graph, node: ir.Node, flag: ir.Value, parameters: tuple[
         result.type, result.shape = ir.TensorType(ir.DataType.FLOAT), source.shape
         branches[branch] = ir.AttrGraph(branch, ir.Graph([], [result], nodes=nodes, name=f"{node.name}/{branch}"))
     switch = ir.node("If", [flag], branches, name=f"{node.name}/switch")
-    switch.outputs[0].name = f"{node.name}/read"
+    switch.outputs[0].name = _read_name(str(node.name))
     switch.outputs[0].type, switch.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), source.shape
     graph.insert_before(node, [switch])
     return switch.outputs[0]
@@ -257,8 +300,8 @@ def _macs(node: ir.Node, weight: npt.NDArray[np.float32]) -> int:
     return int(weight.size * math.prod(positions))
 
 
-def _batches(model: onnx.ModelProto, images: FloatArray) -> Sequence[FloatArray]:
-    """`MEASURED_IMAGES` of the images, in the batch that the graph takes."""
+def _batches(model: onnx.ModelProto, images: FloatArray, most: int) -> Sequence[FloatArray]:
+    """At most so many of the images, in the batch that the graph takes."""
     size = calibration_batch(model)
-    chosen = images[np.arange(max(size, min(MEASURED_IMAGES, len(images)))) % len(images)]
+    chosen = images[np.arange(max(size, min(most, len(images)))) % len(images)]
     return [chosen[start : start + size] for start in range(0, len(chosen) - size + 1, size)]

@@ -15,6 +15,9 @@ from deploykit.errors import SpecError, nearest
 Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 CropMode: TypeAlias = Literal["center", "squash", "border"]
 Calibrator: TypeAlias = Literal["mse", "minmax", "percentile", "entropy"]
+BiasCorrection: TypeAlias = Literal["fast", "full"]
+Rounding: TypeAlias = Literal["nearest", "adaptive"]
+WeightScales: TypeAlias = Literal["max", "mse"]
 FloatDtype: TypeAlias = Literal["fp32", "fp16"]
 InputDtype: TypeAlias = Literal["float32", "uint8"]
 Layout: TypeAlias = Literal["NCHW", "NHWC"]
@@ -237,12 +240,21 @@ class Int8:
         calibrator: how a range is chosen from the statistics: ``mse`` (least squared error),
             ``minmax``, ``percentile``, or ``entropy`` (least Kullback-Leibler divergence, as TensorRT).
         percentile: the share of values inside the range for ``percentile``, in percent.
-        bias_correction: shift each bias by the mean error that rounding the weights makes
-            (Nagel et al. 2019, "Data-Free Quantization", section 4.2, with measured means).
+        bias_correction: shift each bias by the mean error that rounding makes (Nagel et al. 2019,
+            "Data-Free Quantization", section 4.2, with measured means): ``fast``, that of its own weight, in
+            the same pass; ``full``, that of all before it too, layer after layer; None or False: not at
+            all. True is ``fast``.
+        rounding: each weight to the ``nearest`` integer, or ``adaptive``: so that a layer's output on the
+            calibration images changes least (GPTQ, Frantar et al. 2022).
+        weight_scales: a channel's ``max``, or ``mse``: clipped where its output then changes least.
         equalization: 0 to 1, how much of the spread between channels goes from the activations into
             the weights beforehand (cross-layer equalization, SmoothQuant's alpha); None: nothing is scaled.
         reduce_range: round weights more coarsely, so that no product saturates in the 16 bits of x86
             processors without VNNI (ONNX Runtime's term); None: where the target needs it.
+        recipe: a name of `deploykit.calibration.recipes.RECIPES`, whose settings take the place of the
+            five above; ``family``: the measured default of the backbone's family; ``auto``: the best of the
+            table on calibration images that are held out, found within the budget; None: as they are here.
+        recipe_budget_s: how many seconds the trials of ``auto`` may take together.
         float_dtype: what stays in float computes in ``fp32``, or in ``fp16`` where the runtime has it.
         mixed_precision: search the fewest layers to keep in float so that the engine is within its budget.
         max_metric_drop: with a metric of the user's own, how far below the FP32 engine's it may be.
@@ -253,9 +265,13 @@ class Int8:
     min_top1_agreement: float | None = None
     calibrator: Calibrator = "mse"
     percentile: float = 99.99
-    bias_correction: bool = True
+    bias_correction: BiasCorrection | bool | None = "fast"
+    rounding: Rounding = "nearest"
+    weight_scales: WeightScales = "max"
     equalization: float | None = 0.5
     reduce_range: bool | None = None
+    recipe: str | None = None
+    recipe_budget_s: float = 120.0
     float_dtype: FloatDtype = "fp32"
     mixed_precision: bool = False
     max_metric_drop: float | None = None
@@ -263,8 +279,16 @@ class Int8:
     def __post_init__(self) -> None:
         if self.max_metric_drop is not None and not self.max_metric_drop >= 0:
             raise SpecError(f"max_metric_drop is {self.max_metric_drop}; it must be 0 or more.")
+        if not self.recipe_budget_s > 0:
+            raise SpecError(f"recipe_budget_s is {self.recipe_budget_s}; it must be above 0 seconds.")
         _check_choice("float_dtype", self.float_dtype, ("fp32", "fp16"))
         _check_choice("calibrator", self.calibrator, get_args(Calibrator))
+        _check_choice("rounding", self.rounding, get_args(Rounding))
+        _check_choice("weight_scales", self.weight_scales, get_args(WeightScales))
+        if isinstance(self.bias_correction, bool):
+            object.__setattr__(self, "bias_correction", "fast" if self.bias_correction else None)
+        if self.bias_correction is not None:
+            _check_choice("bias_correction", self.bias_correction, get_args(BiasCorrection))
         if not 50 < self.percentile <= 100:
             raise SpecError(f"percentile is {self.percentile}; it must be above 50 and at most 100.")
         if self.equalization is not None and not 0 <= self.equalization <= 1:

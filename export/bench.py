@@ -11,6 +11,7 @@ from types import TracebackType
 
 from deploykit.bundle import Manifest
 from deploykit.calibration.plan import QuantizationPlan
+from deploykit.calibration.precision import PrecisionPlan
 from deploykit.calibration.search import Measured
 from deploykit.errors import DeviceUnavailable
 from deploykit.export.build import Builder, Built
@@ -78,16 +79,22 @@ class Bench:
         )
         return report, replace(manifest, status=status)
 
+    def accuracy(self, plan: PrecisionPlan) -> Measured:
+        """Build the engine of a plan and compare it with torch."""
+        with TemporaryDirectory(prefix="deploykit-candidate-") as scratch:
+            return self._accuracy(plan, Path(scratch))[0]
+
+    def _accuracy(self, plan: PrecisionPlan, folder: Path) -> tuple[Measured, Manifest]:
+        report, manifest = self.parity(self._builder.lowered(self._builder.rendered(plan), folder), folder)
+        agreements = [level.top1_agreement for level in report.levels if level.top1_agreement is not None]
+        worst = min(level.sqnr_db for level in report.levels)
+        return Measured(sqnr_db=worst, top1_agreement=min(agreements) if agreements else None), manifest
+
     def measured(self, plan: QuantizationPlan) -> Measured:
         """Build the engine of a plan and measure it: parity, speed, and the user's metric."""
         with TemporaryDirectory(prefix="deploykit-candidate-") as scratch:
             folder = Path(scratch)
-            report, manifest = self.parity(self._builder.lowered(self._builder.rendered(plan), folder), folder)
-            agreements = [level.top1_agreement for level in report.levels if level.top1_agreement is not None]
-            found = Measured(
-                sqnr_db=min(level.sqnr_db for level in report.levels),
-                top1_agreement=min(agreements) if agreements else None,
-            )
+            found, manifest = self._accuracy(plan, folder)
             if manifest.status == "built":
                 return found
             with load_runtime(manifest.runtime)(manifest, folder) as model:

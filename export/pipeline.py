@@ -22,7 +22,8 @@ from deploykit.calibration.images import CalibrationSet, network_images
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.plan_cache import PlanCache
 from deploykit.calibration.precision import PrecisionPlan, check_images_given, plan_precision
-from deploykit.calibration.search import SearchResult
+from deploykit.calibration.recipes import RecipeReport, recipe_of
+from deploykit.calibration.search import Measured, SearchResult
 from deploykit.errors import SpecError
 from deploykit.export.bench import Bench
 from deploykit.export.build import Builder, Built
@@ -30,6 +31,7 @@ from deploykit.export.graphs import output_specs
 from deploykit.export.lowering import LOWERINGS, PORTABLE_LOWERINGS, check_portable, check_target, settled
 from deploykit.export.measure import parity_images, torch_outputs
 from deploykit.export.mixed import mixed_precision
+from deploykit.export.recipe_trials import recipe_trials
 from deploykit.export.speed import SpeedReport, check_speedup
 from deploykit.export.to_onnx import to_onnx
 from deploykit.export.trace import output_names, trace
@@ -42,6 +44,7 @@ from deploykit.runtimes.base import FloatArray, ImageArray, Runtime, load_runtim
 from deploykit.spec import Batch, InputSpec, Int8, Precision
 
 SEARCH_FILE = "mixed-precision.json"
+RECIPES_FILE = "recipes.json"
 PARITY_FILE = "parity.json"
 REFERENCE_FILE = "reference.npz"
 LABELS_FILE = "labels.txt"
@@ -124,6 +127,8 @@ def check_request(request: ExportRequest) -> None:
             f"{', '.join(adapter.int8_float_dtypes)}. Leave float_dtype out."
         )
     check_images_given(request.precision, request.calibration)
+    if isinstance(request.precision, Int8) and request.precision.recipe not in (None, "auto"):
+        recipe_of(str(request.precision.recipe), request.backbone.spec.family)
     spec = request.backbone.spec
     if request.precision.min_top1_agreement is not None and "logits" not in spec.output_names:
         raise SpecError(
@@ -173,8 +178,13 @@ class Prepared:
     fusions: tuple[FusionRecord, ...]
 
 
-def prepare(request: ExportRequest, progress: Progress) -> Prepared:
+def prepare(request: ExportRequest, progress: Progress, compared_on: CalibrationSet | None = None) -> Prepared:
     """Trace, fuse, write the master graph and plan the precision of a checked request.
+
+    Args:
+        request: what to export, its recipe settled.
+        progress: hears of the stages.
+        compared_on: the images to compare on; None: some of those to calibrate with.
 
     Raises:
         CalibrationError: images that cannot be used.
@@ -183,7 +193,7 @@ def prepare(request: ExportRequest, progress: Progress) -> Prepared:
     progress.stage("trace")
     taken = engine_input(request)
     spec = taken.as_images()
-    given = parity_images(request.calibration, taken)
+    given = parity_images(compared_on or request.calibration, taken)
     probe = network_images(given, taken)
     program = trace(request.backbone, spec)
     progress.stage("fuse")
@@ -212,29 +222,11 @@ def export(
     check_request(request)
     progress = progress or Progress()
     with writing(folder, overwrite=overwrite) as staging, ExitStack() as closing:
+        request, tried = settle_recipe(request, progress)
         network = prepare(request, progress)
-        builder = Builder(
-            master=network.master,
-            runtime=request.runtime,
-            render=_load(DIALECTS[request.runtime]),
-            lower=_load((PORTABLE_LOWERINGS if request.portable else LOWERINGS)[request.runtime]),
-            outputs=request.backbone.spec.output_names,
-            taken=network.taken,
-            probe=network.probe,
-            target=request.target,
-        )
+        builder = _builder(request, network)
         expected = torch_outputs(request.backbone, network.probe)
-        bench = closing.enter_context(
-            Bench(
-                builder=builder,
-                manifest_of=partial(_manifest, request, network.taken, network.fusions),
-                images=network.given,
-                expected=expected,
-                precision=request.precision,
-                probe_levels=request.probe_levels,
-                metric=request.metric,
-            )
-        )
+        bench = closing.enter_context(_bench(request, network, builder, expected))
         found = _searched(request, network.plan, builder, bench, progress)
         plan = found.plan if found is not None else network.plan
         progress.stage("render")
@@ -254,8 +246,72 @@ def export(
             plan.save(staging)
         if found is not None:
             found.report.save(staging / SEARCH_FILE)
+        if tried is not None:
+            tried.save(staging / RECIPES_FILE)
         _write_labels(request.backbone.spec.label_set, staging)
         return write_manifest(staging, replace(manifest, speedup=speed))
+
+
+def settle_recipe(request: ExportRequest, progress: Progress) -> tuple[ExportRequest, RecipeReport | None]:
+    """The request with the settings of its recipe, and what was tried where that was left to measurement.
+
+    Raises:
+        SpecError: no such recipe.
+        CalibrationError: too few images to hold some out.
+    """
+    settings = request.precision
+    if not isinstance(settings, Int8) or settings.recipe is None or request.calibration is None:
+        return request, None
+    if settings.recipe != "auto":
+        recipe = recipe_of(settings.recipe, request.backbone.spec.family)
+        return replace(request, precision=recipe.applied_to(settings)), None
+    progress.stage("recipes")
+
+    def measure(chosen: Int8, calibrated: CalibrationSet, held_out: CalibrationSet) -> Measured:
+        trial = replace(request, precision=chosen, calibration=calibrated, cache=False)
+        return _trial(trial, held_out)
+
+    report = recipe_trials(
+        settings,
+        request.calibration,
+        measure,
+        key=cache_parts(request) if request.cache else None,
+        on_trial=lambda trial: progress.candidate(trial.summary),
+    )
+    return replace(request, precision=report.recipe.applied_to(settings)), report
+
+
+def _trial(request: ExportRequest, held_out: CalibrationSet) -> Measured:
+    """What an engine of a request gives on images that it was not calibrated with."""
+    network = prepare(request, Progress(), compared_on=held_out)
+    builder = _builder(request, network)
+    with _bench(request, network, builder, torch_outputs(request.backbone, network.probe)) as bench:
+        return bench.accuracy(network.plan)
+
+
+def _builder(request: ExportRequest, network: Prepared) -> Builder:
+    return Builder(
+        master=network.master,
+        runtime=request.runtime,
+        render=_load(DIALECTS[request.runtime]),
+        lower=_load((PORTABLE_LOWERINGS if request.portable else LOWERINGS)[request.runtime]),
+        outputs=request.backbone.spec.output_names,
+        taken=network.taken,
+        probe=network.probe,
+        target=request.target,
+    )
+
+
+def _bench(request: ExportRequest, network: Prepared, builder: Builder, expected: dict[str, FloatArray]) -> Bench:
+    return Bench(
+        builder=builder,
+        manifest_of=partial(_manifest, request, network.taken, network.fusions),
+        images=network.given,
+        expected=expected,
+        precision=request.precision,
+        probe_levels=request.probe_levels,
+        metric=request.metric,
+    )
 
 
 def _manifest(request: ExportRequest, taken: InputSpec, fusions: tuple[FusionRecord, ...], built: Built) -> Manifest:

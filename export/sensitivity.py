@@ -5,7 +5,7 @@ from __future__ import annotations
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.sensitivity import Sensitivity, measure_sensitivity, style_of
 from deploykit.errors import SpecError
-from deploykit.export.pipeline import ExportRequest, Progress, check_request, prepare
+from deploykit.export.pipeline import ExportRequest, Progress, check_request, prepare, settle_recipe
 
 
 def sensitivity(request: ExportRequest, *, progress: Progress | None = None) -> Sensitivity:
@@ -19,6 +19,7 @@ def sensitivity(request: ExportRequest, *, progress: Progress | None = None) -> 
     if request.precision.name != "int8":
         raise SpecError(f"sensitivity is of int8, and precision is {request.precision.name!r}. Ask for int8.")
     progress = progress or Progress()
+    request, _ = settle_recipe(request, progress)
     network = prepare(request, progress)
     model, plan = network.master.model, network.plan
     assert model is not None and isinstance(plan, QuantizationPlan)  # noqa: S101  (of INT8; narrows the types)

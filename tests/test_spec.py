@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from deploykit.errors import SpecError
-from deploykit.spec import BatchRange, InputSpec, Preprocessing
+from deploykit.spec import BatchRange, InputSpec, Int8, Preprocessing
 
 SPEC = InputSpec(batch=2, height=32, width=48, preprocessing=Preprocessing(crop_mode="squash"))
 
@@ -35,3 +35,23 @@ def test_no_other_pair_of_dtype_and_layout_is_an_input(pair):
         InputSpec(dtype=dtype, layout=layout)
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert({"dtype": dtype, "layout": layout}, InputSpec)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("rounding", "adaptiv", "Did you mean 'adaptive'"),
+        ("weight_scales", "mean", "weight_scales is 'mean'"),
+        ("bias_correction", "slow", r"bias_correction is .slow.\. Known: fast, full"),
+        ("recipe_budget_s", 0, "must be above 0 seconds"),
+        ("recipe_budget_s", float("nan"), "must be above 0 seconds"),
+    ],
+)
+def test_a_wrong_setting_of_int8_is_told_with_what_is_expected(field, value, message):
+    with pytest.raises(SpecError, match=message):
+        Int8(**{field: value})
+
+
+def test_bias_correction_may_be_switched_on_and_off():
+    assert Int8(bias_correction=True) == Int8(bias_correction="fast")
+    assert Int8(bias_correction=False) == Int8(bias_correction=None)

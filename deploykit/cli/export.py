@@ -42,6 +42,8 @@ def export(
     calibration: opt.CalibrationOption = None,
     skip_corrupt: opt.SkipFlag = False,
     calibrator: opt.CalibratorOption = None,
+    recipe: opt.RecipeOption = None,
+    recipe_budget: opt.RecipeBudgetOption = None,
     reduce_range: opt.ReduceRangeFlag = None,
     min_sqnr_db: opt.SqnrOption = None,
     min_top1_agreement: opt.AgreementOption = None,
@@ -57,6 +59,8 @@ def export(
     chosen, source = opt.choose_weights(name, backbone=backbone, pretrained=pretrained, weights=weights)
     settings = opt.settings_of(
         calibrator=calibrator,
+        recipe=recipe,
+        recipe_budget_s=recipe_budget,
         reduce_range=reduce_range,
         min_sqnr_db=min_sqnr_db,
         min_top1_agreement=min_top1_agreement,
@@ -152,18 +156,21 @@ def _planned(plan: ExportPlan) -> list[str]:
 
 
 def _report(folder: Path, manifest: Manifest, timed: list[SpeedReport], *, json: bool) -> None:
+    from deploykit.calibration.recipes import RecipeReport
     from deploykit.calibration.search import SearchReport
-    from deploykit.export.pipeline import PARITY_FILE, SEARCH_FILE
+    from deploykit.export.pipeline import PARITY_FILE, RECIPES_FILE, SEARCH_FILE
     from deploykit.parity.report import ParityReport
 
     parity = ParityReport.load(folder / PARITY_FILE)
     search = SearchReport.load(folder / SEARCH_FILE) if SEARCH_FILE in manifest.files else None
+    recipes = RecipeReport.load(folder / RECIPES_FILE) if RECIPES_FILE in manifest.files else None
     if json:
         told = {"bundle": str(folder), "status": manifest.status, "manifest": manifest, "parity": parity}
-        show_json(told | {"search": search, "speed": timed[0] if timed else None})
+        show_json(told | {"recipes": recipes, "search": search, "speed": timed[0] if timed else None})
         return
-    if search is not None:
-        show(search.render())
+    for tried in (recipes, search):
+        if tried is not None:
+            show(tried.render())
     size = size_text(sum(record.size for record in manifest.files.values()))
     show(parity.render())
     for report in timed:

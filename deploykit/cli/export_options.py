@@ -165,6 +165,27 @@ CalibratorOption = Annotated[
         help="How int8 chooses a range from the images.",
     ),
 ]
+RecipeOption = Annotated[
+    str | None,
+    _option(
+        "--recipe",
+        panel=_NUMBERS,
+        metavar="NAME|family|auto",
+        default="the settings as given",
+        help="int8: settings by name; family: the measured default of the family; auto: the best of all on "
+        "calibration images that are held out.",
+    ),
+]
+RecipeBudgetOption = Annotated[
+    float | None,
+    _option(
+        "--recipe-budget",
+        panel=_NUMBERS,
+        metavar="SECONDS",
+        default=f"{Int8().recipe_budget_s:g}",
+        help="How long --recipe auto may try, in seconds.",
+    ),
+]
 ReduceRangeFlag = Annotated[
     bool | None,
     _option(

@@ -26,6 +26,7 @@ STAGES: dict[str, str] = {
 """The stages of `deploykit.export.pipeline` in their order, after the one that comes before it."""
 
 OPTIONAL_STAGES: dict[str, str] = {
+    "recipes": "try recipes on images held out",
     "sensitivity": "quantize one layer at a time",
     "search": "search the layers to keep in float",
     "speed": "time it in turns with fp32",

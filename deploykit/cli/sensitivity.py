@@ -30,6 +30,7 @@ def sensitivity(
     calibration: opt.CalibrationOption = None,
     skip_corrupt: opt.SkipFlag = False,
     calibrator: opt.CalibratorOption = None,
+    recipe: opt.RecipeOption = None,
     shown: Annotated[
         int, typer.Option("--nodes", min=1, help="Rows of the table, the noisiest layers first.")
     ] = SHOWN_NODES,
@@ -40,7 +41,7 @@ def sensitivity(
 ) -> None:
     """Quantize one layer at a time to int8 and show what each costs the outputs, in dB against fp32."""
     chosen, source = opt.choose_weights(name, backbone=backbone, pretrained=pretrained, weights=weights)
-    settings = opt.settings_of(calibrator=calibrator)
+    settings = opt.settings_of(calibrator=calibrator, recipe=recipe)
     if plot is not None:
         from deploykit.optional import require
 

@@ -1,0 +1,123 @@
+"""Every recipe of INT8 on every network of the quantization benchmark: what the defaults a family were chosen by.
+
+The figures are the SQNR of the last feature map and of the logits against FP32, in dB, on crops of other
+photographs than those calibrated with, in each runtime's own rendered graph; nothing here is a time of an
+engine, so that other work on the machine changes no figure but the seconds that planning takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from _from_tests import realistic
+from _timing import RUNTIMES, outputs_of
+from quantization import DIALECTS, NETWORKS, crops, fused_graph
+
+from deploykit.backbones.base import BackboneOptions
+from deploykit.backbones.registry import build_backbone
+from deploykit.backbones.weights import weights_digest
+from deploykit.calibration.images import calibration_set
+from deploykit.calibration.precision import plan_precision
+from deploykit.calibration.recipes import FAMILY_RECIPES, RECIPES
+from deploykit.cli.demo import CALIBRATED, SHOWN
+from deploykit.graph import Graph
+from deploykit.parity.metrics import sqnr_db, top1_agreement
+from deploykit.spec import InputSpec, Int8
+
+
+def measure(name: str, recipes: list[str], runtimes: list[str], calibrated: int, evaluated: int) -> Iterator[Any]:
+    """A row a recipe and runtime."""
+    torch.manual_seed(0)
+    pretrained = name == "tf_efficientnet_lite0"
+    backbone = build_backbone(name, BackboneOptions(), pretrained=pretrained)
+    backbone = (backbone if pretrained else realistic(backbone)).eval()
+    source = backbone.input_spec
+    spec = InputSpec(height=source.height, width=source.width, preprocessing=source.preprocessing)
+    images = crops(CALIBRATED, calibrated, 0, spec)
+    shown = crops((*SHOWN, "motorcycle_right.png"), evaluated, 1, spec)
+    graphs: dict[float | None, Graph] = {}
+    expected: dict[str, Any] = {}
+    for recipe in recipes:
+        settings = RECIPES[recipe].applied_to(Int8())
+        if settings.equalization not in graphs:
+            graphs[settings.equalization] = fused_graph(backbone, spec, images, settings)
+        graph = graphs[settings.equalization]
+        started = time.perf_counter()
+        plan = plan_precision(
+            graph.model,
+            settings,
+            calibration=calibration_set(images, spec),
+            probe=images[:1],
+            weights_digest=weights_digest(backbone),
+        )
+        seconds = time.perf_counter() - started
+        for runtime in runtimes:
+            if runtime not in expected:
+                expected[runtime] = outputs_of(RUNTIMES[runtime](graph.model), shown)
+            found = outputs_of(RUNTIMES[runtime](DIALECTS[runtime].render(graph, plan).model), shown)
+            reference = expected[runtime]
+            yield {
+                "network": name,
+                "family": backbone.spec.family,
+                "runtime": runtime,
+                "recipe": recipe,
+                "features_db": round(sqnr_db(reference[-2], found[-2]), 2),
+                "logits_db": round(sqnr_db(reference[-1], found[-1]), 2),
+                "top1": top1_agreement(reference[-1], found[-1]),
+                "plan_s": round(seconds, 1),
+            }
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    """A table: features / logits in dB, a row a network and runtime, a column a recipe."""
+    recipes = [name for name in RECIPES if any(row["recipe"] == name for row in rows)]
+    print(f"{'features / logits, dB':<30}{'runtime':<12}" + "".join(f"{name:>18}" for name in recipes))
+    for network, runtime in dict.fromkeys((row["network"], row["runtime"]) for row in rows):
+        chosen = {row["recipe"]: row for row in rows if (row["network"], row["runtime"]) == (network, runtime)}
+        default = FAMILY_RECIPES.get(next(iter(chosen.values()))["family"], "")
+        cells = []
+        for name in recipes:
+            row = chosen.get(name)
+            figures = "-" if row is None else f"{row['features_db']:.1f} / {row['logits_db']:.1f}"
+            cells.append(f"{figures + ('*' if name == default else ' '):>18}")
+        print(f"{network:<30}{runtime:<12}" + "".join(cells))
+    print("* the default of the family")
+
+
+def main() -> None:
+    """Measure what the results file does not hold and print all that it holds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=NETWORKS, help="backbones (default: the eight)")
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES), help="(default: all)")
+    parser.add_argument("--runtimes", nargs="+", default=list(RUNTIMES), choices=list(RUNTIMES), help="(default: both)")
+    parser.add_argument("--images", type=int, default=48, help="calibration crops (default: %(default)s)")
+    parser.add_argument("--evaluated", type=int, default=48, help="evaluation crops (default: %(default)s)")
+    parser.add_argument("--results", type=Path, help="a JSON-lines file to add to: what is in it is not measured")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    rows: list[dict[str, Any]] = []
+    if options.results and options.results.exists():
+        rows = [json.loads(line) for line in options.results.read_text().splitlines()]
+    for name in options.networks:
+        done = {row["recipe"] for row in rows if row["network"] == name}
+        missing = [recipe for recipe in options.recipes if recipe not in done]
+        for row in measure(name, missing, options.runtimes, options.images, options.evaluated) if missing else ():
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+            if options.results:
+                with options.results.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+    report([row for row in rows if row["network"] in options.networks and row["recipe"] in options.recipes])
+
+
+if __name__ == "__main__":
+    main()

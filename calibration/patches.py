@@ -1,0 +1,109 @@
+"""What a node multiplies with its weight, as rows of a matrix product: sampled patches of a map, or tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from torch import Tensor
+
+from deploykit.errors import CalibrationError
+from deploykit.runtimes.base import FloatArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerShape:
+    """A convolution or matrix product over a constant weight, as ``groups`` products ``(rows, K) @ (K, channels)``.
+
+    ``shape`` is the weight's, ``axis`` that of its output channels; strides, pads and dilations are
+    ONNX's, None for a matrix product.
+    """
+
+    shape: tuple[int, ...]
+    axis: int
+    groups: int = 1
+    strides: tuple[int, int] | None = None
+    pads: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilations: tuple[int, int] = (1, 1)
+
+    @classmethod
+    def of(cls, node: onnx.NodeProto, shape: tuple[int, ...], axis: int) -> LayerShape:
+        """The shape of a Conv, Gemm or MatMul of a master graph.
+
+        Raises:
+            CalibrationError: a convolution that is not over images, or whose padding is not written out.
+        """
+        if node.op_type != "Conv":
+            return cls(shape=shape, axis=axis)
+        found: dict[str, Any] = {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}
+        if len(shape) != 4 or found.get("auto_pad", b"NOTSET") != b"NOTSET":
+            raise CalibrationError(
+                f"{node.name} is a convolution over {len(shape) - 2} axes with auto_pad "
+                f"{found.get('auto_pad', b'NOTSET').decode()}; expected 2 axes and padding that is written out. "
+                "Keep rounding='nearest', weight_scales='max' and bias_correction='fast'."
+            )
+        return cls(
+            shape=shape,
+            axis=axis,
+            groups=found.get("group", 1),
+            strides=tuple(found.get("strides", (1, 1))),
+            pads=tuple(found.get("pads", (0, 0, 0, 0))),
+            dilations=tuple(found.get("dilations", (1, 1))),
+        )
+
+    @property
+    def row_size(self) -> int:
+        """How many numbers a row of all groups holds."""
+        channels = self.shape[self.axis]
+        return int(np.prod(self.shape)) // channels * self.groups
+
+    def matrix(self, weight: npt.NDArray[Any]) -> Tensor:
+        """The weight as ``(groups, channels, K)``."""
+        turned = weight if self.axis == 0 else weight.T
+        return torch.from_numpy(np.ascontiguousarray(turned).reshape(self.groups, turned.shape[0] // self.groups, -1))
+
+    def restore(self, matrix: Tensor) -> npt.NDArray[Any]:
+        """``(groups, channels, K)`` in the weight's own shape."""
+        rows = matrix.reshape(self.shape[self.axis], -1).numpy()
+        return np.ascontiguousarray(rows.reshape(self.shape) if self.axis == 0 else rows.T)
+
+    def rows(self, read: FloatArray, count: int, seed: int) -> FloatArray:
+        """At most ``count`` rows ``(rows, groups, K)`` of what the node reads, drawn without replacement.
+
+        Args:
+            read: ``(N, C, H, W)``, or ``(..., K)`` for a matrix product.
+            count: how many.
+            seed: equal seeds draw equal positions.
+        """
+        if self.strides is None:
+            tokens = read.reshape(-1, 1, read.shape[-1])
+            return np.ascontiguousarray(tokens[_drawn(len(tokens), count, seed)])
+        top, left, bottom, right = self.pads
+        padded = np.pad(read, ((0, 0), (0, 0), (top, bottom), (left, right))).transpose(0, 2, 3, 1)
+        sizes = [
+            (padded.shape[1 + side] - self.dilations[side] * (self.shape[2 + side] - 1) - 1) // self.strides[side] + 1
+            for side in (0, 1)
+        ]
+        drawn = _drawn(len(read) * sizes[0] * sizes[1], count, seed)
+        image, position = np.divmod(drawn, sizes[0] * sizes[1])
+        row, column = np.divmod(position, sizes[1])
+        taps = [
+            padded[
+                image,
+                row * self.strides[0] + down * self.dilations[0],
+                column * self.strides[1] + across * self.dilations[1],
+            ]
+            for down in range(self.shape[2])
+            for across in range(self.shape[3])
+        ]
+        return np.stack(taps, axis=2).reshape(len(drawn), self.groups, -1)
+
+
+def _drawn(total: int, count: int, seed: int) -> npt.NDArray[np.int64]:
+    if total <= count:
+        return np.arange(total)
+    return np.sort(np.random.default_rng(seed).choice(total, count, replace=False))

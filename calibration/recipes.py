@@ -1,0 +1,188 @@
+"""Recipes of INT8: settings that go together, the measured default a family, and the choice by trying them.
+
+How the defaults were found is printed by ``benchmarks/recipes.py``; docs/quantization.md has its table.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from deploykit.calibration.search import Measured
+from deploykit.errors import CalibrationError, SpecError, nearest
+from deploykit.spec import BiasCorrection, Calibrator, Int8, Rounding, WeightScales
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The settings of `Int8` that decide how numbers are rounded, and nothing of what they must reach."""
+
+    equalization: float | None = 0.5
+    calibrator: Calibrator = "mse"
+    bias_correction: BiasCorrection | None = "fast"
+    rounding: Rounding = "nearest"
+    weight_scales: WeightScales = "max"
+
+    def applied_to(self, settings: Int8) -> Int8:
+        """The settings with the recipe's in the place of their own."""
+        return replace(settings, recipe=None, **asdict(self))
+
+
+RECIPES: dict[str, Recipe] = {
+    "plain": Recipe(equalization=None, bias_correction=None, calibrator="minmax"),
+    "fast": Recipe(),
+    "adaptive": Recipe(rounding="adaptive"),
+    "activations-first": Recipe(equalization=0.75, rounding="adaptive"),
+    "weights-first": Recipe(equalization=0.25, rounding="adaptive"),
+    "wide": Recipe(calibrator="minmax", rounding="adaptive"),
+    "full": Recipe(rounding="adaptive", bias_correction="full"),
+}
+"""By name, in the order in which ``auto`` tries them."""
+
+FAMILY_RECIPES: dict[str, str] = {}
+
+
+def recipe_of(name: str, family: str) -> Recipe:
+    """A recipe by its name; ``family`` gives the measured default of a backbone's family.
+
+    Raises:
+        SpecError: no such recipe.
+    """
+    if name == "family":
+        name = FAMILY_RECIPES.get(family, "adaptive")
+    if name not in RECIPES:
+        raise SpecError(f"unknown recipe {name!r}. {nearest(name, (*RECIPES, 'family', 'auto'))}")
+    return RECIPES[name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A recipe and what an engine with it gave on images that it was not calibrated with.
+
+    ``sqnr_db`` is that of its worst level, in dB against torch FP32; ``seconds`` is what the trial took.
+    """
+
+    name: str
+    recipe: Recipe
+    sqnr_db: float
+    top1_agreement: float | None = None
+    seconds: float
+
+    @property
+    def summary(self) -> str:
+        """One line for a progress report."""
+        return f"recipe {self.name}: {self.sqnr_db:.1f} dB, {self.seconds:.0f} s"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeReport:
+    """What was tried, in order, and which was taken; ``untried`` are those that the budget had no time for.
+
+    ``calibrated`` and ``held_out`` are how many images each trial was calibrated with and measured on.
+    """
+
+    budget_s: float
+    calibrated: int
+    held_out: int
+    trials: tuple[Trial, ...]
+    untried: tuple[str, ...]
+    chosen: str
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that was taken."""
+        return next(trial.recipe for trial in self.trials if trial.name == self.chosen)
+
+    def render(self) -> Table:
+        """A table for a terminal, one row a recipe."""
+        from rich.table import Table
+
+        title = f"Recipes, calibrated with {self.calibrated} images and measured on {self.held_out} others"
+        table = Table(title=title, caption=self._caption())
+        for heading in ("", "recipe", "worst level dB", "top-1", "seconds"):
+            table.add_column(heading, justify="left" if heading in ("", "recipe") else "right")
+        for trial in self.trials:
+            agreement = "" if trial.top1_agreement is None else f"{trial.top1_agreement:.1%}"
+            mark = ">" if trial.name == self.chosen else ""
+            table.add_row(mark, trial.name, f"{trial.sqnr_db:.1f}", agreement, f"{trial.seconds:.0f}")
+        return table
+
+    def _caption(self) -> str:
+        untried = f"; no time for {', '.join(self.untried)}" if self.untried else ""
+        return f"budget {self.budget_s:g} s; > taken{untried}"
+
+    def save(self, path: Path) -> None:
+        """Write the report as JSON."""
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
+
+    @classmethod
+    def load(cls, path: Path) -> RecipeReport:
+        """Read what `save` wrote.
+
+        Raises:
+            CalibrationError: not a report of recipes.
+        """
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=cls)
+        except (OSError, ValueError, msgspec.MsgspecError) as error:
+            raise CalibrationError(f"{path} is not a report of recipes ({error}). Export the bundle again.") from error
+
+
+def try_recipes(
+    measure: Callable[[Recipe], Measured],
+    *,
+    budget_s: float,
+    calibrated: int,
+    held_out: int,
+    on_trial: Callable[[Trial], None] | None = None,
+) -> RecipeReport:
+    """Measure the recipes of the table in their order while there is time, and take the best.
+
+    The first is always tried; another only when the budget has time for one that takes as long as the
+    longest so far.
+
+    Args:
+        measure: builds and measures an engine.
+        budget_s: how many seconds all trials may take together.
+        calibrated: how many images ``measure`` calibrates with.
+        held_out: how many others it measures on.
+        on_trial: hears of each.
+    """
+    started = time.monotonic()
+    trials: list[Trial] = []
+    untried: list[str] = []
+    for name, recipe in RECIPES.items():
+        begun = time.monotonic()
+        longest = max((trial.seconds for trial in trials), default=0.0)
+        if trials and begun - started + longest > budget_s:
+            untried.append(name)
+            continue
+        found = measure(recipe)
+        trials.append(
+            Trial(
+                name=name,
+                recipe=recipe,
+                sqnr_db=found.sqnr_db,
+                top1_agreement=found.top1_agreement,
+                seconds=round(time.monotonic() - begun, 1),
+            )
+        )
+        if on_trial:
+            on_trial(trials[-1])
+    best = max(trials, key=lambda trial: trial.sqnr_db)
+    return RecipeReport(
+        budget_s=budget_s,
+        calibrated=calibrated,
+        held_out=held_out,
+        trials=tuple(trials),
+        untried=tuple(untried),
+        chosen=best.name,
+    )

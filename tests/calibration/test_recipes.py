@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from deploykit.backbones.registry import FAMILIES
+from deploykit.calibration import recipes
+from deploykit.calibration.recipes import FAMILY_RECIPES, RECIPES, Recipe, RecipeReport, recipe_of, try_recipes
+from deploykit.calibration.search import Measured
+from deploykit.errors import CalibrationError, SpecError
+from deploykit.spec import Int8
+
+
+class Clock:
+    """Seconds that pass only when a recipe is tried."""
+
+    def __init__(self, each: float) -> None:
+        self.now, self.each = 100.0, each
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def tried(monkeypatch, figures: dict[str, float], *, seconds: float = 10, budget_s: float = 1000) -> RecipeReport:
+    clock = Clock(seconds)
+    monkeypatch.setattr(recipes, "time", clock)
+    names = {id(recipe): name for name, recipe in RECIPES.items()}
+
+    def measure(recipe: Recipe) -> Measured:
+        clock.now += clock.each
+        return Measured(sqnr_db=figures.get(names[id(recipe)], 10.0), top1_agreement=0.5)
+
+    return try_recipes(measure, budget_s=budget_s, calibrated=12, held_out=4)
+
+
+@pytest.mark.parametrize("best", RECIPES)
+def test_the_best_recipe_is_taken_wherever_it_stands(monkeypatch, best):
+    report = tried(monkeypatch, {best: 20.0})
+    assert (report.chosen, report.recipe) == (best, RECIPES[best])
+    assert [trial.name for trial in report.trials] == list(RECIPES)
+    assert not report.untried
+
+
+def test_a_recipe_that_would_pass_the_budget_is_not_tried_and_named(monkeypatch):
+    report = tried(monkeypatch, {list(RECIPES)[-1]: 99.0}, seconds=10, budget_s=25)
+    assert [trial.name for trial in report.trials] == list(RECIPES)[:2]
+    assert report.untried == tuple(list(RECIPES)[2:])
+    assert report.chosen in list(RECIPES)[:2]
+
+
+def test_the_first_recipe_is_tried_however_small_the_budget_is(monkeypatch):
+    assert [trial.name for trial in tried(monkeypatch, {}, budget_s=0.1).trials] == list(RECIPES)[:1]
+
+
+def test_a_report_is_saved_loaded_and_shown(monkeypatch, tmp_path):
+    report = tried(monkeypatch, {"adaptive": 20.0}, budget_s=45)
+    report.save(tmp_path / "recipes.json")
+    assert RecipeReport.load(tmp_path / "recipes.json") == report
+    (tmp_path / "recipes.json").write_text("{}")
+    with pytest.raises(CalibrationError, match="not a report of recipes"):
+        RecipeReport.load(tmp_path / "recipes.json")
+    table = report.render()
+    assert table.row_count == len(report.trials)
+    assert "no time for" in str(table.caption)
+
+
+def test_a_recipe_changes_the_settings_that_it_names_and_no_others():
+    before = Int8(min_sqnr_db=3, float_dtype="fp16", recipe="auto", calibrator="entropy")
+    after = RECIPES["adaptive"].applied_to(before)
+    assert (after.min_sqnr_db, after.float_dtype, after.recipe) == (3, "fp16", None)
+    assert {field.name: getattr(after, field.name) for field in dataclasses.fields(Recipe)} == dataclasses.asdict(
+        RECIPES["adaptive"]
+    )
+
+
+def test_every_recipe_makes_valid_settings_and_no_two_are_alike():
+    made = [recipe.applied_to(Int8()) for recipe in RECIPES.values()]
+    assert len(set(made)) == len(RECIPES)
+
+
+def test_the_table_of_families_names_families_and_recipes():
+    assert FAMILY_RECIPES.keys() <= FAMILIES.keys()
+    assert set(FAMILY_RECIPES.values()) <= RECIPES.keys()
+    for family in FAMILIES:
+        assert recipe_of("family", family) in RECIPES.values()
+
+
+def test_an_unknown_recipe_is_told_with_its_neighbours():
+    with pytest.raises(SpecError, match=r"unknown recipe 'adaptiv'\. Did you mean 'adaptive'"):
+        recipe_of("adaptiv", "resnet")

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+
+from deploykit.calibration.dialects import inductor, tensorrt
+from deploykit.calibration.dialects import onnxruntime as ort_dialect
+from deploykit.calibration.dialects import openvino as openvino_dialect
+from deploykit.calibration.plan import QuantizationPlan
+from deploykit.calibration.reconstruction import needs_reconstruction, reconstruct
+from deploykit.calibration.sensitivity import Simulation
+from deploykit.spec import Int8
+from tests.calibration.networks import plan_of, rounding_noise_db
+
+ADAPTIVE = Int8(rounding="adaptive")
+FULL = Int8(bias_correction="full")
+
+
+@pytest.fixture(scope="module", params=["residual", "tokens"])
+def network(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
+def adaptive(network) -> QuantizationPlan:
+    return reconstruct(network.graph.model, network.plan, network.images, ADAPTIVE)
+
+
+def noise_of_weights(network, plan) -> list[float]:
+    """SQNR in dB of every output of the master graph with the plan's weights and biases in the place of its own."""
+    simulation = Simulation(network.graph.model, plan, network.images)
+    simulation._exact |= {
+        key: value
+        for rounded in simulation._rounded.values()
+        for key, value in rounded.items()
+        if not key.endswith("/quantized")
+    }
+    return rounding_noise_db(network.run(), simulation._run(()))
+
+
+def test_only_settings_that_ask_for_more_read_the_images_again():
+    assert not needs_reconstruction(Int8())
+    assert not needs_reconstruction(Int8(bias_correction=False))
+    assert all(map(needs_reconstruction, (ADAPTIVE, FULL, Int8(weight_scales="mse"))))
+
+
+def test_adaptive_rounding_takes_noise_out_of_the_weights(network, adaptive):
+    before, after = noise_of_weights(network, network.plan), noise_of_weights(network, adaptive)
+    assert np.mean(after) > np.mean(before) + 2
+
+
+def test_every_dialect_writes_the_same_integers(network, adaptive):
+    graph = network.graph
+    placed = {
+        use.weight: (use.axis, adaptive.weights[name]) for name, use in reversed(adaptive.placement.weights.items())
+    }
+    assert any(chosen.steps.any() for _, chosen in placed.values())
+    written = {}
+    for dialect in (ort_dialect, openvino_dialect, tensorrt):
+        model = dialect.render(graph, adaptive).model
+        written[dialect] = sorted(
+            tensor.raw_data for tensor in model.graph.initializer if tensor.name.endswith("/integers") and tensor.dims
+        )
+    module = inductor.render(graph, adaptive).program.module()
+    buffers = dict(module.named_buffers())
+    integers = {name: value for name, value in buffers.items() if name.endswith("_integers")}
+    assert len(integers) == len(placed)
+    constants = {tensor.name: tensor for tensor in graph.model.graph.initializer}
+    for weight, (axis, chosen) in placed.items():
+        expected, _ = chosen.integers_of(onnx.numpy_helper.to_array(constants[weight]), axis)
+        assert any(np.array_equal(expected if axis == 0 else expected.T, value) for value in integers.values())
+        for tensors in written.values():
+            assert expected.tobytes() in tensors or expected.T.tobytes() in tensors
+
+
+def test_a_reconstructed_plan_survives_being_saved_and_loaded(network, adaptive, tmp_path):
+    adaptive.save(tmp_path)
+    loaded = QuantizationPlan.load(tmp_path)
+    one, other = (openvino_dialect.render(network.graph, plan).model for plan in (adaptive, loaded))
+    assert one.SerializeToString(deterministic=True) == other.SerializeToString(deterministic=True)
+
+
+def test_reconstructing_twice_gives_the_same_plan(network, adaptive):
+    again = reconstruct(network.graph.model, network.plan, network.images, ADAPTIVE)
+    for name, chosen in adaptive.weights.items():
+        np.testing.assert_array_equal(again.weights[name].steps, chosen.steps)
+        np.testing.assert_array_equal(again.bias_shift[name], adaptive.bias_shift[name])
+
+
+def test_rounding_to_the_nearest_shifts_biases_as_the_first_pass_does(residual):
+    """The means are from a sample of positions, the first pass's from all."""
+    again = reconstruct(residual.graph.model, residual.plan, residual.images, Int8())
+    for name, shift in residual.plan.bias_shift.items():
+        assert not again.weights[name].steps.any()
+        assert np.abs(again.bias_shift[name] - shift).max() < 0.1 * np.abs(shift).max() + 1e-6
+
+
+def test_full_bias_correction_leaves_less_mean_error_than_fast(residual):
+    """Measured where it counts: the mean of each channel of every output."""
+
+    def mean_error(plan) -> float:
+        found = residual.run(openvino_dialect.render(residual.graph, plan).model)
+        pairs = zip(residual.run(), found, strict=True)
+        return sum(float(np.square((a - b).mean(axis=tuple({0, 2, 3} & set(range(a.ndim))))).sum()) for a, b in pairs)
+
+    full = reconstruct(residual.graph.model, residual.plan, residual.images, FULL)
+    none = plan_of(residual.graph, residual.images, Int8(bias_correction=None))
+    assert mean_error(full) < 0.5 * mean_error(residual.plan) < 0.5 * mean_error(none)
+
+
+def test_without_bias_correction_no_bias_is_shifted(residual):
+    settings = Int8(rounding="adaptive", bias_correction=None)
+    assert not reconstruct(residual.graph.model, residual.plan, residual.images, settings).bias_shift
+
+
+@pytest.mark.parametrize("settings", [ADAPTIVE, FULL, Int8(weight_scales="mse")], ids=["adaptive", "full", "mse"])
+def test_no_two_weights_of_a_reduced_range_saturate(residual, settings):
+    plan = reconstruct(residual.graph.model, replace(residual.plan, reduce_range=True), residual.images, settings)
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in residual.graph.model.graph.initializer}
+    for name, use in plan.placement.weights.items():
+        integers, _ = plan.integers_of(name, constants[use.weight], use.axis)
+        channels = np.moveaxis(integers, use.axis, 0).reshape(integers.shape[use.axis], -1).astype(int)
+        for values in (channels, -channels):
+            assert np.sort(np.maximum(values, 0), axis=1)[:, -2:].sum(axis=1).max() <= 128
+
+
+def test_clipped_scales_are_below_the_largest_weight(residual):
+    plan = reconstruct(residual.graph.model, residual.plan, residual.images, Int8(weight_scales="mse"))
+    plain = reconstruct(residual.graph.model, residual.plan, residual.images, Int8())
+    ratios = np.concatenate([plan.weights[name].scales / plain.weights[name].scales for name in plan.weights])
+    assert ratios.max() <= 1
+    assert (ratios < 1).mean() > 0.2
+
+
+def test_progress_counts_nodes(residual):
+    heard = []
+    reconstruct(
+        residual.graph.model,
+        residual.plan,
+        residual.images,
+        FULL,
+        on_node=lambda done, total: heard.append((done, total)),
+    )
+    assert heard[-1] == (len(residual.plan.placement.weights),) * 2
+    assert heard == sorted(heard)
