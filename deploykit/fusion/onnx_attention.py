@@ -1,45 +1,77 @@
 """MatMul, Add, split heads, softmax(q @ k^T * s + bias) @ v, merge heads -> com.microsoft.Attention, in ONNX graphs.
 
-ONNX Runtime's operator writes the projection straight into the heads' layout: no Split, no Transpose,
-no Reshape. ViT-S at FP32 takes 0.93 of the time, MobileViT-S 0.98. Operator and layout:
+ONNX Runtime's operator writes the projection straight into the heads' layout: no Split, no Transpose, no Reshape.
+Attention in windows cuts the map before the projection, by one Gather of whole tokens that also rolls it, and joins
+it again by another. Operator and layout:
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.Attention
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from deploykit.fusion.graph_writer import GraphWriter
+from deploykit.fusion.moves import Array, constant, joined_again, moved, only_reader, producer, source
+
 _DOMAIN = "com.microsoft"
-_MOVES = ("Reshape", "Transpose", "Split", "Squeeze", "Slice")
-Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Projection:
+    """A linear layer that gives queries, keys and values ``(N, ..., 3 * H * D)`` of ``T`` tokens a sample."""
+
+    tokens: ir.Value
+    weight: ir.Value
+    bias: ir.Value
+    result: ir.Value
+
+    @property
+    def batch(self) -> int:
+        """The samples that positions are followed for: those of the graph, or two where it takes any number."""
+        first = self.result.shape[0]  # type: ignore[index]
+        return first if isinstance(first, int) else 2
+
+    @property
+    def count(self) -> int:
+        """``T``."""
+        return math.prod(self.result.shape[1:-1])  # type: ignore[index, arg-type]
+
+    @property
+    def width(self) -> int:
+        """``H * D``."""
+        return self.result.shape[-1] // 3  # type: ignore[index, operator, no-any-return]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Attention:
-    """One attention of ``H`` heads of ``D`` channels over ``T`` tokens, as it stands in a graph."""
+    """One attention as it stands in a graph.
 
-    projected: ir.Value
-    tokens: ir.Value
-    weight: ir.Value
-    bias: ir.Value
+    ``before`` and ``after`` ``(windows, tokens of a window)`` are the tokens of each window: where they
+    stand in ``tokens`` and in ``merged``.
+    """
+
+    projection: _Projection
     scale: float
     position_bias: Array | None
     heads: int
+    tokens: ir.Value
+    before: Array
     merged: ir.Value
+    after: Array
 
 
 def fuse_onnxruntime_attention(model: ir.Model) -> int:
-    """Write self-attention with a joint projection as ONNX Runtime's own operator, in place.
+    """Write self-attention with a joint projection, whole or in windows, as ONNX Runtime's own operator, in place.
 
     Exact in real arithmetic. Where the parts lie is found by moving each number's position through
     the nodes between. Left alone: half precision and Q/DQ graphs, separate projections, queries of
-    fewer tokens, normalized queries, biases that are not constant, heads in another order.
+    fewer tokens, normalized queries, biases that are not constant, heads in another order, and in a
+    graph of any batch a bias that differs from window to window.
 
     Returns:
         How many attentions were written.
@@ -58,28 +90,33 @@ def fuse_onnxruntime_attention(model: ir.Model) -> int:
 
 def _match(softmax: ir.Node) -> _Attention | None:
     scores = _scores(softmax)
-    product = _only_reader(softmax.outputs[0])
+    product = only_reader(softmax.outputs[0])
     if scores is None or product is None or product.op_type != "MatMul" or product.inputs[0] is not softmax.outputs[0]:
         return None
     query, keys, scale, position_bias = scores
-    projected = _source(query)
-    layer = _layer(projected)
-    merged = _merged(product.outputs[0])
-    if layer is None or merged is None or _source(keys) is not projected or product.inputs[1] is None:
+    projection = _projection(source(query))
+    values, attended = product.inputs[1], product.outputs[0]
+    if projection is None or values is None or source(keys) is not projection.result:
         return None
-    heads = _heads(projected, query, keys, product.inputs[1])
-    if heads is None or not _merges(product.outputs[0], merged, heads):
+    layout = _windows(projection, query, keys, values)
+    if layout is None:
         return None
-    tokens, weight, bias = layer
+    heads, before = layout
+    joined = _joined(attended, projection.batch, heads, before)
+    bias = None if position_bias is None else _bias_of_windows(position_bias, projection, heads, len(before))
+    if joined is None or (bias is None and position_bias is not None):
+        return None
+    merged, after = joined
+    tokens, before = _unrolled(projection, before)
     return _Attention(
-        projected=projected,
-        tokens=tokens,
-        weight=weight,
-        bias=bias,
+        projection=projection,
         scale=scale,
-        position_bias=position_bias,
+        position_bias=bias,
         heads=heads,
+        tokens=tokens,
+        before=before,
         merged=merged,
+        after=after,
     )
 
 
@@ -87,174 +124,150 @@ def _scores(softmax: ir.Node) -> tuple[ir.Value, ir.Value, float, Array | None] 
     """Queries, transposed keys, scale and position bias of the scores that a softmax reads."""
     if softmax.attributes.get_int("axis", -1) not in (-1, 3):
         return None
-    node, position_bias = _producer(softmax.inputs[0]), None
+    node, position_bias = producer(softmax.inputs[0]), None
     if node is not None and node.op_type == "Add":
-        constants = [value for value in node.inputs if _constant(value) is not None]
-        computed = [value for value in node.inputs if _constant(value) is None]
+        constants = [value for value in node.inputs if constant(value) is not None]
+        computed = [value for value in node.inputs if constant(value) is None]
         if len(constants) != 1:
             return None
-        position_bias, node = _constant(constants[0]), _producer(computed[0])
+        position_bias, node = constant(constants[0]), producer(computed[0])
         if position_bias is None or position_bias.ndim not in (3, 4):
             return None
     if node is None or node.op_type != "MatMul" or node.inputs[0] is None or node.inputs[1] is None:
         return None
     query, scale = node.inputs[0], 1.0
-    scaling = _producer(query)
+    scaling = producer(query)
     if scaling is not None and scaling.op_type == "Mul" and scaling.inputs[0] is not None:
-        factor = _constant(scaling.inputs[1])
+        factor = constant(scaling.inputs[1])
         if factor is None or factor.size != 1:
             return None
         query, scale = scaling.inputs[0], float(factor.reshape(()))
     return query, node.inputs[1], scale, position_bias
 
 
-def _layer(projected: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value] | None:
-    """Input, weight and bias of the linear layer that gives a value ``(N, T, 3 * H * D)``."""
-    add = _producer(projected)
-    if add is None or add.op_type != "Add" or projected.dtype != ir.DataType.FLOAT or projected.shape is None:
+def _projection(result: ir.Value) -> _Projection | None:
+    """The linear layer that gives a value ``(N, ..., 3 * H * D)`` of static size but for the batch."""
+    add, shape = producer(result), result.shape
+    if add is None or add.op_type != "Add" or result.dtype != ir.DataType.FLOAT or shape is None or len(shape) < 3:
+        return None
+    if not all(isinstance(side, int) for side in shape[1:]) or shape[-1] % 3:  # type: ignore[operator]
         return None
     for product, bias in (add.inputs, add.inputs[::-1]):
-        matmul, vector = _producer(product), _constant(bias)
+        matmul, vector = producer(product), constant(bias)
         if matmul is None or matmul.op_type != "MatMul" or vector is None or vector.ndim != 1:
             continue
         tokens, weight = matmul.inputs
-        matrix = _constant(weight)
-        if matrix is not None and matrix.ndim == 2 and len(projected.shape) == 3 and len(matmul.outputs[0].uses()) == 1:
+        matrix = constant(weight)
+        if matrix is not None and matrix.ndim == 2 and len(matmul.outputs[0].uses()) == 1:
             assert tokens is not None and weight is not None and bias is not None  # noqa: S101  (narrow types)
-            return tokens, weight, bias
+            return _Projection(tokens=tokens, weight=weight, bias=bias, result=result)
     return None
 
 
-def _heads(projected: ir.Value, query: ir.Value, keys: ir.Value, values: ir.Value) -> int | None:
-    """The number of heads, when queries, keys and values lie in the projection as the operator has them."""
-    shape = projected.shape
-    if shape is None or not isinstance(shape[1], int) or not isinstance(shape[2], int):
+def _windows(projection: _Projection, query: ir.Value, keys: ir.Value, values: ir.Value) -> tuple[int, Array] | None:
+    """The number of heads and the tokens of each window, when the parts lie in the projection as the operator has them.
+
+    Queries, keys and values are ``(M, groups, tokens of a window, D)``, where windows count to the
+    batch or to the groups.
+    """
+    batch, count, width = projection.batch, projection.count, projection.width
+    numbers = np.arange(batch * count * 3 * width).reshape(batch, *projection.result.shape[1:])  # type: ignore[index]
+    parts = [moved(value, projection.result, numbers) for value in (query, keys, values)]
+    found = [part for part in parts if part is not None and part.ndim == 4]
+    if len(found) < 3:
         return None
-    batch = shape[0] if isinstance(shape[0], int) else 2
-    numbers = np.arange(batch * shape[1] * shape[2]).reshape(batch, shape[1], shape[2])
-    moved = [_moved(value, projected, numbers) for value in (query, keys, values)]
-    if any(part is None or part.ndim != 4 for part in moved) or shape[2] % 3:
+    found[1] = found[1].swapaxes(2, 3)
+    area, depth = found[0].shape[2:]
+    shape = (batch, count // area, width // depth, area, depth)
+    if any(part.size != math.prod(shape) or part.shape[2:] != (area, depth) for part in found):
         return None
-    heads = int(moved[0].shape[1])  # type: ignore[union-attr]
-    if (shape[2] // 3) % heads:
+    order = found[0].reshape(shape)[0, :, 0, :, 0] // (3 * width)
+    if order.max() >= count:
         return None
-    parts = numbers.reshape(batch, shape[1], 3, heads, -1).transpose(2, 0, 3, 1, 4)
-    expected = (parts[0], parts[1].swapaxes(2, 3), parts[2])
-    same = all(np.array_equal(one, other) for one, other in zip(expected, moved, strict=True))  # type: ignore[arg-type]
-    return heads if same else None
+    ordered = numbers.reshape(batch, count, 3, width // depth, depth)[:, order].transpose(3, 0, 1, 4, 2, 5)
+    same = all(np.array_equal(part.reshape(shape), other) for part, other in zip(found, ordered, strict=True))
+    return (width // depth, order) if same else None
 
 
-def _merged(attended: ir.Value) -> ir.Value | None:
-    """What the attended values ``(N, H, T, D)`` become through moves that nothing else reads."""
-    value = attended
-    while (reader := _only_reader(value)) is not None and reader.op_type in ("Reshape", "Transpose"):
-        value = reader.outputs[0]
-        if value.shape is not None and len(value.shape) == 3:
-            return value
-    return None
+def _joined(attended: ir.Value, batch: int, heads: int, order: Array) -> tuple[ir.Value, Array] | None:
+    """The last value that holds attended tokens alone, their heads beside each other, and which token stands where.
 
-
-def _merges(attended: ir.Value, merged: ir.Value, heads: int) -> bool:
-    shape = merged.shape
-    assert shape is not None  # noqa: S101  (checked by _merged; narrows the type)
-    if not isinstance(shape[1], int) or not isinstance(shape[2], int):
-        return False
-    batch = shape[0] if isinstance(shape[0], int) else 2
-    numbers = np.arange(batch * shape[1] * shape[2]).reshape(batch, heads, shape[1], -1)
-    moved = _moved(merged, attended, numbers)
-    return moved is not None and np.array_equal(moved, numbers.swapaxes(1, 2).reshape(batch, shape[1], -1))
-
-
-def _source(value: ir.Value) -> ir.Value:
-    """What a value gets its numbers from, back through moves."""
-    while (node := _producer(value)) is not None and node.op_type in _MOVES and node.inputs[0] is not None:
-        value = node.inputs[0]
-    return value
-
-
-def _moved(value: ir.Value, source: ir.Value, numbers: Array) -> Array | None:
-    """What ``value`` is when ``source`` is ``numbers``; None where anything but a move is between."""
-    if value is source:
-        return numbers
-    node = _producer(value)
-    if node is None or node.op_type not in _MOVES or node.inputs[0] is None:
+    ``attended`` is ``(M, groups, tokens of a window, D)`` for the windows of ``order``.
+    """
+    shape = attended.shape
+    if shape is None or not all(isinstance(side, int) for side in shape[1:]):
         return None
-    before = _moved(node.inputs[0], source, numbers)
-    second = _constant(node.inputs[1]) if len(node.inputs) > 1 else None
-    if before is None:
-        return None
-    try:
-        return _move(node, before, second, value.index() or 0)
-    except (ValueError, IndexError):  # a shape that the example's batch does not fit
-        return None
+    _, groups, area, depth = shape
+    numbers = np.arange(batch * heads * order.size * depth).reshape(-1, groups, area, depth)  # type: ignore[operator]
+    tokens = numbers.reshape(batch, len(order), heads, area, depth).swapaxes(2, 3).reshape(batch, order.size, -1)
+    value, found = attended, None
+    while (following := _moved_on(value)) is not None:
+        value = following
+        after = moved(value, attended, numbers)
+        if after is None or after.ndim < 3 or len(after) != batch or after.shape[-1] != tokens.shape[-1]:
+            continue
+        after = after.reshape(batch, -1, tokens.shape[-1])
+        window, place = np.divmod(after[0, :, 0], heads * area * depth)  # type: ignore[operator]
+        places = window * area + place // depth  # type: ignore[operator]
+        if places.max() < order.size and np.array_equal(after, tokens[:, places]):
+            found = value, places
+    return found
 
 
-def _move(node: ir.Node, before: Array, second: Array | None, position: int) -> Array | None:
-    axis = node.attributes.get_int("axis", 0)
-    if node.op_type == "Transpose":
-        return before.transpose(node.attributes.get_ints("perm", tuple(reversed(range(before.ndim)))))
-    if node.op_type == "Split":
-        cuts = len(node.outputs) if second is None else np.cumsum(second)[:-1]
-        return np.split(before, cuts, axis)[position]
-    if second is None:
-        return None
-    if node.op_type == "Reshape":
-        return before.reshape([before.shape[place] if size == 0 else size for place, size in enumerate(second)])
-    if node.op_type == "Squeeze":
-        return before.squeeze(tuple(int(place) for place in second))
-    return _sliced(node, before)
+def _moved_on(value: ir.Value) -> ir.Value | None:
+    """What becomes of a value whose numbers are moved and read by nothing else."""
+    reader = only_reader(value)
+    if reader is not None and reader.op_type in ("Reshape", "Transpose", "Slice"):
+        return reader.outputs[0]
+    return joined_again(value)
 
 
-def _sliced(node: ir.Node, before: Array) -> Array | None:
-    given = [_constant(value) for value in node.inputs[1:]]
-    if len(given) < 3 or any(values is None for values in given):
+def _unrolled(projection: _Projection, order: Array) -> tuple[ir.Value, Array]:
+    """The tokens before whole ones are moved, ``(N, ..., C)``, and what ``order`` then is."""
+    tokens, batch = projection.tokens, projection.batch
+    origin, channels = source(tokens), tokens.shape[-1] if tokens.shape is not None else None
+    if len(order) == 1 or origin.shape is None or origin.shape[-1] != channels:
+        return tokens, order
+    numbers = np.arange(batch * math.prod(origin.shape[1:])).reshape(batch, *origin.shape[1:])  # type: ignore[arg-type]
+    rolled = moved(tokens, origin, numbers)
+    if rolled is None:
+        return tokens, order
+    rolled, numbers = rolled.reshape(batch, -1, channels), numbers.reshape(batch, -1, channels)
+    places = rolled[0, :, 0] // channels
+    if places.max() >= numbers.shape[1] or not np.array_equal(rolled, numbers[:, places]):
+        return tokens, order
+    return origin, places[order]
+
+
+def _bias_of_windows(bias: Array, projection: _Projection, heads: int, windows: int) -> Array | None:
+    """``(1 or N * windows, 1 or heads, T, T)`` of what is added to scores ``(M, groups, T, T)``; None: no such form."""
+    bias = bias if bias.ndim == 4 else bias[None]
+    if len(bias) != 1:
         return None
-    starts, ends, axes, *steps = (values.tolist() for values in given if values is not None)
-    cuts = [slice(None)] * before.ndim
-    for start, end, axis, step in zip(starts, ends, axes, steps[0] if steps else [1] * len(axes), strict=True):
-        cuts[axis] = slice(start, end, step)
-    return before[tuple(cuts)]
+    if bias.shape[1] in (1, heads):
+        return bias
+    if not isinstance(projection.result.shape[0], int) or bias.shape[1] != windows * heads:  # type: ignore[index]
+        return None
+    return np.tile(bias.reshape(windows, heads, *bias.shape[2:]), (projection.batch, 1, 1, 1))
 
 
 def _write(model: ir.Model, found: _Attention) -> None:
-    position = _position_bias(model, found)
-    absent = [None, None, position] if position is not None else []
-    node = ir.node(
+    last, projection = found.merged.producer(), found.projection
+    assert last is not None and found.merged.shape is not None  # noqa: S101  (a moved value; narrows the types)
+    graph = GraphWriter(model=model, before=last, name=f"{found.merged.name}_attention")
+    windows, area = found.before.shape
+    tokens = graph.taken(found.tokens, found.before.reshape(-1), "cut")
+    tokens = graph.shaped(tokens, (area, found.tokens.shape[-1]), "windows")  # type: ignore[index]
+    absent = [] if found.position_bias is None else [None, None, graph.constant(found.position_bias, "position_bias")]
+    attended = graph.node(
         "Attention",
-        [found.tokens, found.weight, found.bias, *absent],
+        [tokens, projection.weight, projection.bias, *absent],
+        (area, projection.width),
+        "attended",
         {"num_heads": found.heads, "scale": found.scale},
         domain=_DOMAIN,
-        name=f"{found.merged.name}/attention",
     )
-    last = found.merged.producer()
-    assert last is not None  # noqa: S101  (checked by _merged; narrows the type)
-    model.graph.insert_before(last, node)
-    ir.convenience.replace_all_uses_with(found.merged, node.outputs[0])
-    node.outputs[0].shape, node.outputs[0].type = found.merged.shape, found.merged.type
-    node.outputs[0].name = f"{found.merged.name}_attention"
-
-
-def _position_bias(model: ir.Model, found: _Attention) -> ir.Value | None:
-    if found.position_bias is None:
-        return None
-    bias = found.position_bias if found.position_bias.ndim == 4 else found.position_bias[None]
-    name = f"{found.merged.name}_position_bias"
-    whole = ir.tensor(np.ascontiguousarray(bias), name=name)
-    value = ir.Value(name=name, shape=ir.Shape(bias.shape), type=ir.TensorType(whole.dtype), const_value=whole)
-    model.graph.register_initializer(value)
-    return value
-
-
-def _constant(value: ir.Value | None) -> Array | None:
-    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
-    return None if tensor is None else tensor.numpy()
-
-
-def _producer(value: ir.Value | None) -> ir.Node | None:
-    """The node that gives a value, unless the value is an output of the graph."""
-    return value.producer() if value is not None and not value.is_graph_output() else None
-
-
-def _only_reader(value: ir.Value) -> ir.Node | None:
-    uses = list(value.uses())
-    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
+    attended = graph.shaped(attended, (windows * area, projection.width), "joined")
+    attended = graph.taken(attended, found.after, "placed")
+    attended = graph.shaped(attended, tuple(found.merged.shape[1:]), "merged")  # type: ignore[arg-type]
+    ir.convenience.replace_all_uses_with(found.merged, attended)

@@ -15,6 +15,9 @@ import onnx_ir as ir
 
 from deploykit.errors import FusionError
 from deploykit.fusion.onnx_attention import fuse_onnxruntime_attention
+from deploykit.fusion.onnx_gates import fuse_onnxruntime_gates
+from deploykit.fusion.onnx_layernorm import flatten_layernorm
+from deploykit.fusion.onnx_linear import fuse_onnxruntime_linear
 from deploykit.fusion.pipeline import EXACT_DB, FusionRecord
 from deploykit.graph import Graph
 from deploykit.optional import require
@@ -33,7 +36,13 @@ class OnnxPass:
 
 
 ONNX_PASSES: dict[str, tuple[OnnxPass, ...]] = {
-    "onnxruntime": (OnnxPass(name="onnxruntime-attention", rewrite=fuse_onnxruntime_attention, min_sqnr_db=EXACT_DB),),
+    "onnxruntime": (
+        OnnxPass(name="onnxruntime-attention", rewrite=fuse_onnxruntime_attention, min_sqnr_db=EXACT_DB),
+        OnnxPass(name="onnxruntime-gates", rewrite=fuse_onnxruntime_gates, min_sqnr_db=EXACT_DB),
+        # After attention, whose projection is a linear layer too.
+        OnnxPass(name="onnxruntime-linear", rewrite=fuse_onnxruntime_linear, min_sqnr_db=EXACT_DB),
+    ),
+    "openvino": (OnnxPass(name="openvino-layernorm", rewrite=flatten_layernorm, min_sqnr_db=EXACT_DB),),
 }
 """What a runtime's graph goes through after its dialect; nothing for the runtimes that are not named."""
 

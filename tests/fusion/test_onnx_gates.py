@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from deploykit.export.to_onnx import to_onnx
+from deploykit.fusion import onnx_gates
+from deploykit.fusion.onnx_gates import fuse_onnxruntime_gates
+from deploykit.fusion.onnx_passes import OnnxPass, run_onnx_passes
+from deploykit.fusion.pipeline import EXACT_DB
+from deploykit.fusion.program import export_program
+from tests.fusion.graphs import DYNAMIC, SPEC, Calls, few, images
+
+PASSES = (OnnxPass(name="it", rewrite=fuse_onnxruntime_gates, min_sqnr_db=EXACT_DB),)
+
+
+def parts(after: nn.Module | None = None, squash: type[nn.Module] = nn.Sigmoid, act: type[nn.Module] = nn.SiLU) -> dict:
+    return {
+        "conv": nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), act()),
+        "gate": nn.Sequential(nn.Conv2d(8, 2, 1), act(), nn.Conv2d(2, 8, 1), squash()),
+        "after": after or nn.Conv2d(8, 6, 1),
+    }
+
+
+def excite(m, x):
+    features = m.conv(x)
+    return m.after(features * m.gate(features.mean((2, 3), keepdim=True)))
+
+
+def run(function, spec=SPEC, **modules) -> tuple[int, onnx.ModelProto, onnx.ModelProto]:
+    """How many gates the pass wrote in a network, and its graph before and after."""
+    before = to_onnx(export_program(Calls(function, **modules).eval(), spec), spec, ["logits"])
+    count = spec.batch if isinstance(spec.batch, int) else 2
+    after, (record,) = run_onnx_passes(before, images(count=count).numpy(), PASSES)
+    return record.rewrites, before, after
+
+
+def counts(model: onnx.ModelProto) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph.node)
+
+
+@few
+@given(
+    squash=st.sampled_from([nn.Sigmoid, nn.Hardsigmoid]),
+    act=st.sampled_from([nn.SiLU, nn.ReLU, nn.Hardswish]),
+    spec=st.sampled_from([SPEC, DYNAMIC]),
+    flipped=st.booleans(),
+)
+def test_a_gate_of_a_small_map_is_spread_over_it(squash, act, spec, flipped):
+    def other(m, x):
+        features = m.conv(x)
+        return m.after(m.gate(features.mean((2, 3), keepdim=True)) * features)
+
+    written, _, after = run(other if flipped else excite, spec, **parts(None, squash, act))
+    assert written == 1
+    assert (counts(after)["Resize"], counts(after)["GlobalAveragePool"], counts(after)["ReduceMean"]) == (1, 1, 0)
+    onnx.checker.check_model(after)
+
+
+def test_a_gate_of_a_large_map_goes_to_the_weights_where_there_is_one_image(monkeypatch):
+    monkeypatch.setattr(onnx_gates, "LARGE", 144)
+    written, before, after = run(excite, **parts())
+    assert written == 1
+    assert counts(after)["Resize"] == 0
+    (gated,) = (node for node in after.graph.node if node.op_type == "Conv" and node.input[1].endswith("_weights"))
+    assert gated.input[0] == before.graph.node[-2].input[0]
+    written, _, after = run(excite, DYNAMIC, **parts())
+    assert (written, counts(after)["Resize"]) == (1, 1), "each image has weights of its own"
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        nn.Conv2d(8, 6, 3, padding=1),
+        nn.Conv2d(8, 8, 1, groups=2),
+        nn.Conv2d(8, 6, 1, stride=2),
+        nn.Conv2d(8, 6, 1, padding=1),
+        nn.ReLU(),
+    ],
+    ids=["3x3", "groups", "strided", "padded", "no convolution"],
+)
+def test_only_a_plain_pointwise_layer_takes_the_gate(monkeypatch, after):
+    monkeypatch.setattr(onnx_gates, "LARGE", 144)
+    written, _, model = run(excite, **parts(after))
+    assert (written, counts(model)["Resize"]) == (1, 1)
+
+
+def test_a_gated_map_that_something_else_reads_keeps_its_product(monkeypatch):
+    monkeypatch.setattr(onnx_gates, "LARGE", 144)
+
+    def twice(m, x):
+        features = m.conv(x)
+        gated = features * m.gate(features.mean((2, 3), keepdim=True))
+        return m.after(gated), gated
+
+    before = to_onnx(export_program(Calls(twice, **parts()).eval(), SPEC), SPEC, ["logits", "stage1"])
+    after, (record,) = run_onnx_passes(before, images().numpy(), PASSES)
+    assert record.rewrites == 1
+    assert counts(after)["Resize"] == 1
+    assert [value.name for value in after.graph.output] == ["logits", "stage1"]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.after((f := m.conv(x)) * m.gate(f.relu().mean((2, 3), keepdim=True))),
+        lambda m, x: m.after((f := m.conv(x)) * m.gate(f.mean((2,), keepdim=True))),
+        lambda m, x: m.after((f := m.conv(x)) * m.gate(f.amax((2, 3), keepdim=True))),
+        lambda m, x: m.after((f := m.conv(x)) * m.gate(f)),
+        lambda m, x: m.after((f := m.conv(x)) + m.gate(f.mean((2, 3), keepdim=True))),
+        lambda m, x: m.after((f := m.conv(x).mean((2, 3), keepdim=True)) * m.gate(f)),
+    ],
+    ids=["mean of something else", "one axis", "maximum", "no mean", "sum", "one position"],
+)
+def test_near_misses_are_left_alone(function):
+    written, before, after = run(function, **parts())
+    assert written == 0
+    assert after is before
