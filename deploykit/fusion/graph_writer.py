@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -25,7 +27,7 @@ class GraphWriter:
         inputs: list[ir.Value | None],
         shape: tuple[int, ...],
         part: str,
-        attributes: dict[str, int | float | str] | None = None,
+        attributes: Mapping[str, Any] | None = None,
         domain: str = "",
     ) -> ir.Value:
         """The result of a new node."""

@@ -18,6 +18,8 @@ from deploykit.fusion.onnx_attention import fuse_onnxruntime_attention
 from deploykit.fusion.onnx_gates import fuse_onnxruntime_gates
 from deploykit.fusion.onnx_layernorm import flatten_layernorm
 from deploykit.fusion.onnx_linear import fuse_onnxruntime_linear
+from deploykit.fusion.onnx_pointwise import convolve_last_layers, convolve_mlps
+from deploykit.fusion.onnx_separate_heads import separate_heads
 from deploykit.fusion.pipeline import EXACT_DB, FusionRecord
 from deploykit.graph import Graph
 from deploykit.optional import require
@@ -39,10 +41,15 @@ ONNX_PASSES: dict[str, tuple[OnnxPass, ...]] = {
     "onnxruntime": (
         OnnxPass(name="onnxruntime-attention", rewrite=fuse_onnxruntime_attention, min_sqnr_db=EXACT_DB),
         OnnxPass(name="onnxruntime-gates", rewrite=fuse_onnxruntime_gates, min_sqnr_db=EXACT_DB),
-        # After attention, whose projection is a linear layer too.
+        OnnxPass(name="onnxruntime-mlps", rewrite=convolve_mlps, min_sqnr_db=EXACT_DB),
+        # Last: the projections of attention and the layers of MLPs are linear layers too.
         OnnxPass(name="onnxruntime-linear", rewrite=fuse_onnxruntime_linear, min_sqnr_db=EXACT_DB),
     ),
-    "openvino": (OnnxPass(name="openvino-layernorm", rewrite=flatten_layernorm, min_sqnr_db=EXACT_DB),),
+    "openvino": (
+        OnnxPass(name="openvino-heads", rewrite=separate_heads, min_sqnr_db=EXACT_DB),
+        OnnxPass(name="openvino-layernorm", rewrite=flatten_layernorm, min_sqnr_db=EXACT_DB),
+        OnnxPass(name="openvino-mlps", rewrite=convolve_last_layers, min_sqnr_db=EXACT_DB),
+    ),
 }
 """What a runtime's graph goes through after its dialect; nothing for the runtimes that are not named."""
 
