@@ -12,11 +12,13 @@ import contextlib
 import io
 import json
 import logging
+import shutil
 import statistics
 import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from _from_tests import realistic
 from _timing import RUNTIMES, turns
 from torch import nn
 
+from deploykit.backbones.attention import onnx_translations
 from deploykit.backbones.base import BackboneOptions, BaseBackbone
 from deploykit.backbones.registry import build_backbone
 from deploykit.export.graphs import output_specs, select
@@ -38,6 +41,8 @@ from deploykit.fusion.onnx_passes import specialize
 from deploykit.fusion.pipeline import fuse
 from deploykit.graph import Graph
 from deploykit.parity.metrics import sqnr_db
+from deploykit.runtimes.base import FloatArray
+from deploykit.spec import InputSpec
 
 ENGINES = {"onnxruntime": (to_onnxruntime, "model.onnx"), "openvino": (to_openvino, "model.xml")}
 BASELINE, CONTROL, OURS = "baseline", "control", "ours"
@@ -56,7 +61,11 @@ class Comparison:
 
 
 def stock_graph(module: nn.Module, side: int) -> onnx.ModelProto:
-    """What torch.onnx.export makes of a module for one image, with its own optimizer and no setting of ours."""
+    """What torch.onnx.export makes of a module for one image, with its own optimizer.
+
+    GroupNorm alone has deploykit's form: on the plain one of the hybrids OpenVINO 2026.4.1 crashes.
+    """
+    norm = torch.ops.aten.group_norm.default
     with contextlib.redirect_stdout(io.StringIO()):
         program = torch.onnx.export(
             module,
@@ -66,40 +75,55 @@ def stock_graph(module: nn.Module, side: int) -> onnx.ModelProto:
             opset_version=OPSET,
             optimize=True,
             verbose=False,
+            custom_translation_table={norm: onnx_translations()[norm]},
         )
     assert program is not None
     return program.model_proto
 
 
-def write_engines(backbone: BaseBackbone, folder: Path) -> None:
-    """Deploykit's engines of a backbone, a folder a runtime."""
-    spec = backbone.input_spec
-    images = np.random.default_rng(0).normal(size=spec.shape).astype(np.float32)
-    program = fuse(trace(backbone, spec), spec, images).program
-    model = to_onnx(program, spec, output_names(backbone))
-    graph = select(Graph(input=spec, outputs=output_specs(model), model=model), ("logits",))
-    for runtime, (lower, _) in ENGINES.items():
-        (folder / runtime).mkdir()
-        lower(specialize(graph, runtime, images).graph, folder / runtime)
-
-
 def export(comparison: Comparison, name: str, folder: Path) -> None:
-    """The graphs of a network, in ``folder``, unless it is there."""
-    if folder.exists():
-        return
+    """Write what is absent in ``folder`` of the graphs of a network; all comparisons have the same engines."""
     torch.manual_seed(0)
     backbone = realistic(build_backbone(name, BackboneOptions())).eval()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as staging:
-        onnx.save(comparison.baseline(name, backbone), Path(staging) / "baseline.onnx")
-        write_engines(backbone, Path(staging))
-        Path(staging).rename(folder)
-        Path(staging).mkdir()
+    folder.mkdir(parents=True, exist_ok=True)
+    baseline = folder / f"{comparison.column}.onnx"
+    if not baseline.exists():
+        _publish(lambda path: onnx.save(comparison.baseline(name, backbone), path), baseline)
+    missing = [runtime for runtime in RUNTIMES if not (folder / runtime).exists()]
+    graph = _fused(backbone) if missing else None
+    for runtime in missing:
+        _publish(partial(_lower, graph, runtime), folder / runtime)
 
 
-def measure(name: str, folder: Path, rounds: int) -> list[dict[str, Any]]:
+def _fused(backbone: BaseBackbone) -> Graph:
+    """The master graph of a backbone's logits."""
+    spec = backbone.input_spec
+    program = fuse(trace(backbone, spec), spec, _images(spec)).program
+    model = to_onnx(program, spec, output_names(backbone))
+    return select(Graph(input=spec, outputs=output_specs(model), model=model), ("logits",))
+
+
+def _lower(graph: Graph, runtime: str, folder: Path) -> None:
+    """The engine that deploykit exports to a runtime."""
+    folder.mkdir()
+    ENGINES[runtime][0](specialize(graph, runtime, _images(graph.input)).graph, folder)
+
+
+def _images(spec: InputSpec) -> FloatArray:
+    return np.random.default_rng(0).normal(size=spec.shape).astype(np.float32)
+
+
+def _publish(write: Callable[[Path], object], path: Path) -> None:
+    """Let a file or folder appear only when it is whole, so that an export that was stopped goes on."""
+    staging = path.with_name(f"{path.name}.part")
+    shutil.rmtree(staging, ignore_errors=True)
+    write(staging)
+    staging.rename(path)
+
+
+def measure(comparison: Comparison, name: str, folder: Path, rounds: int) -> list[dict[str, Any]]:
     """A row a runtime: medians, and the medians of what each round's times are to the baseline's."""
-    baseline, rows = folder / "baseline.onnx", []
+    baseline, rows = folder / f"{comparison.column}.onnx", []
     shape = [side.dim_value for side in onnx.load(baseline).graph.input[0].type.tensor_type.shape.dim]
     images = np.random.default_rng(1).normal(size=shape).astype(np.float32)
     for runtime, open_graph in RUNTIMES.items():
@@ -160,7 +184,7 @@ def main(comparison: Comparison) -> None:
             export(comparison, name, folder)
             if options.export_only:
                 continue
-            found = measure(name, folder, options.rounds)
+            found = measure(comparison, name, folder, options.rounds)
             rows += found
             if options.results:
                 with options.results.open("a") as file:

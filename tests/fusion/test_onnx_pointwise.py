@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from deploykit.fusion import onnx_pointwise
 from deploykit.fusion.onnx_pointwise import convolve_last_layers, convolve_mlps
 from tests.fusion.graphs import DYNAMIC, SPEC, few
 from tests.fusion.onnx_graphs import counts, graph_of, is_left_alone, rewritten
@@ -73,3 +74,23 @@ def test_a_hidden_layer_that_something_else_reads_keeps_the_mlp():
     before = graph_of(normalised, SPEC, **parts())
     assert is_left_alone(convolve_mlps, before)
     assert rewritten(convolve_last_layers, before)[0] == 1
+
+
+@pytest.mark.parametrize("spec", [SPEC, DYNAMIC])
+def test_an_mlp_on_large_maps_becomes_convolutions_between_two_permutations(monkeypatch, spec):
+    def residual(m, x):
+        tokens = x.permute(0, 2, 3, 1)
+        return tokens + m.two(m.act(m.one(tokens * 2)))
+
+    before = graph_of(residual, spec, **parts())
+    assert is_left_alone(convolve_mlps, before)
+    monkeypatch.setattr(onnx_pointwise, "LARGE", 144)
+    written, after = rewritten(convolve_mlps, before)
+    assert written == 1
+    assert (counts(after)["Conv"], counts(after)["MatMul"], counts(after)["Transpose"]) == (2, 0, 3)
+    assert is_left_alone(convolve_last_layers, before)
+
+
+def test_an_mlp_is_written_once(monkeypatch):
+    monkeypatch.setattr(onnx_pointwise, "LARGE", 144)
+    assert rewritten(convolve_mlps, graph_of(block, SPEC, **parts()))[0] == 1
