@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -10,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from deploykit.backbones.base import BackboneOptions
 from deploykit.backbones.registry import build_backbone
 from deploykit.export.graphs import output_specs, select
-from deploykit.export.to_onnx import to_onnx
+from deploykit.export.to_onnx import OPSET, to_onnx
 from deploykit.export.trace import output_names, trace
 from deploykit.fusion.onnx_passes import specialize
 from deploykit.fusion.pipeline import fuse
@@ -68,10 +71,16 @@ def master(name: str) -> Graph:
 @functools.cache
 def in_onnxruntime(name: str) -> Counter[str]:
     """Operators of the graph that ONNX Runtime runs."""
-    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     graph = master(name)
     images = np.random.default_rng(0).normal(size=(2, *graph.input.shape[1:])).astype(np.float32)
     model = specialize(graph, "onnxruntime", images).graph.model
+    assert model is not None
+    return optimized(model)
+
+
+def optimized(model: onnx.ModelProto) -> Counter[str]:
+    """Operators of what ONNX Runtime makes of a graph."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     with tempfile.TemporaryDirectory() as folder:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
@@ -115,6 +124,16 @@ def test_convolutions_take_their_norms_activations_and_residuals(name, convoluti
     assert found["Conv"] + found["FusedConv"] == in_other["Convolution"] == convolutions
     assert not {"Relu", "Add", "BatchNormalization"} & set(found)
     assert not {"Eltwise", "MathActivation"} & set(in_other)
+
+
+def test_a_plain_network_is_timms_node_for_node(timm):
+    model = timm.create_model("resnet18").eval()
+    with contextlib.redirect_stdout(io.StringIO()):
+        program = torch.onnx.export(
+            model, (torch.zeros(1, 3, 64, 64),), dynamo=True, opset_version=OPSET, optimize=True, verbose=False
+        )
+    assert program is not None
+    assert in_onnxruntime("resnet18") == optimized(program.model_proto)
 
 
 def test_attention_is_one_operator_in_onnxruntime():
