@@ -17,7 +17,7 @@ import statistics
 import tempfile
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,8 +96,8 @@ def export(comparison: Comparison, name: str, folder: Path) -> None:
 
 
 def _fused(backbone: BaseBackbone) -> Graph:
-    """The master graph of a backbone's logits."""
-    spec = backbone.input_spec
+    """The master graph of a backbone's logits, for one image."""
+    spec = replace(backbone.input_spec, batch=1)
     program = fuse(trace(backbone, spec), spec, _images(spec)).program
     model = to_onnx(program, spec, output_names(backbone))
     return select(Graph(input=spec, outputs=output_specs(model), model=model), ("logits",))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from deploykit.fusion.moves import Array, constant, joined_again, moved, only_reader, producer, source
+from deploykit.fusion.moves import Array, constant, is_static, joined_again, moved, only_reader, producer, source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +126,7 @@ def _projection(result: ir.Value) -> JointProjection | None:
     add, shape = producer(result), result.shape
     if add is None or add.op_type != "Add" or result.dtype != ir.DataType.FLOAT or shape is None or len(shape) < 3:
         return None
-    if not all(isinstance(side, int) for side in shape[1:]) or shape[-1] % 3:  # type: ignore[operator]
+    if not is_static(result) or shape[-1] % 3:  # type: ignore[operator]
         return None
     for product, bias in (add.inputs, add.inputs[::-1]):
         matmul, vector = producer(product), constant(bias)
@@ -134,7 +134,7 @@ def _projection(result: ir.Value) -> JointProjection | None:
             continue
         tokens, weight = matmul.inputs
         matrix = constant(weight)
-        if matrix is not None and matrix.ndim == 2 and len(matmul.outputs[0].uses()) == 1:
+        if matrix is not None and matrix.ndim == 2 and is_static(tokens) and len(matmul.outputs[0].uses()) == 1:
             assert tokens is not None and weight is not None and bias is not None  # noqa: S101  (narrow types)
             return JointProjection(tokens=tokens, weight=weight, bias=bias, result=result)
     return None
@@ -172,17 +172,22 @@ def _joined(attended: ir.Value, batch: int, heads: int, order: Array) -> tuple[i
 
     ``attended`` is ``(M, groups, tokens of a window, D)`` for the windows of ``order``.
     """
-    shape = attended.shape
-    if shape is None or not all(isinstance(side, int) for side in shape[1:]):
+    if not is_static(attended):
         return None
-    _, groups, area, depth = shape
+    _, groups, area, depth = attended.shape  # type: ignore[misc]
     numbers = np.arange(batch * heads * order.size * depth).reshape(-1, groups, area, depth)  # type: ignore[operator]
     tokens = numbers.reshape(batch, len(order), heads, area, depth).swapaxes(2, 3).reshape(batch, order.size, -1)
     value, found = attended, None
     while (following := _moved_on(value)) is not None:
         value = following
         after = moved(value, attended, numbers)
-        if after is None or after.ndim < 3 or len(after) != batch or after.shape[-1] != tokens.shape[-1]:
+        if (
+            after is None
+            or not is_static(value)
+            or after.ndim < 3
+            or len(after) != batch
+            or after.shape[-1] != tokens.shape[-1]
+        ):
             continue
         after = after.reshape(batch, -1, tokens.shape[-1])
         window, place = np.divmod(after[0, :, 0], heads * area * depth)  # type: ignore[operator]
@@ -204,7 +209,7 @@ def _unrolled(projection: JointProjection, order: Array) -> tuple[ir.Value, Arra
     """The tokens before whole ones are moved, ``(N, ..., C)``, and what ``order`` then is."""
     tokens, batch = projection.tokens, projection.batch
     origin, channels = source(tokens), tokens.shape[-1] if tokens.shape is not None else None
-    if len(order) == 1 or origin.shape is None or origin.shape[-1] != channels:
+    if len(order) == 1 or origin.shape is None or not is_static(origin) or origin.shape[-1] != channels:
         return tokens, order
     numbers = np.arange(batch * math.prod(origin.shape[1:])).reshape(batch, *origin.shape[1:])  # type: ignore[arg-type]
     rolled = moved(tokens, origin, numbers)

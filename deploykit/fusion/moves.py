@@ -24,6 +24,11 @@ def constant(value: ir.Value | None) -> Array | None:
     return None if tensor is None else tensor.numpy()
 
 
+def is_static(value: ir.Value | None) -> bool:
+    """Whether every size of a value but the first, its batch, is known."""
+    return value is not None and value.shape is not None and all(isinstance(side, int) for side in value.shape[1:])
+
+
 def producer(value: ir.Value | None) -> ir.Node | None:
     """The node that gives a value, unless the value is an output of the graph."""
     return value.producer() if value is not None and not value.is_graph_output() else None
