@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -16,8 +17,8 @@ WARM_UP = 3
 Call = Callable[[FloatArray], list[FloatArray]]
 
 
-def in_onnxruntime(model: onnx.ModelProto) -> Call:
-    """A graph as a call in ONNX Runtime, on the CPU, its threads asleep between calls.
+def in_onnxruntime(model: onnx.ModelProto | Path) -> Call:
+    """A graph, or its file, as a call in ONNX Runtime, on the CPU, its threads asleep between calls.
 
     By default they wait actively, and those of one session take a core from the next: on 2 cores that
     doubled the time of EfficientNet-Lite0, in some turns and not in others.
@@ -27,18 +28,18 @@ def in_onnxruntime(model: onnx.ModelProto) -> Call:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(_readable(model), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda images: session.run(None, {name: images})
 
 
-def in_openvino(model: onnx.ModelProto) -> Call:
-    """A graph as a call in OpenVINO, on the CPU, precision pinned to FP32 where the graph has no integers."""
+def in_openvino(model: onnx.ModelProto | Path) -> Call:
+    """A graph, or its file, as a call in OpenVINO, on the CPU, precision pinned to FP32 where there are no integers."""
     import openvino
 
     settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     core = openvino.Core()
-    request = core.compile_model(core.read_model(model.SerializeToString()), "CPU", settings).create_infer_request()
+    request = core.compile_model(core.read_model(_readable(model)), "CPU", settings).create_infer_request()
 
     def call(images: FloatArray) -> list[FloatArray]:
         request.infer([images], share_inputs=True)
@@ -47,22 +48,33 @@ def in_openvino(model: onnx.ModelProto) -> Call:
     return call
 
 
-RUNTIMES: dict[str, Callable[[onnx.ModelProto], Call]] = {"onnxruntime": in_onnxruntime, "openvino": in_openvino}
+def _readable(model: onnx.ModelProto | Path) -> str | bytes:
+    return str(model) if isinstance(model, Path) else model.SerializeToString()
+
+
+RUNTIMES: dict[str, Callable[[onnx.ModelProto | Path], Call]] = {"onnxruntime": in_onnxruntime, "openvino": in_openvino}
 
 
 def alternate(calls: Mapping[str, Call], images: FloatArray, rounds: int) -> dict[str, float]:
-    """Milliseconds a call, the median of ``rounds`` in which all take turns.
+    """Milliseconds a call, the median of ``rounds`` in which all take turns; see `turns`."""
+    return {name: statistics.median(values) for name, values in turns(calls, images, rounds).items()}
+
+
+def turns(calls: Mapping[str, Call], images: FloatArray, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each call in each of ``rounds`` in which all take turns, another one first in each.
 
     Each turn makes two calls and times the second, which finds its weights in the caches.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds + WARM_UP):
-        for name, call in calls.items():
-            call(images)
+    names = list(calls)
+    for number in range(rounds + WARM_UP):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            calls[name](images)
             start = time.perf_counter()
-            call(images)
-            times[name].append(time.perf_counter() - start)
-    return {name: 1000 * statistics.median(values[WARM_UP:]) for name, values in times.items()}
+            calls[name](images)
+            times[name].append(1000 * (time.perf_counter() - start))
+    return {name: values[WARM_UP:] for name, values in times.items()}
 
 
 def outputs_of(call: Call, images: FloatArray) -> list[FloatArray]:

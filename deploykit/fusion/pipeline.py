@@ -23,6 +23,7 @@ from deploykit.fusion.fold_scale import fold_scale
 from deploykit.fusion.fuse_attention import fuse_attention
 from deploykit.fusion.merge_linears import merge_linears
 from deploykit.fusion.program import export_program
+from deploykit.fusion.silence_masks import silence_masks
 from deploykit.parity.metrics import sqnr_db
 from deploykit.spec import InputSpec
 
@@ -57,6 +58,7 @@ EXPORT_PASSES: tuple[FusionPass, ...] = (
     # Before the folds, which take constants and not what computes them.
     FusionPass(name="fold-constants", rewrite=fold_constants, min_sqnr_db=EXACT_DB),
     FusionPass(name="fuse-attention", rewrite=fuse_attention, min_sqnr_db=EXACT_DB),
+    FusionPass(name="silence-masks", rewrite=silence_masks, min_sqnr_db=EXACT_DB),
     # Before the scales: a layer scale behind a BatchNorm then reaches the convolution.
     FusionPass(name="fold-batchnorm", rewrite=fold_batchnorm, min_sqnr_db=EXACT_DB),
     FusionPass(name="fold-scale", rewrite=fold_scale, min_sqnr_db=EXACT_DB),

@@ -1,25 +1,31 @@
 from __future__ import annotations
 
-from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
+from deploykit.backbones.window_attention import WindowAttention, WindowGrid
 from deploykit.errors import FusionError
 from deploykit.export.graphs import output_specs
 from deploykit.export.to_onnx import to_onnx
+from deploykit.fusion.onnx_attention import fuse_onnxruntime_attention
 from deploykit.fusion.onnx_passes import ONNX_PASSES, OnnxPass, run_onnx_passes, specialize
+from deploykit.fusion.onnx_separate_heads import separate_heads
 from deploykit.fusion.pipeline import EXACT_DB
 from deploykit.fusion.program import export_program
 from deploykit.graph import Graph
 from deploykit.spec import BatchRange, InputSpec
-from tests.fusion.graphs import DYNAMIC, SPEC, Calls, images
+from tests.fusion.graphs import DYNAMIC, SPEC, Calls, few, images
+from tests.fusion.onnx_graphs import counts, is_left_alone, rewritten
 
-PASSES = ONNX_PASSES["onnxruntime"]
+PASSES = tuple(step for step in ONNX_PASSES["onnxruntime"] if step.rewrite is fuse_onnxruntime_attention)
 HEADS, DEPTH, WIDTH = 2, 4, 8
 attend = nn.functional.scaled_dot_product_attention
 
@@ -50,8 +56,17 @@ def graph_of(module: nn.Module, spec: InputSpec = DYNAMIC) -> onnx.ModelProto:
     return to_onnx(export_program(module, spec), spec, ["logits"])
 
 
-def counts(model: onnx.ModelProto) -> Counter[str]:
-    return Counter(node.op_type for node in model.graph.node)
+def graph_of_windows(grid: WindowGrid, heads: int, spec: InputSpec) -> onnx.ModelProto:
+    """The attention of one Swin block over 6 x 6 tokens of 8 channels, between a norm and a residual."""
+    torch.manual_seed(0)
+    attention = WindowAttention(WIDTH, heads, grid)
+    parts = {"embed": nn.Conv2d(4, WIDTH, 2, 2), "norm": nn.LayerNorm(WIDTH), "attention": attention}
+
+    def block(m, x):
+        tokens = m.embed(x).permute(0, 2, 3, 1)
+        return tokens + m.attention(m.norm(tokens))
+
+    return graph_of(Calls(block, **parts).eval(), spec)
 
 
 @pytest.mark.parametrize(("layout", "scale", "spec"), [(ours, None, SPEC), (ours, 1.0, DYNAMIC), (timms, 0.3, DYNAMIC)])
@@ -124,12 +139,49 @@ def test_near_misses_are_left_alone(attention):
     assert after is before
 
 
+@few
+@given(shifted=st.booleans(), window=st.sampled_from([2, 3]), heads=st.sampled_from([1, 2]), batch=st.integers(1, 2))
+def test_attention_in_windows_gathers_whole_tokens(shifted, window, heads, batch):
+    spec = replace(SPEC, batch=batch)
+    before = graph_of_windows(WindowGrid.fit((6, 6), window, shifted=shifted), heads, spec)
+    written, after = rewritten(fuse_onnxruntime_attention, before)
+    assert written == 1
+    assert (counts(after)["Attention"], counts(after)["Gather"]) == (1, 2)
+    assert not {"Slice", "Concat", "Split", "Softmax"} & set(counts(after))
+    written, after = rewritten(separate_heads, before)
+    assert written == 1
+    assert (counts(after)["Softmax"], counts(after)["Gather"], counts(after)["Split"]) == (1, 2, 0)
+
+
+def test_windows_of_any_batch_share_one_bias_or_stay():
+    plain = graph_of_windows(WindowGrid.fit((6, 6), 3, shifted=False), 2, DYNAMIC)
+    masked = graph_of_windows(WindowGrid.fit((6, 6), 3, shifted=True), 2, DYNAMIC)
+    for rewrite in (fuse_onnxruntime_attention, separate_heads):
+        assert rewritten(rewrite, plain)[0] == 1
+        assert is_left_alone(rewrite, masked)
+
+
+def test_windows_that_the_map_does_not_fill_keep_their_padding():
+    before = graph_of_windows(WindowGrid.fit((6, 6), 4, shifted=False), 2, SPEC)
+    written, after = rewritten(fuse_onnxruntime_attention, before)
+    assert (written, counts(after)["Pad"]) == (1, 1)
+
+
+@pytest.mark.parametrize(("layout", "scale"), [(ours, None), (ours, 1.0), (timms, 0.3)])
+@pytest.mark.parametrize("spec", [SPEC, DYNAMIC])
+def test_heads_have_projections_of_their_own(layout, scale, spec):
+    before = graph_of(network(lambda _, projected: merge(attend(*layout(projected), scale=scale))), spec)
+    written, after = rewritten(separate_heads, before)
+    assert written == 1
+    assert (counts(after)["MatMul"], counts(after)["Split"], counts(after)["Mul"]) == (6, 0, 0)
+
+
 def test_other_runtimes_get_the_graph_as_it_is():
     model = graph_of(network(lambda _, projected: merge(attend(*ours(projected)))))
     graph = Graph(
         input=InputSpec(batch=BatchRange(), channels=4, height=12, width=12), outputs=output_specs(model), model=model
     )
-    assert specialize(graph, "openvino", images().numpy()).graph is graph
+    assert specialize(graph, "tensorrt", images().numpy()).graph is graph
     assert counts(specialize(graph, "onnxruntime", images().numpy()).graph.model)["Attention"] == 1
     assert "Attention" not in counts(model), "the graph of the other runtimes stays as it is"
 

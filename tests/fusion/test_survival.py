@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -10,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from deploykit.backbones.base import BackboneOptions
 from deploykit.backbones.registry import build_backbone
 from deploykit.export.graphs import output_specs, select
-from deploykit.export.to_onnx import to_onnx
+from deploykit.export.to_onnx import OPSET, to_onnx
 from deploykit.export.trace import output_names, trace
 from deploykit.fusion.onnx_passes import specialize
 from deploykit.fusion.pipeline import fuse
@@ -30,9 +33,10 @@ FAMILIES = {
     "vit_tiny_patch16_224": 64,
     "swin_tiny_patch4_window7_224": 56,
     "convnext_atto": 64,
+    "convnext_tiny": 64,
     "mobilevit_s": 64,
 }
-SLOW = ("efficientnet_b0", "mobilenetv3_small_075", "swin_tiny_patch4_window7_224", "mobilevit_s")
+SLOW = ("efficientnet_b0", "mobilenetv3_small_075", "swin_tiny_patch4_window7_224", "convnext_tiny", "mobilevit_s")
 NEVER = {
     "BatchNormalization",
     "Cast",
@@ -67,10 +71,16 @@ def master(name: str) -> Graph:
 @functools.cache
 def in_onnxruntime(name: str) -> Counter[str]:
     """Operators of the graph that ONNX Runtime runs."""
-    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     graph = master(name)
     images = np.random.default_rng(0).normal(size=(2, *graph.input.shape[1:])).astype(np.float32)
     model = specialize(graph, "onnxruntime", images).graph.model
+    assert model is not None
+    return optimized(model)
+
+
+def optimized(model: onnx.ModelProto) -> Counter[str]:
+    """Operators of what ONNX Runtime makes of a graph."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     with tempfile.TemporaryDirectory() as folder:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
@@ -84,8 +94,10 @@ def in_openvino(name: str) -> Counter[str]:
     """Layers of the graph that OpenVINO runs."""
     openvino = pytest.importorskip("openvino", reason="openvino is not installed")
     core = openvino.Core()
-    model = core.read_model(master(name).model.SerializeToString())
-    model.reshape([1, *master(name).input.shape[1:]])
+    graph = master(name)
+    images = np.random.default_rng(0).normal(size=(2, *graph.input.shape[1:])).astype(np.float32)
+    model = core.read_model(specialize(graph, "openvino", images).graph.model.SerializeToString())
+    model.reshape([1, *graph.input.shape[1:]])
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     operations = compiled.get_runtime_model().get_ordered_ops()
     return Counter(operation.get_rt_info()["layerType"].astype(str) for operation in operations)
@@ -93,7 +105,8 @@ def in_openvino(name: str) -> Counter[str]:
 
 ALLOWED = {
     "vit_tiny_patch16_224": {"Pad", "Gather"},  # room for the class token, and the token
-    "swin_tiny_patch4_window7_224": {"Pad"},  # windows that so small a map does not fill
+    # Windows that so small a map does not fill; whole tokens are gathered into windows.
+    "swin_tiny_patch4_window7_224": {"Pad", "Gather"},
 }
 
 
@@ -113,22 +126,36 @@ def test_convolutions_take_their_norms_activations_and_residuals(name, convoluti
     assert not {"Eltwise", "MathActivation"} & set(in_other)
 
 
+def test_a_plain_network_is_timms_node_for_node(timm):
+    model = timm.create_model("resnet18").eval()
+    with contextlib.redirect_stdout(io.StringIO()):
+        program = torch.onnx.export(
+            model, (torch.zeros(1, 3, 64, 64),), dynamo=True, opset_version=OPSET, optimize=True, verbose=False
+        )
+    assert program is not None
+    assert in_onnxruntime("resnet18") == optimized(program.model_proto)
+
+
 def test_attention_is_one_operator_in_onnxruntime():
     found = in_onnxruntime("vit_tiny_patch16_224")
     assert found["Attention"] == 11, "the last block has queries for the class token alone"
-    assert found["BiasGelu"] == 12
+    assert (found["Gelu"], found["BiasGelu"]) == (12, 0), "the bias is in the layer before"
+    assert (found["Gemm"], found["MatMul"], found["FusedMatMul"]) == (38, 1, 1), "two products of the last attention"
     assert found["Softmax"] == 1
     assert found["Mul"] == 0, "every scale is in its projection or in the product"
     in_other = in_openvino("vit_tiny_patch16_224")
-    assert (in_other["FullyConnected"], in_other["MVN"]) == (49, 25)
+    assert (in_other["FullyConnected"], in_other["MVN"]) == (71, 25), "11 attentions have three projections each"
+    assert in_other["Split"] == 0
 
 
 @pytest.mark.slow
-def test_attention_of_windows_keeps_two_products_and_a_softmax():
+def test_attention_of_windows_is_one_operator_where_they_share_a_bias():
     found = in_onnxruntime("swin_tiny_patch4_window7_224")
-    assert found["Softmax"] == 12
+    assert (found["Attention"], found["Softmax"]) == (11, 1), "one block is shifted, and the batch is any"
     assert found["Mul"] == 0, "every scale is in its projection"
-    assert found["BiasGelu"] == 12
+    assert (found["Gelu"], found["BiasGelu"]) == (12, 0)
+    in_other = in_openvino("swin_tiny_patch4_window7_224")
+    assert (in_other["MVN"], in_other["RMS"]) == (29, 0), "norms over tokens are one operator"
 
 
 @pytest.mark.slow
@@ -144,3 +171,23 @@ def test_layer_scale_of_convnext_is_gone():
     assert found["Mul"] == 0, "layer scale is in the convolution before it"
     assert found["LayerNormalization"] == 17
     assert in_onnxruntime("convnext_atto")["LayerNormalization"] == 17
+    in_other = in_openvino("convnext_atto")
+    assert (in_other["MVN"], in_other["RMS"]) == (17, 0)
+
+
+@pytest.mark.slow
+def test_mlps_of_convnext_are_convolutions():
+    found = in_onnxruntime("convnext_tiny")
+    assert (found["Conv"], found["Gemm"], found["MatMul"]) == (4 + 3 * 18, 1, 0)
+    assert found["Add"] == 0, "convolutions take biases and residuals along"
+    in_other = in_openvino("convnext_tiny")
+    assert (in_other["FullyConnected"], in_other["Convolution"]) == (18 + 1, 4 + 18)
+    assert in_other["Eltwise"] == 0
+
+
+@pytest.mark.parametrize("name", ["regnety_002", pytest.param("efficientnet_b0", marks=pytest.mark.slow)])
+def test_squeeze_and_excitation_stays_in_onnxruntimes_blocked_layout(name):
+    found = in_onnxruntime(name)
+    gates = {"regnety_002": 13, "efficientnet_b0": 16}[name]
+    assert (found["GlobalAveragePool"], found["Upsample"], found["ReduceMean"]) == (gates, gates, 1)
+    assert found["ReorderInput"] == 0

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from deploykit.fusion.onnx_groupnorm import convolve_groupnorm, spell_out_groupnorm
+from tests.fusion.graphs import DYNAMIC, SPEC, few, vector
+from tests.fusion.onnx_graphs import counts, graph_of, is_left_alone, rewritten
+
+
+def group_norm(groups: int, seed: int = 0, **settings) -> nn.GroupNorm:
+    norm = nn.GroupNorm(groups, 4, **settings)
+    norm.weight, norm.bias = vector(4, seed=seed), vector(4, seed=seed + 1)
+    return norm
+
+
+@few
+@given(
+    spec=st.sampled_from([SPEC, DYNAMIC]),
+    groups=st.sampled_from([2, 4]),
+    shift=st.sampled_from([0.0, 5.0]),
+    seed=st.integers(0, 9),
+)
+def test_group_norm_is_spelled_out_by_means(spec, groups, shift, seed):
+    before = graph_of(lambda m, x: m.norm(x + shift).relu(), spec, norm=group_norm(groups, seed))
+    written, after = rewritten(spell_out_groupnorm, before)
+    assert written == 1
+    assert not {"InstanceNormalization", "BatchNormalization"} & set(counts(after))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: nn.functional.group_norm(x, 1, m.norm.weight, m.norm.bias).relu(),
+        lambda m, x: nn.functional.instance_norm(x).relu(),
+        lambda m, x: m.norm(x.flatten(2)).relu(),
+        lambda m, x: m.norm(x),
+    ],
+    ids=["one group", "instance norm", "three axes", "is the output"],
+)
+def test_other_norms_are_not_spelled_out(function):
+    assert is_left_alone(spell_out_groupnorm, graph_of(function, norm=group_norm(2)))
+
+
+@pytest.mark.parametrize("spec", [SPEC, DYNAMIC])
+def test_the_affine_part_of_a_group_norm_becomes_a_depthwise_convolution(spec):
+    norm = nn.GroupNorm(8, 32)
+    norm.weight, norm.bias = vector(32), vector(32, seed=1)
+    before = graph_of(lambda m, x: m.norm(m.conv(x)).relu(), spec, conv=nn.Conv2d(4, 32, 1), norm=norm)
+    written, after = rewritten(convolve_groupnorm, before)
+    assert written == 1
+    assert (counts(after)["Conv"], counts(after)["BatchNormalization"]) == (2, 0)
+
+
+def test_channels_that_are_no_whole_blocks_and_batch_norms_stay():
+    few_channels = graph_of(lambda m, x: m.norm(x).relu(), norm=group_norm(2))
+    batch = graph_of(lambda m, x: m.norm(x.relu()).relu(), norm=nn.BatchNorm2d(4))
+    assert is_left_alone(convolve_groupnorm, few_channels)
+    for rewrite in (convolve_groupnorm, spell_out_groupnorm):
+        assert is_left_alone(rewrite, batch)
