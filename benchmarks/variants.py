@@ -42,7 +42,6 @@ from deploykit.backbones.weights import weights_digest
 from deploykit.bundle import Manifest
 from deploykit.cli.export_check import shape_of
 from deploykit.cli.macs import count_macs
-from deploykit.cli.processor import read_processor
 from deploykit.errors import DeployKitError
 from deploykit.export.graphs import output_specs, select
 from deploykit.export.lowering import LOWERINGS
@@ -52,6 +51,7 @@ from deploykit.export.trace import output_names, trace
 from deploykit.fusion.pipeline import fuse
 from deploykit.graph import Graph
 from deploykit.optional import installed_version
+from deploykit.processor import read_processor
 from deploykit.runtimes.base import FloatArray, Runtime, load_runtime
 from deploykit.spec import FeatureLevel, Fp32, InputSpec
 

@@ -53,8 +53,9 @@ class Manifest:
     """What a bundle says of itself.
 
     ``engine`` is the file that the runtime opens. ``requires`` is what the engine is tied to
-    beyond ``runtime_version`` (a compute capability, an instruction set). ``status`` is the most
-    that was seen of the engine: ``built``, ``executed``, or ``parity_checked`` against torch.
+    beyond ``runtime_version`` (a compute capability, an instruction set). ``status`` is what was seen
+    of the engine: ``built``, no more; ``executed``, it ran, and its numbers were not all within the
+    budget; ``parity_checked``, it ran, and they were. ``seen_on`` is where: machine, device, versions.
     ``speedup`` is the FP32 engine's time over this one's on the machine that exported it; None: not timed.
     """
 
@@ -68,6 +69,7 @@ class Manifest:
     precision_settings: dict[str, Any] = field(default_factory=dict)
     engine: str
     status: Status = "built"
+    seen_on: dict[str, str] = field(default_factory=dict)
     target: str | None = None
     requires: dict[str, str] = field(default_factory=dict)
     weights_digest: str
@@ -131,6 +133,20 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     (folder / MANIFEST).write_bytes(text)
     (folder / MANIFEST_DIGEST).write_bytes(_digest_line(text))
     return manifest
+
+
+def record_status(folder: Path, status: Status, seen_on: dict[str, str]) -> Manifest:
+    """Write what was seen of a bundle's engine into its manifest; the bundle is replaced in one step.
+
+    Raises:
+        BundleError: the bundle is damaged, or its folder cannot be written.
+    """
+    manifest = dataclasses.replace(open_bundle(folder), status=status, seen_on=seen_on)
+    with writing(folder, overwrite=True) as staging:
+        for name in manifest.files:
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(folder / name, staging / name)
+        return write_manifest(staging, manifest)
 
 
 def sweep_stale(folder: Path) -> None:

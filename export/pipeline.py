@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +26,14 @@ from deploykit.errors import SpecError
 from deploykit.export.bench import Bench
 from deploykit.export.build import Builder, Built
 from deploykit.export.graphs import output_specs
-from deploykit.export.lowering import LOWERINGS, PORTABLE_LOWERINGS, check_portable, check_target
+from deploykit.export.lowering import (
+    LOWERINGS,
+    check_build_options,
+    check_portable,
+    check_target,
+    load_lowering,
+    resolve,
+)
 from deploykit.export.measure import parity_images, torch_outputs
 from deploykit.export.mixed import mixed_precision
 from deploykit.export.speed import SpeedReport, check_speedup
@@ -39,7 +45,7 @@ from deploykit.labels import class_labels
 from deploykit.optional import installed_version, require
 from deploykit.parity.reference import capture
 from deploykit.runtimes.base import FloatArray, ImageArray, Runtime, load_runtime
-from deploykit.spec import Batch, InputSpec, Int8, Precision
+from deploykit.spec import DEFAULT_BUILD, Batch, BuildOptions, InputSpec, Int8, Precision
 
 SEARCH_FILE = "mixed-precision.json"
 PARITY_FILE = "parity.json"
@@ -55,6 +61,7 @@ class ExportRequest:
     ``probe_levels``: also compare the levels inside an engine that gives only the head.
     ``embed_preprocessing``: the engine takes uint8 pixels ``(N, H, W, C)`` and normalises them itself.
     ``portable``: the engine is finished on the device that opens it, where the runtime has such a form.
+    ``build_options``: what its build is told beside the target, where the runtime has a say in it.
     ``cache``: an INT8 plan that was made before, for whichever runtime, is used again.
     ``time_against_fp32``: an INT8 engine is timed beside FP32 of its runtime; the ratio, which differs from
     run to run, goes into the manifest. ``require_speedup``: it must not be slower.
@@ -70,6 +77,7 @@ class ExportRequest:
     probe_levels: bool = True
     embed_preprocessing: bool = False
     portable: bool = False
+    build_options: BuildOptions = DEFAULT_BUILD
     cache: bool = True
     time_against_fp32: bool = False
     require_speedup: bool = False
@@ -108,6 +116,7 @@ def check_request(request: ExportRequest) -> None:
     check_target(request.runtime, request.target)
     if request.portable:
         check_portable(request.runtime, request.target)
+    check_build_options(request.runtime, request.build_options, request.target, portable=request.portable)
     if request.precision.name not in adapter.precisions:
         raise SpecError(
             f"the {request.runtime} runtime has no {request.precision.name}; it has {', '.join(adapter.precisions)}."
@@ -140,6 +149,7 @@ def cache_parts(request: ExportRequest) -> dict[str, object]:
         "calibration": request.calibration.digest if request.calibration is not None else None,
         "target": request.target,
         "portable": request.portable,
+        "build_options": request.build_options,
         "tools": _tools(),
         "deploykit": deploykit.__version__,
     }
@@ -210,8 +220,8 @@ def export(
         builder = Builder(
             master=network.master,
             runtime=request.runtime,
-            render=_load(DIALECTS[request.runtime]),
-            lower=_load((PORTABLE_LOWERINGS if request.portable else LOWERINGS)[request.runtime]),
+            render=resolve(DIALECTS[request.runtime]),
+            lower=load_lowering(request.runtime, request.build_options, portable=request.portable),
             outputs=request.backbone.spec.output_names,
             taken=network.taken,
             probe=network.probe,
@@ -330,8 +340,3 @@ def _write_labels(label_set: str | None, staging: Path) -> None:
 
 def _tools() -> dict[str, str]:
     return {name: version for name in _TOOLS if (version := installed_version(name))}
-
-
-def _load(path: str) -> Any:
-    module, _, attribute = path.partition(":")
-    return getattr(importlib.import_module(module), attribute)

@@ -15,8 +15,8 @@ from typing import Any
 
 import deploykit
 from deploykit.cli.output import JsonFlag, show, show_json, table
-from deploykit.cli.processor import Processor, read_processor
 from deploykit.optional import PACKAGES, installed_version
+from deploykit.processor import Processor, read_processor
 
 EXAMPLE = "Example: deploykit doctor --json"
 PROBE_SECONDS = 120.0

@@ -83,14 +83,15 @@ def _compare_layers(trt: Any, network: Any, settings: BuildSettings) -> str | No
 
 def _configure(trt: Any, builder: Any, config: Any, settings: BuildSettings) -> bool:
     api.set_tf32(trt, config, on=settings.tf32)
-    if api.has_compute_capabilities(config):
-        capability = settings.capability or "current"
-        if not api.set_capability(trt, config, capability):
-            _say(f"{settings.flavour} {trt.__version__} refuses the compute capability {capability}")
-            return False
-    absent = api.set_where_known(
-        trt, config, hardware=settings.hardware_compatibility, version_compatible=settings.version_compatible
+    absent = api.set_gpus(
+        trt,
+        config,
+        flavour=settings.flavour,
+        capability=settings.capability,
+        hardware=settings.hardware_compatibility,
     )
+    if absent is None and settings.version_compatible:
+        absent = api.set_version_compatible(trt, config)
     if absent is not None:
         _say(f"{settings.flavour} {trt.__version__} has no {absent}")
         return False

@@ -68,6 +68,37 @@ def test_a_gpu_without_a_torch_that_can_use_it_is_a_missing_dependency(monkeypat
         open_engine(*engine_of("tensorrt"))
 
 
+def test_a_plan_for_every_gpu_since_ampere_is_refused_by_an_older_one_alone(monkeypatch: pytest.MonkeyPatch):
+    manifest, folder = engine_of("tensorrt")
+    portable = {key: value for key, value in manifest.requires.items() if key != "compute_capability"}
+    manifest = dataclasses.replace(manifest, requires=portable | {"hardware_compatibility": "ampere_plus"})
+    monkeypatch.setattr(run_tensorrt, "cuda_capabilities", lambda: ("sm75",))
+    with pytest.raises(IncompatibleEngine, match="for compute capability sm80 or newer and the GPU here has sm75"):
+        open_engine(manifest, folder)
+    for capability in ("sm80", "sm121"):
+        monkeypatch.setattr(run_tensorrt, "cuda_capabilities", lambda capability=capability: (capability,))
+        other = dataclasses.replace(manifest, files={manifest.engine: FileRecord(size=1, sha256="0" * 64)})
+        with pytest.raises(IncompatibleEngine, match="SHA-256 differs"):  # the check behind
+            open_engine(other, folder)
+
+
+@pytest.mark.parametrize(
+    ("built", "here", "opens"),
+    [("10.3.0", "10.3.0", True), ("10.3.0", "10.13.2", True), ("10.3.0", "10.2.9", False), ("10.3.0", "11.0", False)],
+)
+def test_a_version_compatible_plan_opens_in_newer_versions_of_its_major(
+    built: str, here: str, opens: bool, monkeypatch: pytest.MonkeyPatch
+):
+    manifest, folder = engine_of("tensorrt")
+    requires = manifest.requires | {"flavour": "tensorrt", "version_compatible": "on"}
+    compatible = dataclasses.replace(manifest, runtime_version=built, requires=requires)
+    monkeypatch.setattr(tensorrt_api, "installed_flavours", lambda: ("tensorrt",))
+    monkeypatch.setattr(tensorrt_api, "flavour_version", lambda flavour: here)
+    monkeypatch.setattr(run_tensorrt, "cuda_capabilities", lambda: ())
+    with pytest.raises(DeviceUnavailable if opens else IncompatibleEngine):
+        open_engine(compatible, folder)
+
+
 def test_another_version_is_refused_before_the_device_is_looked_for():
     manifest, folder = engine_of("tensorrt")
     with pytest.raises(IncompatibleEngine, match=r"exactly 1\.0\.0"):
