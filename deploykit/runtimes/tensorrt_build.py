@@ -32,6 +32,8 @@ SETTINGS_FILE = "tensorrt-build.json"
 """Where a portable bundle carries its `BuildSettings`."""
 
 PROGRESS_MARK = "@"
+NOT_WRITTEN = 3
+"""The builder's exit status where a file could not be written; the reason is the last line of its log."""
 
 _LOG_LINES = 12
 _KEPT_LINES = 400
@@ -213,9 +215,13 @@ def _check(status: int | None, log: list[str], settings: BuildSettings, *, built
         )
     if status == 0 and built:
         return
-    what = settings.capability or (
-        "every GPU since Ampere" if settings.hardware_compatibility == "ampere_plus" else "the GPU here"
-    )
+    everyone = settings.hardware_compatibility == "ampere_plus"
+    what = settings.capability or ("every GPU since Ampere" if everyone else "the GPU here")
+    if status == NOT_WRITTEN:
+        raise ExportError(
+            f"the TensorRT build for {what} could not write its file: {log[-1]}. Free some space there, or choose "
+            "another folder, and build again."
+        )
     if status < 0:
         hint = " Out of memory is the usual cause: free some, or try a smaller batch range." if status == -9 else ""
         raise ExportError(f"the TensorRT build for {what} crashed (signal {-status}).{hint}{tail}")

@@ -3,7 +3,7 @@
 ``python -m deploykit.runtimes.tensorrt_builder REQUEST.json``, where the request is a
 `BuildRequest`. TensorRT's warnings and errors go to stderr, one a line, after their severity;
 progress goes to stdout as lines of ``@`` and JSON. Without a ``plan`` the graph is only parsed. Exit
-status: 0 the request was met, 1 it was not.
+status: 0 the request was met, 1 it was not, `NOT_WRITTEN` a file could not be written.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from deploykit.runtimes import tensorrt_api as api
-from deploykit.runtimes.tensorrt_build import PROGRESS_MARK, BuildRequest, BuildSettings
+from deploykit.runtimes.tensorrt_build import NOT_WRITTEN, PROGRESS_MARK, BuildRequest, BuildSettings
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -56,10 +56,8 @@ def main(request_file: str) -> int:
     if plan is None:
         _say("no plan came out of the build")
         return 1
-    Path(request.plan).write_bytes(plan)
-    if cache is not None:
-        _save(Path(request.timing_cache), bytes(cache.serialize()))
-    return 0
+    files = {request.plan: plan} if cache is None else {request.plan: plan, request.timing_cache: cache.serialize()}
+    return 0 if all(_save(Path(file), content) for file, content in files.items()) else NOT_WRITTEN
 
 
 def quantize_layers(trt: Any, network: Any) -> dict[str, int]:
@@ -146,12 +144,19 @@ def _report(phase: str, step: int, steps: int) -> None:
         sys.stdout.flush()
 
 
-def _save(path: Path, content: bytes) -> None:
-    """Replace a file in one step: several builds may share a timing cache."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _save(path: Path, content: Any) -> bool:
+    """Write a file in one step: several builds may share a timing cache. False where it cannot be written."""
     staged = path.with_name(f"{path.name}.{os.getpid()}")
-    staged.write_bytes(content)
-    staged.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged.write_bytes(content)
+        staged.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            staged.unlink(missing_ok=True)
+        _say(f"{path.name}: {error.strerror or error}")
+        return False
+    return True
 
 
 def _die_with_parent() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,11 @@ import pytest
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
 
 from deploykit.export.tensorrt_linter import prepare
+from deploykit.export.to_tensorrt import to_portable_tensorrt
 from deploykit.parity.metrics import sqnr_db
 from deploykit.runtimes.base import FloatArray
+from deploykit.runtimes.cuda_driver import cuda_capabilities
+from tests.conftest_graphs import manifest_of, open_engine, spec_of
 from tests.export.tensorrt_families import (
     OWN_KERNELS,
     PRECISIONS,
@@ -41,7 +45,33 @@ def test_two_runtimes_agree_on_the_figure_of_every_level(name: str, precision: s
     here = figures(case, in_onnxruntime(model, case.images), case.levels)
     there = figures(case, in_openvino(model, case.images, as_written=as_written), case.levels)
     assert np.abs(here - there).max() < 1.0
-    assert here.min() > FLOORS_DB.get(name, PRECISIONS[precision].min_sqnr_db)
+    assert here.min() > PRECISIONS[precision].min_sqnr_db
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not cuda_capabilities(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", SMALL)
+def test_the_plans_own_figure_is_within_1_db_of_the_proxys(
+    name: str, precision: str, photographs: Path, tmp_path: Path
+):
+    case = family(name, photographs, dynamic=False)
+    graph = case.graph(precision, features=True)
+    engine = to_portable_tensorrt(graph, tmp_path)
+    manifest = replace(
+        manifest_of("tensorrt", graph, engine),
+        backbone=replace(spec_of(features_only=True), name=name),
+        outputs=graph.outputs,
+    )
+    with open_engine(manifest, tmp_path) as model:
+        runs = [model(image[None]) for image in case.images]
+    found = [np.concatenate([run[level] for run in runs]) for level in case.levels]
+    budget = PRECISIONS[precision].min_sqnr_db
+    plan = figures(case, found, case.levels)
+    proxy = figures(case, in_onnxruntime(prepare(graph.model), case.images), case.levels)
+    assert plan.min() > budget
+    if precision.startswith("int8"):
+        assert np.abs(plan - proxy).max() < 1.0
 
 
 @pytest.mark.parametrize("name", QUICK)

@@ -131,6 +131,23 @@ def test_a_crash_of_the_builder_is_an_error_with_its_log(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import resource
+
+    popen = subprocess.Popen
+
+    def limited(command: list[str], **options: object) -> object:
+        def limit() -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # a file of the builder gets no further
+
+        return popen(command, preexec_fn=limit, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr("deploykit.runtimes.tensorrt_build.subprocess.Popen", limited)
+    with pytest.raises(ExportError, match=r"could not write its file: .*plan: File too large\. Free some space"):
+        to_tensorrt(tiny_graph(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def is_running(process: int) -> bool:
     try:
         return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"

@@ -29,6 +29,7 @@ from deploykit.runtimes import run_tensorrt, tensorrt_api
 from deploykit.runtimes.cuda_driver import cuda_capabilities, gpu_identity
 from deploykit.runtimes.run_tensorrt import TensorRTRuntime
 from deploykit.runtimes.tensorrt_build import SETTINGS_FILE
+from deploykit.runtimes.tensorrt_plan import check_plan
 from deploykit.runtimes.tensorrt_portable import local_plan
 from tests.conftest_graphs import engine_of, manifest_of, open_engine, photographs, reference, sqnr_db, tiny_graph
 
@@ -163,6 +164,12 @@ def test_a_damaged_or_foreign_plan_never_reaches_tensorrt(damage, message, tmp_p
     (tmp_path / manifest.engine).write_bytes(damage((folder / manifest.engine).read_bytes()))
     with pytest.raises(IncompatibleEngine, match=message):
         open_engine(manifest, tmp_path)
+
+
+def test_a_plan_of_tensorrt_rtx_never_reaches_full_tensorrt():
+    manifest, folder = engine_of("tensorrt")
+    with pytest.raises(IncompatibleEngine, match="a plan of TensorRT-RTX, and the manifest says tensorrt"):
+        check_plan((folder / manifest.engine).read_bytes(), "tensorrt", "10.13.2")
 
 
 @pytest.mark.usefixtures("gpu_in_name")
@@ -318,6 +325,29 @@ def test_a_plan_gives_torchs_numbers_for_every_batch(plan_here, count: int):
     with open_engine(*plan_here) as model:
         for expected, actual in zip(reference(images), model(images).values(), strict=True):
             assert sqnr_db(expected, actual) >= 100
+
+
+@pytest.mark.gpu
+@gpu
+def test_a_batch_beyond_the_profile_is_refused_and_the_model_goes_on(plan_here):
+    with open_engine(*plan_here) as model:
+        with pytest.raises(SpecError, match="9"):
+            model(photographs(9))
+        with pytest.raises(SpecError, match="9"):
+            model(torch.from_numpy(photographs(9)).cuda())
+        images = photographs(2)
+        for expected, actual in zip(reference(images), model(images).values(), strict=True):
+            assert sqnr_db(expected, actual) >= 100
+
+
+@pytest.mark.gpu
+@gpu
+def test_the_manifest_can_say_on_which_gpu_a_plan_ran(plan_here):
+    with open_engine(*plan_here) as model:
+        seen = model.seen_on()
+    assert seen["compute_capability"] == cuda_capabilities()[0]
+    assert seen["gpu"]
+    assert seen["tensorrt_rtx"] == tensorrt_api.flavour_version("tensorrt_rtx")
 
 
 @pytest.mark.gpu

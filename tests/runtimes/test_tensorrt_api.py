@@ -80,12 +80,19 @@ def test_every_gpu_since_ampere_is_what_tensorrt_rtx_builds_for_by_itself(config
     assert settings.num_compute_capabilities == 0
 
 
-def test_full_tensorrt_is_told_its_hardware_level(config):
+def test_tensorrt_rtx_takes_a_hardware_level_and_ignores_it(config):
     trt, _, settings = config
-    assert api.set_gpus(trt, settings, flavour="tensorrt", capability="sm86", hardware="none") is None
+    settings.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     assert settings.hardware_compatibility_level == trt.HardwareCompatibilityLevel.NONE
-    assert api.set_gpus(trt, settings, flavour="tensorrt", capability="sm86", hardware="ampere_plus") is None
-    assert settings.hardware_compatibility_level == trt.HardwareCompatibilityLevel.AMPERE_PLUS
+
+
+def test_full_tensorrt_is_told_its_hardware_level_and_version_compatibility(config):
+    trt, _, settings = config
+    told = types.SimpleNamespace()
+    assert api.set_gpus(trt, told, flavour="tensorrt", capability="sm86", hardware="none") is None
+    assert not vars(told)
+    assert api.set_gpus(trt, told, flavour="tensorrt", capability="sm86", hardware="ampere_plus") is None
+    assert told.hardware_compatibility_level == trt.HardwareCompatibilityLevel.AMPERE_PLUS
     assert api.set_version_compatible(trt, settings) is None
     assert settings.get_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
 
