@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -107,10 +108,18 @@ def check_build_options(runtime: str, options: BuildOptions, target: str | None,
     resolve(OPTION_CHECKS[runtime])(options, target)
 
 
-def load_lowering(runtime: str, options: BuildOptions, *, portable: bool) -> Lowering:
-    """The lowering of a runtime with its build options; `check_build_options` says whether it has them."""
-    lowering: Lowering = resolve((PORTABLE_LOWERINGS if portable else LOWERINGS)[runtime])
-    return lowering if options == DEFAULT_BUILD else partial(lowering, options=options)
+def load_lowering(
+    runtime: str, options: BuildOptions, *, portable: bool, on_step: Callable[[str, int, int], None]
+) -> Lowering:
+    """The lowering of a runtime.
+
+    Where it takes build options (see `check_build_options`) it also tells ``on_step`` of each phase of its build, the
+    steps done and the steps in all.
+    """
+    lowering = resolve((PORTABLE_LOWERINGS if portable else LOWERINGS)[runtime])
+    if portable or runtime not in OPTION_CHECKS:
+        return lowering  # type: ignore[no-any-return]
+    return partial(lowering, options=options, progress=on_step)
 
 
 def resolve(path: str) -> Any:

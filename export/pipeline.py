@@ -88,12 +88,14 @@ class ExportRequest:
 class Progress:
     """What a caller hears of a running export.
 
-    ``stage``: the one that begins. ``images``: calibrated, of how many. ``candidate``: each one of a search,
-    in a line. ``speed``: how fast an INT8 engine is.
+    ``stage``: the one that begins. ``images``: calibrated, of how many. ``step``: a phase of the runtime's own
+    build, its steps done, of how many (TensorRT). ``candidate``: each one of a search, in a line. ``speed``: how
+    fast an INT8 engine is.
     """
 
     stage: Callable[[str], None] = lambda name: None
     images: Callable[[int, int], None] = lambda seen, total: None
+    step: Callable[[str, int, int], None] = lambda phase, done, total: None
     candidate: Callable[[str], None] = lambda summary: None
     speed: Callable[[SpeedReport], None] = lambda report: None
 
@@ -221,7 +223,9 @@ def export(
             master=network.master,
             runtime=request.runtime,
             render=resolve(DIALECTS[request.runtime]),
-            lower=load_lowering(request.runtime, request.build_options, portable=request.portable),
+            lower=load_lowering(
+                request.runtime, request.build_options, portable=request.portable, on_step=progress.step
+            ),
             outputs=request.backbone.spec.output_names,
             taken=network.taken,
             probe=network.probe,

@@ -33,6 +33,9 @@ OPTIONAL_STAGES: dict[str, str] = {
 """Stages that only some commands have, and so without a number."""
 
 
+PHASE_WIDTH = 32
+
+
 @contextmanager
 def export_progress() -> Iterator[Progress]:
     """What `export_backbone` reports to; begins with the stage ``load``."""
@@ -53,6 +56,7 @@ def _bars() -> Iterator[Progress]:
     with Bars(*columns, console=stderr_console(), transient=True) as bars:
         stages = bars.add_task("export", total=len(STAGES))
         images = bars.add_task("calibrate, images", total=None, visible=False)
+        build = bars.add_task("build", total=None, visible=False)
 
         def stage(name: str) -> None:
             done = list(STAGES).index(name) if name in STAGES else None
@@ -61,7 +65,11 @@ def _bars() -> Iterator[Progress]:
         def seen(count: int, total: int) -> None:
             bars.update(images, completed=count, total=total, visible=count < total)
 
-        yield Progress(stage=stage, images=seen, candidate=lambda told: stderr_console().print(f"  {told}"))
+        def step(phase: str, done: int, total: int) -> None:
+            shown = f"  {phase[:PHASE_WIDTH]}"
+            bars.update(build, description=shown, completed=done, total=total, visible=done < total)
+
+        yield Progress(stage=stage, images=seen, step=step, candidate=lambda told: stderr_console().print(f"  {told}"))
 
 
 @contextmanager
