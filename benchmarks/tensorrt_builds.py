@@ -57,11 +57,15 @@ class Job:
     batch: str
     outputs: str
 
-    @property
-    def capabilities(self) -> tuple[str, ...]:
-        """Turing for one graph a precision, the others for all."""
-        plain = (self.batch, self.outputs) == (BATCHES[0], OUTPUTS[0])
-        return (*CAPABILITIES, TURING) if plain else CAPABILITIES
+    def capabilities(self, *, rotate: bool) -> tuple[str, ...]:
+        """All but Turing, or one of them by turns; and Turing for one graph a precision."""
+        turn = (
+            2 * BATCHES.index(self.batch)
+            + OUTPUTS.index(self.outputs)
+            + list(families.PRECISIONS).index(self.precision)
+        )
+        chosen = (CAPABILITIES[turn % len(CAPABILITIES)],) if rotate else CAPABILITIES
+        return (*chosen, TURING) if (self.batch, self.outputs) == (BATCHES[0], OUTPUTS[0]) else chosen
 
     def key(self, capability: str) -> tuple[str, ...]:
         """What names a row of the results."""
@@ -73,6 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", default=",".join(families.SMALL), help="with commas between")
     parser.add_argument("--precisions", default=",".join(families.PRECISIONS), help="with commas between")
+    parser.add_argument("--rotate", action="store_true", help="build each graph for one GPU in turn, not for all")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many; run again to go on")
     parser.add_argument("--results", type=Path, default=Path("tensorrt_builds.csv"), help="the CSV file to continue")
     options = parser.parse_args()
@@ -86,7 +91,7 @@ def main() -> None:
         jobs = [
             Job(family=family, precision=p, batch=b, outputs=o) for b, p, o in product(BATCHES, precisions, OUTPUTS)
         ]
-        for row in build_missing(jobs, rows):
+        for row in build_missing(jobs, rows, rotate=options.rotate):
             rows[tuple(row[name] for name in KEY)] = row
             append_row(options.results, row)
             if time.monotonic() > deadline:
@@ -94,13 +99,13 @@ def main() -> None:
     print(table(rows))
 
 
-def build_missing(jobs: list[Job], rows: Rows) -> Iterator[dict[str, str]]:
+def build_missing(jobs: list[Job], rows: Rows, *, rotate: bool) -> Iterator[dict[str, str]]:
     """Each row that is not among ``rows`` yet; a graph is traced, calibrated and run once for all its builds."""
     photographs = [photograph_folder() / name for name in CALIBRATED]
     proxies: dict[tuple[str, str], tuple[str, str]] = {}
     loaded: dict[str, families.Family] = {}
     for job in jobs:
-        missing = [name for name in job.capabilities if job.key(name) not in rows]
+        missing = [name for name in job.capabilities(rotate=rotate) if job.key(name) not in rows]
         if not missing:
             continue
         if job.batch not in loaded:

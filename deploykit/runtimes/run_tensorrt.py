@@ -17,8 +17,17 @@ import numpy as np
 from deploykit.errors import BundleError, DeployKitError, DeviceUnavailable, IncompatibleEngine, SpecError
 from deploykit.optional import require
 from deploykit.runtimes import tensorrt_api as api
-from deploykit.runtimes.base import FloatArray, ImageArray, Images, Runtime, machine, version_key
-from deploykit.runtimes.cuda_buffers import CudaBuffers, buffers_for, torch_has_cuda
+from deploykit.runtimes.base import (
+    FloatArray,
+    ImageArray,
+    Images,
+    Runtime,
+    check_shape,
+    check_tensor,
+    machine,
+    version_key,
+)
+from deploykit.runtimes.cuda_buffers import CudaBuffers, buffers_for
 from deploykit.runtimes.cuda_driver import cuda_capabilities, gpu_identity
 from deploykit.runtimes.tensorrt_plan import check_plan
 from deploykit.runtimes.tensorrt_portable import is_portable, local_plan
@@ -122,7 +131,7 @@ class TensorRTRuntime(Runtime):
     def _run_on_gpu(self, images: Any) -> list[Any]:
         """Read a CUDA tensor where it is; new CUDA tensors, ready on the caller's current stream."""
         torch = require("torch")
-        images = self._check_cuda_tensor(torch, images)
+        images = self._check_cuda_tensor(images)
         stream = torch.cuda.current_stream(images.device)
         outputs = []
         with self._lane() as lane:
@@ -280,17 +289,12 @@ class TensorRTRuntime(Runtime):
                 f"TensorRT failed to run images of shape {shape}. Export the bundle again for this machine."
             )
 
-    def _check_cuda_tensor(self, torch: Any, images: Any) -> Any:
-        spec = self.input_spec
-        expected = f"{spec.shape} {spec.dtype} on cuda:{self._ordinal}"
-        if not torch_has_cuda() or images.device.index != self._ordinal:
-            raise SpecError(f"the images are on {images.device}; expected {expected}. Move them there with .to().")
-        if images.dtype != getattr(torch, spec.dtype) or images.layout != torch.strided:
-            raise SpecError(f"the images are a {images.layout} tensor of {images.dtype}; expected {expected}.")
-        if images.ndim != 4 or tuple(images.shape[1:]) != spec.shape[1:] or not spec.accepts_batch(images.shape[0]):
-            raise SpecError(
-                f"the images have shape {tuple(images.shape)}; expected {expected}, with a batch of {spec.batch}."
-            )
+    def _check_cuda_tensor(self, images: Any) -> Any:
+        if images.device.index != self._ordinal:
+            here = f"cuda:{self._ordinal}"
+            raise SpecError(f"the images are on {images.device}, and the engine is on {here}. Use images.to({here!r}).")
+        check_tensor(images, self.input_spec)
+        check_shape(tuple(images.shape), self.input_spec)
         return images.detach().contiguous()
 
 
