@@ -289,10 +289,15 @@ def test_a_portable_bundle_claims_no_more_than_was_seen(portable_bundle: Path):
     assert (manifest.engine, manifest.runtime_version, manifest.target) == ("model.onnx", "any", None)
     assert SETTINGS_FILE in manifest.files
     assert "compute_capability" not in manifest.requires
-    if not cuda_capabilities():
+    measured_on = {level.measured_on for level in ParityReport.load(portable_bundle / "parity.json").levels}
+    if cuda_capabilities():
+        assert manifest.status == "parity_checked"
+        assert manifest.seen_on["gpu"]
+        assert measured_on == {"probe", "engine"}
+    else:
         assert manifest.status == "built"
-        report = ParityReport.load(portable_bundle / "parity.json")
-        assert {level.measured_on for level in report.levels} == {"proxy: onnxruntime"}
+        assert "device" not in manifest.seen_on
+        assert measured_on == {"proxy: onnxruntime"}
 
 
 @pytest.mark.skipif(bool(cuda_capabilities()), reason="there is a CUDA device")
