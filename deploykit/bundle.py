@@ -135,20 +135,6 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     return manifest
 
 
-def record_status(folder: Path, status: Status, seen_on: dict[str, str]) -> Manifest:
-    """Write what was seen of a bundle's engine into its manifest; the bundle is replaced in one step.
-
-    Raises:
-        BundleError: the bundle is damaged, or its folder cannot be written.
-    """
-    manifest = dataclasses.replace(open_bundle(folder), status=status, seen_on=seen_on)
-    with writing(folder, overwrite=True) as staging:
-        for name in manifest.files:
-            (staging / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(folder / name, staging / name)
-        return write_manifest(staging, manifest)
-
-
 def sweep_stale(folder: Path) -> None:
     """Remove what killed processes left beside ``folder``, and restore a half-replaced bundle."""
     if folder.parent.is_dir():

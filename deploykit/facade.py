@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from deploykit.bundle import Manifest, is_bundle, open_bundle, read_manifest, record_status
+from deploykit.bundle import Manifest, is_bundle, open_bundle, read_manifest
 from deploykit.errors import BundleError, SpecError, nearest
 from deploykit.parity.compare import compare
+from deploykit.parity.record import record_status
 from deploykit.parity.reference import ParityReference
 from deploykit.parity.report import ParityReport
 from deploykit.runtimes.base import RUNTIMES, Runtime, load_runtime, run_in_batches
