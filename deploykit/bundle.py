@@ -53,8 +53,9 @@ class Manifest:
     """What a bundle says of itself.
 
     ``engine`` is the file that the runtime opens. ``requires`` is what the engine is tied to
-    beyond ``runtime_version`` (a compute capability, an instruction set). ``status`` is the most
-    that was seen of the engine: ``built``, ``executed``, or ``parity_checked`` against torch.
+    beyond ``runtime_version`` (a compute capability, an instruction set). ``status`` is what was seen
+    of the engine: ``built``, no more; ``executed``, it ran, and its numbers were not all within the
+    budget; ``parity_checked``, it ran, and they were. ``seen_on`` is where: machine, device, versions.
     ``speedup`` is the FP32 engine's time over this one's on the machine that exported it; None: not timed.
     """
 
@@ -68,6 +69,7 @@ class Manifest:
     precision_settings: dict[str, Any] = field(default_factory=dict)
     engine: str
     status: Status = "built"
+    seen_on: dict[str, str] = field(default_factory=dict)
     target: str | None = None
     requires: dict[str, str] = field(default_factory=dict)
     weights_digest: str

@@ -14,10 +14,19 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from deploykit.bundle import Manifest, is_bundle, open_bundle, read_manifest
 from deploykit.errors import BundleError, SpecError, nearest
 from deploykit.parity.compare import compare
+from deploykit.parity.record import record_status
 from deploykit.parity.reference import ParityReference
 from deploykit.parity.report import ParityReport
 from deploykit.runtimes.base import RUNTIMES, Runtime, load_runtime, run_in_batches
-from deploykit.spec import BatchRange, Precision, parse_batch, parse_image_size, parse_precision
+from deploykit.spec import (
+    DEFAULT_BUILD,
+    BatchRange,
+    BuildOptions,
+    Precision,
+    parse_batch,
+    parse_image_size,
+    parse_precision,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -130,6 +139,7 @@ def export_backbone(
     embed_preprocessing: bool = False,
     target: str | None = None,
     portable: bool = False,
+    build_options: BuildOptions = DEFAULT_BUILD,
     pretrained: bool | str | os.PathLike[str] = False,
     overwrite: bool = False,
     skip_corrupt: bool = False,
@@ -151,6 +161,7 @@ def export_backbone(
         embed_preprocessing: as for `create_backbone`.
         target: as for `create_backbone`.
         portable: let the device that opens the bundle build its own engine, where the runtime has that form.
+        build_options: GPUs and versions beside the target's that are to open a TensorRT plan, and a timing cache.
         pretrained: as for `create_backbone`.
         overwrite: replace an existing bundle, once the new one is whole.
         skip_corrupt: leave unreadable calibration images out with a warning.
@@ -177,6 +188,7 @@ def export_backbone(
         target=target,
         embed_preprocessing=embed_preprocessing,
         portable=portable,
+        build_options=build_options,
         probe_levels=True,
         skip_corrupt=skip_corrupt,
     )
@@ -197,18 +209,23 @@ def load_bundle(folder: str | os.PathLike[str], *, device: str = "auto") -> Runt
     return load_runtime(manifest.runtime)(manifest, path, device=device)
 
 
-def verify_bundle(folder: str | os.PathLike[str], *, device: str = "auto") -> ParityReport:
+def verify_bundle(folder: str | os.PathLike[str], *, device: str = "auto", record: bool = False) -> ParityReport:
     """Run a bundle's engine on the reference images that it carries and compare with torch's outputs.
 
     Needs no torch and no weights. The report's ``passed`` says whether every output is within the
     budget that the engine was exported with; ``raise_for_failures()`` makes it an error.
 
+    ``record`` writes what was seen here into the bundle: ``parity_checked`` where every output is within the
+    budget and else ``executed``, with the machine, the device and the versions. That is for a bundle that was
+    built on a machine without its device.
+
     Raises:
-        BundleError: not a bundle, or one that is damaged.
+        BundleError: not a bundle, or one that is damaged, or one that cannot be written.
         IncompatibleEngine, DeviceUnavailable: the engine cannot run here.
     """
     path = Path(folder)
     with load_bundle(path, device=device) as model:
+        seen_on = model.seen_on()
         reference = ParityReference.load(path / "reference.npz")
         images = reference.images.astype(model.input_spec.dtype, copy=False)
         found = reference.sample(run_in_batches(model, images))
@@ -218,7 +235,7 @@ def verify_bundle(folder: str | os.PathLike[str], *, device: str = "auto") -> Pa
             min_sqnr_db=model.precision.min_sqnr_db,
             min_top1_agreement=model.precision.min_top1_agreement,
         )
-        return ParityReport(
+        report = ParityReport(
             runtime=model.runtime,
             runtime_version=model.manifest.runtime_version,
             precision=model.precision.name,
@@ -227,6 +244,9 @@ def verify_bundle(folder: str | os.PathLike[str], *, device: str = "auto") -> Pa
             min_top1_agreement=model.precision.min_top1_agreement,
             levels=levels,
         )
+    if record:
+        record_status(path, "parity_checked" if report.passed else "executed", seen_on)
+    return report
 
 
 def _open_asked(
@@ -339,6 +359,7 @@ def _request(
     embed_preprocessing: bool,
     probe_levels: bool,
     portable: bool = False,
+    build_options: BuildOptions = DEFAULT_BUILD,
     skip_corrupt: bool = False,
     cache: bool = True,
 ) -> ExportRequest:
@@ -359,6 +380,7 @@ def _request(
         embed_preprocessing=embed_preprocessing,
         probe_levels=probe_levels,
         portable=portable,
+        build_options=build_options,
         cache=cache,
     )
     check_request(request)

@@ -19,6 +19,7 @@ BiasCorrection: TypeAlias = Literal["fast", "full"]
 Rounding: TypeAlias = Literal["nearest", "adaptive"]
 WeightScales: TypeAlias = Literal["max", "mse"]
 FloatDtype: TypeAlias = Literal["fp32", "fp16"]
+HardwareCompatibility: TypeAlias = Literal["none", "same_compute_capability", "ampere_plus"]
 InputDtype: TypeAlias = Literal["float32", "uint8"]
 Layout: TypeAlias = Literal["NCHW", "NHWC"]
 
@@ -294,6 +295,28 @@ class Int8:
         if self.equalization is not None and not 0 <= self.equalization <= 1:
             raise SpecError(f"equalization is {self.equalization}; it must be 0 to 1, or None for none.")
 
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """What the build of an engine is told beside its target, in the runtimes that have a say in it (TensorRT).
+
+    Args:
+        hardware_compatibility: the GPUs that open the plan: ``none`` the target; ``same_compute_capability``
+            every GPU of its compute capability; ``ampere_plus`` every one since Ampere (sm80).
+        version_compatible: newer versions of the same package, of one major version, open the plan too.
+        timing_cache: a file that keeps what builds measured, so that the next is faster and chooses the same.
+    """
+
+    hardware_compatibility: HardwareCompatibility = "none"
+    version_compatible: bool = False
+    timing_cache: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("hardware_compatibility", self.hardware_compatibility, get_args(HardwareCompatibility))
+
+
+DEFAULT_BUILD = BuildOptions()
+"""What every runtime's build is told where nothing else is asked for."""
 
 Precision: TypeAlias = Fp32 | Fp16 | Bf16 | Int8
 

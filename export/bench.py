@@ -67,7 +67,7 @@ class Bench:
     def parity(self, built: Built, folder: Path) -> tuple[ParityReport, Manifest]:
         """Compare an engine with torch; its manifest then says what was seen of it."""
         manifest = self._manifest_of(built)
-        report, status = measure(
+        return measure(
             manifest,
             folder,
             images=self._images,
@@ -77,7 +77,6 @@ class Bench:
             whole=built.whole if self._probe_levels else None,
             lower=self._builder.lower,
         )
-        return report, replace(manifest, status=status)
 
     def accuracy(self, plan: PrecisionPlan) -> Measured:
         """Build the engine of a plan and compare it with torch."""

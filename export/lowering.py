@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from deploykit.errors import SpecError, nearest
 from deploykit.graph import Graph
 from deploykit.processor import PROCESSOR_TARGETS, saturates
 from deploykit.runtimes.base import load_runtime
-from deploykit.spec import Int8, Precision
+from deploykit.spec import DEFAULT_BUILD, BuildOptions, Int8, Precision
 
 __all__ = [
     "LOWERINGS",
@@ -20,8 +23,11 @@ __all__ = [
     "Engine",
     "Graph",
     "Lowering",
+    "check_build_options",
     "check_portable",
     "check_target",
+    "load_lowering",
+    "resolve",
     "settled",
 ]
 
@@ -36,6 +42,11 @@ PORTABLE_LOWERINGS: dict[str, str] = {
     "tensorrt": "deploykit.export.to_tensorrt:to_portable_tensorrt",
 }
 """Lowerings whose engine is finished on the device, in the runtimes whose engines are tied to one."""
+
+OPTION_CHECKS: dict[str, str] = {
+    "tensorrt": "deploykit.runtimes.tensorrt_api:check_build_options",
+}
+"""The runtimes whose builds take `BuildOptions`, and what refuses those that the version here does not do."""
 
 TENSORRT_DEVICES: dict[str, str] = {
     "jetson-xavier": "sm72",
@@ -79,6 +90,47 @@ def check_portable(runtime: str, target: str | None) -> None:
             f"portable=True and target={target!r} were both given; a portable engine is finished on the device that "
             "opens it, whichever it is. Leave one out."
         )
+
+
+def check_build_options(runtime: str, options: BuildOptions, target: str | None, *, portable: bool) -> None:
+    """Refuse build options that a runtime does not have, or not in the version that is installed here.
+
+    Raises:
+        SpecError: naming the option.
+    """
+    if options == DEFAULT_BUILD:
+        return
+    if runtime not in OPTION_CHECKS:
+        raise SpecError(
+            f"{options} was given, and builds for {runtime} have no such options; those for "
+            f"{', '.join(OPTION_CHECKS)} have. Leave it out."
+        )
+    if portable:
+        raise SpecError(
+            f"portable=True and {options} were both given; the device that opens a portable engine builds it for "
+            "itself. Leave one out."
+        )
+    resolve(OPTION_CHECKS[runtime])(options, target)
+
+
+def load_lowering(
+    runtime: str, options: BuildOptions, *, portable: bool, on_step: Callable[[str, int, int], None]
+) -> Lowering:
+    """The lowering of a runtime.
+
+    Where it takes build options (see `check_build_options`) it also tells ``on_step`` of each phase of its build, the
+    steps done and the steps in all.
+    """
+    lowering = resolve((PORTABLE_LOWERINGS if portable else LOWERINGS)[runtime])
+    if portable or runtime not in OPTION_CHECKS:
+        return lowering  # type: ignore[no-any-return]
+    return partial(lowering, options=options, progress=on_step)
+
+
+def resolve(path: str) -> Any:
+    """What a row of a table names: ``module:attribute``, imported when it is first needed."""
+    module, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def check_target(runtime: str, target: str | None) -> None:

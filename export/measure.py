@@ -13,7 +13,7 @@ import onnx
 import torch
 
 from deploykit.backbones.base import BaseBackbone
-from deploykit.bundle import Manifest, Status
+from deploykit.bundle import Manifest
 from deploykit.calibration.images import CalibrationSet, denormalize
 from deploykit.calibration.plan import calibration_batch, onnx_session
 from deploykit.errors import DeviceUnavailable
@@ -21,7 +21,7 @@ from deploykit.export.lowering import Engine, Lowering
 from deploykit.graph import Graph
 from deploykit.parity.compare import compare
 from deploykit.parity.report import LevelParity, ParityReport
-from deploykit.runtimes.base import FloatArray, ImageArray, Runtime, load_runtime, run_in_batches
+from deploykit.runtimes.base import FloatArray, ImageArray, Runtime, load_runtime, machine, run_in_batches
 from deploykit.spec import InputSpec, Precision
 
 PARITY_IMAGES = 16
@@ -68,7 +68,7 @@ def measure(
     graph: Graph,
     whole: Graph | None,
     lower: Lowering,
-) -> tuple[ParityReport, Status]:
+) -> tuple[ParityReport, Manifest]:
     """Run an engine where this machine can, and compare every output with torch.
 
     Args:
@@ -83,19 +83,19 @@ def measure(
         lower: the lowering that made the engine.
 
     Returns:
-        The report, and what was seen of the engine. Where its device is not here, the report holds
-        what the same graph gives in ONNX Runtime, marked as a proxy, and the status stays ``built``.
+        The report, and the manifest with what was seen of the engine and where. Where its device is not here,
+        the report holds what the same graph gives in ONNX Runtime, marked as a proxy, and the status stays ``built``.
     """
     try:
-        levels = _levels_of(manifest, folder, images, expected, precision, measured_on="engine")
-        status: Status = "parity_checked"
+        levels, seen_on = _levels_of(manifest, folder, images, expected, precision, measured_on="engine")
+        seen = replace(manifest, seen_on=seen_on)
         if whole is not None and whole.outputs != graph.outputs:
             inner = _compare_lowered(
                 manifest, whole, lower, images=images, expected=expected, precision=precision, measured_on="probe"
             )
             levels = (*(level for level in inner if level.name not in {each.name for each in levels}), *levels)
     except DeviceUnavailable:
-        status, levels = "built", ()
+        seen, levels = replace(manifest, seen_on=machine()), ()
         proxy_graph = whole or graph
         if proxy_graph.model is not None:
             levels = _compare(_by_proxy(proxy_graph.model, images), expected, precision, measured_on=PROXY)
@@ -108,7 +108,9 @@ def measure(
         min_top1_agreement=precision.min_top1_agreement,
         levels=levels,
     )
-    return report, status
+    if "device" in seen.seen_on:
+        seen = replace(seen, status="parity_checked" if report.passed else "executed")
+    return report, seen
 
 
 def _compare_lowered(
@@ -132,7 +134,7 @@ def _compare_lowered(
             requires=engine.requires,
             backbone=replace(manifest.backbone, features_only=True),  # a dict of every output
         )
-        return _levels_of(probe, Path(scratch), images, expected, precision, measured_on=measured_on)
+        return _levels_of(probe, Path(scratch), images, expected, precision, measured_on=measured_on)[0]
 
 
 def _levels_of(
@@ -143,10 +145,12 @@ def _levels_of(
     precision: Precision,
     *,
     measured_on: str,
-) -> tuple[LevelParity, ...]:
+) -> tuple[tuple[LevelParity, ...], dict[str, str]]:
+    """Open an engine and compare what it gives; also the machine that ran it."""
     adapter: Callable[..., Runtime] = load_runtime(manifest.runtime)
     with adapter(manifest, folder) as model:
-        return _compare(run_in_batches(model, images), expected, precision, measured_on=measured_on)
+        levels = _compare(run_in_batches(model, images), expected, precision, measured_on=measured_on)
+        return levels, model.seen_on()
 
 
 def _by_proxy(model: onnx.ModelProto, images: ImageArray) -> dict[str, FloatArray]:

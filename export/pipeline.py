@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +27,15 @@ from deploykit.errors import SpecError
 from deploykit.export.bench import Bench
 from deploykit.export.build import Builder, Built
 from deploykit.export.graphs import output_specs
-from deploykit.export.lowering import LOWERINGS, PORTABLE_LOWERINGS, check_portable, check_target, settled
+from deploykit.export.lowering import (
+    LOWERINGS,
+    check_build_options,
+    check_portable,
+    check_target,
+    load_lowering,
+    resolve,
+    settled,
+)
 from deploykit.export.measure import parity_images, torch_outputs
 from deploykit.export.mixed import mixed_precision
 from deploykit.export.recipe_trials import recipe_trials
@@ -41,7 +48,7 @@ from deploykit.labels import class_labels
 from deploykit.optional import installed_version, require
 from deploykit.parity.reference import capture
 from deploykit.runtimes.base import FloatArray, ImageArray, Runtime, load_runtime
-from deploykit.spec import Batch, InputSpec, Int8, Precision
+from deploykit.spec import DEFAULT_BUILD, Batch, BuildOptions, InputSpec, Int8, Precision
 
 SEARCH_FILE = "mixed-precision.json"
 RECIPES_FILE = "recipes.json"
@@ -58,6 +65,7 @@ class ExportRequest:
     ``probe_levels``: also compare the levels inside an engine that gives only the head.
     ``embed_preprocessing``: the engine takes uint8 pixels ``(N, H, W, C)`` and normalises them itself.
     ``portable``: the engine is finished on the device that opens it, where the runtime has such a form.
+    ``build_options``: what its build is told beside the target, where the runtime has a say in it.
     ``cache``: an INT8 plan that was made before, for whichever runtime, is used again.
     ``time_against_fp32``: an INT8 engine is timed beside FP32 of its runtime; the ratio, which differs from
     run to run, goes into the manifest. ``require_speedup``: it must not be slower.
@@ -73,6 +81,7 @@ class ExportRequest:
     probe_levels: bool = True
     embed_preprocessing: bool = False
     portable: bool = False
+    build_options: BuildOptions = DEFAULT_BUILD
     cache: bool = True
     time_against_fp32: bool = False
     require_speedup: bool = False
@@ -88,13 +97,14 @@ class Progress:
     """What a caller hears of a running export.
 
     ``stage``: the one that begins. ``images``: calibrated, of how many. ``resumed``: a stopped calibration goes
-    on after so many images, of how many. ``candidate``: each one of a search, in a line. ``speed``: how fast
-    an INT8 engine is.
+    on after so many images, of how many. ``step``: a phase of the runtime's own build, its steps done, of how
+    many (TensorRT). ``candidate``: each one of a search, in a line. ``speed``: how fast an INT8 engine is.
     """
 
     stage: Callable[[str], None] = lambda name: None
     images: Callable[[int, int], None] = lambda seen, total: None
     resumed: Callable[[int, int], None] = lambda seen, total: None
+    step: Callable[[str, int, int], None] = lambda phase, done, total: None
     candidate: Callable[[str], None] = lambda summary: None
     speed: Callable[[SpeedReport], None] = lambda report: None
 
@@ -117,6 +127,7 @@ def check_request(request: ExportRequest) -> None:
     check_target(request.runtime, request.target)
     if request.portable:
         check_portable(request.runtime, request.target)
+    check_build_options(request.runtime, request.build_options, request.target, portable=request.portable)
     if request.precision.name not in adapter.precisions:
         raise SpecError(
             f"the {request.runtime} runtime has no {request.precision.name}; it has {', '.join(adapter.precisions)}."
@@ -151,6 +162,7 @@ def cache_parts(request: ExportRequest) -> dict[str, object]:
         "calibration": request.calibration.digest if request.calibration is not None else None,
         "target": request.target,
         "portable": request.portable,
+        "build_options": request.build_options,
         "tools": _tools(),
         "deploykit": deploykit.__version__,
     }
@@ -224,7 +236,7 @@ def export(
     with writing(folder, overwrite=overwrite) as staging, ExitStack() as closing:
         request, tried = settle_recipe(request, progress)
         network = prepare(request, progress)
-        builder = _builder(request, network)
+        builder = _builder(request, network, progress)
         expected = torch_outputs(request.backbone, network.probe)
         bench = closing.enter_context(_bench(request, network, builder, expected))
         found = _searched(request, network.plan, builder, bench, progress)
@@ -283,18 +295,19 @@ def settle_recipe(request: ExportRequest, progress: Progress) -> tuple[ExportReq
 
 def _trial(request: ExportRequest, held_out: CalibrationSet) -> Measured:
     """What an engine of a request gives on images that it was not calibrated with."""
-    network = prepare(request, Progress(), compared_on=held_out)
-    builder = _builder(request, network)
+    progress = Progress()
+    network = prepare(request, progress, compared_on=held_out)
+    builder = _builder(request, network, progress)
     with _bench(request, network, builder, torch_outputs(request.backbone, network.probe)) as bench:
         return bench.accuracy(network.plan)
 
 
-def _builder(request: ExportRequest, network: Prepared) -> Builder:
+def _builder(request: ExportRequest, network: Prepared, progress: Progress) -> Builder:
     return Builder(
         master=network.master,
         runtime=request.runtime,
-        render=_load(DIALECTS[request.runtime]),
-        lower=_load((PORTABLE_LOWERINGS if request.portable else LOWERINGS)[request.runtime]),
+        render=resolve(DIALECTS[request.runtime]),
+        lower=load_lowering(request.runtime, request.build_options, portable=request.portable, on_step=progress.step),
         outputs=request.backbone.spec.output_names,
         taken=network.taken,
         probe=network.probe,
@@ -393,8 +406,3 @@ def _write_labels(label_set: str | None, staging: Path) -> None:
 
 def _tools() -> dict[str, str]:
     return {name: version for name in _TOOLS if (version := installed_version(name))}
-
-
-def _load(path: str) -> Any:
-    module, _, attribute = path.partition(":")
-    return getattr(importlib.import_module(module), attribute)

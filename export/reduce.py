@@ -68,25 +68,41 @@ def reduce_model(
     min_sqnr_db: float,
     time_limit: float = REDUCE_SECONDS,
 ) -> str | None:
-    """`reduce_bundle` for an ONNX file, on images ``(N, C, H, W)``."""
+    """`reduce_bundle` for an ONNX file, on images ``(N, C, H, W)``; a dynamic batch is reduced with one image."""
     require("polygraphy")
     require("onnx_graphsurgeon")
     with tempfile.TemporaryDirectory(prefix="deploykit-reduce-") as scratch:
         work = Path(scratch)
         np.save(work / "images.npy", images)
+        fixed = work / "whole.onnx"
+        onnx.save(with_fixed_batch(onnx.load(model)), fixed)
         request = CheckRequest(
-            whole=str(model.absolute()), images=str(work / "images.npy"), runtime=runtime, min_sqnr_db=min_sqnr_db
+            whole=str(fixed), images=str(work / "images.npy"), runtime=runtime, min_sqnr_db=min_sqnr_db
         )
         (work / "request.json").write_bytes(msgspec.json.encode(request))
-        whole = find_problem(onnx.load(model), request)
+        whole = find_problem(onnx.load(fixed), request)
         if whole is None:
             return None
-        _polygraphy(model.absolute(), work, time_limit)
+        _polygraphy(fixed, work, time_limit)
         reduced = work / "reduced.onnx"
         if not reduced.is_file():
             return whole  # no smaller part fails
         output.write_bytes(reduced.read_bytes())
         return find_problem(onnx.load(reduced), request) or whole
+
+
+def with_fixed_batch(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy for one image where the batch is dynamic: a part of a graph can be run or built in fixed shapes alone."""
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(model)
+    batch = fixed.graph.input[0].type.tensor_type.shape.dim[0]
+    if batch.HasField("dim_value"):
+        return fixed
+    batch.dim_value = 1
+    del fixed.graph.value_info[:]
+    for output in fixed.graph.output:
+        output.type.tensor_type.ClearField("shape")
+    return onnx.shape_inference.infer_shapes(fixed)
 
 
 def _polygraphy(model: Path, work: Path, time_limit: float) -> None:

@@ -22,7 +22,9 @@ import onnx_ir as ir
 from deploykit.calibration.plan import onnx_session
 from deploykit.errors import ExportError, ParityError
 from deploykit.export.tensorrt_linter import quantize_layers
+from deploykit.export.to_tensorrt import DEFAULT_CAPABILITY
 from deploykit.parity.metrics import sqnr_db
+from deploykit.runtimes import tensorrt_api as api
 from deploykit.runtimes.tensorrt_build import BuildSettings, build_plan
 
 WELL, FAILS, UNKNOWN = 0, 1, 2
@@ -119,10 +121,11 @@ def _fault(
 
 
 def _build_problem(part: onnx.ModelProto) -> str | None:
+    flavour = api.default_flavour()
     settings = BuildSettings(
-        flavour="tensorrt_rtx",
+        flavour=flavour,
         input=part.graph.input[0].name,
-        capability="sm86",
+        capability=DEFAULT_CAPABILITY if flavour == api.RTX else None,
         quantize_layers=quantize_layers(part),
     )
     with tempfile.TemporaryDirectory(prefix="deploykit-reduce-") as scratch:

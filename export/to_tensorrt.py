@@ -20,8 +20,9 @@ from deploykit.runtimes.tensorrt_build import (
     BuildSettings,
     build_plan,
     parse_model,
+    requirements,
 )
-from deploykit.spec import BatchRange, InputSpec
+from deploykit.spec import DEFAULT_BUILD, BatchRange, BuildOptions, InputSpec
 
 DEFAULT_CAPABILITY = "sm86"
 
@@ -31,6 +32,7 @@ def to_tensorrt(
     folder: Path,
     *,
     target: str | None = None,
+    options: BuildOptions = DEFAULT_BUILD,
     time_limit: float = BUILD_SECONDS,
     progress: BuildProgress | None = None,
 ) -> Engine:
@@ -41,16 +43,19 @@ def to_tensorrt(
         folder: where the plan goes; nothing is left there when the build fails.
         target: the GPU's compute capability or name, one of `TARGETS`; None: `DEFAULT_CAPABILITY` for
             TensorRT-RTX, and the GPU of this machine for full TensorRT, which builds for no other.
+        options: other GPUs and versions that are to open the plan, and a timing cache.
         time_limit: in seconds.
         progress: hears of TensorRT's own phases and steps.
 
     Raises:
+        SpecError: an option that this TensorRT does not do.
         ExportError: an unknown target, Q/DQ nodes or operators that TensorRT refuses or reads
             wrongly, or a build that failed, crashed or took too long; with the end of its log.
     """
     flavour = api.default_flavour()
     api.load_tensorrt(flavour)
-    capability = _capability(flavour, target)
+    api.check_build_options(options, target, flavour)
+    capability = _capability(flavour, target, options)
     model = prepare(model_of(graph, "tensorrt"))
     settings = BuildSettings(
         flavour=flavour,
@@ -58,16 +63,20 @@ def to_tensorrt(
         capability=capability,
         profile=_profile(graph.input),
         quantize_layers=quantize_layers(model),
+        hardware_compatibility=options.hardware_compatibility,
+        version_compatible=options.version_compatible,
     )
+    cache = Path(options.timing_cache) if options.timing_cache is not None else None
     with tempfile.TemporaryDirectory(prefix=".onnx-", dir=folder) as staging:
         file = Path(staging) / "model.onnx"
         write_onnx(model, file)
-        build_plan(file, folder / "model.plan", settings, time_limit=time_limit, progress=progress)
+        plan = folder / "model.plan"
+        build_plan(file, plan, settings, time_limit=time_limit, progress=progress, timing_cache=cache)
     version = api.flavour_version(flavour)
     return Engine(
         file="model.plan",
         runtime_version=version,
-        requires=_requires(settings) | ({"compute_capability": capability} if capability else {}),
+        requires=requirements(settings) | ({"timing_cache": "on"} if cache is not None else {}),
         tools={"onnx": installed_version("onnx") or "unknown", flavour: version},
     )
 
@@ -104,18 +113,18 @@ def to_portable_tensorrt(graph: Graph, folder: Path, *, target: str | None = Non
     return Engine(
         file="model.onnx",
         runtime_version="any",
-        requires={"tf32": _on(settings.tf32)},
+        requires={"tf32": "on" if settings.tf32 else "off"},
         tools={"onnx": installed_version("onnx") or "unknown"},
     )
 
 
-def _capability(flavour: str, target: str | None) -> str | None:
-    """What to build for; None is the GPU of this machine."""
+def _capability(flavour: str, target: str | None, options: BuildOptions) -> str | None:
+    """What to build for; None is every GPU since Ampere, which TensorRT-RTX builds for when it is told none."""
     capability = None if target is None else _known(target)
-    if flavour != "tensorrt_rtx":
+    if flavour != api.RTX:
         return _of_this_gpu(capability)
     if capability is None:
-        return DEFAULT_CAPABILITY
+        return None if options.hardware_compatibility == "ampere_plus" else DEFAULT_CAPABILITY
     if capability not in api.RTX_CAPABILITIES:
         raise ExportError(
             f"TensorRT-RTX builds for {', '.join(api.RTX_CAPABILITIES)}, and {target!r} is {capability}. Export with "
@@ -131,7 +140,7 @@ def _known(target: str) -> str:
     return TENSORRT_DEVICES.get(target, target)
 
 
-def _of_this_gpu(capability: str | None) -> str | None:
+def _of_this_gpu(capability: str | None) -> str:
     """Full TensorRT's target: the GPU here, which must be the one asked for.
 
     Raises:
@@ -151,15 +160,6 @@ def _of_this_gpu(capability: str | None) -> str | None:
             "there, or with portable=True (--portable)."
         )
     return here[0]
-
-
-def _requires(settings: BuildSettings) -> dict[str, str]:
-    """What the plan is tied to or was made with, for the manifest."""
-    return {"flavour": settings.flavour, "tf32": _on(settings.tf32)}
-
-
-def _on(value: bool) -> str:
-    return "on" if value else "off"
 
 
 def _profile(spec: InputSpec) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:

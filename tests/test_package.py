@@ -19,6 +19,7 @@ ROOMS = {
     "errors": 0,
     "spec": 0,
     "optional": 0,
+    "processor": 0,
     "graph": 1,
     "labels": 1,
     "runtimes": 1,

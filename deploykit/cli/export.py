@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploykit.cli import export_options as opt
 from deploykit.cli.output import JsonFlag, input_text, show, show_json, size_text
-from deploykit.spec import parse_precision
+from deploykit.spec import DEFAULT_BUILD, BuildOptions, parse_precision
 
 if TYPE_CHECKING:
     from deploykit.bundle import Manifest
@@ -38,6 +38,9 @@ def export(
     embed_preprocessing: opt.EmbedFlag = opt.DEFAULTS["embed_preprocessing"],
     target: opt.TargetOption = None,
     portable: opt.PortableFlag = False,
+    hardware_compatibility: opt.HardwareOption = DEFAULT_BUILD.hardware_compatibility,
+    version_compatible: opt.VersionFlag = False,
+    timing_cache: opt.TimingOption = None,
     float_dtype: opt.FloatOption = None,
     calibration: opt.CalibrationOption = None,
     skip_corrupt: opt.SkipFlag = False,
@@ -76,6 +79,11 @@ def export(
         embed_preprocessing=embed_preprocessing,
         target=target,
         portable=portable,
+        build_options=BuildOptions(
+            hardware_compatibility=hardware_compatibility,  # type: ignore[arg-type]  # checked by the class
+            version_compatible=version_compatible,
+            timing_cache=timing_cache,
+        ),
         calibration=tuple(calibration or ()),
         skip_corrupt=skip_corrupt,
         speed=speed,
@@ -125,6 +133,7 @@ def _export(choice: opt.ExportChoice, timed: list[SpeedReport]) -> Manifest:
             embed_preprocessing=choice.embed_preprocessing,
             target=choice.target,
             portable=choice.portable,
+            build_options=choice.build_options,
             pretrained=choice.pretrained,
             overwrite=choice.overwrite,
             skip_corrupt=choice.skip_corrupt,

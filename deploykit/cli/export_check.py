@@ -101,6 +101,7 @@ def _check_engine(choice: ExportChoice, backbone: BaseBackbone, calibration: Cal
             embed_preprocessing=choice.embed_preprocessing,
             target=choice.target,
             portable=choice.portable,
+            build_options=choice.build_options,
             calibration=calibration,
         )
     )

@@ -13,7 +13,18 @@ import typer
 from deploykit.errors import SpecError
 from deploykit.facade import create_backbone
 from deploykit.runtimes.base import RUNTIMES
-from deploykit.spec import PRECISIONS, Batch, BatchRange, Calibrator, Int8, Precision, parse_batch, parse_image_size
+from deploykit.spec import (
+    PRECISIONS,
+    Batch,
+    BatchRange,
+    BuildOptions,
+    Calibrator,
+    HardwareCompatibility,
+    Int8,
+    Precision,
+    parse_batch,
+    parse_image_size,
+)
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -132,6 +143,29 @@ TargetOption = Annotated[
 PortableFlag = Annotated[
     bool,
     _option("--portable", panel=_ENGINE, help="TensorRT: the device that opens the bundle builds its own plan."),
+]
+HardwareOption = Annotated[
+    str,
+    _option(
+        "--hardware-compatibility",
+        panel=_ENGINE,
+        metavar="|".join(get_args(HardwareCompatibility)),
+        help="TensorRT: which GPUs open the plan beside the target's.",
+    ),
+]
+VersionFlag = Annotated[
+    bool,
+    _option("--version-compatible", panel=_ENGINE, help="Full TensorRT: newer versions open the plan too."),
+]
+TimingOption = Annotated[
+    str | None,
+    _option(
+        "--timing-cache",
+        panel=_ENGINE,
+        metavar="FILE",
+        default="none",
+        help="Full TensorRT: keep what builds measure in a file, for faster and equal builds.",
+    ),
 ]
 FloatOption = Annotated[
     str | None,
@@ -259,6 +293,7 @@ class ExportChoice:
     embed_preprocessing: bool
     target: str | None
     portable: bool
+    build_options: BuildOptions
     calibration: tuple[str, ...]
     skip_corrupt: bool
     speed: bool

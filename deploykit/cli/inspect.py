@@ -25,8 +25,8 @@ Section: TypeAlias = tuple[str, list[tuple[str, str]]]
 
 _STATUS = {
     "built": "built, never executed",
-    "executed": "executed, not compared with torch",
-    "parity_checked": "executed and compared with torch",
+    "executed": "executed, and not all of its outputs are within the budget",
+    "parity_checked": "executed, every output within the budget",
 }
 
 
@@ -121,6 +121,7 @@ def _sections(manifest: Manifest, quantization: QuantizationSummary | None) -> I
         [
             ("runtime", f"{manifest.runtime} {manifest.runtime_version}"),
             ("status", _STATUS[manifest.status]),
+            ("seen on", _pairs(manifest.seen_on) or "not recorded"),
             ("precision", f"{manifest.precision}: {_pairs(manifest.precision_settings)}"),
             ("target", manifest.target or "the runtime's own"),
             ("tied to", _pairs(manifest.requires) or "nothing beyond the runtime's version"),

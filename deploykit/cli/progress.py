@@ -37,6 +37,9 @@ SHORTEST_SECONDS, LONGEST_SECONDS = 2.0, 60.0
 """How far apart the plain lines of a calibration stand: a tenth of the images, but within these times."""
 
 
+PHASE_WIDTH = 32
+
+
 @contextmanager
 def export_progress() -> Iterator[Progress]:
     """What `export_backbone` reports to; begins with the stage ``load``."""
@@ -57,6 +60,7 @@ def _bars() -> Iterator[Progress]:
     with Bars(*columns, console=stderr_console(), transient=True) as bars:
         stages = bars.add_task("export", total=len(STAGES))
         images = bars.add_task("calibrate, images", total=None, visible=False)
+        build = bars.add_task("build", total=None, visible=False)
 
         def stage(name: str) -> None:
             done = list(STAGES).index(name) if name in STAGES else None
@@ -65,10 +69,14 @@ def _bars() -> Iterator[Progress]:
         def seen(count: int, total: int) -> None:
             bars.update(images, completed=count, total=total, visible=count < total)
 
+        def step(phase: str, done: int, total: int) -> None:
+            shown = f"  {phase[:PHASE_WIDTH]}"
+            bars.update(build, description=shown, completed=done, total=total, visible=done < total)
+
         def say(text: str) -> None:
             stderr_console().print(f"  {text}")
 
-        yield Progress(stage=stage, images=seen, resumed=lambda *at: say(_resuming(*at)), candidate=say)
+        yield Progress(stage=stage, images=seen, step=step, resumed=lambda *at: say(_resuming(*at)), candidate=say)
 
 
 @contextmanager

@@ -21,8 +21,20 @@ DebugFlag = Annotated[
 ]
 
 
+RecordFlag = Annotated[
+    bool,
+    typer.Option(
+        "--record", help="Write into the bundle what was seen of its engine, and on which machine and versions."
+    ),
+]
+
+
 def verify(
-    bundle: BundleArgument, device: DeviceOption = "auto", debug: DebugFlag = False, json: JsonFlag = False
+    bundle: BundleArgument,
+    device: DeviceOption = "auto",
+    record: RecordFlag = False,
+    debug: DebugFlag = False,
+    json: JsonFlag = False,
 ) -> None:
     """Check every file of a bundle, run its engine on the reference inside, and compare with torch's outputs.
 
@@ -32,7 +44,7 @@ def verify(
     from deploykit.facade import verify_bundle
 
     try:
-        report = verify_bundle(bundle, device=device)
+        report = verify_bundle(bundle, device=device, record=record)
     except SpecError:
         raise
     except DeployKitError as error:
@@ -48,7 +60,7 @@ def verify(
     else:
         show(report.render())
         if report.passed:
-            show(f"{bundle} is whole and within its budget.", f"Next: deploykit run {bundle} IMAGE")
+            show(f"{bundle} is whole and within its budget.", _next(bundle))
         else:
             names = ", ".join(level.name for level in report.failures()) or "no level was compared"
             show(
@@ -59,6 +71,15 @@ def verify(
         if debug:
             _reduce(bundle)
         raise typer.Exit(1)
+
+
+def _next(bundle: str) -> str:
+    """What to do with a bundle that passed: keep what was seen where its manifest says less, else run it."""
+    from deploykit.bundle import read_manifest
+
+    if read_manifest(Path(bundle)).status == "parity_checked":
+        return f"Next: deploykit run {bundle} IMAGE"
+    return f"Its manifest says less than was seen here. Next: deploykit verify {bundle} --record"
 
 
 def _reduce(bundle: str) -> None:

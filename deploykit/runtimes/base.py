@@ -6,6 +6,7 @@ An adapter is one class in one file with three methods: `_open`, `_run`, `_close
 from __future__ import annotations
 
 import importlib
+import platform
 import re
 import sys
 import warnings
@@ -19,7 +20,7 @@ import numpy.typing as npt
 
 from deploykit.errors import DeployKitError, IncompatibleEngine, SaturationWarning, SpecError, nearest
 from deploykit.optional import installed_version, require
-from deploykit.processor import this_processor
+from deploykit.processor import read_processor, this_processor
 from deploykit.spec import FeatureInfo, InputSpec, Int8, Precision, parse_precision
 
 if TYPE_CHECKING:
@@ -124,6 +125,11 @@ class Runtime(ABC):
             return dict(zip(self._output_names, outputs, strict=True))
         return outputs[0]
 
+    def seen_on(self) -> dict[str, str]:
+        """The machine, the device and the versions that run this engine, for a bundle's manifest."""
+        version = installed_version(self.package) or "unknown"
+        return machine() | {"device": self.device, self.package: version}
+
     def close(self) -> None:
         """Give the engine's memory back; calling twice is harmless."""
         if not self._closed:
@@ -169,6 +175,11 @@ class Runtime(ABC):
                 f"this engine was built with {self.package} {built} and {here} is installed here; it needs {relation} "
                 f"{built}. Install {self.package}=={built.partition('+')[0]}, or export the bundle again here."
             )
+
+
+def machine() -> dict[str, str]:
+    """The operating system and the processor of this machine."""
+    return {"system": f"{platform.system()} {platform.machine()}", "processor": read_processor().model}
 
 
 def run_in_batches(model: Runtime, images: ImageArray) -> dict[str, FloatArray]:

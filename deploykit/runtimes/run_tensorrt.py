@@ -17,8 +17,17 @@ import numpy as np
 from deploykit.errors import BundleError, DeployKitError, DeviceUnavailable, IncompatibleEngine, SpecError
 from deploykit.optional import require
 from deploykit.runtimes import tensorrt_api as api
-from deploykit.runtimes.base import FloatArray, ImageArray, Images, Runtime
-from deploykit.runtimes.cuda_buffers import CudaBuffers, buffers_for, torch_has_cuda
+from deploykit.runtimes.base import (
+    FloatArray,
+    ImageArray,
+    Images,
+    Runtime,
+    check_shape,
+    check_tensor,
+    machine,
+    version_key,
+)
+from deploykit.runtimes.cuda_buffers import CudaBuffers, buffers_for
 from deploykit.runtimes.cuda_driver import cuda_capabilities, gpu_identity
 from deploykit.runtimes.tensorrt_plan import check_plan
 from deploykit.runtimes.tensorrt_portable import is_portable, local_plan
@@ -27,6 +36,9 @@ if TYPE_CHECKING:
     from deploykit.bundle import Manifest
 
 __all__ = ["TensorRTRuntime", "cuda_capabilities"]
+
+AMPERE = 80
+"""The compute capability, times ten, of the oldest GPU that an ``ampere_plus`` plan runs on."""
 
 _DEVICE = re.compile(r"cuda(?::(\d+))?")
 
@@ -79,6 +91,8 @@ class TensorRTRuntime(Runtime):
         self._first_buffers.activate()
         self._logger = trt.Logger(trt.Logger.ERROR)
         self._trt_runtime = trt.Runtime(self._logger)
+        if self._is_version_compatible:
+            self._trt_runtime.engine_host_code_allowed = True  # the plan carries the runtime of its own version
         self._engine = self._trt_runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise IncompatibleEngine(
@@ -118,7 +132,7 @@ class TensorRTRuntime(Runtime):
     def _run_on_gpu(self, images: Any) -> list[Any]:
         """Read a CUDA tensor where it is; new CUDA tensors, ready on the caller's current stream."""
         torch = require("torch")
-        images = self._check_cuda_tensor(torch, images)
+        images = self._check_cuda_tensor(images)
         stream = torch.cuda.current_stream(images.device)
         outputs = []
         with self._lane() as lane:
@@ -146,6 +160,12 @@ class TensorRTRuntime(Runtime):
             self._engine = None
             self._trt_runtime = None
 
+    def seen_on(self) -> dict[str, str]:
+        """The machine, its GPU, driver and CUDA, and the package that ran the plan."""
+        return (
+            machine() | {"device": self.device, self._flavour: str(self._trt.__version__)} | gpu_identity(self._ordinal)
+        )
+
     @classmethod
     def devices(cls) -> tuple[str, ...]:
         """``cuda``, and ``cuda:1`` and so on, where there are NVIDIA GPUs and their driver; nothing elsewhere."""
@@ -164,11 +184,17 @@ class TensorRTRuntime(Runtime):
                 "here, or once with portable=True (--portable) for every device."
             )
         built, here = self.manifest.runtime_version, api.flavour_version(flavour)
+        if self._is_version_compatible and _opens_newer(built, here):
+            return
         if built != here:
             raise IncompatibleEngine(
                 f"this plan was built with {flavour} {built} and {here} is installed here; it needs exactly {built}. "
                 f"Install {flavour}=={built.partition('+')[0]}, or export the bundle again here."
             )
+
+    @property
+    def _is_version_compatible(self) -> bool:
+        return self.manifest.requires.get("version_compatible") == "on"
 
     def _find_device(self, engine: Path, device: str) -> int:
         """The ordinal of the GPU asked for."""
@@ -176,7 +202,7 @@ class TensorRTRuntime(Runtime):
         match = _DEVICE.fullmatch("cuda" if device == "auto" else device.lower())
         ordinal = int(match.group(1) or 0) if match else len(found)
         if ordinal >= len(found):
-            built_for = self.manifest.requires.get("compute_capability", "any" if is_portable(self.manifest) else "?")
+            built_for = _built_for(self.manifest)
             here = f"the GPUs are {', '.join(found)}" if found else "there is no CUDA device"
             what = "the graph" if is_portable(self.manifest) else "the plan"
             raise DeviceUnavailable(
@@ -189,6 +215,10 @@ class TensorRTRuntime(Runtime):
     def _check_capability(self, manifest: Manifest) -> None:
         built_for = manifest.requires.get("compute_capability")
         here = cuda_capabilities()[self._ordinal]
+        if manifest.requires.get("hardware_compatibility") == "ampere_plus":
+            if int(here.removeprefix("sm")) >= AMPERE:
+                return
+            built_for = _built_for(manifest)
         if built_for is not None and built_for != here:
             raise IncompatibleEngine(
                 f"this plan was built for compute capability {built_for} and the GPU here has {here}. "
@@ -260,18 +290,25 @@ class TensorRTRuntime(Runtime):
                 f"TensorRT failed to run images of shape {shape}. Export the bundle again for this machine."
             )
 
-    def _check_cuda_tensor(self, torch: Any, images: Any) -> Any:
-        spec = self.input_spec
-        expected = f"{spec.shape} {spec.dtype} on cuda:{self._ordinal}"
-        if not torch_has_cuda() or images.device.index != self._ordinal:
-            raise SpecError(f"the images are on {images.device}; expected {expected}. Move them there with .to().")
-        if images.dtype != getattr(torch, spec.dtype) or images.layout != torch.strided:
-            raise SpecError(f"the images are a {images.layout} tensor of {images.dtype}; expected {expected}.")
-        if images.ndim != 4 or tuple(images.shape[1:]) != spec.shape[1:] or not spec.accepts_batch(images.shape[0]):
-            raise SpecError(
-                f"the images have shape {tuple(images.shape)}; expected {expected}, with a batch of {spec.batch}."
-            )
+    def _check_cuda_tensor(self, images: Any) -> Any:
+        if images.device.index != self._ordinal:
+            here = f"cuda:{self._ordinal}"
+            raise SpecError(f"the images are on {images.device}, and the engine is on {here}. Use images.to({here!r}).")
+        check_tensor(images, self.input_spec)
+        check_shape(tuple(images.shape), self.input_spec)
         return images.detach().contiguous()
+
+
+def _built_for(manifest: Manifest) -> str:
+    """The compute capabilities that a bundle opens on, for a message."""
+    if manifest.requires.get("hardware_compatibility") == "ampere_plus":
+        return f"sm{AMPERE} or newer"
+    return manifest.requires.get("compute_capability", "any")
+
+
+def _opens_newer(built: str, here: str) -> bool:
+    """Whether a version-compatible plan of one version opens in another: the same major version, and not older."""
+    return version_key(here)[:1] == version_key(built)[:1] and version_key(here) >= version_key(built)
 
 
 def _is_cuda_tensor(images: object) -> bool:

@@ -1,8 +1,9 @@
 """The one door to TensorRT: 10.x, 11.x or TensorRT-RTX, and only what the three share.
 
 Shared: strongly typed networks, explicit TF32, optimization profiles, ``execute_async_v3`` and
-``set_tensor_address``. What one of them has alone is asked for with `has_compute_capabilities` and
-`set_where_known`, never assumed. Imports neither torch nor onnx: devices have neither.
+``set_tensor_address``. What one of them has alone (targets, hardware and version compatibility, timing
+caches) goes through `check_build_options` and the functions below it, and is never assumed: TensorRT-RTX
+has the names of all of them, and some do nothing. Imports neither torch nor onnx: devices have neither.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from typing import Any
 
 from deploykit.errors import DeployKitError, SpecError
 from deploykit.optional import installed_version, require
+from deploykit.spec import BuildOptions
 
-FLAVOURS = ("tensorrt_rtx", "tensorrt")
+RTX = "tensorrt_rtx"
+FLAVOURS = (RTX, "tensorrt")
 """The packages by preference: TensorRT-RTX builds with no GPU; full TensorRT comes with JetPack."""
 
 ENVIRONMENT = "DEPLOYKIT_TENSORRT"
@@ -94,48 +97,78 @@ def set_tf32(trt: Any, config: Any, *, on: bool) -> None:
     (config.set_flag if on else config.clear_flag)(trt.BuilderFlag.TF32)
 
 
-def has_compute_capabilities(config: Any) -> bool:
-    """Whether a build can be for another GPU than the one here: TensorRT-RTX alone."""
-    return hasattr(config, "set_compute_capability")
+def check_build_options(options: BuildOptions, target: str | None, flavour: str | None = None) -> None:
+    """Refuse what a flavour (None: the default one) does not do, before any work.
 
+    TensorRT-RTX 1.7 looks for a library that its wheel lacks when version compatibility is on, and says
+    of timing caches that they do nothing.
 
-def set_capability(trt: Any, config: Any, capability: str) -> bool:
-    """Build for ``sm86``; False where this package does not know it or refuses it."""
-    value = getattr(trt.ComputeCapability, capability.upper(), None)
-    if value is None:
-        return False
-    config.num_compute_capabilities = 1
-    return bool(config.set_compute_capability(value, 0))
-
-
-def set_where_known(trt: Any, config: Any, *, hardware: str, version_compatible: bool) -> str | None:
-    """Set hardware and version compatibility; returns what this package lacks, or None.
-
-    Args:
-        trt: the package.
-        config: the builder's.
-        hardware: a member of ``HardwareCompatibilityLevel`` in lower case; ``none`` for this GPU alone.
-        version_compatible: the plan opens in other versions of the same package too.
+    Raises:
+        SpecError: naming the option and what to do instead.
     """
-    if hardware != "none":
-        level = getattr(getattr(trt, "HardwareCompatibilityLevel", None), hardware.upper(), None)
-        if level is None or not hasattr(config, "hardware_compatibility_level"):
-            return f"hardware compatibility {hardware!r}"
-        config.hardware_compatibility_level = level
-    if version_compatible:
-        flag = getattr(trt.BuilderFlag, "VERSION_COMPATIBLE", None)
-        if flag is None:
-            return "version compatibility"
-        config.set_flag(flag)
+    flavour = flavour or default_flavour()
+    if flavour != RTX:
+        return
+    if options.version_compatible:
+        raise SpecError(
+            "version_compatible=True was given, and the TensorRT-RTX package carries no lean runtime, which such plans "
+            "need. Leave it out and export once a version, or with portable=True (--portable) for every version."
+        )
+    if options.timing_cache is not None:
+        raise SpecError(
+            f"timing_cache={options.timing_cache!r} was given, and TensorRT-RTX measures no kernels when it builds, so "
+            "that its timing caches are empty. Leave it out."
+        )
+    if options.hardware_compatibility == "ampere_plus" and target is not None:
+        raise SpecError(
+            f"hardware_compatibility='ampere_plus' and target={target!r} were both given, and a plan of TensorRT-RTX "
+            "is for one or the other. Leave one out."
+        )
+
+
+def set_gpus(trt: Any, config: Any, *, flavour: str, capability: str | None, hardware: str) -> str | None:
+    """Say which GPUs a plan is for; returns what this package refuses, or None.
+
+    TensorRT-RTX takes a compute capability; with none it builds for every GPU since Ampere. Full TensorRT
+    builds for the GPU here, and has hardware compatibility levels (a member of
+    ``HardwareCompatibilityLevel``, in lower case), which TensorRT-RTX takes and ignores.
+    """
+    if flavour == RTX:
+        if hardware == "ampere_plus":
+            return None
+        value = getattr(trt.ComputeCapability, (capability or "current").upper(), None)
+        if value is not None:
+            config.num_compute_capabilities = 1
+        return None if value is not None and config.set_compute_capability(value, 0) else f"target {capability}"
+    if hardware == "none":
+        return None
+    level = getattr(getattr(trt, "HardwareCompatibilityLevel", None), hardware.upper(), None)
+    if level is None:
+        return f"hardware compatibility {hardware!r}"
+    config.hardware_compatibility_level = level
+    return None
+
+
+def set_version_compatible(trt: Any, config: Any) -> str | None:
+    """Let newer versions open the plan; returns what this package lacks, or None."""
+    flag = getattr(trt.BuilderFlag, "VERSION_COMPATIBLE", None)
+    if flag is None:
+        return "version compatibility"
+    config.set_flag(flag)
     return None
 
 
 def use_timing_cache(config: Any, path: Path) -> Any:
-    """Attach the timing cache in a file (or an empty one) to a build; None where this package has none."""
-    if not hasattr(config, "create_timing_cache"):
-        return None
-    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-    return cache if cache is not None and config.set_timing_cache(cache, False) else None
+    """Attach the timing cache in a file to a build, or an empty one where TensorRT refuses it (another GPU or version).
+
+    Returns:
+        The cache, to be saved after the build; None where TensorRT takes none.
+    """
+    for content in (path.read_bytes() if path.is_file() else b"", b""):
+        cache = config.create_timing_cache(content)
+        if cache is not None and config.set_timing_cache(cache, False):
+            return cache
+    return None
 
 
 def _has(root: Any, dotted: str) -> bool:

@@ -32,6 +32,8 @@ SETTINGS_FILE = "tensorrt-build.json"
 """Where a portable bundle carries its `BuildSettings`."""
 
 PROGRESS_MARK = "@"
+NOT_WRITTEN = 3
+"""The builder's exit status where a file could not be written; the reason is the last line of its log."""
 
 _LOG_LINES = 12
 _KEPT_LINES = 400
@@ -57,7 +59,7 @@ class BuildSettings:
         quantize_layers: how many quantize and dequantize layers the graph has, by type.
         tf32: whether FP32 products may be rounded to TF32's 10 bits of mantissa.
         hardware_compatibility: ``none``, ``same_compute_capability`` or ``ampere_plus``.
-        version_compatible: the plan opens in other versions of the same package.
+        version_compatible: the plan opens in newer versions of the same package.
     """
 
     flavour: str
@@ -68,6 +70,18 @@ class BuildSettings:
     tf32: bool = False
     hardware_compatibility: str = "none"
     version_compatible: bool = False
+
+
+def requirements(settings: BuildSettings) -> dict[str, str]:
+    """What a plan is tied to or was made with, for the manifest's ``requires``."""
+    found = {"flavour": settings.flavour, "tf32": "on" if settings.tf32 else "off"}
+    if settings.capability is not None:
+        found["compute_capability"] = settings.capability
+    if settings.hardware_compatibility != "none":
+        found["hardware_compatibility"] = settings.hardware_compatibility
+    if settings.version_compatible:
+        found["version_compatible"] = "on"
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +215,13 @@ def _check(status: int | None, log: list[str], settings: BuildSettings, *, built
         )
     if status == 0 and built:
         return
-    what = settings.capability or "the GPU here"
+    everyone = settings.hardware_compatibility == "ampere_plus"
+    what = settings.capability or ("every GPU since Ampere" if everyone else "the GPU here")
+    if status == NOT_WRITTEN:
+        raise ExportError(
+            f"the TensorRT build for {what} could not write its file: {log[-1]}. Free some space there, or choose "
+            "another folder, and build again."
+        )
     if status < 0:
         hint = " Out of memory is the usual cause: free some, or try a smaller batch range." if status == -9 else ""
         raise ExportError(f"the TensorRT build for {what} crashed (signal {-status}).{hint}{tail}")

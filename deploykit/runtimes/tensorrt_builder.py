@@ -3,7 +3,7 @@
 ``python -m deploykit.runtimes.tensorrt_builder REQUEST.json``, where the request is a
 `BuildRequest`. TensorRT's warnings and errors go to stderr, one a line, after their severity;
 progress goes to stdout as lines of ``@`` and JSON. Without a ``plan`` the graph is only parsed. Exit
-status: 0 the request was met, 1 it was not.
+status: 0 the request was met, 1 it was not, `NOT_WRITTEN` a file could not be written.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from deploykit.runtimes import tensorrt_api as api
-from deploykit.runtimes.tensorrt_build import PROGRESS_MARK, BuildRequest, BuildSettings
+from deploykit.runtimes.tensorrt_build import NOT_WRITTEN, PROGRESS_MARK, BuildRequest, BuildSettings
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -56,10 +56,8 @@ def main(request_file: str) -> int:
     if plan is None:
         _say("no plan came out of the build")
         return 1
-    Path(request.plan).write_bytes(plan)
-    if cache is not None:
-        _save(Path(request.timing_cache), bytes(cache.serialize()))
-    return 0
+    files = {request.plan: plan} if cache is None else {request.plan: plan, request.timing_cache: cache.serialize()}
+    return 0 if all(_save(Path(file), content) for file, content in files.items()) else NOT_WRITTEN
 
 
 def quantize_layers(trt: Any, network: Any) -> dict[str, int]:
@@ -83,14 +81,15 @@ def _compare_layers(trt: Any, network: Any, settings: BuildSettings) -> str | No
 
 def _configure(trt: Any, builder: Any, config: Any, settings: BuildSettings) -> bool:
     api.set_tf32(trt, config, on=settings.tf32)
-    if api.has_compute_capabilities(config):
-        capability = settings.capability or "current"
-        if not api.set_capability(trt, config, capability):
-            _say(f"{settings.flavour} {trt.__version__} refuses the compute capability {capability}")
-            return False
-    absent = api.set_where_known(
-        trt, config, hardware=settings.hardware_compatibility, version_compatible=settings.version_compatible
+    absent = api.set_gpus(
+        trt,
+        config,
+        flavour=settings.flavour,
+        capability=settings.capability,
+        hardware=settings.hardware_compatibility,
     )
+    if absent is None and settings.version_compatible:
+        absent = api.set_version_compatible(trt, config)
     if absent is not None:
         _say(f"{settings.flavour} {trt.__version__} has no {absent}")
         return False
@@ -145,12 +144,19 @@ def _report(phase: str, step: int, steps: int) -> None:
         sys.stdout.flush()
 
 
-def _save(path: Path, content: bytes) -> None:
-    """Replace a file in one step: several builds may share a timing cache."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _save(path: Path, content: Any) -> bool:
+    """Write a file in one step: several builds may share a timing cache. False where it cannot be written."""
     staged = path.with_name(f"{path.name}.{os.getpid()}")
-    staged.write_bytes(content)
-    staged.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged.write_bytes(content)
+        staged.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            staged.unlink(missing_ok=True)
+        _say(f"{path.name}: {error.strerror or error}")
+        return False
+    return True
 
 
 def _die_with_parent() -> None:

@@ -10,6 +10,7 @@ import re
 import struct
 
 from deploykit.errors import IncompatibleEngine
+from deploykit.runtimes.tensorrt_api import RTX
 
 _RTX_MAGIC = b"vtrt"
 _RTX_HEADER = struct.Struct("<4s12xQ4B")
@@ -21,9 +22,11 @@ def check_plan(plan: bytes, flavour: str, version: str) -> None:
     Raises:
         IncompatibleEngine: truncated, not a plan, or another version's.
     """
-    if flavour != "tensorrt_rtx":
-        return
     again = "Copy the bundle again, or export it again for this machine."
+    if flavour != RTX:
+        if plan.startswith(_RTX_MAGIC):
+            raise IncompatibleEngine(f"the engine is a plan of TensorRT-RTX, and the manifest says {flavour}. {again}")
+        return
     if len(plan) < _RTX_HEADER.size or not plan.startswith(_RTX_MAGIC):
         raise IncompatibleEngine(
             f"the engine is no plan of TensorRT-RTX: it has {len(plan)} bytes and begins with {plan[:4]!r}; "

@@ -13,12 +13,14 @@ from deploykit.bundle import sha256_of, write_manifest, writing
 from deploykit.cache import EngineCache
 from deploykit.errors import BundleError
 from deploykit.runtimes import tensorrt_api as api
-from deploykit.runtimes.tensorrt_build import SETTINGS_FILE, BuildSettings, build_plan
+from deploykit.runtimes.tensorrt_build import SETTINGS_FILE, BuildSettings, build_plan, requirements
 
 if TYPE_CHECKING:
     from deploykit.bundle import Manifest
 
 PLAN_FILE = "model.plan"
+TIMING_CACHE = "tensorrt-timing.cache"
+"""Beside the plans, where the package measures kernels when it builds."""
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +66,17 @@ def local_plan(manifest: Manifest, folder: Path, identity: dict[str, str]) -> tu
             entry.parent,
         )
         with writing(entry) as staging:
-            build_plan(folder / manifest.engine, staging / PLAN_FILE, settings, progress=_log_step)
-            write_manifest(staging, _plan_manifest(manifest, settings, version, identity))
+            build_plan(
+                folder / manifest.engine,
+                staging / PLAN_FILE,
+                settings,
+                progress=_log_step,
+                timing_cache=None if settings.flavour == api.RTX else entry.parent / TIMING_CACHE,
+            )
+            write_manifest(staging, _plan_manifest(manifest, settings, version))
 
     entry = engines.get_or_build(key, build)
-    return _plan_manifest(manifest, settings, version, identity), entry
+    return _plan_manifest(manifest, settings, version), entry
 
 
 def _settings(manifest: Manifest, folder: Path, capability: str) -> BuildSettings:
@@ -81,16 +89,15 @@ def _settings(manifest: Manifest, folder: Path, capability: str) -> BuildSetting
             "Copy the bundle again, or export it again with portable=True."
         ) from error
     flavour = api.default_flavour()
-    return dataclasses.replace(carried, flavour=flavour, capability=capability if flavour == "tensorrt_rtx" else None)
+    return dataclasses.replace(carried, flavour=flavour, capability=capability)
 
 
-def _plan_manifest(manifest: Manifest, settings: BuildSettings, version: str, identity: dict[str, str]) -> Manifest:
-    requires = {"flavour": settings.flavour, "tf32": "on" if settings.tf32 else "off"}
+def _plan_manifest(manifest: Manifest, settings: BuildSettings, version: str) -> Manifest:
     return dataclasses.replace(
         manifest,
         engine=PLAN_FILE,
         runtime_version=version,
-        requires=requires | {"compute_capability": identity["compute_capability"]},
+        requires=requirements(settings),
         files={},
         status="built",
     )

@@ -17,9 +17,12 @@ def test_a_terminal_shows_the_stage_and_the_images(monkeypatch):
     with progress_module.export_progress() as progress:
         progress.stage("plan")
         progress.images(3, 8)
+        progress.step("Building engine from a network", 2, 5)
     shown = console.file.getvalue()
     assert "plan the precision" in shown
     assert "3/8" in shown
+    assert "Building engine from a network" in shown
+    assert "2/5" in shown
 
 
 def test_the_stages_are_those_of_the_pipeline():

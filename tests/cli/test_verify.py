@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from deploykit.bundle import read_manifest, write_manifest
+from deploykit.bundle import open_bundle, read_manifest, write_manifest
 
 
 @pytest.fixture
@@ -48,6 +48,36 @@ def _expect_other_numbers(folder):
     for name in ("manifest.json", "manifest.sha256"):
         (folder / name).unlink()
     write_manifest(folder, manifest)
+
+
+def _set_status(folder, status):
+    manifest = read_manifest(folder)
+    for name in ("manifest.json", "manifest.sha256"):
+        (folder / name).unlink()
+    write_manifest(folder, dataclasses.replace(manifest, status=status, seen_on={}))
+
+
+def test_what_is_seen_on_a_device_is_recorded_where_it_is_asked_for(call, copy):
+    _set_status(copy, "built")
+    told = call("verify", copy)
+    assert told.code == 0
+    assert told.out.splitlines()[-1].endswith(f"Next: deploykit verify {copy} --record")
+    assert read_manifest(copy).status == "built"
+    recorded = call("verify", copy, "--record")
+    assert recorded.code == 0
+    assert recorded.out.splitlines()[-1] == f"Next: deploykit run {copy} IMAGE"
+    manifest = open_bundle(copy)
+    assert manifest.status == "parity_checked"
+    assert manifest.seen_on["device"] == "cpu"
+    assert {"system", "processor", "onnxruntime"} < set(manifest.seen_on)
+    assert [path.name for path in copy.parent.iterdir()] == [copy.name]
+
+
+def test_an_engine_that_ran_outside_its_budget_is_recorded_as_executed(call, copy):
+    _expect_other_numbers(copy)
+    assert call("verify", copy, "--record").code == 1
+    assert open_bundle(copy).status == "executed"
+    assert "not all of its outputs are within the budget" in call("inspect", copy).out
 
 
 def test_debug_without_polygraphy_gives_the_pip_command_and_still_1(call, copy, monkeypatch):

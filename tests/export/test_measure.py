@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from deploykit import create_backbone
@@ -10,6 +11,7 @@ from deploykit.calibration.images import calibration_set, normalize
 from deploykit.errors import DeviceUnavailable
 from deploykit.export.measure import PARITY_IMAGES, measure, parity_images, torch_outputs
 from deploykit.export.to_onnxruntime import to_onnxruntime
+from deploykit.runtimes.base import machine
 from deploykit.spec import Fp32, InputSpec
 from tests.conftest_graphs import engine_of, photographs, reference, tiny_graph
 
@@ -71,16 +73,23 @@ def measured(manifest, folder, whole, precision=None, **changes):
 
 
 def test_an_engine_that_runs_is_compared_itself():
-    report, status = measured(*engine_of("onnxruntime"), whole=None)
-    assert status == "parity_checked"
+    report, seen = measured(*engine_of("onnxruntime"), whole=None)
+    assert seen.status == "parity_checked"
     assert [(level.name, level.measured_on) for level in report.levels] == [("stem", "engine"), ("stage1", "engine")]
     assert report.passed
     assert report.images == 4
+    assert seen.seen_on == machine() | {"device": "cpu", "onnxruntime": onnxruntime.__version__}
+
+
+def test_an_engine_that_runs_outside_its_budget_is_executed_and_no_more():
+    report, seen = measured(*engine_of("onnxruntime"), whole=None, precision=Fp32(min_sqnr_db=250))
+    assert not report.passed
+    assert seen.status == "executed"
 
 
 def test_levels_inside_an_engine_of_the_head_are_probed():
-    report, status = measured(*engine_of("onnxruntime", features_only=False), whole=tiny_graph())
-    assert status == "parity_checked"
+    report, seen = measured(*engine_of("onnxruntime", features_only=False), whole=tiny_graph())
+    assert seen.status == "parity_checked"
     assert [(level.name, level.measured_on) for level in report.levels] == [
         ("stem", "probe"),
         ("stage1", "probe"),
@@ -96,8 +105,9 @@ def test_where_the_device_is_absent_the_same_graph_is_compared_in_onnxruntime(wh
         raise DeviceUnavailable("no such device here")
 
     monkeypatch.setattr(OpenVINORuntime, "_open", absent)
-    report, status = measured(*engine_of("openvino"), whole=whole and whole())
-    assert status == "built"
+    report, seen = measured(*engine_of("openvino"), whole=whole and whole())
+    assert seen.status == "built"
+    assert seen.seen_on == machine()
     assert {level.measured_on for level in report.levels} == {"proxy: onnxruntime"}
     assert [level.name for level in report.levels] == ["stem", "stage1"]
     report.raise_for_failures()

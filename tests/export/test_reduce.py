@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from deploykit.errors import MissingDependency, ParityError
-from deploykit.export.reduce import reduce_model
+from deploykit.export.reduce import reduce_model, with_fixed_batch
 from deploykit.export.reduce_check import FAILS, UNKNOWN, WELL, CheckRequest, compare_runs, find_problem, values_of
 from deploykit.export.reduce_check import main as check_main
 
@@ -40,7 +40,7 @@ def test_equal_runs_pass():
     compare_runs({"one": VALUES, "other": {"a": VALUES["a"] * 1.0001}}, min_sqnr_db=40)
 
 
-def chain() -> onnx.ModelProto:
+def chain(batch: int | str = 1) -> onnx.ModelProto:
     """Eight products in a row."""
     weights = [np.random.default_rng(seed).normal(size=(8, 8)).astype(np.float32) / 3 for seed in range(8)]
     nodes, source = [], "images"
@@ -50,8 +50,8 @@ def chain() -> onnx.ModelProto:
     graph = helper.make_graph(
         nodes,
         "chain",
-        [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 4, 8])],
-        [helper.make_tensor_value_info(source, TensorProto.FLOAT, [1, 4, 8])],
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, [batch, 4, 8])],
+        [helper.make_tensor_value_info(source, TensorProto.FLOAT, [batch, 4, 8])],
         [numpy_helper.from_array(weight, f"w{index}") for index, weight in enumerate(weights)],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
@@ -98,9 +98,9 @@ def test_without_polygraphy_the_pip_command_is_given(tmp_path: Path, monkeypatch
         )
 
 
-def unsupported() -> onnx.ModelProto:
+def unsupported(batch: int | str) -> onnx.ModelProto:
     """The chain with an operator in its middle that TensorRT lacks and ONNX Runtime has."""
-    model = chain()
+    model = chain(batch)
     nodes = list(model.graph.node)
     nodes[4].input[0] = "odd"
     nodes[4:4] = [
@@ -111,11 +111,20 @@ def unsupported() -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
 
+def test_a_dynamic_batch_is_fixed_to_one_image_and_nothing_else_changes():
+    fixed = with_fixed_batch(chain("batch"))
+    values = (*fixed.graph.input, *fixed.graph.output)
+    assert [[dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values] == [[1, 4, 8], [1, 4, 8]]
+    assert [node.name for node in fixed.graph.node] == [node.name for node in chain().graph.node]
+    assert with_fixed_batch(chain(2)) == chain(2)
+
+
 @pytest.mark.slow
-def test_what_tensorrt_refuses_is_reduced_to_the_operator(tmp_path: Path):
+@pytest.mark.parametrize("batch", [1, "batch"], ids=["static", "dynamic"])
+def test_what_tensorrt_refuses_is_reduced_to_the_operator(batch: int | str, tmp_path: Path):
     for package in ("polygraphy", "onnx_graphsurgeon", "tensorrt_rtx"):
         pytest.importorskip(package, reason=f"{package} is not installed")
-    model = unsupported()
+    model = unsupported(batch)
     onnx.save(model, str(tmp_path / "model.onnx"))
     problem = reduce_model(
         tmp_path / "model.onnx", tmp_path / "out.onnx", images=IMAGES, runtime="tensorrt", min_sqnr_db=60

@@ -2,46 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnx
-import openvino
 import pytest
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
 
-from deploykit.calibration.plan import onnx_session
 from deploykit.export.tensorrt_linter import prepare
+from deploykit.export.to_tensorrt import to_portable_tensorrt
 from deploykit.parity.metrics import sqnr_db
 from deploykit.runtimes.base import FloatArray
-from tests.export.tensorrt_families import PRECISIONS, SMALL, Family, family
+from deploykit.runtimes.cuda_driver import cuda_capabilities
+from tests.conftest_graphs import manifest_of, open_engine, spec_of
+from tests.export.tensorrt_families import (
+    OWN_KERNELS,
+    PRECISIONS,
+    SMALL,
+    Family,
+    family,
+    in_onnxruntime,
+    in_openvino,
+)
 
 QUICK = ("mobilenet", "vit")
-AS_WRITTEN = {"LP_TRANSFORMS_MODE": "NO"}
-"""OpenVINO's own INT8 kernels skip roundings that the graph has: on ResNet-18 they lie 1.5 dB above it."""
-
-OWN_KERNELS = (("hybrid", "int8"), ("hybrid", "int8+fp16"), ("coatnet", "int8+fp16"), ("convnext", "int8+fp16"))
-"""What OpenVINO 2026.4 cannot compile as it is written (it crashes, or mixes f32 and f16), and can with its kernels."""
-
-FLOORS_DB = {"hybrid": 8.0}
-"""Below INT8's budget, which would refuse its export: with random weights, symmetric INT8 leaves 8.9 dB of it."""
-
-
-def in_onnxruntime(model: onnx.ModelProto, images: FloatArray) -> list[FloatArray]:
-    session = onnx_session(model, optimize=False)
-    runs = [session.run(None, {"images": image[None]}) for image in images]
-    return [np.concatenate(parts) for parts in zip(*runs, strict=True)]
-
-
-def in_openvino(model: onnx.ModelProto, images: FloatArray, settings: dict[str, str]) -> list[FloatArray]:
-    core = openvino.Core()
-    graph = core.read_model(model.SerializeToString())
-    compiled = core.compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32", **settings})
-    names = [output.name for output in model.graph.output]
-    ports = [next(port for port in compiled.outputs if name in port.names) for name in names]
-    runs = [compiled([image[None]]) for image in images]
-    return [np.concatenate([np.array(run[port]) for run in runs]) for port in ports]
 
 
 def figures(case: Family, outputs: list[FloatArray], names: tuple[str, ...]) -> np.ndarray:
@@ -56,11 +41,37 @@ def test_two_runtimes_agree_on_the_figure_of_every_level(name: str, precision: s
     case = family(name, photographs, dynamic=False)
     graph = case.graph(precision, features=True)
     model = prepare(graph.model)
-    settings = {} if (name, precision) in OWN_KERNELS else AS_WRITTEN
+    as_written = (name, precision) not in OWN_KERNELS
     here = figures(case, in_onnxruntime(model, case.images), case.levels)
-    there = figures(case, in_openvino(model, case.images, settings), case.levels)
+    there = figures(case, in_openvino(model, case.images, as_written=as_written), case.levels)
     assert np.abs(here - there).max() < 1.0
-    assert here.min() > FLOORS_DB.get(name, PRECISIONS[precision].min_sqnr_db)
+    assert here.min() > PRECISIONS[precision].min_sqnr_db
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not cuda_capabilities(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", SMALL)
+def test_the_plans_own_figure_is_within_1_db_of_the_proxys(
+    name: str, precision: str, photographs: Path, tmp_path: Path
+):
+    case = family(name, photographs, dynamic=False)
+    graph = case.graph(precision, features=True)
+    engine = to_portable_tensorrt(graph, tmp_path)
+    manifest = replace(
+        manifest_of("tensorrt", graph, engine),
+        backbone=replace(spec_of(features_only=True), name=name),
+        outputs=graph.outputs,
+    )
+    with open_engine(manifest, tmp_path) as model:
+        runs = [model(image[None]) for image in case.images]
+    found = [np.concatenate([run[level] for run in runs]) for level in case.levels]
+    budget = PRECISIONS[precision].min_sqnr_db
+    plan = figures(case, found, case.levels)
+    proxy = figures(case, in_onnxruntime(prepare(graph.model), case.images), case.levels)
+    assert plan.min() > budget
+    if precision.startswith("int8"):
+        assert np.abs(plan - proxy).max() < 1.0
 
 
 @pytest.mark.parametrize("name", QUICK)

@@ -23,7 +23,7 @@ from deploykit.export.to_tensorrt import to_portable_tensorrt, to_tensorrt
 from deploykit.parity.report import ParityReport
 from deploykit.runtimes.cuda_driver import cuda_capabilities
 from deploykit.runtimes.tensorrt_build import SETTINGS_FILE, BuildSettings, build_plan
-from deploykit.spec import InputSpec, Int8, TensorSpec
+from deploykit.spec import BuildOptions, InputSpec, Int8, TensorSpec
 from tests.conftest_graphs import tiny_graph
 from tests.export.tensorrt_forms import OUT, WEIGHT_INTEGERS, activation, integer_operator, weight
 from tests.export.tensorrt_forms import SIDE as FORM_SIDE
@@ -131,6 +131,23 @@ def test_a_crash_of_the_builder_is_an_error_with_its_log(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import resource
+
+    popen = subprocess.Popen
+
+    def limited(command: list[str], **options: object) -> object:
+        def limit() -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # a file of the builder gets no further
+
+        return popen(command, preexec_fn=limit, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr("deploykit.runtimes.tensorrt_build.subprocess.Popen", limited)
+    with pytest.raises(ExportError, match=r"could not write its file: .*plan: File too large\. Free some space"):
+        to_tensorrt(tiny_graph(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def is_running(process: int) -> bool:
     try:
         return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
@@ -203,6 +220,24 @@ def test_a_device_is_a_target_by_name(tmp_path: Path):
     assert engine.requires == {"compute_capability": "sm89", "flavour": "tensorrt_rtx", "tf32": "off"}
 
 
+def test_one_plan_is_for_every_gpu_since_ampere_where_that_is_asked_for(tmp_path: Path):
+    options = BuildOptions(hardware_compatibility="ampere_plus")
+    engine = to_tensorrt(tiny_graph(), tmp_path, options=options)
+    assert engine.requires == {"flavour": "tensorrt_rtx", "tf32": "off", "hardware_compatibility": "ampere_plus"}
+    one = tmp_path / "one"
+    one.mkdir()
+    to_tensorrt(tiny_graph(), one, target="sm86")
+    header = [(folder / "model.plan").read_bytes()[:48] for folder in (tmp_path, one)]
+    assert header[0] != header[1]
+
+
+def test_an_unfit_timing_cache_or_version_is_refused_before_the_build(tmp_path: Path):
+    for options in (BuildOptions(version_compatible=True), BuildOptions(timing_cache="t.cache")):
+        with pytest.raises(SpecError, match="was given"):
+            to_tensorrt(tiny_graph(), tmp_path, options=options)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_device_that_builds_for_itself_alone_is_told_so(tmp_path: Path):
     with pytest.raises(ExportError, match=r"'jetson-orin' is sm87.*--portable"):
         to_tensorrt(tiny_graph(), tmp_path, target="jetson-orin")
@@ -230,6 +265,8 @@ def test_full_tensorrt_without_a_gpu_says_what_builds_here(tmp_path: Path, monke
 
 # ---- through the whole of export
 
+AMPERE_PLUS = BuildOptions(hardware_compatibility="ampere_plus")
+
 
 @pytest.fixture(scope="module")
 def portable_bundle(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -252,10 +289,15 @@ def test_a_portable_bundle_claims_no_more_than_was_seen(portable_bundle: Path):
     assert (manifest.engine, manifest.runtime_version, manifest.target) == ("model.onnx", "any", None)
     assert SETTINGS_FILE in manifest.files
     assert "compute_capability" not in manifest.requires
-    if not cuda_capabilities():
+    measured_on = {level.measured_on for level in ParityReport.load(portable_bundle / "parity.json").levels}
+    if cuda_capabilities():
+        assert manifest.status == "parity_checked"
+        assert manifest.seen_on["gpu"]
+        assert measured_on == {"probe", "engine"}
+    else:
         assert manifest.status == "built"
-        report = ParityReport.load(portable_bundle / "parity.json")
-        assert {level.measured_on for level in report.levels} == {"proxy: onnxruntime"}
+        assert "device" not in manifest.seen_on
+        assert measured_on == {"proxy: onnxruntime"}
 
 
 @pytest.mark.skipif(bool(cuda_capabilities()), reason="there is a CUDA device")
@@ -271,6 +313,10 @@ def test_a_portable_bundle_does_not_open_without_a_gpu(portable_bundle: Path):
         ({"runtime": "tensorrt", "portable": True, "target": "sm89"}, r"portable=True and target='sm89' were both"),
         ({"runtime": "onnxruntime", "precision": Int8(float_dtype="fp16")}, "no int8 with fp16 beside it; it has fp32"),
         ({"runtime": "tensorrt", "target": "rtx-4091"}, "Did you mean 'rtx-4090'"),
+        ({"runtime": "openvino", "build_options": AMPERE_PLUS}, "builds for openvino have no such options"),
+        ({"runtime": "tensorrt", "build_options": AMPERE_PLUS, "portable": True}, "portable=True and BuildOptions"),
+        ({"runtime": "tensorrt", "build_options": AMPERE_PLUS, "target": "sm89"}, "'ampere_plus' and target='sm89'"),
+        ({"runtime": "tensorrt", "build_options": BuildOptions(version_compatible=True)}, "no lean runtime"),
     ],
 )
 def test_what_a_runtime_lacks_is_refused_before_any_work(options: dict[str, object], message: str, tmp_path: Path):

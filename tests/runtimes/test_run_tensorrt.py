@@ -29,6 +29,7 @@ from deploykit.runtimes import run_tensorrt, tensorrt_api
 from deploykit.runtimes.cuda_driver import cuda_capabilities, gpu_identity
 from deploykit.runtimes.run_tensorrt import TensorRTRuntime
 from deploykit.runtimes.tensorrt_build import SETTINGS_FILE
+from deploykit.runtimes.tensorrt_plan import check_plan
 from deploykit.runtimes.tensorrt_portable import local_plan
 from tests.conftest_graphs import engine_of, manifest_of, open_engine, photographs, reference, sqnr_db, tiny_graph
 
@@ -66,6 +67,37 @@ def test_a_gpu_without_a_torch_that_can_use_it_is_a_missing_dependency(monkeypat
     monkeypatch.setattr(run_tensorrt, "cuda_capabilities", lambda: ("sm86",))
     with pytest.raises(MissingDependency, match="cuda-python"):
         open_engine(*engine_of("tensorrt"))
+
+
+def test_a_plan_for_every_gpu_since_ampere_is_refused_by_an_older_one_alone(monkeypatch: pytest.MonkeyPatch):
+    manifest, folder = engine_of("tensorrt")
+    portable = {key: value for key, value in manifest.requires.items() if key != "compute_capability"}
+    manifest = dataclasses.replace(manifest, requires=portable | {"hardware_compatibility": "ampere_plus"})
+    monkeypatch.setattr(run_tensorrt, "cuda_capabilities", lambda: ("sm75",))
+    with pytest.raises(IncompatibleEngine, match="for compute capability sm80 or newer and the GPU here has sm75"):
+        open_engine(manifest, folder)
+    for capability in ("sm80", "sm121"):
+        monkeypatch.setattr(run_tensorrt, "cuda_capabilities", lambda capability=capability: (capability,))
+        other = dataclasses.replace(manifest, files={manifest.engine: FileRecord(size=1, sha256="0" * 64)})
+        with pytest.raises(IncompatibleEngine, match="SHA-256 differs"):  # the check behind
+            open_engine(other, folder)
+
+
+@pytest.mark.parametrize(
+    ("built", "here", "opens"),
+    [("10.3.0", "10.3.0", True), ("10.3.0", "10.13.2", True), ("10.3.0", "10.2.9", False), ("10.3.0", "11.0", False)],
+)
+def test_a_version_compatible_plan_opens_in_newer_versions_of_its_major(
+    built: str, here: str, opens: bool, monkeypatch: pytest.MonkeyPatch
+):
+    manifest, folder = engine_of("tensorrt")
+    requires = manifest.requires | {"flavour": "tensorrt", "version_compatible": "on"}
+    compatible = dataclasses.replace(manifest, runtime_version=built, requires=requires)
+    monkeypatch.setattr(tensorrt_api, "installed_flavours", lambda: ("tensorrt",))
+    monkeypatch.setattr(tensorrt_api, "flavour_version", lambda flavour: here)
+    monkeypatch.setattr(run_tensorrt, "cuda_capabilities", lambda: ())
+    with pytest.raises(DeviceUnavailable if opens else IncompatibleEngine):
+        open_engine(compatible, folder)
 
 
 def test_another_version_is_refused_before_the_device_is_looked_for():
@@ -132,6 +164,12 @@ def test_a_damaged_or_foreign_plan_never_reaches_tensorrt(damage, message, tmp_p
     (tmp_path / manifest.engine).write_bytes(damage((folder / manifest.engine).read_bytes()))
     with pytest.raises(IncompatibleEngine, match=message):
         open_engine(manifest, tmp_path)
+
+
+def test_a_plan_of_tensorrt_rtx_never_reaches_full_tensorrt():
+    manifest, folder = engine_of("tensorrt")
+    with pytest.raises(IncompatibleEngine, match="a plan of TensorRT-RTX, and the manifest says tensorrt"):
+        check_plan((folder / manifest.engine).read_bytes(), "tensorrt", "10.13.2")
 
 
 @pytest.mark.usefixtures("gpu_in_name")
@@ -287,6 +325,29 @@ def test_a_plan_gives_torchs_numbers_for_every_batch(plan_here, count: int):
     with open_engine(*plan_here) as model:
         for expected, actual in zip(reference(images), model(images).values(), strict=True):
             assert sqnr_db(expected, actual) >= 100
+
+
+@pytest.mark.gpu
+@gpu
+def test_a_batch_beyond_the_profile_is_refused_and_the_model_goes_on(plan_here):
+    with open_engine(*plan_here) as model:
+        with pytest.raises(SpecError, match="9"):
+            model(photographs(9))
+        with pytest.raises(SpecError, match="9"):
+            model(torch.from_numpy(photographs(9)).cuda())
+        images = photographs(2)
+        for expected, actual in zip(reference(images), model(images).values(), strict=True):
+            assert sqnr_db(expected, actual) >= 100
+
+
+@pytest.mark.gpu
+@gpu
+def test_the_manifest_can_say_on_which_gpu_a_plan_ran(plan_here):
+    with open_engine(*plan_here) as model:
+        seen = model.seen_on()
+    assert seen["compute_capability"] == cuda_capabilities()[0]
+    assert seen["gpu"]
+    assert seen["tensorrt_rtx"] == tensorrt_api.flavour_version("tensorrt_rtx")
 
 
 @pytest.mark.gpu

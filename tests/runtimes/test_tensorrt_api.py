@@ -8,6 +8,7 @@ import pytest
 
 from deploykit.errors import DeployKitError, SpecError
 from deploykit.runtimes import tensorrt_api as api
+from deploykit.spec import BuildOptions
 
 
 def test_importing_it_imports_no_torch_no_onnx_and_no_tensorrt():
@@ -67,15 +68,70 @@ def test_tf32_is_what_was_said(config):
 
 def test_every_capability_in_the_table_is_one_that_the_package_has(config):
     trt, _, settings = config
-    assert api.has_compute_capabilities(settings)
-    assert all(api.set_capability(trt, settings, name) for name in api.RTX_CAPABILITIES)
-    assert not api.set_capability(trt, settings, "sm87")
+    for name in api.RTX_CAPABILITIES:
+        assert api.set_gpus(trt, settings, flavour=api.RTX, capability=name, hardware="none") is None
+        assert settings.get_compute_capability(0) == getattr(trt.ComputeCapability, name.upper())
+    assert api.set_gpus(trt, settings, flavour=api.RTX, capability="sm87", hardware="none") == "target sm87"
+
+
+def test_every_gpu_since_ampere_is_what_tensorrt_rtx_builds_for_by_itself(config):
+    trt, _, settings = config
+    assert api.set_gpus(trt, settings, flavour=api.RTX, capability=None, hardware="ampere_plus") is None
+    assert settings.num_compute_capabilities == 0
+
+
+def test_tensorrt_rtx_takes_a_hardware_level_and_ignores_it(config):
+    trt, _, settings = config
+    settings.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    assert settings.hardware_compatibility_level == trt.HardwareCompatibilityLevel.NONE
+
+
+def test_full_tensorrt_is_told_its_hardware_level_and_version_compatibility(config):
+    trt, _, settings = config
+    told = types.SimpleNamespace()
+    assert api.set_gpus(trt, told, flavour="tensorrt", capability="sm86", hardware="none") is None
+    assert not vars(told)
+    assert api.set_gpus(trt, told, flavour="tensorrt", capability="sm86", hardware="ampere_plus") is None
+    assert told.hardware_compatibility_level == trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    assert api.set_version_compatible(trt, settings) is None
+    assert settings.get_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
 
 
 def test_what_a_package_lacks_is_named():
     bare = types.SimpleNamespace(BuilderFlag=types.SimpleNamespace())
-    lacks = api.set_where_known(bare, object(), hardware="ampere_plus", version_compatible=False)
+    lacks = api.set_gpus(bare, object(), flavour="tensorrt", capability=None, hardware="ampere_plus")
     assert lacks == "hardware compatibility 'ampere_plus'"
-    assert api.set_where_known(bare, object(), hardware="none", version_compatible=True) == "version compatibility"
-    assert api.set_where_known(bare, object(), hardware="none", version_compatible=False) is None
-    assert not api.has_compute_capabilities(object())
+    assert api.set_version_compatible(bare, object()) == "version compatibility"
+
+
+@pytest.mark.parametrize(
+    ("options", "target", "message"),
+    [
+        (BuildOptions(version_compatible=True), None, "no lean runtime.*--portable"),
+        (BuildOptions(timing_cache="t.cache"), None, "'t.cache' was given.*measures no kernels"),
+        (BuildOptions(hardware_compatibility="ampere_plus"), "sm89", "target='sm89' were both given"),
+    ],
+)
+def test_what_tensorrt_rtx_does_not_do_is_refused_and_full_tensorrt_takes_it(options, target, message):
+    with pytest.raises(SpecError, match=message):
+        api.check_build_options(options, target, api.RTX)
+    api.check_build_options(options, target, "tensorrt")
+
+
+def test_a_timing_cache_that_tensorrt_refuses_is_begun_anew(tmp_path):
+    class Config:
+        """A builder's config that takes an empty timing cache alone."""
+
+        def create_timing_cache(self, content: bytes) -> bytes:
+            return b"new" if content == b"" else content
+
+        def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
+            assert not ignore_mismatch
+            return cache in (b"new", b"of this GPU")
+
+    file = tmp_path / "timing.cache"
+    assert api.use_timing_cache(Config(), file) == b"new"
+    file.write_bytes(b"of this GPU")
+    assert api.use_timing_cache(Config(), file) == b"of this GPU"
+    file.write_bytes(b"of another GPU")
+    assert api.use_timing_cache(Config(), file) == b"new"
