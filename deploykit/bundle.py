@@ -55,6 +55,7 @@ class Manifest:
     ``engine`` is the file that the runtime opens. ``requires`` is what the engine is tied to
     beyond ``runtime_version`` (a compute capability, an instruction set). ``status`` is the most
     that was seen of the engine: ``built``, ``executed``, or ``parity_checked`` against torch.
+    ``compiler`` is what the runtime's compiler chose by measuring, and what each choice cost.
     ``speedup`` is the FP32 engine's time over this one's on the machine that exported it; None: not timed.
     """
 
@@ -73,6 +74,7 @@ class Manifest:
     weights_digest: str
     calibration_digest: str | None = None
     fusions: dict[str, int] = field(default_factory=dict)
+    compiler: dict[str, str] = field(default_factory=dict)
     speedup: float | None = None
     tools: dict[str, str] = field(default_factory=dict)
     files: dict[str, FileRecord] = field(default_factory=dict)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from deploykit.errors import SpecError, nearest
 from deploykit.graph import Graph
 
 __all__ = [
+    "INDUCTOR_MODES",
     "LOWERINGS",
     "PORTABLE_LOWERINGS",
     "TARGETS",
@@ -51,10 +52,21 @@ TENSORRT_DEVICES: dict[str, str] = {
 }
 """The CUDA compute capability of devices by name, from NVIDIA's table (developer.nvidia.com/cuda-gpus)."""
 
+INDUCTOR_MODES: dict[str, dict[str, Any]] = {
+    "onednn": {},
+    "templates": {"max_autotune": True, "max_autotune_gemm_backends": "CPP"},
+    "autotuned": {"max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"},
+}
+"""Inductor's settings in each mode, beside frozen weights, which all have. They differ in float matrix products
+alone: oneDNN's kernels; inductor's own C++ templates, into which what follows is fused; or the faster of the
+two for each product, timed alone while it compiles.
+"""
+
 TARGETS: dict[str, tuple[str, ...]] = {
+    "torch_compile": tuple(INDUCTOR_MODES),
     "tensorrt": (*sorted(set(TENSORRT_DEVICES.values()), key=lambda name: int(name[2:])), *TENSORRT_DEVICES),
 }
-"""What an engine can be built for, in the runtimes that have targets: compute capabilities and devices."""
+"""What an engine can be built for, in the runtimes that have targets: capabilities and devices; inductor's modes."""
 
 
 def check_portable(runtime: str, target: str | None) -> None:
@@ -91,12 +103,16 @@ def check_target(runtime: str, target: str | None) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """An engine file, by its name in the folder, and what it is tied to."""
+    """An engine file, by its name in the folder, and what it is tied to.
+
+    ``compiler`` is what its compiler chose by measuring, where it did.
+    """
 
     file: str
     runtime_version: str
     requires: dict[str, str] = field(default_factory=dict)
     tools: dict[str, str] = field(default_factory=dict)
+    compiler: dict[str, str] = field(default_factory=dict)
 
 
 class Lowering(Protocol):

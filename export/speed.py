@@ -82,15 +82,19 @@ def check_speedup(report: SpeedReport | None, runtime: str) -> None:
 
 
 def time_in_turns(models: Sequence[Runtime], images: ImageArray) -> tuple[list[float], int]:
-    """The median milliseconds of a call of each model, called in turns on one batch, and the rounds it took.
+    """The median milliseconds of a call of each model, called in turns on one batch, and the rounds it took."""
+    return time_calls([_call(model, images) for model in models])
+
+
+def time_calls(calls: Sequence[Callable[[], object]]) -> tuple[list[float], int]:
+    """The median milliseconds of each call, made in turns, and the rounds it took.
 
     Before each call there is a pause, and a call that is not timed: a runtime's threads wait actively for a
     while after a call, and would take a core from the next model.
     """
-    calls: list[Callable[[], object]] = [_call(model, images) for model in models]
-    for call in calls * 2:
+    for call in (*calls, *calls):
         call()
-    times: list[list[float]] = [[] for _ in models]
+    times: list[list[float]] = [[] for _ in calls]
     start = perf_counter()
     while len(times[0]) < ROUNDS and (len(times[0]) < LEAST_ROUNDS or perf_counter() - start < SECONDS):
         for call, taken in zip(calls, times, strict=True):

@@ -36,7 +36,7 @@ class InductorRuntime(Runtime):
             )
         _check_tie(self.manifest.requires)
         self._torch = require("torch")
-        self._loader: Any = _load(engine)
+        self._loader: Any = load_package(engine)
         _check_outputs(self._torch, self._loader, self._output_names, engine)
         return name
 
@@ -82,8 +82,12 @@ def _check_tie(requires: dict[str, str]) -> None:
         )
 
 
-def _load(engine: Path) -> Any:
-    """The package's loader; its ``run`` takes and gives flat lists of tensors."""
+def load_package(engine: Path) -> Any:
+    """The package's loader; its ``run`` takes and gives flat lists of tensors.
+
+    Raises:
+        BundleError: it is no package, or one that cannot be read.
+    """
     if not zipfile.is_zipfile(engine):
         raise BundleError(
             f"{engine.name} is missing or is not an AOTInductor package (a ZIP archive). "

@@ -1,0 +1,118 @@
+"""Inductor's modes on a CPU: which there are, when they differ, and which was the fastest here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from deploykit.cache import default_root
+from deploykit.export.lowering import INDUCTOR_MODES
+from deploykit.export.speed import time_calls
+from deploykit.optional import require
+from deploykit.runtimes.run_inductor import machine_tie
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.export import ExportedProgram
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MODE = "onednn"
+MEASURED: tuple[str, ...] = ("onednn", "templates")
+"""The modes that are compiled and timed where no mode was asked for and they can differ."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModeChoice:
+    """The mode of a package, and the milliseconds a call of each mode measured: none where nothing was."""
+
+    mode: str
+    milliseconds: dict[str, float]
+
+    def as_text(self) -> dict[str, str]:
+        """For the manifest: the mode, and what each cost."""
+        return {"mode": self.mode} | {f"{mode}_ms": f"{taken:.3f}" for mode, taken in self.milliseconds.items()}
+
+
+class ModeMemory:
+    """Choices made before on this machine, one small file each.
+
+    Args:
+        root: the folder; None: ``inductor-modes`` beside the engine cache's folder.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = root if root is not None else default_root() / "inductor-modes"
+
+    def recall(self, key: str) -> ModeChoice | None:
+        """The choice under ``key``; None where there is none, or none that can be read."""
+        try:
+            choice = msgspec.json.decode((self.root / f"{key}.json").read_bytes(), type=ModeChoice)
+        except (OSError, msgspec.MsgspecError):
+            return None
+        return choice if choice.mode in INDUCTOR_MODES else None
+
+    def keep(self, key: str, choice: ModeChoice) -> None:
+        """Write a choice, whole or not at all; where the folder cannot be written, a log line says so."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.root, delete=False) as scratch:
+                scratch.write(msgspec.json.encode(choice))
+            Path(scratch.name).replace(self.root / f"{key}.json")
+        except OSError as error:
+            logger.warning("The mode is not remembered, because %s cannot be written: %s", self.root, error)
+
+
+def candidates(program: ExportedProgram) -> tuple[str, ...]:
+    """The modes worth timing for a program: the default alone where no other can differ."""
+    return MEASURED if float_products(program) else (DEFAULT_MODE,)
+
+
+def float_products(program: ExportedProgram) -> list[tuple[str, str, str]]:
+    """Input shape, weight shape and dtype of each float matrix product of many rows an image, sorted.
+
+    A product of one row an image reads its weight once and is bound by memory, however it is written.
+    """
+    return sorted(
+        (str(tuple(source.shape)), str(tuple(weight.shape)), str(weight.dtype))
+        for source, weight in _products(program)
+        if source.dim() > 2 and prod(int(side) for side in source.shape[1:-1]) > 1
+    )
+
+
+def _products(program: ExportedProgram) -> list[tuple[Tensor, Tensor]]:
+    linear = require("torch").ops.aten.linear.default
+    nodes: list[Any] = [node for node in program.graph.nodes if node.target == linear]
+    return [(node.args[0].meta["val"], node.args[1].meta["val"]) for node in nodes if node.args[1].op == "placeholder"]
+
+
+def memory_key(program: ExportedProgram) -> str:
+    """The digest of what decides a choice: the products, torch, the processor's instructions, threads, the modes.
+
+    Outputs are no part of it, so a part of a network and the whole share one choice.
+    """
+    torch = require("torch")
+    parts = {
+        "products": float_products(program),
+        "torch": str(torch.__version__),
+        "machine": machine_tie(),
+        "threads": torch.get_num_threads(),
+        "modes": {mode: INDUCTOR_MODES[mode] for mode in MEASURED},
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def fastest(calls: Mapping[str, Callable[[], object]]) -> ModeChoice:
+    """The mode whose call takes the least time, called in turns with the others."""
+    medians, _ = time_calls(list(calls.values()))
+    milliseconds = {mode: round(taken, 3) for mode, taken in zip(calls, medians, strict=True)}
+    return ModeChoice(mode=min(milliseconds, key=milliseconds.__getitem__), milliseconds=milliseconds)
