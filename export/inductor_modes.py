@@ -1,4 +1,4 @@
-"""Inductor's modes on a CPU: which there are, when they differ, and which was the fastest here."""
+"""Which of inductor's modes is the fastest for a network on this machine: measured once, and remembered."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import logging
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +20,12 @@ from deploykit.optional import require
 from deploykit.runtimes.run_inductor import machine_tie
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from torch.export import ExportedProgram
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODE = "onednn"
-MEASURED: tuple[str, ...] = ("onednn", "templates")
-"""The modes that are compiled and timed where no mode was asked for and they can differ."""
+"""The mode where none was asked for and none is remembered: the fastest in each network measured so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,43 +69,34 @@ class ModeMemory:
             logger.warning("The mode is not remembered, because %s cannot be written: %s", self.root, error)
 
 
-def candidates(program: ExportedProgram) -> tuple[str, ...]:
-    """The modes worth timing for a program: the default alone where no other can differ."""
-    return MEASURED if float_products(program) else (DEFAULT_MODE,)
-
-
-def float_products(program: ExportedProgram) -> list[tuple[str, str, str]]:
-    """Input shape, weight shape and dtype of each float matrix product of many rows an image, sorted.
-
-    A product of one row an image reads its weight once and is bound by memory, however it is written.
-    """
-    return sorted(
-        (str(tuple(source.shape)), str(tuple(weight.shape)), str(weight.dtype))
-        for source, weight in _products(program)
-        if source.dim() > 2 and prod(int(side) for side in source.shape[1:-1]) > 1
-    )
-
-
-def _products(program: ExportedProgram) -> list[tuple[Tensor, Tensor]]:
-    linear = require("torch").ops.aten.linear.default
-    nodes: list[Any] = [node for node in program.graph.nodes if node.target == linear]
-    return [(node.args[0].meta["val"], node.args[1].meta["val"]) for node in nodes if node.args[1].op == "placeholder"]
-
-
 def memory_key(program: ExportedProgram) -> str:
-    """The digest of what decides a choice: the products, torch, the processor's instructions, threads, the modes.
+    """The digest of what decides a choice: the work, torch, the processor's instructions, threads, the modes.
 
-    Outputs are no part of it, so a part of a network and the whole share one choice.
+    Outputs are no part of it, so a network and a part of it with the same work share one choice.
     """
     torch = require("torch")
     parts = {
-        "products": float_products(program),
+        "work": weighted_work(program),
         "torch": str(torch.__version__),
         "machine": machine_tie(),
         "threads": torch.get_num_threads(),
-        "modes": {mode: INDUCTOR_MODES[mode] for mode in MEASURED},
+        "modes": INDUCTOR_MODES,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def weighted_work(program: ExportedProgram) -> list[tuple[str, ...]]:
+    """Every convolution and linear, sorted: operator, shapes of input and weight, dtype, and what gives the weight."""
+    aten = require("torch").ops.aten
+    operators = {aten.conv2d.default, aten.conv2d.padding, aten.linear.default}
+    nodes: list[Any] = [node for node in program.graph.nodes if node.target in operators]
+    return sorted(_described(node) for node in nodes)
+
+
+def _described(node: Any) -> tuple[str, ...]:
+    source, weight = (operand.meta["val"] for operand in node.args[:2])
+    restored = "" if node.args[1].op == "placeholder" else str(node.args[1].target)  # of INT8, a dequantization
+    return (str(node.target), str(tuple(source.shape)), str(tuple(weight.shape)), str(weight.dtype), restored)
 
 
 def fastest(calls: Mapping[str, Callable[[], object]]) -> ModeChoice:

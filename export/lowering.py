@@ -10,6 +10,7 @@ from deploykit.errors import SpecError, nearest
 from deploykit.graph import Graph
 
 __all__ = [
+    "FASTEST_MODE",
     "INDUCTOR_MODES",
     "LOWERINGS",
     "PORTABLE_LOWERINGS",
@@ -54,16 +55,19 @@ TENSORRT_DEVICES: dict[str, str] = {
 
 INDUCTOR_MODES: dict[str, dict[str, Any]] = {
     "onednn": {},
+    "mkl": {"cpp.weight_prepack": False},
     "templates": {"max_autotune": True, "max_autotune_gemm_backends": "CPP"},
     "autotuned": {"max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"},
 }
-"""Inductor's settings in each mode, beside frozen weights, which all have. They differ in float matrix products
-alone: oneDNN's kernels; inductor's own C++ templates, into which what follows is fused; or the faster of the
-two for each product, timed alone while it compiles.
+"""Inductor's settings in each mode, beside frozen weights, which all have. Matrix products in float run in oneDNN
+with packed weights; in MKL with plain ones; in inductor's own C++ templates, into which what follows is fused;
+or in whichever of oneDNN and templates is faster for each product alone.
 """
+FASTEST_MODE = "fastest"
+"""The target that stands for the mode that takes the least time on this machine."""
 
 TARGETS: dict[str, tuple[str, ...]] = {
-    "torch_compile": tuple(INDUCTOR_MODES),
+    "torch_compile": (FASTEST_MODE, *INDUCTOR_MODES),
     "tensorrt": (*sorted(set(TENSORRT_DEVICES.values()), key=lambda name: int(name[2:])), *TENSORRT_DEVICES),
 }
 """What an engine can be built for, in the runtimes that have targets: capabilities and devices; inductor's modes."""

@@ -13,6 +13,7 @@ from time import perf_counter, sleep
 import onnx
 
 from deploykit.errors import ExportError
+from deploykit.export.inductor_kernels import left_in_float
 from deploykit.optional import require
 from deploykit.runtimes.base import ImageArray, Runtime
 from deploykit.runtimes.run_onnxruntime import KEEP_FLOAT_WEIGHTS
@@ -133,5 +134,8 @@ def left_in_onnxruntime(engine: Path) -> dict[str, int]:
     return {operator: count for operator, count in sorted(found.items()) if count}
 
 
-LEFT_IN_FLOAT: dict[str, Callable[[Path], dict[str, int]]] = {"onnxruntime": left_in_onnxruntime}
-"""The runtimes whose optimized graph can be read."""
+LEFT_IN_FLOAT: dict[str, Callable[[Path], dict[str, int]]] = {
+    "onnxruntime": left_in_onnxruntime,
+    "torch_compile": left_in_float,
+}
+"""The runtimes whose optimized graph, or generated code, can be read."""

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploykit.errors import ExportError
-from deploykit.export.inductor_modes import ModeChoice, ModeMemory, candidates, fastest, memory_key
-from deploykit.export.lowering import INDUCTOR_MODES, Engine, Graph
+from deploykit.export.inductor_modes import DEFAULT_MODE, ModeChoice, ModeMemory, fastest, memory_key
+from deploykit.export.lowering import FASTEST_MODE, INDUCTOR_MODES, Engine, Graph
 from deploykit.optional import installed_version, require
 from deploykit.runtimes.run_inductor import load_package, machine_tie
 from deploykit.spec import InputSpec
@@ -32,8 +32,8 @@ def to_inductor(graph: Graph, folder: Path, *, target: str | None = None) -> Eng
     Args:
         graph: with a program.
         folder: where the package goes; nothing is left there when the compilation fails.
-        target: one of `INDUCTOR_MODES`. None: the one that was the fastest here for such products, measured
-            once and remembered; where the modes do not differ, `DEFAULT_MODE`.
+        target: one of `INDUCTOR_MODES`; or `FASTEST_MODE`: all of them are compiled and timed in turns, once for
+            a network, and the choice is remembered. None: the remembered one, or else `DEFAULT_MODE`.
 
     Raises:
         ExportError: the graph has no program, there is no C++ compiler, or the compilation failed.
@@ -46,11 +46,11 @@ def to_inductor(graph: Graph, folder: Path, *, target: str | None = None) -> Eng
         )
     _check_compiler()
     with tempfile.TemporaryDirectory(prefix="deploykit-inductor-") as staging:
-        if target is None:
-            package, choice = _fastest_package(graph, graph.program, Path(staging))
-        else:
-            package = _compile(graph.program, Path(staging), target)
+        if target in INDUCTOR_MODES:
             choice = ModeChoice(mode=target, milliseconds={})
+            package = _compile(graph.program, Path(staging), target)
+        else:
+            package, choice = _chosen_package(graph, graph.program, Path(staging), measure=target == FASTEST_MODE)
         shutil.copyfile(package, folder / "model.pt2")
     torch_version = installed_version("torch") or "unknown"
     return Engine(
@@ -62,19 +62,17 @@ def to_inductor(graph: Graph, folder: Path, *, target: str | None = None) -> Eng
     )
 
 
-def _fastest_package(graph: Graph, program: ExportedProgram, staging: Path) -> tuple[Path, ModeChoice]:
-    """The package of the remembered mode, or of the fastest one, which is then remembered."""
-    modes = candidates(program)
-    if len(modes) == 1:
-        return _compile(program, staging, modes[0]), ModeChoice(mode=modes[0], milliseconds={})
+def _chosen_package(graph: Graph, program: ExportedProgram, staging: Path, *, measure: bool) -> tuple[Path, ModeChoice]:
+    """The package of the remembered mode; else of the fastest, which is then remembered, or of the default."""
     memory, key = ModeMemory(), memory_key(program)
-    known = memory.recall(key)
-    if known is not None:
-        return _compile(program, staging, known.mode), known
-    packages = {mode: _compile(program, staging, mode) for mode in modes}
-    choice = fastest({mode: _call(package, graph.input) for mode, package in packages.items()})
-    memory.keep(key, choice)
-    return packages[choice.mode], choice
+    choice = memory.recall(key)
+    if choice is None and measure:
+        packages = {mode: _compile(program, staging, mode) for mode in INDUCTOR_MODES}
+        choice = fastest({mode: _call(package, graph.input) for mode, package in packages.items()})
+        memory.keep(key, choice)
+        return packages[choice.mode], choice
+    choice = choice or ModeChoice(mode=DEFAULT_MODE, milliseconds={})
+    return _compile(program, staging, choice.mode), choice
 
 
 def _call(package: Path, spec: InputSpec) -> Callable[[], object]:
@@ -93,7 +91,8 @@ def _compile(program: ExportedProgram, staging: Path, mode: str) -> Path:
         ExportError: the compilation failed.
     """
     torch = require("torch")
-    package = staging / f"{mode}.pt2"
+    package = staging / mode / "model.pt2"  # the file's name is also a name inside it
+    package.parent.mkdir()
     try:
         with _quiet(), torch.no_grad():
             torch._inductor.aoti_compile_and_package(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import platform
-import warnings
 import zipfile
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -93,21 +91,13 @@ def load_package(engine: Path) -> Any:
             f"{engine.name} is missing or is not an AOTInductor package (a ZIP archive). "
             "Export the bundle again, or copy it again."
         )
-    from torch._inductor import aoti_load_package
-
-    log = logging.getLogger("torch._inductor.package.package")
-    level = log.level
-    log.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", category=FutureWarning)
-            return aoti_load_package(str(engine)).loader
-    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        # What aoti_load_package() makes, without importing the compiler, which takes longer than to load.
+        return require("torch")._C._aoti.AOTIModelPackageLoader(str(engine), "model", False, 1, -1)
+    except (RuntimeError, OSError, ValueError) as error:
         raise BundleError(
             f"{engine.name} is not a readable AOTInductor package ({error}). Export the bundle again, or copy it again."
         ) from error
-    finally:
-        log.setLevel(level)
 
 
 def _check_outputs(torch: Any, loader: Any, expected: tuple[str, ...], engine: Path) -> None:
