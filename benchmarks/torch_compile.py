@@ -119,13 +119,14 @@ def built(name: str, folder: Path, *, int8: bool) -> Path:
 
 def compiled(backbone: BaseBackbone, settings: dict[str, Any], images: FloatArray) -> Call:
     """A backbone under torch.compile, compiled for these images, as a call."""
-    module = torch.compile(backbone)
+    module = torch.compile(backbone, options=settings or None)
 
     def call(images: FloatArray) -> list[FloatArray]:
         with torch.no_grad():
             return [module(torch.from_numpy(images)).numpy()]
 
-    # Given as options=, freezing does nothing: it must be on where torch.compile takes the parameters in.
+    # As options= alone, freezing does nothing: it must be on where the parameters are taken in. Without
+    # options= the code of another module of this class, compiled with other settings, would be used.
     with torch._inductor.config.patch(settings):
         call(images)
     return call
@@ -139,7 +140,7 @@ def opened(bundle: Path, images: FloatArray) -> Call:
 
 
 def measured(name: str, folder: Path, rounds: int, *, int8: bool) -> Row:
-    """Start each and time all in turns."""
+    """Start each, wait for a line of input, and time all in turns."""
     images = noise(backbone_of(name), 1)
     bundles = {"ours": built(name, folder, int8=False)} | ({"int8": built(name, folder, int8=True)} if int8 else {})
     openers: dict[str, Callable[[], Call]] = {
@@ -152,6 +153,8 @@ def measured(name: str, folder: Path, rounds: int, *, int8: bool) -> Row:
         before = time.perf_counter()
         calls[key] = opener()
         start_seconds[key] = round(time.perf_counter() - before, 2)
+    print("compiled", flush=True)
+    sys.stdin.readline()
     milliseconds = {key: round(taken, 2) for key, taken in alternate(calls, images, rounds).items()}
     mode = read_manifest(bundles["ours"]).compiler.get("mode", "")
     return Row(model=name, rounds=rounds, mode=mode, milliseconds=milliseconds, start_seconds=start_seconds)
@@ -178,6 +181,7 @@ def main() -> None:
     parser.add_argument("--bundles", type=Path, help="keep the engines here, and use those that are there")
     parser.add_argument("--build-only", action="store_true", help="make the engines and time nothing")
     parser.add_argument("--results", type=Path, help="JSON lines to append to, and to leave out what they hold")
+    parser.add_argument("--at-once", type=int, default=1, help="backbones that compile at once; they are timed alone")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -198,17 +202,28 @@ def main() -> None:
 def _all_rows(options: argparse.Namespace, bundles: Path) -> list[Row]:
     known = options.results.read_text().splitlines() if options.results and options.results.exists() else []
     rows = {row.model: row for row in (Row(**json.loads(line)) for line in known)}
-    arguments = ["--one", "--rounds", str(options.rounds), "--bundles", str(bundles)]
-    for name in options.models:
-        if name in rows:
-            continue
-        command = [sys.executable, __file__, *arguments, *(["--int8"] if options.int8 else []), "--models", name]
-        line = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
-        rows[name] = Row(**json.loads(line))
-        if options.results:
-            with options.results.open("a") as file:
-                file.write(line + "\n")
+    missing = [name for name in options.models if name not in rows]
+    for start in range(0, len(missing), options.at_once):
+        children = [_start(name, options, bundles) for name in missing[start : start + options.at_once]]
+        for child in children:
+            child.stdout.readline()  # it has compiled
+        for child in children:
+            line = child.communicate("\n")[0]
+            if child.returncode:
+                raise SystemExit(f"{' '.join(child.args)} failed")
+            row = Row(**json.loads(line))
+            rows[row.model] = row
+            if options.results:
+                with options.results.open("a") as file:
+                    file.write(line)
     return [rows[name] for name in options.models]
+
+
+def _start(name: str, options: argparse.Namespace, bundles: Path) -> subprocess.Popen[str]:
+    """A process that compiles, says so, and measures once it is told to."""
+    arguments = ["--one", "--rounds", str(options.rounds), "--bundles", str(bundles), "--models", name]
+    command = [sys.executable, __file__, *arguments, *(["--int8"] if options.int8 else [])]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 if __name__ == "__main__":

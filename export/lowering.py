@@ -55,13 +55,12 @@ TENSORRT_DEVICES: dict[str, str] = {
 
 INDUCTOR_MODES: dict[str, dict[str, Any]] = {
     "onednn": {},
-    "mkl": {"cpp.weight_prepack": False},
     "templates": {"max_autotune": True, "max_autotune_gemm_backends": "CPP"},
     "autotuned": {"max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"},
 }
-"""Inductor's settings in each mode, beside frozen weights, which all have. Matrix products in float run in oneDNN
-with packed weights; in MKL with plain ones; in inductor's own C++ templates, into which what follows is fused;
-or in whichever of oneDNN and templates is faster for each product alone.
+"""Inductor's settings in each mode, beside frozen weights, which all have. They differ in matrix products: oneDNN's
+kernels; inductor's own C++ templates, into which what follows is fused; or the faster of the two for each product,
+timed alone while it compiles.
 """
 FASTEST_MODE = "fastest"
 """The target that stands for the mode that takes the least time on this machine."""

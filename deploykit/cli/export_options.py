@@ -126,7 +126,7 @@ TargetOption = Annotated[
         "--target",
         panel=_ENGINE,
         default="the runtime's own",
-        help="What the engine is built for, where its runtime has targets: sm89, rtx-4090.",
+        help="What the engine is built for: sm89, rtx-4090 (tensorrt); fastest or a mode of inductor (torch_compile).",
     ),
 ]
 PortableFlag = Annotated[
