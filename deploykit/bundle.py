@@ -56,6 +56,7 @@ class Manifest:
     beyond ``runtime_version`` (a compute capability, an instruction set). ``status`` is what was seen
     of the engine: ``built``, no more; ``executed``, it ran, and its numbers were not all within the
     budget; ``parity_checked``, it ran, and they were. ``seen_on`` is where: machine, device, versions.
+    ``compiler`` is what the runtime's compiler chose by measuring, and what each choice cost.
     ``speedup`` is the FP32 engine's time over this one's on the machine that exported it; None: not timed.
     """
 
@@ -75,6 +76,7 @@ class Manifest:
     weights_digest: str
     calibration_digest: str | None = None
     fusions: dict[str, int] = field(default_factory=dict)
+    compiler: dict[str, str] = field(default_factory=dict)
     speedup: float | None = None
     tools: dict[str, str] = field(default_factory=dict)
     files: dict[str, FileRecord] = field(default_factory=dict)

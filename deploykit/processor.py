@@ -75,7 +75,7 @@ def this_processor() -> Processor:
 
 def saturates(target: str | None) -> bool:
     """Whether products of 8-bit weights saturate on one of `PROCESSOR_TARGETS`; None: on this machine."""
-    return this_processor().saturates if target is None else PROCESSOR_TARGETS.get(target, False)
+    return PROCESSOR_TARGETS[target] if target in PROCESSOR_TARGETS else this_processor().saturates
 
 
 def _fields(text: str) -> dict[str, str]:

@@ -16,6 +16,8 @@ from deploykit.runtimes.base import load_runtime
 from deploykit.spec import DEFAULT_BUILD, BuildOptions, Int8, Precision
 
 __all__ = [
+    "FASTEST_MODE",
+    "INDUCTOR_MODES",
     "LOWERINGS",
     "PORTABLE_LOWERINGS",
     "TARGETS",
@@ -66,12 +68,27 @@ TENSORRT_DEVICES: dict[str, str] = {
 }
 """The CUDA compute capability of devices by name, from NVIDIA's table (developer.nvidia.com/cuda-gpus)."""
 
+INDUCTOR_MODES: dict[str, dict[str, Any]] = {
+    "onednn": {},
+    "templates": {"max_autotune": True, "max_autotune_gemm_backends": "CPP"},
+    "autotuned": {"max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"},
+}
+"""Inductor's settings in each mode, beside frozen weights, which all have. They differ in matrix products: oneDNN's
+kernels; inductor's own C++ templates, into which what follows is fused; or the faster of the two for each product,
+timed alone while it compiles.
+"""
+FASTEST_MODE = "fastest"
+"""The target that stands for the mode that takes the least time on this machine."""
+
 TARGETS: dict[str, tuple[str, ...]] = {
+    "torch_compile": (FASTEST_MODE, *INDUCTOR_MODES),
     "tensorrt": (*sorted(set(TENSORRT_DEVICES.values()), key=lambda name: int(name[2:])), *TENSORRT_DEVICES),
     "onnxruntime": tuple(PROCESSOR_TARGETS),
     "openvino": tuple(PROCESSOR_TARGETS),
 }
-"""What an engine can be built for, in the runtimes that have targets: compute capabilities, devices, processors."""
+"""What an engine can be built for, in the runtimes that have targets: compute capabilities and devices, processors,
+inductor's modes.
+"""
 
 
 def check_portable(runtime: str, target: str | None) -> None:
@@ -156,12 +173,16 @@ def settled(precision: Precision, runtime: str, target: str | None) -> Precision
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """An engine file, by its name in the folder, and what it is tied to."""
+    """An engine file, by its name in the folder, and what it is tied to.
+
+    ``compiler`` is what its compiler chose by measuring, where it did.
+    """
 
     file: str
     runtime_version: str
     requires: dict[str, str] = field(default_factory=dict)
     tools: dict[str, str] = field(default_factory=dict)
+    compiler: dict[str, str] = field(default_factory=dict)
 
 
 class Lowering(Protocol):

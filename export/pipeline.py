@@ -344,6 +344,7 @@ def _manifest(request: ExportRequest, taken: InputSpec, fusions: tuple[FusionRec
         weights_digest=weights_digest(request.backbone),
         calibration_digest=request.calibration.digest if request.calibration and quantized else None,
         fusions={record.name: record.rewrites for record in (*fusions, *built.records)},
+        compiler=built.engine.compiler,
         tools=_tools() | built.engine.tools,
     )
 

@@ -13,6 +13,7 @@ from time import perf_counter, sleep
 import onnx
 
 from deploykit.errors import ExportError
+from deploykit.export.inductor_kernels import left_in_float
 from deploykit.optional import require
 from deploykit.runtimes.base import ImageArray, Runtime
 from deploykit.runtimes.run_onnxruntime import KEEP_FLOAT_WEIGHTS
@@ -82,15 +83,19 @@ def check_speedup(report: SpeedReport | None, runtime: str) -> None:
 
 
 def time_in_turns(models: Sequence[Runtime], images: ImageArray) -> tuple[list[float], int]:
-    """The median milliseconds of a call of each model, called in turns on one batch, and the rounds it took.
+    """The median milliseconds of a call of each model, called in turns on one batch, and the rounds it took."""
+    return time_calls([_call(model, images) for model in models])
+
+
+def time_calls(calls: Sequence[Callable[[], object]]) -> tuple[list[float], int]:
+    """The median milliseconds of each call, made in turns, and the rounds it took.
 
     Before each call there is a pause, and a call that is not timed: a runtime's threads wait actively for a
     while after a call, and would take a core from the next model.
     """
-    calls: list[Callable[[], object]] = [_call(model, images) for model in models]
-    for call in calls * 2:
+    for call in (*calls, *calls):
         call()
-    times: list[list[float]] = [[] for _ in models]
+    times: list[list[float]] = [[] for _ in calls]
     start = perf_counter()
     while len(times[0]) < ROUNDS and (len(times[0]) < LEAST_ROUNDS or perf_counter() - start < SECONDS):
         for call, taken in zip(calls, times, strict=True):
@@ -129,5 +134,8 @@ def left_in_onnxruntime(engine: Path) -> dict[str, int]:
     return {operator: count for operator, count in sorted(found.items()) if count}
 
 
-LEFT_IN_FLOAT: dict[str, Callable[[Path], dict[str, int]]] = {"onnxruntime": left_in_onnxruntime}
-"""The runtimes whose optimized graph can be read."""
+LEFT_IN_FLOAT: dict[str, Callable[[Path], dict[str, int]]] = {
+    "onnxruntime": left_in_onnxruntime,
+    "torch_compile": left_in_float,
+}
+"""The runtimes whose optimized graph, or generated code, can be read."""

@@ -4,64 +4,117 @@ from __future__ import annotations
 
 import logging
 import platform
+import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deploykit.errors import ExportError
-from deploykit.export.lowering import Engine, Graph
+from deploykit.export.inductor_modes import DEFAULT_MODE, ModeChoice, ModeMemory, fastest, memory_key
+from deploykit.export.lowering import FASTEST_MODE, INDUCTOR_MODES, Engine, Graph
 from deploykit.optional import installed_version, require
-from deploykit.runtimes.run_inductor import machine_tie
+from deploykit.runtimes.run_inductor import load_package, machine_tie
+from deploykit.spec import InputSpec
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 _MARCH = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}
+_COMMON = {"freezing": True, "autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
 
 
 def to_inductor(graph: Graph, folder: Path, *, target: str | None = None) -> Engine:
-    """Compile the program to ``model.pt2``; 10 to 40 s of work. ``target`` decides nothing: it is this machine.
+    """Compile the program to ``model.pt2``, for this machine; 10 to 60 s of work a mode.
+
+    Args:
+        graph: with a program.
+        folder: where the package goes; nothing is left there when the compilation fails.
+        target: one of `INDUCTOR_MODES`; or `FASTEST_MODE`: all of them are compiled and timed in turns, once for
+            a network, and the choice is remembered. None: the remembered one, or else `DEFAULT_MODE`.
 
     Raises:
         ExportError: the graph has no program, there is no C++ compiler, or the compilation failed.
     """
-    torch = require("torch")
+    require("torch")
     if graph.program is None:
         raise ExportError(
             "lowering to torch_compile needs a torch.export program and the graph has none. "
             "Give a Graph with program= filled."
         )
     _check_compiler()
-    with tempfile.TemporaryDirectory(prefix="deploykit-inductor-") as staging, _quiet():
-        package = Path(staging) / "model.pt2"
-        try:
-            with torch.no_grad():
-                torch._inductor.aoti_compile_and_package(
-                    graph.program, package_path=str(package), inductor_configs=_settings()
-                )
-        except Exception as error:
-            # inductor raises what its many stages raise; none of it is a type of its own.
-            raise ExportError(
-                f"torch.compile's ahead-of-time compilation failed: {_first_lines(error)}. "
-                "Export for onnxruntime or openvino, or look at the error above this one."
-            ) from error
-        (folder / "model.pt2").write_bytes(package.read_bytes())
+    with tempfile.TemporaryDirectory(prefix="deploykit-inductor-") as staging:
+        if target in INDUCTOR_MODES:
+            choice = ModeChoice(mode=target, milliseconds={})
+            package = _compile(graph.program, Path(staging), target)
+        else:
+            package, choice = _chosen_package(graph, graph.program, Path(staging), measure=target == FASTEST_MODE)
+        shutil.copyfile(package, folder / "model.pt2")
+    torch_version = installed_version("torch") or "unknown"
     return Engine(
         file="model.pt2",
-        runtime_version=installed_version("torch") or "unknown",
+        runtime_version=torch_version,
         requires=machine_tie(),
-        tools={"torch": str(torch.__version__)},
+        tools={"torch": torch_version},
+        compiler=choice.as_text(),
     )
 
 
-def _settings() -> dict[str, Any]:
-    """Frozen weights, and no instruction beyond those that `machine_tie` names.
+def _chosen_package(graph: Graph, program: ExportedProgram, staging: Path, *, measure: bool) -> tuple[Path, ModeChoice]:
+    """The package of the remembered mode; else of the fastest, which is then remembered, or of the default."""
+    memory, key = ModeMemory(), memory_key(program)
+    choice = memory.recall(key)
+    if choice is None and measure:
+        packages = {mode: _compile(program, staging, mode) for mode in INDUCTOR_MODES}
+        choice = fastest({mode: _call(package, graph.input) for mode, package in packages.items()})
+        memory.keep(key, choice)
+        return packages[choice.mode], choice
+    choice = choice or ModeChoice(mode=DEFAULT_MODE, milliseconds={})
+    return _compile(program, staging, choice.mode), choice
+
+
+def _call(package: Path, spec: InputSpec) -> Callable[[], object]:
+    """A call of a package on zeros, of the batch that it is tuned for."""
+    torch = require("torch")
+    loader = load_package(package)
+    batch = spec.batch if isinstance(spec.batch, int) else spec.batch.opt
+    images = [torch.zeros((batch, *spec.shape[1:]), dtype=getattr(torch, spec.dtype))]
+    return lambda: loader.run(images)
+
+
+def _compile(program: ExportedProgram, staging: Path, mode: str) -> Path:
+    """The package of a program in one mode.
+
+    Raises:
+        ExportError: the compilation failed.
+    """
+    torch = require("torch")
+    package = staging / mode / "model.pt2"  # the file's name is also a name inside it
+    package.parent.mkdir()
+    try:
+        with _quiet(), torch.no_grad():
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(package), inductor_configs=_settings(mode)
+            )
+    except Exception as error:
+        # inductor raises what its many stages raise; none of it is a type of its own.
+        raise ExportError(
+            f"torch.compile's ahead-of-time compilation failed: {_first_lines(error)}. "
+            "Export for onnxruntime or openvino, or look at the error above this one."
+        ) from error
+    return package
+
+
+def _settings(mode: str) -> dict[str, Any]:
+    """Frozen weights, the mode's own, and no instruction beyond those that `machine_tie` names.
 
     Inductor's own default, ``-march=native``, would add whatever else this processor has.
     """
     march = _MARCH.get(machine_tie()["cpu_capability"].partition("+")[0])
     known = march is not None and platform.machine() == "x86_64"
-    return {"freezing": True, **({"cpp.march": march} if known else {})}
+    return {**_COMMON, **({"cpp.march": march} if known else {}), **INDUCTOR_MODES[mode]}
 
 
 def _check_compiler() -> None:

@@ -44,7 +44,7 @@ def render(master: Graph, plan: PrecisionPlan) -> Graph:
         return replace(master, model=None)
     module = _copy_of(master.program)
     if isinstance(plan, QuantizationPlan):
-        _insert_qdq(module, plan)
+        _Renderer(module, plan).render()
         wrapped: nn.Module = module
     elif isinstance(plan, HalfPlan):
         _keep_in_float(module, plan, torch.float16)
@@ -98,31 +98,66 @@ def _keep_in_float(module: GraphModule, plan: HalfPlan, dtype: torch.dtype) -> N
     module.recompile()
 
 
-def _insert_qdq(module: GraphModule, plan: QuantizationPlan) -> None:
-    quantized: dict[tuple[Node, str], Node] = {}
-    placed = reversed(plan.placement.weights.items())  # of nodes that share a weight the first counts
-    by_weight = {use.weight.removesuffix(TRANSPOSED): (name, use) for name, use in placed}
-    for node in _weighted_nodes(module):
-        target = str(node.args[1].target)
-        if target not in by_weight:
-            continue
-        name, use = by_weight[target]
-        scale, zero_point = plan.range_of(use.input).affine()
-        source = node.args[0]
-        if (source, use.input) not in quantized:
-            quantized[source, use.input] = _quantize_activation(module, source, scale, zero_point)
-        node.update_arg(0, quantized[source, use.input])
-        _quantize_weight(module, node, plan, name, transposed=use.axis == 1)
-    module.recompile()
+class _Renderer:
+    """One rendering: the module being rewritten and the activations that are integers so far."""
+
+    def __init__(self, module: GraphModule, plan: QuantizationPlan) -> None:
+        self.module = module
+        self.plan = plan
+        self._integers: dict[tuple[Node, str], Node] = {}
+
+    def render(self) -> None:
+        placed = reversed(self.plan.placement.weights.items())  # of nodes that share a weight the first counts
+        by_weight = {use.weight.removesuffix(TRANSPOSED): (name, use) for name, use in placed}
+        for node in _weighted_nodes(self.module):
+            target = str(node.args[1].target)
+            if target in by_weight:
+                name, use = by_weight[target]
+                self._read_integers(node, 0, use.input)
+                _quantize_weight(self.module, node, self.plan, name, transposed=use.axis == 1)
+        for node in _residual_adds(self.module, self.plan):
+            # The convolution that is the other operand adds the integers as it writes.
+            shortcut = 0 if _is_fusible(node.args[1]) else 1
+            self._read_integers(node, shortcut, node.args[shortcut].name)
+        self.module.recompile()
+
+    def _read_integers(self, node: Any, position: int, tensor: str) -> None:
+        """Let a node read an argument through Q/DQ, in the range of a tensor of the plan.
+
+        Each reader has a DQ of its own: inductor fuses none that several share.
+        """
+        source = node.args[position]
+        scale, zero_point = self.plan.range_of(tensor).affine()
+        settings = (scale, zero_point, 0, 255, torch.uint8)
+        operators, graph = torch.ops.quantized_decomposed, self.module.graph
+        if (source, tensor) not in self._integers:
+            with graph.inserting_after(source):
+                quantized = graph.call_function(operators.quantize_per_tensor.default, (source, *settings))
+            self._integers[source, tensor] = quantized
+        with graph.inserting_before(node):
+            parts = (self._integers[source, tensor], *settings)
+            restored = graph.call_function(operators.dequantize_per_tensor.default, parts)
+        node.update_arg(position, restored)
 
 
-def _quantize_activation(module: GraphModule, source: Node, scale: float, zero_point: int) -> Node:
-    settings = (scale, zero_point, 0, 255, torch.uint8)
-    operators = torch.ops.quantized_decomposed
-    with module.graph.inserting_after(source):
-        integers = module.graph.call_function(operators.quantize_per_tensor.default, (source, *settings))
-    with module.graph.inserting_after(integers):
-        return module.graph.call_function(operators.dequantize_per_tensor.default, (integers, *settings))
+def _residual_adds(module: GraphModule, plan: QuantizationPlan) -> list[Any]:
+    """Sums of two maps of which the plan has integers, one of them a convolution's, which fuses the sum.
+
+    Tensors have the same names in the program and in the ONNX graph that the plan is of.
+    """
+    read = set(plan.placement.reads)
+    return [
+        node
+        for node in module.graph.nodes
+        if node.target == torch.ops.aten.add.Tensor
+        and len(node.args) == 2
+        and all(isinstance(operand, Node) and operand.name in read for operand in node.args)
+        and any(_is_fusible(operand) for operand in node.args)
+    ]
+
+
+def _is_fusible(node: Node) -> bool:
+    return node.target in _WEIGHTED and len(node.users) == 1
 
 
 def _quantize_weight(

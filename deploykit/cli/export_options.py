@@ -137,7 +137,8 @@ TargetOption = Annotated[
         "--target",
         panel=_ENGINE,
         default="the runtime's own",
-        help="What the engine is built for, where its runtime has targets: sm89, rtx-4090, x86-avx2.",
+        help="What the engine is built for: sm89, rtx-4090 (tensorrt); x86-avx2 (onnxruntime, openvino); fastest or a "
+        "mode of inductor (torch_compile).",
     ),
 ]
 PortableFlag = Annotated[

@@ -126,6 +126,7 @@ def _sections(manifest: Manifest, quantization: QuantizationSummary | None) -> I
             ("target", manifest.target or "the runtime's own"),
             ("tied to", _pairs(manifest.requires) or "nothing beyond the runtime's version"),
             ("fusions", _pairs(manifest.fusions) or "none"),
+            ("compiler", _pairs(manifest.compiler) or "no choice"),
             ("made with", _pairs(manifest.tools)),
         ],
     )

@@ -7,7 +7,6 @@ import importlib.metadata
 import pytest
 
 from deploykit.cli import doctor as doctor_module
-from deploykit.processor import read_processor
 
 
 def test_the_machine_is_told_as_json_and_as_text(call, tmp_path, monkeypatch):

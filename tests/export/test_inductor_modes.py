@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from deploykit.calibration.dialects import inductor
+from deploykit.export.graphs import select
+from deploykit.export.inductor_modes import (
+    DEFAULT_MODE,
+    ModeChoice,
+    ModeMemory,
+    fastest,
+    memory_key,
+    weighted_work,
+)
+from deploykit.export.lowering import FASTEST_MODE, INDUCTOR_MODES, check_target
+from deploykit.export.to_inductor import to_inductor
+from deploykit.graph import Graph
+from tests.calibration.networks import Tokens, graph_of, plan_of
+from tests.conftest_graphs import tiny_graph
+
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).numpy()
+CHOICE = ModeChoice(mode="templates", milliseconds={"onednn": 2.5, "templates": 2.0})
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Graph:
+    return graph_of(Tokens, IMAGES)
+
+
+@pytest.fixture
+def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DEPLOYKIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "inductor-modes"
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
+    """The settings of every compilation, which runs as ever."""
+    settings: list[dict[str, object]] = []
+    compile_package = torch._inductor.aoti_compile_and_package
+
+    def recording(program, *, inductor_configs, **options):
+        settings.append(inductor_configs)
+        return compile_package(program, inductor_configs=inductor_configs, **options)
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", recording)
+    return settings
+
+
+def test_one_choice_serves_the_outputs_of_one_network_and_no_other_work(tokens: Graph):
+    assert len(weighted_work(tokens.program)) == 10  # patches, four in each run of the block, the head
+    part = select(tokens, ("logits",))
+    assert part.outputs != tokens.outputs
+    assert memory_key(part.program) == memory_key(tokens.program)
+    assert memory_key(tiny_graph().program) != memory_key(tokens.program)
+    integers = inductor.render(tokens, plan_of(tokens, IMAGES)).program
+    assert memory_key(integers) != memory_key(tokens.program)
+
+
+def test_threads_are_part_of_the_key(tokens: Graph):
+    threads = torch.get_num_threads()
+    before = memory_key(tokens.program)
+    try:
+        torch.set_num_threads(threads + 1)
+        assert memory_key(tokens.program) != before
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_fastest_is_the_one_that_takes_least():
+    choice = fastest({"onednn": lambda: time.sleep(0.004), "templates": lambda: time.sleep(0.001)})
+    assert choice.mode == "templates"
+    assert choice.milliseconds["onednn"] > choice.milliseconds["templates"]
+    assert list(choice.as_text()) == ["mode", "onednn_ms", "templates_ms"]
+
+
+def test_a_choice_is_kept_and_a_damaged_one_forgotten(tmp_path: Path):
+    memory = ModeMemory(tmp_path / "modes")
+    assert memory.recall("a") is None
+    memory.keep("a", CHOICE)
+    assert memory.recall("a") == CHOICE
+    (tmp_path / "modes" / "a.json").write_text("{")
+    assert memory.recall("a") is None
+    (tmp_path / "modes" / "a.json").write_text('{"mode": "of-another-version", "milliseconds": {}}')
+    assert memory.recall("a") is None
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "file").write_text("")
+    ModeMemory(tmp_path / "file").keep("a", CHOICE)
+    assert "not remembered" in caplog.text
+
+
+def test_the_fastest_is_measured_once_and_then_remembered(
+    tokens: Graph, memory: Path, compiled: list[dict[str, object]], tmp_path: Path
+):
+    assert to_inductor(tokens, tmp_path).compiler == {"mode": DEFAULT_MODE}
+    assert len(compiled) == 1
+    measured = to_inductor(tokens, tmp_path, target=FASTEST_MODE)
+    assert len(compiled) == 1 + len(INDUCTOR_MODES)
+    assert set(measured.compiler) == {"mode", *(f"{mode}_ms" for mode in INDUCTOR_MODES)}
+    assert len(list(memory.iterdir())) == 1
+    for target in (FASTEST_MODE, None):
+        assert to_inductor(select(tokens, ("logits",)), tmp_path, target=target).compiler == measured.compiler
+    assert len(compiled) == 3 + len(INDUCTOR_MODES)
+    assert compiled[-1].items() >= INDUCTOR_MODES[measured.compiler["mode"]].items()
+
+
+@pytest.mark.parametrize("mode", INDUCTOR_MODES)
+def test_a_mode_asked_for_is_the_one_compiled(
+    mode: str, memory: Path, compiled: list[dict[str, object]], tmp_path: Path
+):
+    check_target("torch_compile", mode)
+    engine = to_inductor(tiny_graph(), tmp_path, target=mode)
+    assert [{key: settings[key] for key in INDUCTOR_MODES[mode]} for settings in compiled] == [INDUCTOR_MODES[mode]]
+    assert engine.compiler == {"mode": mode}
+    assert not memory.exists()
