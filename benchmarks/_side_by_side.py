@@ -83,13 +83,15 @@ def stock_graph(module: nn.Module, side: int) -> onnx.ModelProto:
 
 def export(comparison: Comparison, name: str, folder: Path) -> None:
     """Write what is absent in ``folder`` of the graphs of a network; all comparisons have the same engines."""
+    baseline = folder / f"{comparison.column}.onnx"
+    missing = [runtime for runtime in RUNTIMES if not (folder / runtime).exists()]
+    if baseline.exists() and not missing:
+        return
     torch.manual_seed(0)
     backbone = realistic(build_backbone(name, BackboneOptions())).eval()
     folder.mkdir(parents=True, exist_ok=True)
-    baseline = folder / f"{comparison.column}.onnx"
     if not baseline.exists():
         _publish(lambda path: onnx.save(comparison.baseline(name, backbone), path), baseline)
-    missing = [runtime for runtime in RUNTIMES if not (folder / runtime).exists()]
     graph = _fused(backbone) if missing else None
     for runtime in missing:
         _publish(partial(_lower, graph, runtime), folder / runtime)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import onnx
 import onnx_ir as ir
+from hypothesis import settings
 
 from deploykit.export.to_onnx import to_onnx
 from deploykit.fusion.onnx_passes import OnnxPass, run_onnx_passes
@@ -14,6 +15,9 @@ from deploykit.fusion.pipeline import EXACT_DB
 from deploykit.fusion.program import export_program
 from deploykit.spec import InputSpec
 from tests.fusion.graphs import DYNAMIC, Calls, images
+
+fewer = settings(max_examples=6, deadline=None)
+"""Each example goes through torch's ONNX exporter, which takes a second."""
 
 
 def graph_of(function, spec: InputSpec = DYNAMIC, outputs=("logits",), **parts) -> onnx.ModelProto:

@@ -22,8 +22,8 @@ from deploykit.fusion.pipeline import EXACT_DB
 from deploykit.fusion.program import export_program
 from deploykit.graph import Graph
 from deploykit.spec import BatchRange, InputSpec
-from tests.fusion.graphs import DYNAMIC, SPEC, Calls, few, images
-from tests.fusion.onnx_graphs import counts, is_left_alone, rewritten
+from tests.fusion.graphs import DYNAMIC, SPEC, Calls, images
+from tests.fusion.onnx_graphs import counts, fewer, is_left_alone, rewritten
 
 PASSES = tuple(step for step in ONNX_PASSES["onnxruntime"] if step.rewrite is fuse_onnxruntime_attention)
 HEADS, DEPTH, WIDTH = 2, 4, 8
@@ -139,7 +139,7 @@ def test_near_misses_are_left_alone(attention):
     assert after is before
 
 
-@few
+@fewer
 @given(shifted=st.booleans(), window=st.sampled_from([2, 3]), heads=st.sampled_from([1, 2]), batch=st.integers(1, 2))
 def test_attention_in_windows_gathers_whole_tokens(shifted, window, heads, batch):
     spec = replace(SPEC, batch=batch)

@@ -7,8 +7,8 @@ from torch import nn
 
 from deploykit.fusion import onnx_gates
 from deploykit.fusion.onnx_gates import fuse_onnxruntime_gates
-from tests.fusion.graphs import DYNAMIC, SPEC, few
-from tests.fusion.onnx_graphs import counts, graph_of, is_left_alone, rewritten
+from tests.fusion.graphs import DYNAMIC, SPEC
+from tests.fusion.onnx_graphs import counts, fewer, graph_of, is_left_alone, rewritten
 
 
 def parts(after: nn.Module | None = None, squash: type[nn.Module] = nn.Sigmoid, act: type[nn.Module] = nn.SiLU) -> dict:
@@ -30,7 +30,7 @@ def run(function, spec=SPEC, **modules):
     return written, before, after
 
 
-@few
+@fewer
 @given(
     squash=st.sampled_from([nn.Sigmoid, nn.Hardsigmoid]),
     act=st.sampled_from([nn.SiLU, nn.ReLU, nn.Hardswish]),

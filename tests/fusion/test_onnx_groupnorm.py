@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from deploykit.fusion.onnx_groupnorm import convolve_groupnorm, spell_out_groupnorm
-from tests.fusion.graphs import DYNAMIC, SPEC, few, vector
-from tests.fusion.onnx_graphs import counts, graph_of, is_left_alone, rewritten
+from tests.fusion.graphs import DYNAMIC, SPEC, vector
+from tests.fusion.onnx_graphs import counts, fewer, graph_of, is_left_alone, rewritten
 
 
 def group_norm(groups: int, seed: int = 0, **settings) -> nn.GroupNorm:
@@ -16,7 +16,7 @@ def group_norm(groups: int, seed: int = 0, **settings) -> nn.GroupNorm:
     return norm
 
 
-@few
+@fewer
 @given(
     spec=st.sampled_from([SPEC, DYNAMIC]),
     groups=st.sampled_from([2, 4]),

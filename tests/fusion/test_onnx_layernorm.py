@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from deploykit.fusion.onnx_layernorm import flatten_layernorm
-from tests.fusion.graphs import DYNAMIC, SPEC, few, layer_norm
-from tests.fusion.onnx_graphs import counts, graph_of, is_left_alone, rewritten
+from tests.fusion.graphs import DYNAMIC, SPEC, layer_norm
+from tests.fusion.onnx_graphs import counts, fewer, graph_of, is_left_alone, rewritten
 
 
-@few
+@fewer
 @given(
     spec=st.sampled_from([SPEC, DYNAMIC]),
     eps=st.sampled_from([1e-6, 1e-3]),

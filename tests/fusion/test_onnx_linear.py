@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from deploykit.fusion.onnx_linear import fuse_onnxruntime_linear
-from tests.fusion.graphs import DYNAMIC, SPEC, few
-from tests.fusion.onnx_graphs import counts, graph_of, is_left_alone, rewritten
+from tests.fusion.graphs import DYNAMIC, SPEC
+from tests.fusion.onnx_graphs import counts, fewer, graph_of, is_left_alone, rewritten
 
 
 def run(function, spec=DYNAMIC, **parts):
@@ -18,7 +18,7 @@ def run(function, spec=DYNAMIC, **parts):
     return written, before, after
 
 
-@few
+@fewer
 @given(
     spec=st.sampled_from([SPEC, DYNAMIC]),
     channels=st.sampled_from([1, 5, 144]),

@@ -7,8 +7,8 @@ from torch import nn
 
 from deploykit.fusion import onnx_pointwise
 from deploykit.fusion.onnx_pointwise import convolve_last_layers, convolve_mlps
-from tests.fusion.graphs import DYNAMIC, SPEC, few
-from tests.fusion.onnx_graphs import counts, graph_of, is_left_alone, rewritten
+from tests.fusion.graphs import DYNAMIC, SPEC
+from tests.fusion.onnx_graphs import counts, fewer, graph_of, is_left_alone, rewritten
 
 
 def parts(hidden: int = 8, act: type[nn.Module] = nn.GELU) -> dict:
@@ -25,7 +25,7 @@ def block(m, x):
     return x + m.two(m.act(m.one(mixed))).permute(0, 3, 1, 2)
 
 
-@few
+@fewer
 @given(
     hidden=st.sampled_from([1, 5, 16]),
     act=st.sampled_from([nn.GELU, nn.ReLU, nn.Hardswish, nn.Sigmoid]),

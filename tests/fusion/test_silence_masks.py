@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -50,10 +51,10 @@ def test_masks_underflow(value, shape, offset, seed):
 def test_a_probability_that_was_subnormal_is_zero():
     graph = traced(attention(torch.tensor([[0.0, -100.0, -100.0, -100.0]]).expand(4, 4).clone()))
     (before,) = biases(graph)
-    assert 0 < before.softmax(-1).min() < torch.finfo(torch.float32).tiny
+    assert 0 < np.exp(before.numpy()).min() < np.finfo(np.float32).tiny
     assert silence_masks(graph) == 1
     (after,) = biases(graph)
-    assert after.softmax(-1).min() == 0
+    assert np.exp(after.numpy()).min() == 0
 
 
 @pytest.mark.parametrize(
