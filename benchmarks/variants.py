@@ -20,7 +20,6 @@ import contextlib
 import csv
 import fnmatch
 import gc
-import importlib
 import json
 import os
 import statistics
@@ -44,10 +43,11 @@ from deploykit.cli.export_check import shape_of
 from deploykit.cli.macs import count_macs
 from deploykit.errors import DeployKitError
 from deploykit.export.graphs import output_specs, select
-from deploykit.export.lowering import LOWERINGS
+from deploykit.export.lowering import LOWERINGS, resolve
 from deploykit.export.speed import PAUSE
 from deploykit.export.to_onnx import to_onnx
 from deploykit.export.trace import output_names, trace
+from deploykit.fusion.onnx_passes import specialize
 from deploykit.fusion.pipeline import fuse
 from deploykit.graph import Graph
 from deploykit.optional import installed_version
@@ -165,9 +165,9 @@ def logits_graph(backbone: BaseBackbone, spec: InputSpec, *, program: bool) -> G
 
 
 def lowered(backbone: BaseBackbone, graph: Graph, runtime: str, folder: Path) -> Runtime:
-    """A graph as an engine, opened by deploykit's adapter."""
-    module, _, attribute = LOWERINGS[runtime].partition(":")
-    engine = getattr(importlib.import_module(module), attribute)(graph, folder)
+    """A graph as the engine that an export makes of it, opened by deploykit's adapter."""
+    graph = specialize(graph, runtime, images_for(graph.input)).graph
+    engine = resolve(LOWERINGS[runtime])(graph, folder)
     manifest = Manifest(
         backbone=backbone.spec,
         input=graph.input,
