@@ -110,7 +110,9 @@ class Histogram:
         self._sum += float(samples.sum())
         self._squares += float(np.square(samples).sum())
         if self._edge > 0:
-            bins = ((samples + self._edge) * (BINS / 2 / self._edge)).astype(np.int64)
+            samples += self._edge
+            samples *= BINS / 2 / self._edge
+            bins = samples.astype(np.int64)
             self._counts += np.bincount(np.minimum(bins, BINS - 1), minlength=BINS)
 
     def _widen(self, magnitude: float) -> None:

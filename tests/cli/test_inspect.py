@@ -28,6 +28,7 @@ def test_the_page_tells_all_of_a_quantized_bundle(call, features):
         "device cpu, onnxruntime ",
         "calibrator minmax",
         "minmax, 4 images",
+        "noisiest",
         "fold-batchnorm",
         "model.onnx",
         "batch x 128 x 8 x 8",
@@ -44,6 +45,9 @@ def test_json_holds_the_manifest_the_parity_and_the_quantization(call, features)
     assert told["parity"] == json.loads((features / "parity.json").read_text())
     assert told["quantization"]["integer_weights"] == len(plan["placement"]["weights"]) > 0
     assert told["quantization"]["float_nodes"] == plan["placement"]["float_nodes"]
+    assert told["quantization"]["reduce_range"] is plan["reduce_range"]
+    noise = sorted(seen["sqnr_db"] for seen in plan["statistics"].values())
+    assert list(told["quantization"]["noisiest"].values()) == noise[:3]
 
 
 def test_a_float_bundle_has_no_quantization(call, classifier):
