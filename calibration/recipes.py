@@ -37,15 +37,16 @@ class Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
-    "plain": Recipe(equalization=None, bias_correction=None, calibrator="minmax"),
     "fast": Recipe(),
     "adaptive": Recipe(rounding="adaptive"),
     "activations-first": Recipe(equalization=0.75, rounding="adaptive"),
-    "weights-first": Recipe(equalization=0.25, rounding="adaptive"),
-    "wide": Recipe(calibrator="minmax", rounding="adaptive"),
     "full": Recipe(rounding="adaptive", bias_correction="full"),
+    "clipped": Recipe(rounding="adaptive", weight_scales="mse"),
+    "wide": Recipe(calibrator="minmax"),
+    "weights-first": Recipe(equalization=0.25),
+    "plain": Recipe(equalization=None, bias_correction=None, calibrator="minmax"),
 }
-"""By name, in the order in which ``auto`` tries them."""
+"""By name, in the order in which ``auto`` tries them; ``plain`` is what a quantizer does that has none of this."""
 
 FAMILY_RECIPES: dict[str, str] = {}
 

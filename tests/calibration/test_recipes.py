@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -89,3 +90,11 @@ def test_the_table_of_families_names_families_and_recipes():
 def test_an_unknown_recipe_is_told_with_its_neighbours():
     with pytest.raises(SpecError, match=r"unknown recipe 'adaptiv'\. Did you mean 'adaptive'"):
         recipe_of("adaptiv", "resnet")
+
+
+def test_the_page_shows_the_table_as_it_is():
+    page = (Path(__file__).parents[2] / "docs" / "quantization.md").read_text(encoding="utf-8")
+    for name, recipe in RECIPES.items():
+        parts = (recipe.calibrator, recipe.equalization or "none", recipe.rounding, recipe.weight_scales)
+        row = f"| {' | '.join(map(str, (*parts, recipe.bias_correction or 'none')))} |"
+        assert any(line.startswith(f"| `{name}`") and line.endswith(row) for line in page.splitlines()), row

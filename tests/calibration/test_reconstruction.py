@@ -133,16 +133,3 @@ def test_clipped_scales_are_below_the_largest_weight(residual):
     ratios = np.concatenate([plan.weights[name].scales / plain.weights[name].scales for name in plan.weights])
     assert ratios.max() <= 1
     assert (ratios < 1).mean() > 0.2
-
-
-def test_progress_counts_nodes(residual):
-    heard = []
-    reconstruct(
-        residual.graph.model,
-        residual.plan,
-        residual.images,
-        FULL,
-        on_node=lambda done, total: heard.append((done, total)),
-    )
-    assert heard[-1] == (len(residual.plan.placement.weights),) * 2
-    assert heard == sorted(heard)
