@@ -288,7 +288,7 @@ class Int8:
         if isinstance(self.bias_correction, bool):
             object.__setattr__(self, "bias_correction", "fast" if self.bias_correction else None)
         if self.bias_correction is not None:
-            _check_choice("bias_correction", self.bias_correction, get_args(BiasCorrection))
+            _check_choice("bias_correction", str(self.bias_correction), get_args(BiasCorrection))
         if not 50 < self.percentile <= 100:
             raise SpecError(f"percentile is {self.percentile}; it must be above 50 and at most 100.")
         if self.equalization is not None and not 0 <= self.equalization <= 1:
