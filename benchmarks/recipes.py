@@ -1,4 +1,4 @@
-"""Every recipe of INT8 on every network of the quantization benchmark: what the defaults a family were chosen by.
+"""Every recipe of INT8 on every network of the quantization benchmark.
 
 The figures are the SQNR of the last feature map and of the logits against FP32, in dB, on crops of other
 photographs than those calibrated with, in each runtime's own rendered graph; nothing here is a time of an
@@ -26,7 +26,7 @@ from deploykit.backbones.registry import build_backbone
 from deploykit.backbones.weights import weights_digest
 from deploykit.calibration.images import calibration_set
 from deploykit.calibration.precision import plan_precision
-from deploykit.calibration.recipes import FAMILY_RECIPES, RECIPES
+from deploykit.calibration.recipes import RECIPES
 from deploykit.cli.demo import CALIBRATED, SHOWN
 from deploykit.graph import Graph
 from deploykit.parity.metrics import sqnr_db, top1_agreement
@@ -66,7 +66,6 @@ def measure(name: str, recipes: list[str], runtimes: list[str], calibrated: int,
             reference = expected[runtime]
             yield {
                 "network": name,
-                "family": backbone.spec.family,
                 "runtime": runtime,
                 "recipe": recipe,
                 "features_db": round(sqnr_db(reference[-2], found[-2]), 2),
@@ -82,14 +81,12 @@ def report(rows: list[dict[str, Any]]) -> None:
     print(f"{'features / logits, dB':<30}{'runtime':<12}" + "".join(f"{name:>18}" for name in recipes))
     for network, runtime in dict.fromkeys((row["network"], row["runtime"]) for row in rows):
         chosen = {row["recipe"]: row for row in rows if (row["network"], row["runtime"]) == (network, runtime)}
-        default = FAMILY_RECIPES.get(next(iter(chosen.values()))["family"], "")
         cells = []
         for name in recipes:
             row = chosen.get(name)
             figures = "-" if row is None else f"{row['features_db']:.1f} / {row['logits_db']:.1f}"
-            cells.append(f"{figures + ('*' if name == default else ' '):>18}")
+            cells.append(f"{figures:>18}")
         print(f"{network:<30}{runtime:<12}" + "".join(cells))
-    print("* the default of the family")
 
 
 def main() -> None:

@@ -64,7 +64,7 @@ class LayerShape:
     def matrix(self, weight: npt.NDArray[Any]) -> Tensor:
         """The weight as ``(groups, channels, K)``."""
         turned = weight if self.axis == 0 else weight.T
-        return torch.from_numpy(np.ascontiguousarray(turned).reshape(self.groups, turned.shape[0] // self.groups, -1))
+        return torch.from_numpy(turned.copy().reshape(self.groups, turned.shape[0] // self.groups, -1))
 
     def restore(self, matrix: Tensor) -> npt.NDArray[Any]:
         """``(groups, channels, K)`` in the weight's own shape."""

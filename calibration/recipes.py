@@ -1,6 +1,6 @@
-"""Recipes of INT8: settings that go together, the measured default a family, and the choice by trying them.
+"""Recipes of INT8: settings that go together, by name, and the choice among them by trying them.
 
-How the defaults were found is printed by ``benchmarks/recipes.py``; docs/quantization.md has its table.
+``benchmarks/recipes.py`` prints what each gives on the networks of the quantization benchmark.
 """
 
 from __future__ import annotations
@@ -37,29 +37,26 @@ class Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
-    "plain": Recipe(equalization=None, bias_correction=None, calibrator="minmax"),
     "fast": Recipe(),
     "adaptive": Recipe(rounding="adaptive"),
     "activations-first": Recipe(equalization=0.75, rounding="adaptive"),
-    "weights-first": Recipe(equalization=0.25, rounding="adaptive"),
-    "wide": Recipe(calibrator="minmax", rounding="adaptive"),
     "full": Recipe(rounding="adaptive", bias_correction="full"),
+    "clipped": Recipe(rounding="adaptive", weight_scales="mse"),
+    "wide": Recipe(calibrator="minmax"),
+    "weights-first": Recipe(equalization=0.25),
+    "plain": Recipe(equalization=None, bias_correction=None, calibrator="minmax"),
 }
-"""By name, in the order in which ``auto`` tries them."""
-
-FAMILY_RECIPES: dict[str, str] = {}
+"""By name, in the order in which ``auto`` tries them; ``plain`` is what a quantizer does that has none of this."""
 
 
-def recipe_of(name: str, family: str) -> Recipe:
-    """A recipe by its name; ``family`` gives the measured default of a backbone's family.
+def recipe_of(name: str) -> Recipe:
+    """A recipe by its name.
 
     Raises:
         SpecError: no such recipe.
     """
-    if name == "family":
-        name = FAMILY_RECIPES.get(family, "adaptive")
     if name not in RECIPES:
-        raise SpecError(f"unknown recipe {name!r}. {nearest(name, (*RECIPES, 'family', 'auto'))}")
+        raise SpecError(f"unknown recipe {name!r}. {nearest(name, (*RECIPES, 'auto'))}")
     return RECIPES[name]
 
 

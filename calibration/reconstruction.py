@@ -8,7 +8,7 @@ mean error of those before it (Nagel et al. 2020, "Up or Down?", section 3.3, fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -41,14 +41,7 @@ def needs_reconstruction(settings: Int8) -> bool:
     return settings.rounding != "nearest" or settings.weight_scales != "max" or settings.bias_correction == "full"
 
 
-def reconstruct(
-    model: onnx.ModelProto,
-    plan: QuantizationPlan,
-    images: FloatArray,
-    settings: Int8,
-    *,
-    on_node: Callable[[int, int], None] | None = None,
-) -> QuantizationPlan:
+def reconstruct(model: onnx.ModelProto, plan: QuantizationPlan, images: FloatArray, settings: Int8) -> QuantizationPlan:
     """The plan with every weight rounded, and every bias shifted, as the settings ask.
 
     Args:
@@ -56,7 +49,6 @@ def reconstruct(
         plan: its placement and ranges.
         images: ``(N, C, H, W)`` calibration images; a few dozen.
         settings: ``rounding``, ``weight_scales`` and ``bias_correction``.
-        on_node: called with the number of nodes done and that of all.
 
     Raises:
         CalibrationError: a convolution that is not over images.
@@ -83,8 +75,6 @@ def reconstruct(
                 layer.shape.restore(integers).astype(np.int8),
                 scales.reshape(-1).numpy(),
             )
-        if on_node:
-            on_node(len(weights), len(layers))
     return replace(plan, weights=weights, bias_shift=shifts)
 
 

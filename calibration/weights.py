@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -49,7 +50,7 @@ def _nearest(weight: npt.NDArray[np.float32], axis: int, scales: npt.NDArray[np.
     return np.clip(np.round(weight / _along(scales, weight, axis)), -127, 127).astype(np.int16)
 
 
-def _along(channels: npt.NDArray, weight: npt.NDArray[np.float32], axis: int) -> npt.NDArray:
+def _along(channels: npt.NDArray[Any], weight: npt.NDArray[np.float32], axis: int) -> npt.NDArray[Any]:
     shape = [1] * weight.ndim
     shape[axis] = -1
     return channels.reshape(shape)

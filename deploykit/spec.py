@@ -253,8 +253,8 @@ class Int8:
         reduce_range: round weights more coarsely, so that no product saturates in the 16 bits of x86
             processors without VNNI (ONNX Runtime's term); None: where the target needs it.
         recipe: a name of `deploykit.calibration.recipes.RECIPES`, whose settings take the place of the
-            five above; ``family``: the measured default of the backbone's family; ``auto``: the best of the
-            table on calibration images that are held out, found within the budget; None: as they are here.
+            same ones here; ``auto``: the best of the table on calibration images that are held out, found
+            within the budget; None: as they are here.
         recipe_budget_s: how many seconds the trials of ``auto`` may take together.
         float_dtype: what stays in float computes in ``fp32``, or in ``fp16`` where the runtime has it.
         mixed_precision: search the fewest layers to keep in float so that the engine is within its budget.
@@ -289,7 +289,7 @@ class Int8:
         if isinstance(self.bias_correction, bool):
             object.__setattr__(self, "bias_correction", "fast" if self.bias_correction else None)
         if self.bias_correction is not None:
-            _check_choice("bias_correction", self.bias_correction, get_args(BiasCorrection))
+            _check_choice("bias_correction", str(self.bias_correction), get_args(BiasCorrection))
         if not 50 < self.percentile <= 100:
             raise SpecError(f"percentile is {self.percentile}; it must be above 50 and at most 100.")
         if self.equalization is not None and not 0 <= self.equalization <= 1:

@@ -139,7 +139,7 @@ def check_request(request: ExportRequest) -> None:
         )
     check_images_given(request.precision, request.calibration)
     if isinstance(request.precision, Int8) and request.precision.recipe not in (None, "auto"):
-        recipe_of(str(request.precision.recipe), request.backbone.spec.family)
+        recipe_of(str(request.precision.recipe))
     spec = request.backbone.spec
     if request.precision.min_top1_agreement is not None and "logits" not in spec.output_names:
         raise SpecError(
@@ -275,7 +275,7 @@ def settle_recipe(request: ExportRequest, progress: Progress) -> tuple[ExportReq
     if not isinstance(settings, Int8) or settings.recipe is None or request.calibration is None:
         return request, None
     if settings.recipe != "auto":
-        recipe = recipe_of(settings.recipe, request.backbone.spec.family)
+        recipe = recipe_of(settings.recipe)
         return replace(request, precision=recipe.applied_to(settings)), None
     progress.stage("recipes")
 

@@ -177,9 +177,10 @@ def _report(folder: Path, manifest: Manifest, timed: list[SpeedReport], *, json:
         told = {"bundle": str(folder), "status": manifest.status, "manifest": manifest, "parity": parity}
         show_json(told | {"recipes": recipes, "search": search, "speed": timed[0] if timed else None})
         return
-    for tried in (recipes, search):
-        if tried is not None:
-            show(tried.render())
+    if recipes is not None:
+        show(recipes.render())
+    if search is not None:
+        show(search.render())
     size = size_text(sum(record.size for record in manifest.files.values()))
     show(parity.render())
     for report in timed:

@@ -205,10 +205,9 @@ RecipeOption = Annotated[
     _option(
         "--recipe",
         panel=_NUMBERS,
-        metavar="NAME|family|auto",
+        metavar="NAME|auto",
         default="the settings as given",
-        help="int8: settings by name; family: the measured default of the family; auto: the best of all on "
-        "calibration images that are held out.",
+        help="int8: settings by name, in place of those given; auto: the best on calibration images held out.",
     ),
 ]
 RecipeBudgetOption = Annotated[

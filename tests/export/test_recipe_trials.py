@@ -20,7 +20,7 @@ from tests.backbones.realistic import randomize
 def backbone():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return randomize(create_backbone("resnet18", image_size=64, num_classes=10)).eval()
+        return randomize(create_backbone("regnetx_002", image_size=64, num_classes=10)).eval()
 
 
 @pytest.fixture
@@ -46,10 +46,10 @@ def test_auto_takes_the_best_recipe_and_keeps_what_was_tried(backbone, photograp
     manifest = exported(backbone, photographs, tmp_path / "bundle", "auto", heard)
     report = RecipeReport.load(tmp_path / "bundle" / RECIPES_FILE)
     assert RECIPES_FILE in manifest.files
-    assert [trial.name for trial in report.trials] == ["plain", "adaptive"]
+    assert [trial.name for trial in report.trials] == ["adaptive", "plain"]
     assert len(heard) == 2
     assert report.chosen == "adaptive"
-    assert report.trials[1].sqnr_db > report.trials[0].sqnr_db + 1
+    assert report.trials[0].sqnr_db > report.trials[1].sqnr_db + 0.5
     assert (manifest.precision_settings["rounding"], manifest.precision_settings["equalization"]) == ("adaptive", 0.5)
     assert QuantizationPlan.load(tmp_path / "bundle").weights
     again = []
