@@ -153,6 +153,7 @@ def _residual_adds(module: GraphModule, plan: QuantizationPlan) -> list[Any]:
         for node in module.graph.nodes
         if node.target == torch.ops.aten.add.Tensor
         and len(node.args) == 2
+        and not node.kwargs
         and all(isinstance(operand, Node) and operand.name in read for operand in node.args)
         and any(_is_fusible(operand) for operand in node.args)
     ]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from deploykit.calibration.dialects import inductor
+from deploykit.errors import SpecError
 from deploykit.export.graphs import select
 from deploykit.export.inductor_modes import (
     DEFAULT_MODE,
@@ -16,7 +17,7 @@ from deploykit.export.inductor_modes import (
     memory_key,
     weighted_work,
 )
-from deploykit.export.lowering import FASTEST_MODE, INDUCTOR_MODES, check_target
+from deploykit.export.lowering import FASTEST_MODE, INDUCTOR_MODES
 from deploykit.export.to_inductor import to_inductor
 from deploykit.graph import Graph
 from tests.calibration.networks import Tokens, graph_of, plan_of
@@ -114,8 +115,12 @@ def test_the_fastest_is_measured_once_and_then_remembered(
 def test_a_mode_asked_for_is_the_one_compiled(
     mode: str, memory: Path, compiled: list[dict[str, object]], tmp_path: Path
 ):
-    check_target("torch_compile", mode)
     engine = to_inductor(tiny_graph(), tmp_path, target=mode)
     assert [{key: settings[key] for key in INDUCTOR_MODES[mode]} for settings in compiled] == [INDUCTOR_MODES[mode]]
     assert engine.compiler == {"mode": mode}
     assert not memory.exists()
+
+
+def test_an_unknown_mode_is_refused_with_the_nearest(tmp_path: Path):
+    with pytest.raises(SpecError, match=r"unknown torch_compile target 'template'.*templates"):
+        to_inductor(tiny_graph(), tmp_path, target="template")
