@@ -159,8 +159,8 @@ def _residual_adds(module: GraphModule, plan: QuantizationPlan) -> list[Any]:
     ]
 
 
-def _is_fusible(node: Node) -> bool:
-    return node.target in _WEIGHTED and len(node.users) == 1
+def _is_fusible(node: Any) -> bool:
+    return node.target in _WEIGHTED and len(node.users) == 1  # which is the sum
 
 
 def _quantize_weight(module: GraphModule, node: Node, shift: npt.NDArray[np.float32] | None) -> None:
