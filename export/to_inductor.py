@@ -140,8 +140,7 @@ def _quiet() -> Iterator[None]:
     log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", category=FutureWarning)
-            warnings.simplefilter("ignore", category=DeprecationWarning)
+            warnings.simplefilter("ignore")  # INT8 and templates warn at copies that torch makes of its own constants
             yield
     finally:
         log.setLevel(level)
