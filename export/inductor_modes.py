@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODE = "onednn"
-"""The mode where none was asked for and none is remembered: the fastest in each network measured so far."""
+"""The mode where none was asked for and none is remembered."""
 
 
 @dataclass(frozen=True, kw_only=True)

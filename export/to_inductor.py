@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploykit.errors import ExportError
 from deploykit.export.inductor_modes import DEFAULT_MODE, ModeChoice, ModeMemory, fastest, memory_key
-from deploykit.export.lowering import FASTEST_MODE, INDUCTOR_MODES, Engine, Graph
+from deploykit.export.lowering import FASTEST_MODE, INDUCTOR_MODES, Engine, Graph, check_target
 from deploykit.optional import installed_version, require
 from deploykit.runtimes.run_inductor import load_package, machine_tie
 from deploykit.spec import InputSpec
@@ -36,9 +36,11 @@ def to_inductor(graph: Graph, folder: Path, *, target: str | None = None) -> Eng
             a network, and the choice is remembered. None: the remembered one, or else `DEFAULT_MODE`.
 
     Raises:
+        SpecError: an unknown target.
         ExportError: the graph has no program, there is no C++ compiler, or the compilation failed.
     """
     require("torch")
+    check_target("torch_compile", target)
     if graph.program is None:
         raise ExportError(
             "lowering to torch_compile needs a torch.export program and the graph has none. "
@@ -46,11 +48,11 @@ def to_inductor(graph: Graph, folder: Path, *, target: str | None = None) -> Eng
         )
     _check_compiler()
     with tempfile.TemporaryDirectory(prefix="deploykit-inductor-") as staging:
-        if target in INDUCTOR_MODES:
-            choice = ModeChoice(mode=target, milliseconds={})
-            package = _compile(graph.program, Path(staging), target)
-        else:
+        if target in (None, FASTEST_MODE):
             package, choice = _chosen_package(graph, graph.program, Path(staging), measure=target == FASTEST_MODE)
+        else:
+            choice = ModeChoice(mode=str(target), milliseconds={})
+            package = _compile(graph.program, Path(staging), choice.mode)
         shutil.copyfile(package, folder / "model.pt2")
     torch_version = installed_version("torch") or "unknown"
     return Engine(
@@ -138,8 +140,7 @@ def _quiet() -> Iterator[None]:
     log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", category=FutureWarning)
-            warnings.simplefilter("ignore", category=DeprecationWarning)
+            warnings.simplefilter("ignore")  # INT8 and templates warn at copies that torch makes of its own constants
             yield
     finally:
         log.setLevel(level)

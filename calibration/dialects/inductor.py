@@ -151,13 +151,14 @@ def _residual_adds(module: GraphModule, plan: QuantizationPlan) -> list[Any]:
         for node in module.graph.nodes
         if node.target == torch.ops.aten.add.Tensor
         and len(node.args) == 2
+        and not node.kwargs
         and all(isinstance(operand, Node) and operand.name in read for operand in node.args)
         and any(_is_fusible(operand) for operand in node.args)
     ]
 
 
-def _is_fusible(node: Node) -> bool:
-    return node.target in _WEIGHTED and len(node.users) == 1
+def _is_fusible(node: Any) -> bool:
+    return node.target in _WEIGHTED and len(node.users) == 1  # which is the sum
 
 
 def _quantize_weight(

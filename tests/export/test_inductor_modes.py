@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from deploykit.calibration.dialects import inductor
+from deploykit.errors import SpecError
 from deploykit.export.graphs import select
 from deploykit.export.inductor_modes import (
     DEFAULT_MODE,
@@ -16,7 +17,7 @@ from deploykit.export.inductor_modes import (
     memory_key,
     weighted_work,
 )
-from deploykit.export.lowering import FASTEST_MODE, INDUCTOR_MODES, check_target
+from deploykit.export.lowering import FASTEST_MODE, INDUCTOR_MODES
 from deploykit.export.to_inductor import to_inductor
 from deploykit.graph import Graph
 from tests.calibration.networks import Tokens, graph_of, plan_of
@@ -37,15 +38,24 @@ def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "inductor-modes"
 
 
+@pytest.fixture(scope="module")
+def packages() -> dict[str, bytes]:
+    """The package of one network in each mode, compiled when first asked for."""
+    return {}
+
+
 @pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
-    """The settings of every compilation, which runs as ever."""
+def compiled(packages: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
+    """The settings of every compilation; those that a test of this module made before are not made again."""
     settings: list[dict[str, object]] = []
     compile_package = torch._inductor.aoti_compile_and_package
 
-    def recording(program, *, inductor_configs, **options):
+    def recording(program, *, package_path, inductor_configs):
         settings.append(inductor_configs)
-        return compile_package(program, inductor_configs=inductor_configs, **options)
+        if repr(inductor_configs) not in packages:
+            compile_package(program, package_path=package_path, inductor_configs=inductor_configs)
+            packages[repr(inductor_configs)] = Path(package_path).read_bytes()
+        Path(package_path).write_bytes(packages[repr(inductor_configs)])
 
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", recording)
     return settings
@@ -112,10 +122,14 @@ def test_the_fastest_is_measured_once_and_then_remembered(
 
 @pytest.mark.parametrize("mode", INDUCTOR_MODES)
 def test_a_mode_asked_for_is_the_one_compiled(
-    mode: str, memory: Path, compiled: list[dict[str, object]], tmp_path: Path
+    mode: str, tokens: Graph, memory: Path, compiled: list[dict[str, object]], tmp_path: Path
 ):
-    check_target("torch_compile", mode)
-    engine = to_inductor(tiny_graph(), tmp_path, target=mode)
+    engine = to_inductor(tokens, tmp_path, target=mode)
     assert [{key: settings[key] for key in INDUCTOR_MODES[mode]} for settings in compiled] == [INDUCTOR_MODES[mode]]
     assert engine.compiler == {"mode": mode}
     assert not memory.exists()
+
+
+def test_an_unknown_mode_is_refused_with_the_nearest(tmp_path: Path):
+    with pytest.raises(SpecError, match=r"unknown torch_compile target 'template'.*templates"):
+        to_inductor(tiny_graph(), tmp_path, target="template")
