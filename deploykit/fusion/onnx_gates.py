@@ -3,7 +3,7 @@
 ONNX Runtime keeps maps in blocks of channels between convolutions. It has no mean and no product with a gate
 ``(N, C, 1, 1)`` in that layout, and copies each map out of it and back in; it has the pooling operator, nearest
 resizing, and products of equal shapes. Where maps are large, one image at a time, a gate of the next
-convolution's inputs is cheaper on its weights: Conv(w)(a * g) = Conv(w * g)(a).
+convolution's inputs is cheaper on its weights, if that has far fewer outputs: Conv(w)(a * g) = Conv(w * g)(a).
 """
 
 from __future__ import annotations
@@ -97,8 +97,9 @@ def _takes_gate(layer: ir.Node, gate: _Gate) -> bool:
         return False
     weight, settings, batch = constant(layer.inputs[1]), layer.attributes, gate.gated.shape[0]  # type: ignore[index]
     pointwise = weight is not None and weight.shape[2:] == (1, 1) and settings.get_int("group", 1) == 1
+    narrow = weight is not None and 2 * weight.shape[0] <= weight.shape[1]  # else its result is as dear to copy back
     plain = not any(settings.get_ints("pads", ())) and set(settings.get_ints("strides", ())) <= {1}
-    return pointwise and plain and batch == 1 and math.prod(gate.positions) >= LARGE
+    return pointwise and narrow and plain and batch == 1 and math.prod(gate.positions) >= LARGE
 
 
 def _pool(model: ir.Model, mean: ir.Node) -> None:

@@ -15,7 +15,7 @@ def parts(after: nn.Module | None = None, squash: type[nn.Module] = nn.Sigmoid, 
     return {
         "conv": nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), act()),
         "gate": nn.Sequential(nn.Conv2d(8, 2, 1), act(), nn.Conv2d(2, 8, 1), squash()),
-        "after": after or nn.Conv2d(8, 6, 1),
+        "after": after or nn.Conv2d(8, 4, 1),
     }
 
 
@@ -61,13 +61,14 @@ def test_a_gate_of_a_large_map_goes_to_the_weights_where_there_is_one_image(monk
 @pytest.mark.parametrize(
     "after",
     [
-        nn.Conv2d(8, 6, 3, padding=1),
-        nn.Conv2d(8, 8, 1, groups=2),
-        nn.Conv2d(8, 6, 1, stride=2),
-        nn.Conv2d(8, 6, 1, padding=1),
+        nn.Conv2d(8, 4, 3, padding=1),
+        nn.Conv2d(8, 4, 1, groups=2),
+        nn.Conv2d(8, 4, 1, stride=2),
+        nn.Conv2d(8, 4, 1, padding=1),
         nn.ReLU(),
+        nn.Conv2d(8, 5, 1),
     ],
-    ids=["3x3", "groups", "strided", "padded", "no convolution"],
+    ids=["3x3", "groups", "strided", "padded", "no convolution", "wide"],
 )
 def test_only_a_plain_pointwise_layer_takes_the_gate(monkeypatch, after):
     monkeypatch.setattr(onnx_gates, "LARGE", 144)

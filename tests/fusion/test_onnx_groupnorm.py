@@ -34,11 +34,10 @@ def test_group_norm_is_spelled_out_by_means(spec, groups, shift, seed):
     "function",
     [
         lambda m, x: nn.functional.group_norm(x, 1, m.norm.weight, m.norm.bias).relu(),
-        lambda m, x: nn.functional.instance_norm(x).relu(),
         lambda m, x: m.norm(x.flatten(2)).relu(),
         lambda m, x: m.norm(x),
     ],
-    ids=["one group", "instance norm", "three axes", "is the output"],
+    ids=["one group", "three axes", "is the output"],
 )
 def test_other_norms_are_not_spelled_out(function):
     assert is_left_alone(spell_out_groupnorm, graph_of(function, norm=group_norm(2)))
