@@ -106,9 +106,9 @@ def _insert_qdq(module: GraphModule, plan: QuantizationPlan) -> None:
     by_weight = {use.weight.removesuffix(TRANSPOSED): (name, use) for name, use in placed}
     for node in _weighted_nodes(module):
         target = str(node.args[1].target)
-        if target not in by_weight:
+        name, use = by_weight.get(target, ("", None))
+        if use is None or use.pointlike:
             continue
-        name, use = by_weight[target]
         scale, zero_point = plan.range_of(use.input).affine()
         source = node.args[0]
         if (source, use.input) not in quantized:

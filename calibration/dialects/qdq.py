@@ -11,8 +11,12 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
+from deploykit.calibration.dialects.attention import quantize_attentions
 from deploykit.calibration.dialects.dynamic import quantize_product
-from deploykit.calibration.dialects.gates import prepare
+from deploykit.calibration.dialects.gates import fold_hard_sigmoids, prepare
+from deploykit.calibration.dialects.left_out import leave_out
+from deploykit.calibration.dialects.pointwise import linears_to_convolutions
+from deploykit.calibration.dialects.widths import widen
 from deploykit.calibration.placement import IntegerWeight
 from deploykit.calibration.plan import QuantizationPlan, add_constant
 from deploykit.calibration.ranges import quantize_weight
@@ -31,6 +35,10 @@ class QdqStyle:
     ``integer_gates``: also on hard-swish, SiLU, squeeze-and-excitation and its pooling.
     ``dynamic_products``: matrix products quantize what they read at each call, instead of with the
     plan's range. ``before_rolls``: round a rolled map before it is cut and joined, not after.
+    ``wide_groups``: join narrow groups, and pad depthwise convolutions to full vectors. ``float_image_side``:
+    leave the stem and what is right behind it in float. ``pointlike_weights``: the fewest weights with which a
+    convolution on a 1x1 map runs in integers; None: none of them does. ``linears_as_convolutions``: write linear
+    layers of maps and tokens as 1x1 convolutions.
     """
 
     symmetric: bool
@@ -40,10 +48,21 @@ class QdqStyle:
     integer_gates: bool = False
     dynamic_products: bool = False
     before_rolls: bool = False
+    wide_groups: bool = False
+    float_image_side: bool = False
+    pointlike_weights: int | None = None
+    linears_as_convolutions: bool = False
+
+    def as_rendered(self, model: onnx.ModelProto, plan: QuantizationPlan) -> QuantizationPlan:
+        """The part of a plan that this style writes in integers, the rest with the reason why not."""
+        return leave_out(model, plan, image_side=self.float_image_side, pointlike_weights=self.pointlike_weights)
 
 
 def insert_qdq(model: onnx.ModelProto, plan: QuantizationPlan, style: QdqStyle) -> onnx.ModelProto:
     """A copy of a master graph (or a part of it) with the plan's Q/DQ nodes."""
+    plan = style.as_rendered(model, plan)
+    if style.wide_groups:
+        model, plan = widen(model, plan)
     return _Renderer(model, plan, style).render()
 
 
@@ -55,24 +74,32 @@ class _Renderer:
         self.graph = self.model.graph
         self.plan = plan
         self.style = style
+        self._offsets: dict[str, float] = {}
         self.values = {value.name: value for value in self.graph.inputs}
         self.values |= {value.name: value for node in self.graph for value in node.outputs}
 
     def render(self) -> onnx.ModelProto:
         placement = self.plan.placement
+        if self.style.dynamic_products and quantize_attentions(self.graph, self.plan):
+            passes.RemoveUnusedNodesPass()(self.model)
         nodes = {node.name: node for node in self.graph}
+        if self.style.integer_gates:
+            self._offsets = fold_hard_sigmoids(self.graph, placement)
         for name, use in placement.weights.items():
             if name in nodes:
                 self._quantize_weight(nodes[name], use)
-        written = placement.writes if self.style.all_writes else ()
+        folded = {placement.weights[name].output for name in self._offsets}
+        writes = [name for name in placement.writes if name not in folded] if self.style.all_writes else []
         gated = placement.between if self.style.integer_gates else ()
         self._everywhere = {*placement.writes, *gated}
         for name in gated:
             if name in self.values:
                 self.values[name] = prepare(self.graph, self.values[name])
-        for name in dict.fromkeys((*placement.reads, *written, *gated)):
+        for name in dict.fromkeys((*placement.reads, *writes, *gated)):
             if name in self.values:
                 self._quantize_activation(self.values[name])
+        if self.style.linears_as_convolutions:
+            linears_to_convolutions(self.graph)
         self.graph.sort()
         passes.RemoveUnusedNodesPass()(self.model)
         for node in self.graph:
@@ -103,6 +130,7 @@ class _Renderer:
     def _corrected_bias(self, node: ir.Node, use: IntegerWeight, channels: int) -> npt.NDArray[np.float32] | None:
         """The bias with the plan's correction; None where there is none to write."""
         shift = np.asarray(self.plan.bias_shift.get(str(node.name), 0.0), np.float32)
+        shift = shift + np.float32(self._offsets.get(str(node.name), 0.0))
         old = self.graph.initializers.get(use.bias) if use.bias else None
         if old is None and (node.op_type == "MatMul" or not np.any(shift)):
             return None

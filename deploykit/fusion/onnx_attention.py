@@ -21,8 +21,11 @@ Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Attention:
-    """One attention of ``H`` heads of ``D`` channels over ``T`` tokens, as it stands in a graph."""
+class Attention:
+    """One attention of ``H`` heads of ``D`` channels over ``T`` tokens, as it stands in a graph.
+
+    ``projected`` ``(N, T, 3 * H * D)`` is ``tokens @ weight + bias``; ``merged`` is what the heads give.
+    """
 
     projected: ir.Value
     tokens: ir.Value
@@ -46,7 +49,7 @@ def fuse_onnxruntime_attention(model: ir.Model) -> int:
     """
     fused = 0
     for node in list(model.graph):
-        found = _match(node) if node.op_type == "Softmax" else None
+        found = find_attention(node) if node.op_type == "Softmax" else None
         if found is not None:
             _write(model, found)
             fused += 1
@@ -56,7 +59,8 @@ def fuse_onnxruntime_attention(model: ir.Model) -> int:
     return fused
 
 
-def _match(softmax: ir.Node) -> _Attention | None:
+def find_attention(softmax: ir.Node) -> Attention | None:
+    """The self-attention with a joint projection around a softmax; None where it is not one, or not of float."""
     scores = _scores(softmax)
     product = _only_reader(softmax.outputs[0])
     if scores is None or product is None or product.op_type != "MatMul" or product.inputs[0] is not softmax.outputs[0]:
@@ -71,7 +75,7 @@ def _match(softmax: ir.Node) -> _Attention | None:
     if heads is None or not _merges(product.outputs[0], merged, heads):
         return None
     tokens, weight, bias = layer
-    return _Attention(
+    return Attention(
         projected=projected,
         tokens=tokens,
         weight=weight,
@@ -216,7 +220,7 @@ def _sliced(node: ir.Node, before: Array) -> Array | None:
     return before[tuple(cuts)]
 
 
-def _write(model: ir.Model, found: _Attention) -> None:
+def _write(model: ir.Model, found: Attention) -> None:
     position = _position_bias(model, found)
     absent = [None, None, position] if position is not None else []
     node = ir.node(
@@ -234,7 +238,7 @@ def _write(model: ir.Model, found: _Attention) -> None:
     node.outputs[0].name = f"{found.merged.name}_attention"
 
 
-def _position_bias(model: ir.Model, found: _Attention) -> ir.Value | None:
+def _position_bias(model: ir.Model, found: Attention) -> ir.Value | None:
     if found.position_bias is None:
         return None
     bias = found.position_bias if found.position_bias.ndim == 4 else found.position_bias[None]
