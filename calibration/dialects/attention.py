@@ -28,20 +28,27 @@ def quantize_attentions(graph: ir.Graph, plan: QuantizationPlan) -> int:
     Returns:
         How many were written.
     """
-    by_weight = {use.weight: name for name, use in plan.placement.weights.items()}
     written = 0
     for softmax in [node for node in graph if node.op_type == "Softmax"]:
         found = find_attention(softmax)
-        if found is None or found.position_bias is not None or str(found.weight.name) not in by_weight:
+        if found is None or found.position_bias is not None:
             continue
         if len(_products(found.projected)) > 2:
             continue  # the last block gives its tokens and, of the class token alone, the logits
-        name = by_weight[str(found.weight.name)]
+        name = _projection(found)
+        if name not in plan.placement.weights:
+            continue
         _write(graph, found, name, plan.bias_shift.get(name))
         written += 1
     if written:
         graph.opset_imports[_DOMAIN] = 1
     return written
+
+
+def _projection(found: Attention) -> str:
+    """The name of the product of tokens and weight."""
+    add = found.projected.producer()
+    return next(str(node.name) for node in found.weight.consumers() if add in node.outputs[0].consumers())
 
 
 def _products(projected: ir.Value) -> set[ir.Node]:

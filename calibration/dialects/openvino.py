@@ -15,6 +15,7 @@ STYLE = QdqStyle(
     before_rolls=True,
     pointlike_weights=2**19,
     linears_as_convolutions=True,
+    maps_as_tokens=True,
 )
 """OpenVINO 2026.4 does not compile a rounding behind the rolled map of a shifted window, and rolls integers faster.
 On 1x1 maps it gains by reading fewer bytes of weights: a head of a million gains, squeeze-and-excitation loses

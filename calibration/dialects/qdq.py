@@ -16,6 +16,7 @@ from deploykit.calibration.dialects.dynamic import quantize_product
 from deploykit.calibration.dialects.gates import fold_hard_sigmoids, prepare
 from deploykit.calibration.dialects.left_out import leave_out
 from deploykit.calibration.dialects.pointwise import linears_to_convolutions
+from deploykit.calibration.dialects.tokens import maps_to_tokens
 from deploykit.calibration.dialects.widths import widen
 from deploykit.calibration.placement import IntegerWeight
 from deploykit.calibration.plan import QuantizationPlan, add_constant
@@ -38,7 +39,8 @@ class QdqStyle:
     ``wide_groups``: join narrow groups, and pad depthwise convolutions to full vectors. ``float_image_side``:
     leave the stem and what is right behind it in float. ``pointlike_weights``: the fewest weights with which a
     convolution on a 1x1 map runs in integers; None: none of them does. ``linears_as_convolutions``: write linear
-    layers of maps and tokens as 1x1 convolutions.
+    layers of tokens as 1x1 convolutions. ``maps_as_tokens``: give maps with the channels last one dimension for
+    their places.
     """
 
     symmetric: bool
@@ -52,6 +54,7 @@ class QdqStyle:
     float_image_side: bool = False
     pointlike_weights: int | None = None
     linears_as_convolutions: bool = False
+    maps_as_tokens: bool = False
 
     def as_rendered(self, model: onnx.ModelProto, plan: QuantizationPlan) -> QuantizationPlan:
         """The part of a plan that this style writes in integers, the rest with the reason why not."""
@@ -63,6 +66,8 @@ def insert_qdq(model: onnx.ModelProto, plan: QuantizationPlan, style: QdqStyle) 
     plan = style.as_rendered(model, plan)
     if style.wide_groups:
         model, plan = widen(model, plan)
+    if style.maps_as_tokens:
+        model = maps_to_tokens(model, plan.placement.writes)
     return _Renderer(model, plan, style).render()
 
 
@@ -236,6 +241,8 @@ class _Renderer:
 def _rolled_pieces(value: ir.Value) -> list[ir.Node]:
     """The Slices of one tensor that Concats join to ``value``, as a roll does along each of its axes; else none."""
     joined = value.producer()
+    if joined is not None and joined.op_type == "Reshape" and joined.inputs[0] is not None:
+        joined = joined.inputs[0].producer()
     if joined is None or joined.op_type != "Concat":
         return []
     pieces = [part.producer() for part in joined.inputs if part is not None]

@@ -77,9 +77,7 @@ class _ChannelGroup:
     def can_be_padded(self, integers: Any) -> bool:
         """Whether nothing but integer convolutions with weights of their own reads and writes the channels."""
         nodes = (*self.writers, *self.readers, *self.depthwise)
-        alone = all(
-            len(list(value.uses())) == 1 for node in nodes for value in node.inputs[1:] if value is not None
-        )
+        alone = all(len(list(value.uses())) == 1 for node in nodes for value in node.inputs[1:] if value is not None)
         return not self.blocked and alone and all(node.name in integers for node in nodes)
 
     def pad(self, count: int, shifts: dict[str, npt.NDArray[np.float32]]) -> None:

@@ -51,17 +51,18 @@ def in_onnxruntime(model: onnx.ModelProto, path) -> Counter[str]:
 def test_gated_maps_stay_in_integers(activation, gate, adds, products, tmp_path):
     graph = master_graph(Gated(activation, gate), ("maps",), IMAGES)
     plan = plan_of(graph, IMAGES)
-    model = render(graph, plan).model
+    style = replace(STYLE, float_image_side=False)
+    model = insert_qdq(graph.model, plan, style)
     onnx.checker.check_model(model, full_check=True)
     kinds = in_onnxruntime(model, tmp_path / "optimized.onnx")
     assert kinds["QLinearMul"] == products
     assert kinds["QLinearAdd"] == adds
     assert kinds["QLinearGlobalAveragePool"] == 1
-    assert kinds["QLinearConv"] == 2
-    assert not {"HardSwish", "Mul", "ReduceMean", "Relu"} & set(kinds)
+    assert kinds["QLinearConv"] == 4
+    assert not {"HardSwish", "HardSigmoid", "Mul", "ReduceMean", "Relu"} & set(kinds)
     images = {"images": IMAGES[:1]}
     found, expected = (onnx_session(each).run(None, images) for each in (model, graph.model))
-    in_float = onnx_session(insert_qdq(graph.model, plan, replace(STYLE, integer_gates=False))).run(None, images)
+    in_float = onnx_session(insert_qdq(graph.model, plan, replace(style, integer_gates=False))).run(None, images)
     assert rounding_noise_db(expected, found)[0] > rounding_noise_db(expected, in_float)[0] - 3 > 20
 
 
@@ -82,7 +83,7 @@ def test_hard_swish_by_rounding_is_hard_swish():
     plan = plan_of(graph, IMAGES, Int8(calibrator="minmax"))
     found, expected = (
         onnx_session(model).run(["activated"], {"images": IMAGES[:1]})[0]
-        for model in (render(graph, plan).model, graph.model)
+        for model in (insert_qdq(graph.model, plan, replace(STYLE, float_image_side=False)), graph.model)
     )
     np.testing.assert_allclose(found, expected, atol=0.02 * expected.max())
 
