@@ -140,7 +140,7 @@ STOCK: dict[str, Callable[[onnx.ModelProto, FloatArray], onnx.ModelProto]] = {
 
 
 def measure(name: str, count: int, rounds: int, settings: Int8, outputs: str) -> list[dict[str, Any]]:
-    """Every route of a network in every runtime, a row each; ``outputs``, logits or all, are those of the timed graph."""
+    """Every route of a network in every runtime, a row each; ``outputs``, logits or all, are what is timed."""
     torch.manual_seed(0)
     pretrained = name == "tf_efficientnet_lite0"
     backbone = build_backbone(name, BackboneOptions(), pretrained=pretrained)

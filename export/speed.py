@@ -1,4 +1,4 @@
-"""The speed guard: an INT8 engine timed in turns with the FP32 and FP16 engines of its runtime, and why it is slower."""
+"""The speed guard: an INT8 engine timed in turns with the FP32 and FP16 engines of its runtime; why it is slower."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def insert_qdq(model: onnx.ModelProto, plan: QuantizationPlan, style: QdqStyle) 
     if style.wide_groups:
         model, plan = widen(model, plan)
     if style.maps_as_tokens:
-        model = maps_to_tokens(model, plan.placement.writes)
+        model = maps_to_tokens(model, plan.placement)
     return _Renderer(model, plan, style).render()
 
 

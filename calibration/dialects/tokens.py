@@ -6,28 +6,27 @@ dimensions. With four it subtracts zero points, and takes a LayerNorm apart, in 
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import numpy as np
 import onnx
 import onnx_ir as ir
 
+from deploykit.calibration.placement import Placement
 from deploykit.calibration.plan import add_constant
 
 _ANY_SHAPE = ("Gelu", "Relu", "Clip", "Sigmoid", "Mul", "Add")
 
 
-def maps_to_tokens(model: onnx.ModelProto, written: Collection[str]) -> onnx.ModelProto:
+def maps_to_tokens(model: onnx.ModelProto, placement: Placement) -> onnx.ModelProto:
     """A copy of a master graph whose maps with channels last have one dimension for their places.
 
     Every node keeps its name, and every tensor that a linear layer reads.
 
     Args:
         model: the master graph, with shapes.
-        written: tensors that integer kernels write, which stay maps.
+        placement: what runs in integers; what convolutions write, and outputs that are read, stay maps.
     """
     whole = ir.from_proto(model)
-    flattener = _Flattener(whole.graph, written)
+    flattener = _Flattener(whole.graph, placement)
     for node in list(whole.graph):
         flattener.visit(node)
     flattener.finish()
@@ -37,9 +36,9 @@ def maps_to_tokens(model: onnx.ModelProto, written: Collection[str]) -> onnx.Mod
 class _Flattener:
     """One walk over a graph; ``maps`` holds each tensor that has become tokens, with the shape of its map."""
 
-    def __init__(self, graph: ir.Graph, written: Collection[str]) -> None:
+    def __init__(self, graph: ir.Graph, placement: Placement) -> None:
         self.graph = graph
-        self.written = written
+        self.placement = placement
         self.maps: dict[ir.Value, tuple[int, int, int]] = {}
         self._tokens: dict[ir.Value, ir.Value] = {}
         self._renamed: set[ir.Value] = set()
@@ -49,12 +48,13 @@ class _Flattener:
         """Let a node work on tokens where it can."""
         output = node.outputs[0]
         shape = _map_shape(output)
-        if shape is None or output.is_graph_output() or not self._fits(node):
+        given = output.is_graph_output() and output.name in self.placement.reads
+        if shape is None or given or not self._fits(node):
             return
         source = node.inputs[0]
         if source is not None and source not in self.maps and node.op_type in ("LayerNormalization", "MatMul"):
             before = _map_shape(source)
-            if before is None or source.is_graph_output() or str(source.name) in self.written:
+            if before is None or source.is_graph_output() or source.name in self.placement.writes:
                 return
             node.replace_input_with(0, self._flat(source, before, named=node.op_type == "MatMul"))
         self.maps[output] = shape
@@ -65,7 +65,7 @@ class _Flattener:
         """Give the nodes that work on maps their maps."""
         for value, shape in self.maps.items():
             readers = [use for use in value.uses() if use.node not in self._converted]
-            if not readers:
+            if not readers and not value.is_graph_output():
                 continue
             sizes = add_constant(self.graph, f"{value.name}/map_shape", np.array([0, *shape]))
             node = ir.node("Reshape", [value, sizes], name=f"{value.name}/map")
@@ -75,13 +75,16 @@ class _Flattener:
             node.outputs[0].type = value.type
             for reader in readers:
                 reader.node.replace_input_with(reader.idx, node.outputs[0])
+            if value.is_graph_output():
+                self.graph.outputs[list(self.graph.outputs).index(value)] = node.outputs[0]
+                value.name, node.outputs[0].name = f"{value.name}/tokens", value.name
 
     def _fits(self, node: ir.Node) -> bool:
         if node.op_type == "LayerNormalization":
             return node.attributes.get_int("axis", -1) in (-1, 3)
-        first, *others = node.inputs
         if node.op_type == "MatMul":
-            return len(others) == 1 and others[0] is not None and others[0].is_initializer() and _rank(others[0]) == 2
+            weight = node.inputs[1]
+            return weight is not None and weight.is_initializer() and _rank(weight) == 2
         if node.op_type not in _ANY_SHAPE:
             return False
         flat = [value in self.maps for value in node.inputs if value is not None]

@@ -40,7 +40,7 @@ def widen(model: onnx.ModelProto, plan: QuantizationPlan) -> tuple[onnx.ModelPro
             group = _ChannelGroup(node)
             if group.can_be_padded(weights):
                 group.pad(-_channels(node) % LANES, shifts)
-        elif 1 < _groups(node) and not _is_depthwise(node):
+        elif _groups(node) > 1 and not _is_depthwise(node):
             _join_groups(node)
     return ir.to_proto(whole), replace(plan, bias_shift=shifts)
 

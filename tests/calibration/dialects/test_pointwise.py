@@ -36,7 +36,8 @@ def test_linear_layers_of_tokens_become_convolutions_with_the_same_numbers():
     graph = master_graph(Windows(), ("tokens", "head"), IMAGES)
     plan = plan_of(graph, IMAGES)
     written, plain = (
-        insert_qdq(graph.model, plan, replace(STYLE, linears_as_convolutions=chosen)) for chosen in (True, False)
+        insert_qdq(graph.model, plan, replace(STYLE, linears_as_convolutions=chosen, maps_as_tokens=False))
+        for chosen in (True, False)
     )
     onnx.checker.check_model(written, full_check=True)
     kinds, before = (Counter(node.op_type for node in model.graph.node) for model in (written, plain))
