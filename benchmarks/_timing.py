@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 
 from deploykit.runtimes.base import FloatArray
-from deploykit.runtimes.run_onnxruntime import CPU_SETTINGS
+from deploykit.runtimes.run_onnxruntime import SESSION_SETTINGS
 
 WARM_UP = 3
 
@@ -27,7 +27,7 @@ def in_onnxruntime(model: onnx.ModelProto) -> Call:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    for key, value in CPU_SETTINGS.items():
+    for key, value in SESSION_SETTINGS.items():
         options.add_session_config_entry(key, value)
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name

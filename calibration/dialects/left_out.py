@@ -14,8 +14,8 @@ import onnx_ir as ir
 from deploykit.calibration.placement import Placement, fused_activation
 from deploykit.calibration.plan import QuantizationPlan
 
-IMAGE_CHANNELS = 32
-"""The most channels that a convolution reads and still counts to the image's side."""
+THIN_CHANNELS = 32
+"""The most channels of a convolution that still counts to the image's side."""
 _NARROW = "its integer kernel is slower than float on so few channels of so large a map"
 _POINT = "it works on a 1x1 map, where this runtime gains nothing from integers"
 
@@ -56,23 +56,27 @@ def _image_side(model: onnx.ModelProto, placement: Placement) -> dict[str, str]:
     found: dict[str, str] = {}
     reached = set(graph.inputs)
     for node in graph:
-        if node.inputs and node.inputs[0] in reached and node.op_type in ("HardSwish", "Add", "Mul", "MaxPool"):
+        if node.inputs and node.inputs[0] in reached and node.op_type in ("HardSwish", "Add", "Mul"):
             reached.update(node.outputs)
         if node.op_type != "Conv" or node.name not in placement.weights or node.inputs[0] not in reached:
             continue
-        outputs, inputs = _channels(node)
-        if inputs > IMAGE_CHANNELS or (node.inputs[0] not in graph.inputs and outputs > inputs):
+        if node.inputs[0] not in graph.inputs and not _is_thin(node):
             continue
-        found[str(node.name)] = _NARROW
-        reached.add(node.outputs[0])
         activation = fused_activation(node.outputs[0])
-        if activation is not None:
-            reached.update(activation.outputs)
+        written = node.outputs[0] if activation is None else activation.outputs[0]
+        if any(reader.op_type == "MaxPool" for reader in written.consumers()):
+            continue  # pooled in integers, it is a residual add's operand too
+        found[str(node.name)] = _NARROW
+        reached |= {node.outputs[0], written}
     return found
 
 
-def _channels(node: ir.Node) -> tuple[int, int]:
-    """Output and input channels of a convolution."""
+def _is_thin(node: ir.Node) -> bool:
+    """Whether a convolution of few channels is depthwise, or 1x1 and no wider than what it reads."""
     shape = node.inputs[1].shape  # type: ignore[union-attr]
     assert shape is not None  # noqa: S101  (an initializer has a shape; narrows the type)
-    return int(shape[0]), int(shape[1]) * node.attributes.get_int("group", 1)  # type: ignore[arg-type]
+    outputs, width, *kernel = (int(size) for size in shape)  # type: ignore[arg-type]
+    groups = node.attributes.get_int("group", 1)
+    if width * groups > THIN_CHANNELS or outputs > width * groups:
+        return False
+    return width == 1 or (groups == 1 and kernel == [1, 1])

@@ -57,7 +57,8 @@ def test_the_ratio_is_in_the_manifest_and_told(timed):
     assert report.int8_ms > 0
     assert report.rounds >= speed.LEAST_ROUNDS
     assert report.fp16_ms > 0
-    assert len(report.float_nodes) == report.left["float Conv"] == 1
+    assert report.float_nodes == {}
+    assert not [operator for operator in report.left if "Conv" in operator]
 
 
 def test_an_export_that_was_not_asked_is_not_timed(backbone, photographs, tmp_path):
@@ -99,14 +100,13 @@ def test_what_is_left_in_float_is_read_from_the_optimized_graph(residual_case, t
         onnx.save(rendered.model, tmp_path / "model.onnx")
         return left_in_onnxruntime(tmp_path / "model.onnx")
 
-    rendered = dialect.STYLE.as_rendered(graph.model, plan)
     in_float, quantized = left(dialect.render(graph, None)), left(dialect.render(graph, plan))
     assert in_float["float Conv"] == 9
     assert not [operator for operator in in_float if "Quantize" in operator]
-    assert quantized["float Conv"] == len(rendered.placement.float_nodes) == 1
+    assert "float Conv" not in quantized
     nodes = list(plan.placement.weights)[2:4]
     mixed = left(dialect.render(graph, plan.without(graph.model, dict.fromkeys(nodes, "because"))))
-    assert mixed["float Conv"] == 3
+    assert mixed["float Conv"] == 2
     assert mixed["DequantizeLinear"] > quantized["DequantizeLinear"]
 
 
