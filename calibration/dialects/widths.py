@@ -131,7 +131,7 @@ def _groups(node: ir.Node) -> int:
 
 
 def _channels(node: ir.Node) -> int:
-    return int(_initializer(node.inputs[1]).shape[0])  # type: ignore[index]
+    return int(_initializer(node.inputs[1]).shape[0])  # type: ignore[index, arg-type]
 
 
 def _initializer(value: ir.Value | None) -> ir.Value:
