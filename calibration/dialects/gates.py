@@ -7,13 +7,18 @@ that gates a map is the same ``h``.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 
 from deploykit.calibration.placement import Placement, is_gate
 from deploykit.calibration.plan import add_constant
+from deploykit.calibration.ranges import ActivationRange
 
 _GATE_SCALE = 1 / 255
+_SATURATED = 6.0
+"""Where a sigmoid is within a step of 1/255 of 0 or 1."""
 
 
 def fold_hard_sigmoids(graph: ir.Graph, placement: Placement) -> dict[str, float]:
@@ -37,6 +42,14 @@ def fold_hard_sigmoids(graph: ir.Graph, placement: Placement) -> dict[str, float
         ir.convenience.replace_all_uses_with(node.outputs[0], gate)
         offsets[str(producer.name)] = offset
     return offsets
+
+
+def before_saturation(value: ir.Value, measured: ActivationRange) -> ActivationRange:
+    """The part of a range that sigmoids tell apart, where nothing else reads the value: finer steps for the gate."""
+    if value.is_graph_output() or not all(reader.op_type == "Sigmoid" for reader in value.consumers()):
+        return measured
+    low, high = (float(np.clip(bound, -_SATURATED, _SATURATED)) for bound in (measured.low, measured.high))
+    return replace(measured, low=low, high=high)
 
 
 def prepare(graph: ir.Graph, value: ir.Value) -> ir.Value:

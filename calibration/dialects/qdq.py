@@ -13,7 +13,7 @@ import onnx_ir.passes.common as passes
 
 from deploykit.calibration.dialects.attention import quantize_attentions
 from deploykit.calibration.dialects.dynamic import quantize_product
-from deploykit.calibration.dialects.gates import fold_hard_sigmoids, prepare
+from deploykit.calibration.dialects.gates import before_saturation, fold_hard_sigmoids, prepare
 from deploykit.calibration.dialects.left_out import leave_out
 from deploykit.calibration.dialects.pointwise import linears_to_convolutions
 from deploykit.calibration.dialects.tokens import maps_to_tokens
@@ -167,7 +167,7 @@ class _Renderer:
     def _quantize_activation(self, value: ir.Value) -> None:
         """Put a Q/DQ pair behind a tensor: for all its readers, or for integer kernels where the writer is float."""
         tensor = str(value.name)
-        scale, zero_point = self._parameters(tensor)
+        scale, zero_point = self._parameters(value)
         everyone = tensor in self._everywhere
         readers = [use for use in value.uses() if everyone or use.node.name in self.plan.placement.weights]
         if not readers and not value.is_graph_output():
@@ -215,8 +215,10 @@ class _Renderer:
         source = node.inputs[0]
         return source if source is not None and len(list(source.uses())) == 1 else value
 
-    def _parameters(self, tensor: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[Any]]:
-        measured = self.plan.range_of(tensor)
+    def _parameters(self, value: ir.Value) -> tuple[npt.NDArray[np.float32], npt.NDArray[Any]]:
+        measured = self.plan.range_of(str(value.name))
+        if self.style.integer_gates:
+            measured = before_saturation(value, measured)
         if self.style.symmetric:
             return np.array(measured.symmetric(), np.float32), np.array(0, np.int8)
         scale, zero_point = measured.affine()
