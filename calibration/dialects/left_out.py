@@ -16,6 +16,7 @@ from deploykit.calibration.plan import QuantizationPlan
 
 THIN_CHANNELS = 32
 """The most channels of a convolution that still counts to the image's side."""
+_FOLLOWED = ("HardSwish", "Add", "Mul", "ReduceMean", "GlobalAveragePool")
 _NARROW = "its integer kernel is slower than float on so few channels of so large a map"
 _POINT = "it works on a 1x1 map, where this runtime gains nothing from integers"
 
@@ -56,11 +57,12 @@ def _image_side(model: onnx.ModelProto, placement: Placement) -> dict[str, str]:
     found: dict[str, str] = {}
     reached = set(graph.inputs)
     for node in graph:
-        if node.inputs and node.inputs[0] in reached and node.op_type in ("HardSwish", "Add", "Mul"):
+        if node.inputs and node.inputs[0] in reached and node.op_type in _FOLLOWED:
             reached.update(node.outputs)
         if node.op_type != "Conv" or node.name not in placement.weights or node.inputs[0] not in reached:
             continue
-        if node.inputs[0] not in graph.inputs and not _is_thin(node):
+        inside = placement.weights[str(node.name)].pointlike or node.inputs[0] in graph.inputs
+        if not inside and not _is_thin(node):
             continue
         activation = fused_activation(node.outputs[0])
         written = node.outputs[0] if activation is None else activation.outputs[0]

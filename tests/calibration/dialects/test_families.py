@@ -50,7 +50,7 @@ def test_onnxruntime_runs_the_plan_in_integers(family, tmp_path):
     onnx.save(onnxruntime.render(graph, plan).model, tmp_path / "model.onnx")
     placement = onnxruntime.STYLE.as_rendered(graph.model, plan).placement
     assert floats(left_in_onnxruntime(tmp_path / "model.onnx")) == len(placement.float_nodes)
-    assert len(placement.float_nodes) <= 3
+    assert len(placement.float_nodes) <= 5
 
 
 def test_openvino_runs_the_plan_in_integers(family, tmp_path):
