@@ -244,7 +244,8 @@ def _rolled_pieces(value: ir.Value) -> list[ir.Node]:
     """The Slices of one tensor that Concats join to ``value``, as a roll does along each of its axes; else none."""
     joined = value.producer()
     if joined is not None and joined.op_type == "Reshape" and joined.inputs[0] is not None:
-        joined = joined.inputs[0].producer()
+        whole = joined.inputs[0]
+        joined = whole.producer() if len(list(whole.uses())) == 1 and not whole.is_graph_output() else None
     if joined is None or joined.op_type != "Concat":
         return []
     pieces = [part.producer() for part in joined.inputs if part is not None]
