@@ -68,9 +68,7 @@ def prepare(graph: ir.Graph, value: ir.Value) -> ir.Value:
         return _split_hard_swish(graph, node)
     if node.op_type == "ReduceMean":
         return _replace(graph, node, ir.node("GlobalAveragePool", [node.inputs[0]], name=f"{node.name}/pool"))
-    if node.op_type == "GlobalAveragePool":
-        return value
-    if node.op_type == "Add":
+    if node.op_type in ("GlobalAveragePool", "Add"):
         return value
     for position, factor in enumerate(node.inputs):
         if factor is not None and is_gate(factor):

@@ -21,7 +21,8 @@ from deploykit.calibration.plan import QuantizationPlan
 GROUP_CHANNELS = 64
 """The fewest channels of a group: RegNetY-008's groups of 16 took 0.4 to 1.3 ms a layer, joined 0.2 to 0.5."""
 LANES = 16
-_FOLLOWS = ("Relu", "Clip", "HardSwish", "Sigmoid", "HardSigmoid", "Mul", "Add", "GlobalAveragePool")
+"""The channels that a depthwise kernel works on at a time: MobileNetV3's 5x5 layers of 120 took 0.85 ms, of 128 0.4."""
+_FOLLOWS = ("Relu", "Clip", "HardSwish", "Sigmoid", "HardSigmoid", "Mul", "Add")
 
 Array = npt.NDArray[Any]
 
@@ -29,7 +30,7 @@ Array = npt.NDArray[Any]
 def widen(model: onnx.ModelProto, plan: QuantizationPlan) -> tuple[onnx.ModelProto, QuantizationPlan]:
     """A copy of a master graph, and of its plan, with wider groups and padded depthwise convolutions.
 
-    Only nodes that run in integers change. Ranges and names stay: a padded channel is zero throughout.
+    Only nodes that run in integers change. Ranges and names stay: whatever reads a padded channel has zeros for it.
     """
     whole = ir.from_proto(model)
     weights = plan.placement.weights
