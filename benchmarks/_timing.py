@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 
 from deploykit.runtimes.base import FloatArray
+from deploykit.runtimes.run_onnxruntime import SESSION_SETTINGS
 
 WARM_UP = 3
 
@@ -18,16 +19,17 @@ Call = Callable[[FloatArray], list[FloatArray]]
 
 
 def in_onnxruntime(model: onnx.ModelProto | Path) -> Call:
-    """A graph, or its file, as a call in ONNX Runtime, on the CPU, its threads asleep between calls.
+    """A graph, or its file, as a call in ONNX Runtime, on the CPU, with the settings of deploykit's adapter.
 
-    By default they wait actively, and those of one session take a core from the next: on 2 cores that
-    doubled the time of EfficientNet-Lite0, in some turns and not in others.
+    Its threads sleep between calls. By default they spin for some 50 ms more, and those of one session take a
+    core from the next: on 2 cores that doubled the time of EfficientNet-Lite0, in some turns and not in others.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    for key, value in SESSION_SETTINGS.items():
+        options.add_session_config_entry(key, value)
     session = onnxruntime.InferenceSession(_readable(model), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda images: session.run(None, {name: images})

@@ -2,9 +2,18 @@
 
 Every route gets the same FP32 graph and the same calibration crops; the figures come from crops of other
 photographs. Stock are ONNX Runtime's quantize_static and quantize_dynamic (per channel), and NNCF on the
-ONNX graph when that package is installed. Times are medians over rounds in which all routes of a runtime
-take turns. EfficientNet-Lite0 has its ImageNet weights; the others have random weights whose norms and
-layer scales are drawn from ranges that training gives, so their top-1 agreement says little.
+ONNX graph when that package is installed. FP32 and ours are the graphs that an export lowers, passes of the
+runtime included.
+
+Times are medians over rounds in which all routes of a runtime take turns, of the classifier alone as its users
+get it; ``--outputs all`` times the graph that also gives every level, from which the decibels are. Every
+route is opened with the settings of deploykit's adapters, which are the runtimes' defaults but for three: in
+ONNX Runtime the threads stop spinning when a call ends, and the optimizer that rounds float weights is off; in
+OpenVINO the hint is latency. With its defaults ONNX Runtime's threads would spin through the next route's turn.
+
+EfficientNet-Lite0 has its ImageNet weights; the others have random weights whose norms and layer scales are
+drawn from ranges that training gives, so their top-1 agreement says little. A network takes 2 to 5 minutes, the
+stock quantizers most of it.
 """
 
 from __future__ import annotations
@@ -18,6 +27,7 @@ import statistics
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +47,10 @@ from deploykit.calibration.equalization import equalization_passes
 from deploykit.calibration.images import calibration_set, preprocess
 from deploykit.calibration.precision import plan_precision
 from deploykit.cli.demo import CALIBRATED, SHOWN, photograph_folder
-from deploykit.export.graphs import output_specs
+from deploykit.export.graphs import output_specs, select
 from deploykit.export.to_onnx import to_onnx
 from deploykit.export.trace import output_names, trace
+from deploykit.fusion.onnx_passes import specialize
 from deploykit.fusion.pipeline import EXPORT_PASSES, fuse
 from deploykit.graph import Graph
 from deploykit.parity.metrics import sqnr_db, top1_agreement
@@ -128,8 +139,8 @@ STOCK: dict[str, Callable[[onnx.ModelProto, FloatArray], onnx.ModelProto]] = {
 }
 
 
-def measure(name: str, count: int, rounds: int, settings: Int8) -> list[dict[str, Any]]:
-    """Every route of a network in every runtime, a row each."""
+def measure(name: str, count: int, rounds: int, settings: Int8, outputs: str) -> list[dict[str, Any]]:
+    """Every route of a network in every runtime, a row each; ``outputs``, logits or all, are what is timed."""
     torch.manual_seed(0)
     pretrained = name == "tf_efficientnet_lite0"
     backbone = build_backbone(name, BackboneOptions(), pretrained=pretrained)
@@ -146,24 +157,29 @@ def measure(name: str, count: int, rounds: int, settings: Int8) -> list[dict[str
         probe=images[:1],
         weights_digest=weights_digest(backbone),
     )
-    stock = _stock_routes(stock_graph.model, images)
+    stock = {
+        route: replace(stock_graph, model=model) for route, model in _stock_routes(stock_graph.model, images).items()
+    }
     rows = []
     for runtime, open_graph in RUNTIMES.items():
-        graphs = {"FP32": stock_graph.model, **stock, OURS: DIALECTS[runtime].render(ours_graph, plan).model}
-        calls = _opened(open_graph, graphs, images[:1])
-        times = alternate(calls, images[:1], rounds)
-        reference = outputs_of(calls["FP32"], evaluated)
-        for route, call in calls.items():
-            outputs = outputs_of(call, evaluated)
+        fp32 = specialize(stock_graph, runtime, images).graph
+        ours = specialize(DIALECTS[runtime].render(ours_graph, plan), runtime, images).graph
+        graphs = _that_run(open_graph, {"FP32": fp32, **stock, OURS: ours}, images[:1])
+        found = {route: outputs_of(open_graph(graph.model), evaluated) for route, graph in graphs.items()}
+        timed = {route: select(graph, ("logits",)) if outputs == "logits" else graph for route, graph in graphs.items()}
+        times = alternate({route: open_graph(graph.model) for route, graph in timed.items()}, images[:1], rounds)
+        reference = found["FP32"]
+        for route, values in found.items():
             rows.append(
                 {
                     "network": name,
                     "runtime": runtime,
                     "route": route,
+                    "outputs": outputs,
                     "ms": times[route],
-                    "features_db": None if route == "FP32" else sqnr_db(reference[-2], outputs[-2]),
-                    "logits_db": None if route == "FP32" else sqnr_db(reference[-1], outputs[-1]),
-                    "top1": top1_agreement(reference[-1], outputs[-1]),
+                    "features_db": None if route == "FP32" else sqnr_db(reference[-2], values[-2]),
+                    "logits_db": None if route == "FP32" else sqnr_db(reference[-1], values[-1]),
+                    "top1": top1_agreement(reference[-1], values[-1]),
                 }
             )
     return rows
@@ -191,21 +207,20 @@ def _stock_routes(model: onnx.ModelProto, images: FloatArray) -> dict[str, onnx.
     return found
 
 
-def _opened(
-    open_graph: Callable[[onnx.ModelProto], Call], graphs: dict[str, onnx.ModelProto], images: FloatArray
-) -> dict[str, Call]:
+def _that_run(
+    open_graph: Callable[[onnx.ModelProto], Call], graphs: dict[str, Graph], images: FloatArray
+) -> dict[str, Graph]:
     """Every graph that the runtime takes and runs."""
-    calls = {}
+    running = {}
     for route, graph in graphs.items():
         try:
-            call = open_graph(graph)
-            call(images)
-            calls[route] = call
+            open_graph(graph.model)(images)
+            running[route] = graph
         except Exception as error:  # a stock graph that does not run is a finding
             if route in ("FP32", OURS):
                 raise
             print(f"{route} does not run: {type(error).__name__}: {str(error).strip()[:120]}")
-    return calls
+    return running
 
 
 def report(rows: list[dict[str, Any]]) -> None:
@@ -255,6 +270,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=NETWORKS, help="backbones (default: the eight of the table)")
     parser.add_argument("--rounds", type=int, default=50, help="timed rounds (default: %(default)s)")
     parser.add_argument("--images", type=int, default=48, help="calibration and evaluation crops (default: 48)")
+    parser.add_argument("--outputs", choices=("logits", "all"), default="logits", help="of the timed graph")
     parser.add_argument("--results", type=Path, help="a JSON-lines file to add to: networks in it are not measured")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -262,12 +278,13 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     if options.results and options.results.exists():
         rows = [json.loads(line) for line in options.results.read_text().splitlines()]
+        rows = [row for row in rows if row["outputs"] == options.outputs]
     measured = {row["network"] for row in rows}
     for name in options.networks:
         if name in measured:
             continue
         print(f"measuring {name}", flush=True)
-        found = measure(name, options.images, options.rounds, Int8())
+        found = measure(name, options.images, options.rounds, Int8(), options.outputs)
         rows += found
         if options.results:
             with options.results.open("a") as file:

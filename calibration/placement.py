@@ -2,7 +2,8 @@
 
 Convolutions and matrix products with constant weights run in integers, and so do the residual
 adds and max-poolings between them, since a float island there costs two conversions of a whole
-map. Everything else stays in float, with a reason.
+map. Everything else stays in float, with a reason. A dialect may leave more in float, where its
+runtime is faster so.
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ from deploykit.errors import CalibrationError
 
 @dataclass(frozen=True, kw_only=True)
 class IntegerWeight:
-    """What a node that runs in integers reads and writes; ``axis`` is that of its weight's output channels."""
+    """What a node that runs in integers reads and writes; ``axis`` is that of its weight's output channels.
+
+    ``pointlike`` tells a convolution on a 1x1 map: squeeze-and-excitation, or a head behind the pooling.
+    """
 
     weight: str
     axis: int
     input: str
     output: str
     bias: str | None
+    pointlike: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +38,8 @@ class Placement:
 
     ``weights`` maps each node that runs in integers to its constant weight. ``reads`` are read by
     integer kernels. ``writes`` are written by them (after the Relu or Clip that the kernel fuses).
-    ``between`` are what stands between them, gated maps (hard-swish, SiLU, squeeze-and-excitation) and
-    global average pools, which some runtimes compute in integers and others fuse in float.
+    ``between`` are what stands between them, gated maps (hard-swish, SiLU, squeeze-and-excitation), global
+    average pools and residual adds of these, which some runtimes compute in integers and others fuse in float.
     ``same_range`` maps the output of a max-pooling to its input, whose range it shares.
     ``float_nodes`` maps each weighted node that stays in float to the reason.
     """
@@ -77,6 +82,8 @@ def place(model: onnx.ModelProto, keep_float: Mapping[str, str] | None = None) -
         elif node.op_type == "Add" and all(_text(value) in writes for value in node.inputs):
             reads.update(dict.fromkeys(_text(value) for value in node.inputs))
             writes[_text(_after_activation(node.outputs[0]))] = None
+        elif node.op_type == "Add" and all(_text(value) in writes or _text(value) in between for value in node.inputs):
+            between[_text(_after_activation(node.outputs[0]))] = None
         elif node.op_type == "MaxPool" and _text(node.inputs[0]) in writes:
             source, pooled = _text(node.inputs[0]), _text(node.outputs[0])
             reads[source] = None
@@ -159,12 +166,14 @@ def _weight(node: ir.Node) -> IntegerWeight:
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if node.op_type == "MatMul":
         bias = _added_bias(node.outputs[0])
+    shape = node.outputs[0].shape
     return IntegerWeight(
         weight=_text(node.inputs[1]),
         axis=0 if node.op_type == "Conv" or transposed else 1,
         input=_text(node.inputs[0]),
         output=_text(node.outputs[0]),
         bias=bias.name if bias is not None else None,
+        pointlike=node.op_type == "Conv" and shape is not None and list(shape[2:]) == [1, 1],
     )
 
 
@@ -183,9 +192,6 @@ def _why_float(node: ir.Node) -> str | None:
     rank = len(node.inputs[1].shape or ()) if node.inputs[1] is not None else 0
     if node.op_type == "MatMul" and rank != 2:
         return f"its weight has rank {rank}, and integer kernels take matrices"
-    shape = node.outputs[0].shape
-    if node.op_type == "Conv" and shape is not None and list(shape[2:]) == [1, 1]:
-        return "it works on a 1x1 map (squeeze-and-excitation): nothing to gain"
     return None
 
 

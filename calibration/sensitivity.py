@@ -107,8 +107,9 @@ def measure_sensitivity(
         model: the FP32 master graph.
         plan: which nodes run in integers, with the range of what they read.
         images: ``(N, C, H, W)`` to measure on; `MEASURED_IMAGES` of them are used.
-        style: how the runtime's dialect quantizes what a node reads.
+        style: how the runtime's dialect quantizes what a node reads, and what it leaves in float.
     """
+    plan = style.as_rendered(model, plan)
     simulation = Simulation(model, plan, images, style)
     nodes = [
         NodeSensitivity(

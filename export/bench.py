@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 
 from deploykit.bundle import Manifest
+from deploykit.calibration.half import HalfPlan
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.precision import PrecisionPlan
 from deploykit.calibration.search import Measured
@@ -23,7 +24,7 @@ from deploykit.spec import Precision
 
 
 class Bench:
-    """Builds candidates in temporary folders; the FP32 engine is built once, when first needed.
+    """Builds candidates in temporary folders; a float engine is built once, when first needed.
 
     Args:
         builder: makes the engines.
@@ -54,7 +55,7 @@ class Bench:
         self._probe_levels = probe_levels
         self._metric = metric
         self._open = ExitStack()
-        self._fp32: Runtime | None = None
+        self._float: dict[str, Runtime] = {}
 
     def __enter__(self) -> Bench:
         return self
@@ -102,15 +103,19 @@ class Bench:
                 return replace(found, speedup=fp32_ms / own_ms, metric=metric)
 
     def speed(self, manifest: Manifest, folder: Path, plan: QuantizationPlan) -> SpeedReport | None:
-        """Time a built engine against FP32; None where its device is not here."""
+        """Time a built engine against the float ones; None where its device is not here."""
         try:
             with load_runtime(manifest.runtime)(manifest, folder) as model:
-                (fp32_ms, int8_ms), rounds = time_in_turns((self.fp32(), model), self._images)
+                floats = [self.fp32()]
+                if "fp16" in model.precisions:
+                    floats.append(self._float_engine("fp16", HalfPlan(float_weights={})))
+                (*float_ms, int8_ms), rounds = time_in_turns((*floats, model), self._images)
         except DeviceUnavailable:
             return None
         left = LEFT_IN_FLOAT.get(manifest.runtime)
         return SpeedReport(
-            fp32_ms=fp32_ms,
+            fp32_ms=float_ms[0],
+            fp16_ms=float_ms[1] if len(float_ms) > 1 else None,
             int8_ms=int8_ms,
             rounds=rounds,
             float_nodes=dict(plan.placement.float_nodes),
@@ -123,9 +128,13 @@ class Bench:
 
     def fp32(self) -> Runtime:
         """The FP32 engine of the same runtime, open until the bench closes."""
-        if self._fp32 is None:
-            folder = Path(self._open.enter_context(TemporaryDirectory(prefix="deploykit-fp32-")))
-            built = self._builder.lowered(self._builder.rendered(None), folder)
-            manifest = replace(self._manifest_of(built), precision="fp32", precision_settings={})
-            self._fp32 = self._open.enter_context(load_runtime(manifest.runtime)(manifest, folder))
-        return self._fp32
+        return self._float_engine("fp32", None)
+
+    def _float_engine(self, precision: str, plan: HalfPlan | None) -> Runtime:
+        if precision not in self._float:
+            folder = Path(self._open.enter_context(TemporaryDirectory(prefix=f"deploykit-{precision}-")))
+            built = self._builder.lowered(self._builder.rendered(plan), folder)
+            manifest = replace(self._manifest_of(built), precision=precision, precision_settings={})
+            engine = load_runtime(manifest.runtime)(manifest, folder)
+            self._float[precision] = self._open.enter_context(engine)
+        return self._float[precision]

@@ -23,6 +23,7 @@ from deploykit.calibration.plan_cache import PlanCache
 from deploykit.calibration.precision import PrecisionPlan, check_images_given, plan_precision
 from deploykit.calibration.recipes import RecipeReport, recipe_of
 from deploykit.calibration.search import Measured, SearchResult
+from deploykit.calibration.sensitivity import style_of
 from deploykit.errors import SpecError
 from deploykit.export.bench import Bench
 from deploykit.export.build import Builder, Built
@@ -179,7 +180,8 @@ class Prepared:
     """What an export has before any runtime decides something.
 
     ``given`` are the images to compare on as an engine takes them (``taken``), ``probe`` the same as
-    the network takes them, ``(N, C, H, W)`` float32.
+    the network takes them, ``(N, C, H, W)`` float32. ``plan`` is as the runtime's dialect renders it: what
+    that leaves in float is in its ``float_nodes``.
     """
 
     taken: InputSpec
@@ -216,6 +218,8 @@ def prepare(request: ExportRequest, progress: Progress, compared_on: Calibration
     master = Graph(input=spec, outputs=output_specs(model), model=model, program=fused.program)
     progress.stage("plan")
     plan = _plan(request, model, probe, progress)
+    if isinstance(plan, QuantizationPlan):
+        plan = style_of(request.runtime).as_rendered(model, plan)
     return Prepared(taken=taken, given=given, probe=probe, master=master, plan=plan, fusions=fused.records)
 
 

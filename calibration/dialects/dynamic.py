@@ -32,7 +32,7 @@ def quantize_product(
     if node.op_type == "Gemm" and node.attributes.get_int("transB", False):
         integers = np.ascontiguousarray(integers.T)
     name = node.name
-    quantized = _quantized(graph, source)
+    quantized = quantized_at_each_call(graph, source)
     constants = {
         part: add_constant(graph, f"{name}/{part}", array)
         for part, array in (("integers", integers), ("scale", scales), ("zero_point", np.zeros(len(scales), np.int8)))
@@ -51,7 +51,7 @@ def quantize_product(
     ir.convenience.replace_nodes_and_values(graph, node, [node], added, node.outputs, added[-1].outputs)
 
 
-def _quantized(graph: ir.Graph, source: ir.Value) -> tuple[Any, ...]:
+def quantized_at_each_call(graph: ir.Graph, source: ir.Value) -> tuple[Any, ...]:
     """The integers, scale and zero point of a tensor, quantized once for all products that read it."""
     for reader in source.consumers():
         if reader.op_type == "DynamicQuantizeLinear":

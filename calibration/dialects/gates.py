@@ -1,18 +1,55 @@
 """Gated maps between integer kernels: a gate lies between 0 and 1 by itself and needs no measured range.
 
 ``HardSwish(x) -> x * h`` with ``h = clip(x + 3, 0, 6) / 6``: in uint8 with zero point 0 the rounding of
-``x + 3`` at scale 6/255 is the clip, and reading it back at scale 1/255 is the division.
+``x + 3`` at scale 6/255 is the clip, and reading it back at scale 1/255 is the division. A HardSigmoid
+that gates a map is the same ``h``.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 
-from deploykit.calibration.placement import is_gate
+from deploykit.calibration.placement import Placement, is_gate
 from deploykit.calibration.plan import add_constant
+from deploykit.calibration.ranges import ActivationRange
 
 _GATE_SCALE = 1 / 255
+_SATURATED = 6.0
+"""Where a sigmoid is within a step of 1/255 of 0 or 1."""
+
+
+def fold_hard_sigmoids(graph: ir.Graph, placement: Placement) -> dict[str, float]:
+    """Let the convolution before a gate round to the gate itself, where nothing else reads what it writes.
+
+    Returns:
+        What each such convolution adds to its bias, by name; its output has its Q/DQ pair.
+    """
+    offsets: dict[str, float] = {}
+    for node in list(graph):
+        source = node.inputs[0] if node.op_type == "HardSigmoid" else None
+        producer = source.producer() if source is not None else None
+        if source is None or producer is None or producer.op_type != "Conv" or producer.name not in placement.weights:
+            continue
+        readers = list(node.outputs[0].consumers())
+        alone = len(list(source.uses())) == 1 and not source.is_graph_output() and not node.outputs[0].is_graph_output()
+        if not alone or any(reader.outputs[0].name not in placement.between for reader in readers):
+            continue
+        offset, top = _line(node)
+        gate = _pair(graph, source, f"{node.name}/gate", top / 255, _GATE_SCALE)
+        ir.convenience.replace_all_uses_with(node.outputs[0], gate)
+        offsets[str(producer.name)] = offset
+    return offsets
+
+
+def before_saturation(value: ir.Value, measured: ActivationRange) -> ActivationRange:
+    """The part of a range that sigmoids tell apart, where nothing else reads the value: finer steps for the gate."""
+    if value.is_graph_output() or not all(reader.op_type == "Sigmoid" for reader in value.consumers()):
+        return measured
+    low, high = (float(np.clip(bound, -_SATURATED, _SATURATED)) for bound in (measured.low, measured.high))
+    return replace(measured, low=low, high=high)
 
 
 def prepare(graph: ir.Graph, value: ir.Value) -> ir.Value:
@@ -20,7 +57,7 @@ def prepare(graph: ir.Graph, value: ir.Value) -> ir.Value:
 
     Args:
         graph: the graph being rewritten.
-        value: what a HardSwish, a product with a sigmoid or a global average pool gives.
+        value: what a HardSwish, a product with a sigmoid, a global average pool or an Add of these gives.
 
     Returns:
         The value that takes its place, of the same name.
@@ -31,21 +68,42 @@ def prepare(graph: ir.Graph, value: ir.Value) -> ir.Value:
         return _split_hard_swish(graph, node)
     if node.op_type == "ReduceMean":
         return _replace(graph, node, ir.node("GlobalAveragePool", [node.inputs[0]], name=f"{node.name}/pool"))
-    if node.op_type == "GlobalAveragePool":
+    if node.op_type in ("GlobalAveragePool", "Add"):
         return value
     for position, factor in enumerate(node.inputs):
         if factor is not None and is_gate(factor):
-            node.replace_input_with(position, _pair(graph, factor, f"{node.name}/gate", _GATE_SCALE))
+            node.replace_input_with(position, _gate(graph, factor, f"{node.name}/gate"))
     return value
+
+
+def _gate(graph: ir.Graph, factor: ir.Value, name: str) -> ir.Value:
+    """A sigmoid's output in integers; a HardSigmoid of integers is written by rounding alone."""
+    producer = factor.producer()
+    assert producer is not None  # noqa: S101  (is_gate has seen it; narrows the type)
+    if producer.op_type != "HardSigmoid" or len(list(factor.uses())) != 1 or factor.is_graph_output():
+        return _pair(graph, factor, name, _GATE_SCALE)
+    offset, top = _line(producer)
+    return _clipped(graph, producer.inputs[0], name, offset=offset, top=top)
+
+
+def _line(hard_sigmoid: ir.Node) -> tuple[float, float]:
+    """What a HardSigmoid adds before it clips, and where it clips: ``clip(x + offset, 0, top) / top``."""
+    slope = hard_sigmoid.attributes.get_float("alpha", 0.2)
+    return hard_sigmoid.attributes.get_float("beta", 0.5) / slope, 1 / slope
 
 
 def _split_hard_swish(graph: ir.Graph, node: ir.Node) -> ir.Value:
     source, name = node.inputs[0], str(node.name)
-    three = _constant(graph, f"{name}/three", np.array(255, np.uint8), 3 / 255)
-    shifted = ir.node("Add", [source, three], name=f"{name}/shifted")
-    gate = _pair(graph, shifted.outputs[0], f"{name}/gate", 6 / 255, _GATE_SCALE)
-    graph.append(shifted)
+    gate = _clipped(graph, source, f"{name}/gate", offset=3.0, top=6.0)
     return _replace(graph, node, ir.node("Mul", [source, gate], name=f"{name}/product"))
+
+
+def _clipped(graph: ir.Graph, source: ir.Value | None, name: str, *, offset: float, top: float) -> ir.Value:
+    """``clip(source + offset, 0, top) / top`` by rounding alone."""
+    constant = _constant(graph, f"{name}/offset", np.array(255, np.uint8), offset / 255)
+    shifted = ir.node("Add", [source, constant], name=f"{name}/shifted")
+    graph.append(shifted)
+    return _pair(graph, shifted.outputs[0], name, top / 255, _GATE_SCALE)
 
 
 def _replace(graph: ir.Graph, node: ir.Node, other: ir.Node) -> ir.Value:

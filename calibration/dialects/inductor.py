@@ -110,9 +110,8 @@ class _Renderer:
         placed = reversed(self.plan.placement.weights.items())  # of nodes that share a weight the first counts
         by_weight = {use.weight.removesuffix(TRANSPOSED): (name, use) for name, use in placed}
         for node in _weighted_nodes(self.module):
-            target = str(node.args[1].target)
-            if target in by_weight:
-                name, use = by_weight[target]
+            name, use = by_weight.get(str(node.args[1].target), ("", None))
+            if use is not None and not use.pointlike:
                 self._read_integers(node, 0, use.input)
                 _quantize_weight(self.module, node, self.plan, name, transposed=use.axis == 1)
         for node in _residual_adds(self.module, self.plan):

@@ -19,6 +19,9 @@ STYLE = QdqStyle(
     drop_activations=True,
     integer_gates=True,
     dynamic_products=True,
+    wide_groups=True,
+    float_image_side=True,
+    pointlike_weights=0,
 )
 """A convolution becomes QLinearConv only when its output is quantized too, whoever reads it. A matrix
 product writes float to LayerNorm, GELU or softmax: between fixed ranges it does not become one kernel.

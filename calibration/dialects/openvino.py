@@ -7,8 +7,20 @@ from deploykit.calibration.dialects.qdq import QdqStyle
 from deploykit.calibration.precision import Bf16Plan, PrecisionPlan
 from deploykit.graph import Graph
 
-STYLE = QdqStyle(symmetric=False, all_writes=False, integer_bias=False, drop_activations=True, before_rolls=True)
-"""OpenVINO 2026.4 does not compile a rounding behind the rolled map of a shifted window, and rolls integers faster."""
+STYLE = QdqStyle(
+    symmetric=False,
+    all_writes=False,
+    integer_bias=False,
+    drop_activations=True,
+    before_rolls=True,
+    pointlike_weights=2**19,
+    linears_as_convolutions=True,
+    maps_as_tokens=True,
+)
+"""OpenVINO 2026.4 does not compile a rounding behind the rolled map of a shifted window, and rolls integers faster.
+On 1x1 maps it gains by reading fewer bytes of weights: MobileNetV3's head of a million gains 5% and loses nothing,
+its squeeze-and-excitation would gain 8% and lose 1.6 dB.
+"""
 
 
 def render(master: Graph, plan: PrecisionPlan) -> Graph:

@@ -11,8 +11,13 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
+from deploykit.calibration.dialects.attention import quantize_attentions
 from deploykit.calibration.dialects.dynamic import quantize_product
-from deploykit.calibration.dialects.gates import prepare
+from deploykit.calibration.dialects.gates import before_saturation, fold_hard_sigmoids, prepare
+from deploykit.calibration.dialects.left_out import leave_out
+from deploykit.calibration.dialects.pointwise import linears_to_convolutions
+from deploykit.calibration.dialects.tokens import maps_to_tokens
+from deploykit.calibration.dialects.widths import widen
 from deploykit.calibration.placement import IntegerWeight
 from deploykit.calibration.plan import QuantizationPlan, add_constant
 
@@ -30,6 +35,11 @@ class QdqStyle:
     ``integer_gates``: also on hard-swish, SiLU, squeeze-and-excitation and its pooling.
     ``dynamic_products``: matrix products quantize what they read at each call, instead of with the
     plan's range. ``before_rolls``: round a rolled map before it is cut and joined, not after.
+    ``wide_groups``: join narrow groups, and pad depthwise convolutions to full vectors. ``float_image_side``:
+    leave the stem and what is right behind it in float. ``pointlike_weights``: the fewest weights with which a
+    convolution on a 1x1 map runs in integers; None: none of them does. ``linears_as_convolutions``: write linear
+    layers of tokens as 1x1 convolutions. ``maps_as_tokens``: give maps with the channels last one dimension for
+    their places.
     """
 
     symmetric: bool
@@ -39,10 +49,24 @@ class QdqStyle:
     integer_gates: bool = False
     dynamic_products: bool = False
     before_rolls: bool = False
+    wide_groups: bool = False
+    float_image_side: bool = False
+    pointlike_weights: int | None = None
+    linears_as_convolutions: bool = False
+    maps_as_tokens: bool = False
+
+    def as_rendered(self, model: onnx.ModelProto, plan: QuantizationPlan) -> QuantizationPlan:
+        """The part of a plan that this style writes in integers, the rest with the reason why not."""
+        return leave_out(model, plan, image_side=self.float_image_side, pointlike_weights=self.pointlike_weights)
 
 
 def insert_qdq(model: onnx.ModelProto, plan: QuantizationPlan, style: QdqStyle) -> onnx.ModelProto:
     """A copy of a master graph (or a part of it) with the plan's Q/DQ nodes."""
+    plan = style.as_rendered(model, plan)
+    if style.wide_groups:
+        model, plan = widen(model, plan)
+    if style.maps_as_tokens:
+        model = maps_to_tokens(model, plan.placement)
     return _Renderer(model, plan, style).render()
 
 
@@ -54,24 +78,32 @@ class _Renderer:
         self.graph = self.model.graph
         self.plan = plan
         self.style = style
+        self._offsets: dict[str, float] = {}
         self.values = {value.name: value for value in self.graph.inputs}
         self.values |= {value.name: value for node in self.graph for value in node.outputs}
 
     def render(self) -> onnx.ModelProto:
         placement = self.plan.placement
+        if self.style.dynamic_products and quantize_attentions(self.graph, self.plan):
+            passes.RemoveUnusedNodesPass()(self.model)
         nodes = {node.name: node for node in self.graph}
+        if self.style.integer_gates:
+            self._offsets = fold_hard_sigmoids(self.graph, placement)
         for name, use in placement.weights.items():
             if name in nodes:
                 self._quantize_weight(nodes[name], use)
-        written = placement.writes if self.style.all_writes else ()
+        folded = {placement.weights[name].output for name in self._offsets}
+        writes = [name for name in placement.writes if name not in folded] if self.style.all_writes else []
         gated = placement.between if self.style.integer_gates else ()
         self._everywhere = {*placement.writes, *gated}
         for name in gated:
             if name in self.values:
                 self.values[name] = prepare(self.graph, self.values[name])
-        for name in dict.fromkeys((*placement.reads, *written, *gated)):
+        for name in dict.fromkeys((*placement.reads, *writes, *gated)):
             if name in self.values:
                 self._quantize_activation(self.values[name])
+        if self.style.linears_as_convolutions:
+            linears_to_convolutions(self.graph)
         self.graph.sort()
         passes.RemoveUnusedNodesPass()(self.model)
         for node in self.graph:
@@ -102,6 +134,7 @@ class _Renderer:
     def _corrected_bias(self, node: ir.Node, use: IntegerWeight, channels: int) -> npt.NDArray[np.float32] | None:
         """The bias with the plan's correction; None where there is none to write."""
         shift = np.asarray(self.plan.bias_shift.get(str(node.name), 0.0), np.float32)
+        shift = shift + np.float32(self._offsets.get(str(node.name), 0.0))
         old = self.graph.initializers.get(use.bias) if use.bias else None
         if old is None and (node.op_type == "MatMul" or not np.any(shift)):
             return None
@@ -133,7 +166,7 @@ class _Renderer:
     def _quantize_activation(self, value: ir.Value) -> None:
         """Put a Q/DQ pair behind a tensor: for all its readers, or for integer kernels where the writer is float."""
         tensor = str(value.name)
-        scale, zero_point = self._parameters(tensor)
+        scale, zero_point = self._parameters(value)
         everyone = tensor in self._everywhere
         readers = [use for use in value.uses() if everyone or use.node.name in self.plan.placement.weights]
         if not readers and not value.is_graph_output():
@@ -181,8 +214,10 @@ class _Renderer:
         source = node.inputs[0]
         return source if source is not None and len(list(source.uses())) == 1 else value
 
-    def _parameters(self, tensor: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[Any]]:
-        measured = self.plan.range_of(tensor)
+    def _parameters(self, value: ir.Value) -> tuple[npt.NDArray[np.float32], npt.NDArray[Any]]:
+        measured = self.plan.range_of(str(value.name))
+        if self.style.integer_gates:
+            measured = before_saturation(value, measured)
         if self.style.symmetric:
             return np.array(measured.symmetric(), np.float32), np.array(0, np.int8)
         scale, zero_point = measured.affine()
@@ -207,6 +242,9 @@ class _Renderer:
 def _rolled_pieces(value: ir.Value) -> list[ir.Node]:
     """The Slices of one tensor that Concats join to ``value``, as a roll does along each of its axes; else none."""
     joined = value.producer()
+    if joined is not None and joined.op_type == "Reshape" and joined.inputs[0] is not None:
+        whole = joined.inputs[0]
+        joined = whole.producer() if len(list(whole.uses())) == 1 and not whole.is_graph_output() else None
     if joined is None or joined.op_type != "Concat":
         return []
     pieces = [part.producer() for part in joined.inputs if part is not None]

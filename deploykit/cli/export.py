@@ -185,8 +185,8 @@ def _report(folder: Path, manifest: Manifest, timed: list[SpeedReport], *, json:
     show(parity.render())
     for report in timed:
         show(report.sentence())
-        if report.speedup < 1:
-            show("It is slower than fp32. What is against it:", *(f"  {line}" for line in report.reasons()))
+        if report.slower:
+            show("It is slower than a float engine. What is against it:", *(f"  {line}" for line in report.reasons()))
     show(f"Wrote {folder}: {len(manifest.files)} files, {size}, status {manifest.status}.")
     if manifest.status == "built":
         show(

@@ -23,6 +23,12 @@ PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"cuda": {"use_tf32": "0"}}
 KEEP_FLOAT_WEIGHTS = ("optimization.disable_specified_optimizers", "WeightBiasQuantization")
 """Without it ONNX Runtime quantizes, with one scale a tensor, each float convolution between two Q/DQ pairs:
 the layers that a plan keeps in float because they lose most (21 dB became 7 dB on EfficientNet-Lite0)."""
+SESSION_SETTINGS = {
+    KEEP_FLOAT_WEIGHTS[0]: KEEP_FLOAT_WEIGHTS[1],
+    "session.force_spinning_stop": "1",
+}
+"""What every session is told: its threads spin during a call, where that saves their waking up, and sleep
+after it. By default they go on for a while and take the cores from whatever else the process does."""
 _LOG_ERRORS = 3
 _UNREADABLE = ("InvalidProtobuf", "NoSuchFile", "NoModel")
 _CPU_NODES = "fallback to CPU EP has been explicitly disabled"
@@ -78,7 +84,8 @@ def _create_session(ort: Any, engine: Path, device: str, ordinal: str) -> Any:
     """A session on a device's provider, with onnxruntime's fallbacks to the CPU, whole or by node, switched off."""
     options = ort.SessionOptions()
     options.log_severity_level = _LOG_ERRORS
-    options.add_session_config_entry(*KEEP_FLOAT_WEIGHTS)
+    for key, value in SESSION_SETTINGS.items():
+        options.add_session_config_entry(key, value)
     settings = dict(PROVIDER_OPTIONS.get(device, {}))
     if device != "cpu":
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")

@@ -92,7 +92,9 @@ def plan_of(graph: Graph, images: FloatArray, settings: Int8 | None = None) -> Q
 
 
 def rounding_noise_db(expected: list[np.ndarray], found: list[np.ndarray]) -> list[float]:
-    return [
-        float(10 * np.log10(np.square(a.astype(np.float64)).sum() / np.square(a.astype(np.float64) - b).sum()))
-        for a, b in zip(expected, found, strict=True)
-    ]
+    """The SQNR in dB of each output; infinite where it is exact."""
+    with np.errstate(divide="ignore"):
+        return [
+            float(10 * np.log10(np.square(a.astype(np.float64)).sum() / np.square(a.astype(np.float64) - b).sum()))
+            for a, b in zip(expected, found, strict=True)
+        ]

@@ -29,10 +29,26 @@ def test_every_convolution_and_matrix_product_has_a_weight_and_a_reason_or_a_pla
         assert use.bias
 
 
-def test_squeeze_and_excitation_stays_in_float_and_says_why(residual):
-    reasons = place(residual.graph.model).float_nodes
-    assert len(reasons) == 2
-    assert all("1x1 map" in reason for reason in reasons.values())
+def test_squeeze_and_excitation_runs_in_integers_and_is_marked(residual):
+    placement = place(residual.graph.model)
+    assert not placement.float_nodes
+    marked = [use.weight for use in placement.weights.values() if use.pointlike]
+    assert [weight.partition(".")[0] for weight in marked] == ["squeeze", "excite"]
+
+
+def test_an_add_of_gated_maps_stands_between_integer_kernels():
+    class Stem(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+        def forward(self, images):
+            maps = nn.functional.hardswish(self.first(images))
+            return (self.last(maps + self.second(maps)),)
+
+    placement = place(master_graph(Stem(), ("maps",), IMAGES).model)
+    assert len(placement.between) == 2
+    assert not set(placement.between) & set(placement.writes)
 
 
 def test_residual_adds_run_in_integers_up_to_their_relu(residual):
@@ -44,7 +60,7 @@ def test_residual_adds_run_in_integers_up_to_their_relu(residual):
         assert set(add.input) <= set(placement.reads)
         assert add.output[0] not in placement.writes
     after = [name for name in placement.writes if writers[name].op_type == "Relu"]
-    assert [name for name in after if writers[writers[name].input[0]].op_type == "Add"] == ["stage1", *after[-2:-1]]
+    assert [name for name in after if writers[writers[name].input[0]].op_type == "Add"] == ["stage1", *after[-3:-2]]
 
 
 def test_an_add_with_a_float_operand_stays_in_float():

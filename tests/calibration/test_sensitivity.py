@@ -13,7 +13,7 @@ from deploykit.calibration.sensitivity import MEASURED_IMAGES, Sensitivity, Simu
 from deploykit.errors import MissingDependency
 from deploykit.parity.metrics import sqnr_db
 
-PLAIN = QdqStyle(symmetric=False, all_writes=False, integer_bias=False, drop_activations=False)
+PLAIN = QdqStyle(symmetric=False, all_writes=False, integer_bias=False, drop_activations=False, pointlike_weights=0)
 
 
 def only(case, nodes):

@@ -10,10 +10,12 @@ import torch
 from deploykit import create_backbone, export_backbone, load_bundle
 from deploykit.bundle import open_bundle
 from deploykit.calibration.dialects import onnxruntime as dialect
+from deploykit.calibration.dialects import openvino as openvino_dialect
 from deploykit.errors import ExportError
 from deploykit.export import speed
 from deploykit.export.pipeline import Progress
-from deploykit.export.speed import SpeedReport, check_speedup, left_in_onnxruntime, time_in_turns
+from deploykit.export.speed import SpeedReport, check_speedup, left_in_onnxruntime, left_in_openvino, time_in_turns
+from deploykit.export.to_openvino import to_openvino
 from tests.backbones.realistic import randomize
 
 SLOWER = SpeedReport(
@@ -54,6 +56,7 @@ def test_the_ratio_is_in_the_manifest_and_told(timed):
     assert report.fp32_ms > 0
     assert report.int8_ms > 0
     assert report.rounds >= speed.LEAST_ROUNDS
+    assert report.fp16_ms > 0
     assert report.float_nodes == {}
     assert not [operator for operator in report.left if "Conv" in operator]
 
@@ -100,11 +103,25 @@ def test_what_is_left_in_float_is_read_from_the_optimized_graph(residual_case, t
     in_float, quantized = left(dialect.render(graph, None)), left(dialect.render(graph, plan))
     assert in_float["float Conv"] == 9
     assert not [operator for operator in in_float if "Quantize" in operator]
-    assert quantized["float Conv"] == len(plan.placement.float_nodes) == 2
+    assert "float Conv" not in quantized
     nodes = list(plan.placement.weights)[2:4]
     mixed = left(dialect.render(graph, plan.without(graph.model, dict.fromkeys(nodes, "because"))))
-    assert mixed["float Conv"] == 4
+    assert mixed["float Conv"] == 2
     assert mixed["DequantizeLinear"] > quantized["DequantizeLinear"]
+
+
+def test_what_is_left_in_float_is_read_from_openvinos_compiled_graph(residual_case, tmp_path):
+    graph, plan = residual_case
+
+    def left(rendered) -> dict[str, int]:
+        return left_in_openvino(tmp_path / to_openvino(rendered, tmp_path).file)
+
+    in_float, quantized = left(openvino_dialect.render(graph, None)), left(openvino_dialect.render(graph, plan))
+    assert in_float == {"float Convolution": 9, "float FullyConnected": 1}
+    assert quantized == {"float Convolution": 2}
+    nodes = list(plan.placement.weights)[2:4]
+    mixed = left(openvino_dialect.render(graph, plan.without(graph.model, dict.fromkeys(nodes, "because"))))
+    assert mixed["float Convolution"] == 4
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +143,9 @@ def test_a_slower_engine_is_told_with_its_reasons():
     assert reasons[0] == "stays in float: node0: because"
     assert reasons[-2] == "and 2 more nodes stay in float: see quantization-plan.json"
     assert reasons[-1] == "the runtime's optimized graph still has 3 DequantizeLinear"
+    assert not replace(SLOWER, int8_ms=1.5).slower
+    assert replace(SLOWER, int8_ms=1.5, fp16_ms=1.0).slower
+    assert "0.67 times as fast as fp16" in replace(SLOWER, int8_ms=1.5, fp16_ms=1.0).sentence()
     assert replace(SLOWER, float_nodes={}, left={}).reasons()[0].startswith("every node of the plan runs in integers")
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from deploykit.calibration.dialects.onnxruntime import STYLE, render
 from deploykit.calibration.dialects.qdq import insert_qdq
 from deploykit.calibration.plan import onnx_session
+from deploykit.calibration.ranges import ActivationRange
 from deploykit.spec import Int8
 from tests.calibration.networks import master_graph, plan_of, rounding_noise_db
 
@@ -51,17 +52,18 @@ def in_onnxruntime(model: onnx.ModelProto, path) -> Counter[str]:
 def test_gated_maps_stay_in_integers(activation, gate, adds, products, tmp_path):
     graph = master_graph(Gated(activation, gate), ("maps",), IMAGES)
     plan = plan_of(graph, IMAGES)
-    model = render(graph, plan).model
+    style = replace(STYLE, float_image_side=False)
+    model = insert_qdq(graph.model, plan, style)
     onnx.checker.check_model(model, full_check=True)
     kinds = in_onnxruntime(model, tmp_path / "optimized.onnx")
     assert kinds["QLinearMul"] == products
     assert kinds["QLinearAdd"] == adds
     assert kinds["QLinearGlobalAveragePool"] == 1
-    assert kinds["QLinearConv"] == 2
-    assert not {"HardSwish", "Mul", "ReduceMean", "Relu"} & set(kinds)
+    assert kinds["QLinearConv"] == 4
+    assert not {"HardSwish", "HardSigmoid", "Mul", "ReduceMean", "Relu"} & set(kinds)
     images = {"images": IMAGES[:1]}
     found, expected = (onnx_session(each).run(None, images) for each in (model, graph.model))
-    in_float = onnx_session(insert_qdq(graph.model, plan, replace(STYLE, integer_gates=False))).run(None, images)
+    in_float = onnx_session(insert_qdq(graph.model, plan, replace(style, integer_gates=False))).run(None, images)
     assert rounding_noise_db(expected, found)[0] > rounding_noise_db(expected, in_float)[0] - 3 > 20
 
 
@@ -82,7 +84,7 @@ def test_hard_swish_by_rounding_is_hard_swish():
     plan = plan_of(graph, IMAGES, Int8(calibrator="minmax"))
     found, expected = (
         onnx_session(model).run(["activated"], {"images": IMAGES[:1]})[0]
-        for model in (render(graph, plan).model, graph.model)
+        for model in (insert_qdq(graph.model, plan, replace(STYLE, float_image_side=False)), graph.model)
     )
     np.testing.assert_allclose(found, expected, atol=0.02 * expected.max())
 
@@ -101,3 +103,25 @@ def test_a_product_of_two_maps_and_a_mean_over_rows_stay_in_float(tmp_path):
     plan = plan_of(graph, IMAGES)
     assert not plan.placement.between
     assert in_onnxruntime(render(graph, plan).model, tmp_path / "optimized.onnx")["Mul"] == 2
+
+
+def test_a_sigmoids_input_keeps_the_steps_that_it_tells_apart():
+    graph = master_graph(Gated(nn.ReLU(), nn.Sigmoid()), ("maps",), IMAGES)
+    plan = plan_of(graph, IMAGES)
+    source = next(node.input[0] for node in graph.model.graph.node if node.op_type == "Sigmoid")
+    wide = replace(plan, ranges=plan.ranges | {source: ActivationRange(low=-30.0, high=20.0, amax=30.0)})
+    model = render(graph, wide).model
+    scale = next(t for t in model.graph.initializer if t.name == f"{source}/scale")
+    assert onnx.numpy_helper.to_array(scale) == pytest.approx(12 / 255)
+    images = {"images": IMAGES[:1]}
+    found, expected = (onnx_session(each).run(None, images) for each in (model, graph.model))
+    assert rounding_noise_db(expected, found)[0] > 30
+
+
+def test_a_hard_sigmoid_behind_a_convolution_costs_no_node():
+    graph = master_graph(Gated(nn.ReLU(), nn.Hardsigmoid()), ("maps",), IMAGES)
+    model = insert_qdq(graph.model, plan_of(graph, IMAGES), replace(STYLE, float_image_side=False))
+    kinds = Counter(node.op_type for node in model.graph.node)
+    assert not {"HardSigmoid", "Add", "Clip"} & set(kinds)
+    found, expected = (onnx_session(each).run(None, {"images": IMAGES[:1]}) for each in (model, graph.model))
+    assert rounding_noise_db(expected, found)[0] > 25

@@ -6,7 +6,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from deploykit.calibration.dialects.onnxruntime import render
+from deploykit.calibration.dialects.onnxruntime import STYLE, render
 from deploykit.calibration.half import HalfPlan
 from deploykit.calibration.precision import Bf16Plan
 from deploykit.errors import ExportError
@@ -30,11 +30,12 @@ def optimized(case, tmp_path) -> onnx.ModelProto:
 
 def test_every_planned_convolution_runs_in_integers(case, optimized):
     kinds = Counter(node.op_type for node in optimized.graph.node)
+    placement = STYLE.as_rendered(case.graph.model, case.plan).placement
     planned = sum(
-        1 for node in case.graph.model.graph.node if node.op_type == "Conv" and node.name in case.plan.placement.weights
+        1 for node in case.graph.model.graph.node if node.op_type == "Conv" and node.name in placement.weights
     )
     assert kinds["QLinearConv"] == planned >= 7
-    assert kinds["Conv"] + kinds["FusedConv"] == len(case.plan.placement.float_nodes)
+    assert kinds["Conv"] + kinds["FusedConv"] == len(placement.float_nodes)
 
 
 def test_no_float_stands_between_two_integer_kernels(optimized):
@@ -102,8 +103,9 @@ def test_every_linear_layer_of_a_transformer_runs_in_integers(tokens, tmp_path):
     onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     optimized = onnx.load(tmp_path / "optimized.onnx").graph
     kinds = Counter(node.op_type for node in optimized.node)
-    assert kinds["DynamicQuantizeMatMul"] == len(tokens.plan.placement.weights) - 1 == 9
-    assert kinds["QLinearConv"] == 1
+    assert kinds["DynamicQuantizeMatMul"] + kinds["QAttention"] == len(tokens.plan.placement.weights) - 1 == 9
+    assert kinds["QAttention"] == 2
+    assert kinds["Conv"] == 1
     constants = {tensor.name for tensor in optimized.initializer}
     products = [node for node in optimized.node if "MatMul" in node.op_type or node.op_type == "Gemm"]
     in_float = [node for node in products if "Dynamic" not in node.op_type and set(node.input) & constants]
