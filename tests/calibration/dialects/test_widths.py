@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -9,6 +11,7 @@ from torch import nn
 from deploykit.calibration.dialects.onnxruntime import render
 from deploykit.calibration.dialects.widths import GROUP_CHANNELS, LANES, widen
 from deploykit.calibration.plan import onnx_session
+from deploykit.calibration.weights import RoundedWeight
 from tests.calibration.networks import master_graph, plan_of, rounding_noise_db
 
 IMAGES = np.random.default_rng(0).normal(size=(3, 3, 16, 16)).astype(np.float32)
@@ -106,3 +109,22 @@ def test_the_integer_graph_is_valid_and_near_fp32(module):
     model = render(graph, plan).model
     onnx.checker.check_model(model, full_check=True)
     assert rounding_noise_db(outputs(graph.model), outputs(model))[0] > 25
+
+
+@pytest.mark.parametrize("module", [Grouped(8), Inverted()], ids=["groups", "depthwise"])
+def test_weights_that_were_rounded_otherwise_stay_so(module):
+    graph, plan = prepared(module, "maps")
+    weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.model.graph.initializer}
+    chosen = {}
+    for node, use in plan.placement.weights.items():
+        integers, scales = plan.integers_of(node, weights[use.weight], use.axis)
+        chosen[node] = RoundedWeight.of(weights[use.weight], use.axis, np.clip(integers + 1, -127, 127), scales)
+    rounded = replace(plan, weights=chosen)
+    model, wider = widen(graph.model, rounded)
+    padded = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    for node, use in plan.placement.weights.items():
+        before, steps = rounded.integers_of(node, weights[use.weight], use.axis)
+        after, wider_steps = wider.integers_of(node, padded[use.weight], use.axis)
+        np.testing.assert_array_equal(after[padded[use.weight] != 0], before[weights[use.weight] != 0])
+        assert not after[padded[use.weight] == 0].any()
+        np.testing.assert_array_equal(wider_steps[: len(steps)], steps)
