@@ -187,7 +187,8 @@ from tests.conftest_graphs import tiny_graph
 popen = tensorrt_build.subprocess.Popen
 def told(command, **options):
     process = popen([command[0], "-c", "import sys; sys.argv[1:] = [" + repr(command[-1]) + "];"
-        "from deploykit.runtimes import tensorrt_builder as b; b._die_with_parent(int(sys.argv[1])); import time; time.sleep(60)"],
+        "from deploykit.runtimes import tensorrt_builder as b; b._die_with_parent(int(sys.argv[1]));"
+        "import time; time.sleep(60)"],
         **options)
     print(process.pid, flush=True)
     return process
