@@ -148,7 +148,7 @@ def _run_builder(request: Path, time_limit: float, progress: BuildProgress | Non
     """The builder's exit status (None: it was stopped) and the end of its log."""
     package_parent = str(Path(str(deploykit.__file__)).parent.parent)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([package_parent, os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "deploykit.runtimes.tensorrt_builder", str(request)]
+    command = [sys.executable, "-m", "deploykit.runtimes.tensorrt_builder", str(request), str(os.getpid())]
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

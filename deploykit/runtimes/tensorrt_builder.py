@@ -1,8 +1,8 @@
 """Builds one TensorRT plan; run as a process of its own, because a build can end the process.
 
-``python -m deploykit.runtimes.tensorrt_builder REQUEST.json``, where the request is a
-`BuildRequest`. TensorRT's warnings and errors go to stderr, one a line, after their severity;
-progress goes to stdout as lines of ``@`` and JSON. Without a ``plan`` the graph is only parsed. Exit
+``python -m deploykit.runtimes.tensorrt_builder REQUEST.json PARENT``, where the request is a
+`BuildRequest`, and the process PARENT waits for it. TensorRT's warnings and errors go to stderr, one
+a line, after their severity; progress goes to stdout as lines of ``@`` and JSON. Without a ``plan`` the graph is only parsed. Exit
 status: 0 the request was met, 1 it was not, `NOT_WRITTEN` a file could not be written.
 """
 
@@ -25,9 +25,9 @@ from deploykit.runtimes.tensorrt_build import NOT_WRITTEN, PROGRESS_MARK, BuildR
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def main(request_file: str) -> int:
+def main(request_file: str, parent: int) -> int:
     """Build what the request asks for; 0 on success."""
-    _die_with_parent()
+    _die_with_parent(parent)
     request = msgspec.json.decode(Path(request_file).read_bytes(), type=BuildRequest)
     settings = request.settings
     trt = api.load_tensorrt(settings.flavour)
@@ -159,10 +159,12 @@ def _save(path: Path, content: Any) -> bool:
     return True
 
 
-def _die_with_parent() -> None:
-    """Let Linux kill this process when the one that started it dies, however that happens."""
+def _die_with_parent(parent: int) -> None:
+    """Let Linux kill this process when the one that started it dies, however that happens; end if it has already."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            sys.exit(1)
 
 
 def _say(message: str) -> None:
@@ -170,4 +172,4 @@ def _say(message: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1], int(sys.argv[2])))

@@ -187,7 +187,8 @@ from tests.conftest_graphs import tiny_graph
 popen = tensorrt_build.subprocess.Popen
 def told(command, **options):
     process = popen([command[0], "-c", "import sys; sys.argv[1:] = [" + repr(command[-1]) + "];"
-        "from deploykit.runtimes import tensorrt_builder as b; b._die_with_parent(); import time; time.sleep(60)"],
+        "from deploykit.runtimes import tensorrt_builder as b; b._die_with_parent(int(sys.argv[1]));"
+        "import time; time.sleep(60)"],
         **options)
     print(process.pid, flush=True)
     return process
@@ -206,6 +207,13 @@ def test_a_killed_export_takes_its_builder_with_it(tmp_path: Path):
         assert is_running(builder)
         process.kill()
     assert ends(builder)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's parent-death signal")
+def test_a_builder_whose_parent_died_before_it_began_ends(tmp_path: Path):
+    command = [sys.executable, "-m", "deploykit.runtimes.tensorrt_builder", str(tmp_path / "absent.json"), "1"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "")  # it did not get as far as the request
 
 
 def test_an_unknown_target_lists_the_known(tmp_path: Path):
