@@ -166,15 +166,16 @@ def _is_fusible(node: Any) -> bool:
 def _quantize_weight(module: GraphModule, node: Node, shift: npt.NDArray[np.float32] | None) -> None:
     weight_node: Any = node.args[1]
     target = str(weight_node.target)
-    owner, _, name = target.rpartition(".")
+    owner = target.rpartition(".")[0]
     holder = module.get_submodule(owner)
     integers, scales = quantize_weight(_value(module, weight_node).numpy(), axis=0)
-    names = {"integers": f"{name}_integers", "scales": f"{name}_scales", "zeros": f"{name}_zeros"}
+    # Named by the node: two that share a weight would share its DQ, and inductor fuses none that is shared.
+    names = {part: f"{node.name}_{part}" for part in ("integers", "scales", "zeros")}
     holder.register_buffer(names["integers"], torch.from_numpy(integers))
     holder.register_buffer(names["scales"], torch.from_numpy(scales))
     holder.register_buffer(names["zeros"], torch.zeros(len(scales), dtype=torch.int64))
     with module.graph.inserting_before(node):
-        parts = [module.graph.get_attr(f"{owner}.{names[key]}") for key in ("integers", "scales", "zeros")]
+        parts = [module.graph.get_attr(f"{owner}.{name}" if owner else name) for name in names.values()]
         restored = module.graph.call_function(
             torch.ops.quantized_decomposed.dequantize_per_channel.default, (*parts, 0, -127, 127, torch.int8)
         )
@@ -186,9 +187,10 @@ def _quantize_weight(module: GraphModule, node: Node, shift: npt.NDArray[np.floa
 def _shift_bias(module: GraphModule, node: Node, owner: str, shift: Tensor) -> None:
     bias_node: Any = node.args[2] if len(node.args) > 2 else None
     bias = shift if bias_node is None else _value(module, bias_node) + shift
-    module.get_submodule(owner).register_buffer("shifted_bias", bias)
+    name = f"{node.name}_shifted_bias"
+    module.get_submodule(owner).register_buffer(name, bias)
     with module.graph.inserting_before(node):
-        shifted = module.graph.get_attr(f"{owner}.shifted_bias")
+        shifted = module.graph.get_attr(f"{owner}.{name}" if owner else name)
     node.args = (node.args[0], node.args[1], shifted, *node.args[3:])
 
 
