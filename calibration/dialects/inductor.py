@@ -166,18 +166,19 @@ def _quantize_weight(
     """Write a weight as the plan's node has it, whose own is transposed where it is a MatMul."""
     weight_node: Any = node.args[1]
     target = str(weight_node.target)
-    owner, _, name = target.rpartition(".")
+    owner = target.rpartition(".")[0]
     holder = module.get_submodule(owner)
     values = _value(module, weight_node).numpy()
     integers, scales = plan.integers_of(planned, values.T if transposed else values, int(transposed))
     if transposed:
         integers = np.ascontiguousarray(integers.T)
-    names = {"integers": f"{name}_integers", "scales": f"{name}_scales", "zeros": f"{name}_zeros"}
+    # Named by the node: two that share a weight would share its DQ, and inductor fuses none that is shared.
+    names = {part: f"{node.name}_{part}" for part in ("integers", "scales", "zeros")}
     holder.register_buffer(names["integers"], torch.from_numpy(integers))
     holder.register_buffer(names["scales"], torch.from_numpy(scales))
     holder.register_buffer(names["zeros"], torch.zeros(len(scales), dtype=torch.int64))
     with module.graph.inserting_before(node):
-        parts = [module.graph.get_attr(f"{owner}.{names[key]}") for key in ("integers", "scales", "zeros")]
+        parts = [module.graph.get_attr(f"{owner}.{name}" if owner else name) for name in names.values()]
         restored = module.graph.call_function(
             torch.ops.quantized_decomposed.dequantize_per_channel.default, (*parts, 0, -127, 127, torch.int8)
         )
@@ -190,9 +191,10 @@ def _quantize_weight(
 def _shift_bias(module: GraphModule, node: Node, owner: str, shift: Tensor) -> None:
     bias_node: Any = node.args[2] if len(node.args) > 2 else None
     bias = shift if bias_node is None else _value(module, bias_node) + shift
-    module.get_submodule(owner).register_buffer("shifted_bias", bias)
+    name = f"{node.name}_shifted_bias"
+    module.get_submodule(owner).register_buffer(name, bias)
     with module.graph.inserting_before(node):
-        shifted = module.graph.get_attr(f"{owner}.shifted_bias")
+        shifted = module.graph.get_attr(f"{owner}.{name}" if owner else name)
     node.args = (node.args[0], node.args[1], shifted, *node.args[3:])
 
 

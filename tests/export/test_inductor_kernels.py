@@ -31,7 +31,7 @@ def test_every_weight_of_the_plan_is_read_by_an_integer_kernel(network, fused_su
     plan = plan_of(master, IMAGES)
     package = package_of(select(inductor.render(master, plan), ("logits",)), tmp_path)
     assert integer_kernels(package) == len(plan.placement.weights)
-    assert left_in_float(package) == {}
+    assert sum(left_in_float(package).values()) == len(plan.placement.float_nodes)
     assert kernels_called(package)["qconv2d_pointwise_binary"] == fused_sums
     found = load_package(package).run([torch.from_numpy(IMAGES[:1])])[0].numpy()
     with torch.no_grad():

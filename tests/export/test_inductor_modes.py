@@ -105,6 +105,7 @@ def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: py
     assert "not remembered" in caplog.text
 
 
+@pytest.mark.slow  # inductor compiles each template that it considers
 def test_the_fastest_is_measured_once_and_then_remembered(
     tokens: Graph, memory: Path, compiled: list[dict[str, object]], tmp_path: Path
 ):
@@ -120,6 +121,7 @@ def test_the_fastest_is_measured_once_and_then_remembered(
     assert compiled[-1].items() >= INDUCTOR_MODES[measured.compiler["mode"]].items()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", INDUCTOR_MODES)
 def test_a_mode_asked_for_is_the_one_compiled(
     mode: str, tokens: Graph, memory: Path, compiled: list[dict[str, object]], tmp_path: Path
