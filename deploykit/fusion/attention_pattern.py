@@ -41,8 +41,9 @@ class JointProjection:
 class SelfAttention:
     """One attention as it stands in a graph.
 
-    ``before`` and ``after`` ``(windows, tokens of a window)`` are the tokens of each window: where they
-    stand in ``tokens`` and in ``merged``.
+    ``before`` ``(windows, tokens of a window)`` are the tokens of each window, by their place in
+    ``tokens``; ``after`` ``(T,)`` are the attended tokens, counted through the windows, as they stand in
+    ``merged``.
     """
 
     projection: JointProjection
