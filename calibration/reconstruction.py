@@ -48,7 +48,8 @@ def reconstruct(model: onnx.ModelProto, plan: QuantizationPlan, images: FloatArr
         model: the FP32 master graph.
         plan: its placement and ranges.
         images: ``(N, C, H, W)`` calibration images; a few dozen.
-        settings: ``rounding``, ``weight_scales`` and ``bias_correction``.
+        settings: ``rounding``, ``weight_scales`` and ``bias_correction``; "full" rounds what weighted nodes
+            read, and not what residual additions and pools do.
 
     Raises:
         CalibrationError: a convolution that is not over images.

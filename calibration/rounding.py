@@ -4,8 +4,8 @@ The error that rounding leaves in a layer's output is ``tr(E H E')`` with ``E = 
 moments ``H = E[x x']`` of what the layer reads. Its columns are rounded one after another, and what each
 leaves is carried over to the columns that are still float (GPTQ, Frantar et al. 2022, after OBQ); then
 single elements move by a step while that lowers the error (coordinate descent, as in QuantEase, Behdin et
-al. 2023). Like AdaRound (Nagel et al. 2020) it needs nothing but calibration images; it is a closed form,
-so it takes seconds and gives the same result each time.
+al. 2023). Like AdaRound (Nagel et al. 2020) it needs nothing but calibration images; nothing is learned by
+gradient descent, so equal images give equal integers.
 """
 
 from __future__ import annotations
