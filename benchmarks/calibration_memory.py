@@ -95,7 +95,14 @@ def calibrate_here(graph: Path, photographs: Path, count: int, calibrator: str) 
 
 
 def _peak() -> float:
-    """The highest resident memory of this process so far, in MB (the kernel counts KiB, on macOS bytes)."""
+    """The highest resident memory of this process so far, in MB.
+
+    On Linux from ``VmHWM``: getrusage's figure begins at that of the process which started this one.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024 / 1e6
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
