@@ -2,9 +2,9 @@
 
 ``python -m deploykit.runtimes.tensorrt_builder REQUEST.json PARENT``, where the request is a
 `BuildRequest`, and the process PARENT waits for it. TensorRT's warnings and errors go to stderr, one
-a line, after their severity; progress goes to stdout as lines of ``@`` and JSON. Without a ``plan`` the
-graph is only parsed. Exit status: 0 the request was met, 1 it was not, `NOT_WRITTEN` a file could not be
-written.
+a line, after their severity; progress goes to stdout as lines of ``@`` and JSON. Without a ``plan``
+the graph is only parsed. Exit status: 0 the request was met, 1 it was not, `NOT_WRITTEN` a file could
+not be written.
 """
 
 from __future__ import annotations
