@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from deploykit.fusion.graph_writer import GraphWriter
-from deploykit.fusion.moves import constant, only_reader, producer
+from deploykit.fusion.moves import constant, only_reader, producer, sizes
 
 LARGE = 400
 """Positions of a map from which on gated weights are faster than a gated map (14 x 14: slower, 28 x 28: faster)."""
@@ -105,14 +105,14 @@ def _takes_gate(layer: ir.Node, gate: _Gate) -> bool:
 def _pool(model: ir.Model, mean: ir.Node) -> None:
     (value,) = mean.outputs
     graph = GraphWriter(model=model, before=mean, name=f"{value.name}")
-    pooled = graph.node("GlobalAveragePool", [mean.inputs[0]], tuple(value.shape[1:]), "pooled")  # type: ignore[index]
+    pooled = graph.node("GlobalAveragePool", [mean.inputs[0]], sizes(value), "pooled")
     ir.convenience.replace_all_uses_with(value, pooled)
 
 
 def _gate_weights(model: ir.Model, layer: ir.Node, gate: _Gate) -> None:
     weight = layer.inputs[1]
     graph = GraphWriter(model=model, before=layer, name=f"{gate.product.outputs[0].name}")
-    gated = graph.node("Mul", [weight, gate.gate], tuple(weight.shape[1:]), "weights")  # type: ignore[union-attr, index]
+    gated = graph.node("Mul", [weight, gate.gate], sizes(weight), "weights")
     layer.replace_input_with(0, gate.gated)
     layer.replace_input_with(1, gated)
 
@@ -121,6 +121,6 @@ def _gate_map(model: ir.Model, gate: _Gate) -> None:
     graph = GraphWriter(model=model, before=gate.product, name=f"{gate.product.outputs[0].name}")
     scales = graph.constant(np.array([1, 1, *gate.positions], np.float32), "scales")
     nearest = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
-    shape = (*gate.gate.shape[1:2], *gate.positions)  # type: ignore[index]
-    spread = graph.node("Resize", [gate.gate, None, scales], shape, "gate", nearest)  # type: ignore[arg-type]
+    shape = (*sizes(gate.gate)[:1], *gate.positions)
+    spread = graph.node("Resize", [gate.gate, None, scales], shape, "gate", nearest)
     gate.product.replace_input_with(list(gate.product.inputs).index(gate.gate), spread)
