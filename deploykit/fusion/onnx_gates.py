@@ -37,22 +37,35 @@ def fuse_onnxruntime_gates(model: ir.Model) -> int:
     """Write squeeze-and-excitation (Hu et al. 2018) in the form that stays in ONNX Runtime's blocked layout, in place.
 
     Exact in real arithmetic. Left alone: half precision and Q/DQ graphs, gates of something else than
-    the map's own mean, and maps whose height and width are not static.
+    the map's own mean, maps whose height and width are not static, and gates from layers whose inputs
+    are not whole fours of channels, which have no blocked layout.
 
     Returns:
         How many gates were written.
     """
-    found = [gate for node in model.graph if node.op_type == "Mul" for gate in _gates(node)]
-    for gate in found:
-        _pool(model, gate.mean)
+    written = 0
+    for gate in [gate for node in model.graph if node.op_type == "Mul" for gate in _gates(node)]:
         layer = only_reader(gate.product.outputs[0])
         if layer is not None and _takes_gate(layer, gate):
             _gate_weights(model, layer, gate)
-        else:
+        elif _is_blocked(gate.gate):
             _gate_map(model, gate)
-    if found:
+        else:
+            continue
+        _pool(model, gate.mean)
+        written += 1
+    if written:
         common.RemoveUnusedNodesPass()(model)
-    return len(found)
+    return written
+
+
+def _is_blocked(gate: ir.Value) -> bool:
+    """Whether a gate comes from a convolution in blocks, which take whole fours of channels."""
+    node = producer(gate)
+    while node is not None and node.op_type != "Conv":
+        node = producer(node.inputs[0])
+    weight = constant(node.inputs[1]) if node is not None else None
+    return weight is not None and weight.shape[1] % 4 == 0
 
 
 def _gates(product: ir.Node) -> list[_Gate]:
