@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from deploykit.fusion.moves import Array, constant, is_static, joined_again, moved, only_reader, producer, source
+from deploykit.fusion.moves import Array, constant, is_static, joined_again, moved, only_reader, producer, sizes, source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,18 +23,18 @@ class JointProjection:
     @property
     def batch(self) -> int:
         """The samples that positions are followed for: those of the graph, or two where it takes any number."""
-        first = self.result.shape[0]  # type: ignore[index]
-        return first if isinstance(first, int) else 2
+        shape = self.result.shape
+        return shape[0] if shape is not None and isinstance(shape[0], int) else 2
 
     @property
     def count(self) -> int:
         """``T``."""
-        return math.prod(self.result.shape[1:-1])  # type: ignore[index, arg-type]
+        return math.prod(sizes(self.result)[:-1])
 
     @property
     def width(self) -> int:
         """``H * D``."""
-        return self.result.shape[-1] // 3  # type: ignore[index, operator, no-any-return]
+        return sizes(self.result)[-1] // 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ def _projection(result: ir.Value) -> JointProjection | None:
     add, shape = producer(result), result.shape
     if add is None or add.op_type != "Add" or result.dtype != ir.DataType.FLOAT or shape is None or len(shape) < 3:
         return None
-    if not is_static(result) or shape[-1] % 3:  # type: ignore[operator]
+    if not is_static(result) or sizes(result)[-1] % 3:
         return None
     for product, bias in (add.inputs, add.inputs[::-1]):
         matmul, vector = producer(product), constant(bias)
@@ -150,7 +150,7 @@ def _windows(
     batch or to the groups.
     """
     batch, count, width = projection.batch, projection.count, projection.width
-    numbers = np.arange(batch * count * 3 * width).reshape(batch, *projection.result.shape[1:])  # type: ignore[index]
+    numbers = np.arange(batch * count * 3 * width).reshape(batch, *sizes(projection.result))
     parts = [moved(value, projection.result, numbers) for value in (query, keys, values)]
     found = [part for part in parts if part is not None and part.ndim == 4]
     if len(found) < 3:
@@ -173,10 +173,10 @@ def _joined(attended: ir.Value, batch: int, heads: int, order: Array) -> tuple[i
 
     ``attended`` is ``(M, groups, tokens of a window, D)`` for the windows of ``order``.
     """
-    if not is_static(attended):
+    if not is_static(attended) or len(sizes(attended)) != 3:
         return None
-    _, groups, area, depth = attended.shape  # type: ignore[misc]
-    numbers = np.arange(batch * heads * order.size * depth).reshape(-1, groups, area, depth)  # type: ignore[operator]
+    groups, area, depth = sizes(attended)
+    numbers = np.arange(batch * heads * order.size * depth).reshape(-1, groups, area, depth)
     tokens = numbers.reshape(batch, len(order), heads, area, depth).swapaxes(2, 3).reshape(batch, order.size, -1)
     value, found = attended, None
     while (following := _moved_on(value)) is not None:
@@ -191,8 +191,8 @@ def _joined(attended: ir.Value, batch: int, heads: int, order: Array) -> tuple[i
         ):
             continue
         after = after.reshape(batch, -1, tokens.shape[-1])
-        window, place = np.divmod(after[0, :, 0], heads * area * depth)  # type: ignore[operator]
-        places = window * area + place // depth  # type: ignore[operator]
+        window, place = np.divmod(after[0, :, 0], heads * area * depth)
+        places = window * area + place // depth
         if places.max() < order.size and np.array_equal(after, tokens[:, places]):
             found = value, places
     return found
@@ -208,15 +208,15 @@ def _moved_on(value: ir.Value) -> ir.Value | None:
 
 def _unrolled(projection: JointProjection, order: Array) -> tuple[ir.Value, Array]:
     """The tokens before whole ones are moved, ``(N, ..., C)``, and what ``order`` then is."""
-    tokens, batch = projection.tokens, projection.batch
-    origin, channels = source(tokens), tokens.shape[-1] if tokens.shape is not None else None
-    if len(order) == 1 or origin.shape is None or not is_static(origin) or origin.shape[-1] != channels:
+    tokens, batch, channels = projection.tokens, projection.batch, sizes(projection.tokens)[-1]
+    origin = source(tokens)
+    if len(order) == 1 or not is_static(origin) or sizes(origin)[-1:] != (channels,):
         return tokens, order
-    numbers = np.arange(batch * math.prod(origin.shape[1:])).reshape(batch, *origin.shape[1:])  # type: ignore[arg-type]
-    rolled = moved(tokens, origin, numbers)
-    if rolled is None:
+    numbers: Array = np.arange(batch * math.prod(sizes(origin))).reshape(batch, *sizes(origin))
+    moved_numbers = moved(tokens, origin, numbers)
+    if moved_numbers is None:
         return tokens, order
-    rolled, numbers = rolled.reshape(batch, -1, channels), numbers.reshape(batch, -1, channels)
+    rolled, numbers = moved_numbers.reshape(batch, -1, channels), numbers.reshape(batch, -1, channels)
     places = rolled[0, :, 0] // channels
     if places.max() >= numbers.shape[1] or not np.array_equal(rolled, numbers[:, places]):
         return tokens, order

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from deploykit.fusion.moves import Array
+from deploykit.fusion.moves import Array, sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class GraphWriter:
         """A new initializer."""
         name = f"{self.name}_{part}"
         tensor = ir.tensor(np.ascontiguousarray(numbers), name=name)
-        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value = ir.Value(name=name, shape=ir.Shape(numbers.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.model.graph.register_initializer(value)
         return value
 
@@ -55,10 +55,10 @@ class GraphWriter:
 
     def taken(self, tokens: ir.Value, places: Array, part: str) -> ir.Value:
         """The tokens at ``places`` of ``(N, ..., C)``: ``(N, len(places), C)``, or as they are where all stay."""
-        *sides, channels = tokens.shape[1:]  # type: ignore[index]
-        count = math.prod(sides)  # type: ignore[arg-type]
+        *sides, channels = sizes(tokens)
+        count = math.prod(sides)
         if np.array_equal(places, np.arange(count)):
             return tokens
-        flat = self.shaped(tokens, (count, channels), f"{part}_tokens")  # type: ignore[arg-type]
+        flat = self.shaped(tokens, (count, channels), f"{part}_tokens")
         inputs: list[ir.Value | None] = [flat, self.constant(places, f"{part}_places")]
-        return self.node("Gather", inputs, (len(places), channels), part, {"axis": 1})  # type: ignore[arg-type]
+        return self.node("Gather", inputs, (len(places), channels), part, {"axis": 1})

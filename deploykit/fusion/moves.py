@@ -26,7 +26,13 @@ def constant(value: ir.Value | None) -> Array | None:
 
 def is_static(value: ir.Value | None) -> bool:
     """Whether every size of a value but the first, its batch, is known."""
-    return value is not None and value.shape is not None and all(isinstance(side, int) for side in value.shape[1:])
+    return value is not None and value.shape is not None and len(sizes(value)) == len(value.shape) - 1
+
+
+def sizes(value: ir.Value | None) -> tuple[int, ...]:
+    """The sizes of a static value but the first, its batch."""
+    shape = value.shape if value is not None else None
+    return () if shape is None else tuple(side for side in shape[1:] if isinstance(side, int))
 
 
 def producer(value: ir.Value | None) -> ir.Node | None:
@@ -70,7 +76,7 @@ def moved(value: ir.Value, origin: ir.Value, numbers: Array) -> Array | None:
 
 def joined_again(value: ir.Value) -> ir.Value | None:
     """What the parts that a value is cut into are joined to, where nothing else reads the value or a part."""
-    joins = set()
+    joins: set[ir.Node | None] = set()
     for cut, _ in value.uses():
         if cut.op_type not in _CUTS or cut.inputs[0] is not value:
             return None
@@ -83,7 +89,7 @@ def joined_again(value: ir.Value) -> ir.Value | None:
 
 def _cut_from(parts: Sequence[ir.Value | None]) -> ir.Value | None:
     """The one value that all parts are cut from."""
-    whole = None
+    whole: ir.Value | None = None
     for part in parts:
         node = producer(part)
         if node is None or node.op_type not in _CUTS or whole not in (None, node.inputs[0]):

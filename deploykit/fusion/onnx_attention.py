@@ -13,6 +13,7 @@ from onnx_ir.passes import common
 
 from deploykit.fusion.attention_pattern import SelfAttention, match_attention
 from deploykit.fusion.graph_writer import GraphWriter
+from deploykit.fusion.moves import sizes
 
 _DOMAIN = "com.microsoft"
 
@@ -43,7 +44,7 @@ def _write(model: ir.Model, found: SelfAttention) -> None:
     graph = GraphWriter(model=model, before=last, name=f"{found.merged.name}_attention")
     windows, area = found.before.shape
     tokens = graph.taken(found.tokens, found.before.reshape(-1), "cut")
-    tokens = graph.shaped(tokens, (area, found.tokens.shape[-1]), "windows")  # type: ignore[index]
+    tokens = graph.shaped(tokens, (area, sizes(found.tokens)[-1]), "windows")
     absent = [] if found.position_bias is None else [None, None, graph.constant(found.position_bias, "position_bias")]
     attended = graph.node(
         "Attention",
@@ -55,5 +56,5 @@ def _write(model: ir.Model, found: SelfAttention) -> None:
     )
     attended = graph.shaped(attended, (windows * area, projection.width), "joined")
     attended = graph.taken(attended, found.after, "placed")
-    attended = graph.shaped(attended, tuple(found.merged.shape[1:]), "merged")  # type: ignore[arg-type]
+    attended = graph.shaped(attended, sizes(found.merged), "merged")
     ir.convenience.replace_all_uses_with(found.merged, attended)

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from deploykit.fusion.graph_writer import GraphWriter
-from deploykit.fusion.moves import constant, only_reader, producer
+from deploykit.fusion.moves import constant, only_reader, producer, sizes
 
 LARGE = 400
 """Positions of a map from which on gated weights are faster than a gated map (14 x 14: slower, 28 x 28: faster)."""
@@ -37,22 +37,35 @@ def fuse_onnxruntime_gates(model: ir.Model) -> int:
     """Write squeeze-and-excitation (Hu et al. 2018) in the form that stays in ONNX Runtime's blocked layout, in place.
 
     Exact in real arithmetic. Left alone: half precision and Q/DQ graphs, gates of something else than
-    the map's own mean, and maps whose height and width are not static.
+    the map's own mean, maps whose height and width are not static, and gates from layers whose inputs
+    are not whole fours of channels, which have no blocked layout.
 
     Returns:
         How many gates were written.
     """
-    found = [gate for node in model.graph if node.op_type == "Mul" for gate in _gates(node)]
-    for gate in found:
-        _pool(model, gate.mean)
+    written = 0
+    for gate in [gate for node in model.graph if node.op_type == "Mul" for gate in _gates(node)]:
         layer = only_reader(gate.product.outputs[0])
         if layer is not None and _takes_gate(layer, gate):
             _gate_weights(model, layer, gate)
-        else:
+        elif _is_blocked(gate.gate):
             _gate_map(model, gate)
-    if found:
+        else:
+            continue
+        _pool(model, gate.mean)
+        written += 1
+    if written:
         common.RemoveUnusedNodesPass()(model)
-    return len(found)
+    return written
+
+
+def _is_blocked(gate: ir.Value) -> bool:
+    """Whether a gate comes from a convolution in blocks, which take whole fours of channels."""
+    node = producer(gate)
+    while node is not None and node.op_type != "Conv":
+        node = producer(node.inputs[0])
+    weight = constant(node.inputs[1]) if node is not None else None
+    return weight is not None and weight.shape[1] % 4 == 0
 
 
 def _gates(product: ir.Node) -> list[_Gate]:
@@ -105,14 +118,14 @@ def _takes_gate(layer: ir.Node, gate: _Gate) -> bool:
 def _pool(model: ir.Model, mean: ir.Node) -> None:
     (value,) = mean.outputs
     graph = GraphWriter(model=model, before=mean, name=f"{value.name}")
-    pooled = graph.node("GlobalAveragePool", [mean.inputs[0]], tuple(value.shape[1:]), "pooled")  # type: ignore[index]
+    pooled = graph.node("GlobalAveragePool", [mean.inputs[0]], sizes(value), "pooled")
     ir.convenience.replace_all_uses_with(value, pooled)
 
 
 def _gate_weights(model: ir.Model, layer: ir.Node, gate: _Gate) -> None:
     weight = layer.inputs[1]
     graph = GraphWriter(model=model, before=layer, name=f"{gate.product.outputs[0].name}")
-    gated = graph.node("Mul", [weight, gate.gate], tuple(weight.shape[1:]), "weights")  # type: ignore[union-attr, index]
+    gated = graph.node("Mul", [weight, gate.gate], sizes(weight), "weights")
     layer.replace_input_with(0, gate.gated)
     layer.replace_input_with(1, gated)
 
@@ -121,6 +134,6 @@ def _gate_map(model: ir.Model, gate: _Gate) -> None:
     graph = GraphWriter(model=model, before=gate.product, name=f"{gate.product.outputs[0].name}")
     scales = graph.constant(np.array([1, 1, *gate.positions], np.float32), "scales")
     nearest = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
-    shape = (*gate.gate.shape[1:2], *gate.positions)  # type: ignore[index]
-    spread = graph.node("Resize", [gate.gate, None, scales], shape, "gate", nearest)  # type: ignore[arg-type]
+    shape = (*sizes(gate.gate)[:1], *gate.positions)
+    spread = graph.node("Resize", [gate.gate, None, scales], shape, "gate", nearest)
     gate.product.replace_input_with(list(gate.product.inputs).index(gate.gate), spread)

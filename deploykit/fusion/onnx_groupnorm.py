@@ -19,7 +19,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from deploykit.fusion.graph_writer import GraphWriter
-from deploykit.fusion.moves import Array, constant, only_reader, producer
+from deploykit.fusion.moves import Array, constant, only_reader, producer, sizes
 
 _BLOCK = 16
 
@@ -95,7 +95,7 @@ def _match(affine: ir.Node) -> _GroupNorm | None:
 
 def _spell_out(model: ir.Model, norm: _GroupNorm) -> bool:
     result = norm.affine.outputs[0]
-    channels, *sides = (int(side) for side in norm.maps.shape[1:])  # type: ignore[index, arg-type]
+    channels, *sides = sizes(norm.maps)
     graph = GraphWriter(model=model, before=norm.affine, name=f"{result.name}_group")
     one, group = (channels, 1, 1), (norm.groups, channels // norm.groups)
     positions = graph.constant(np.array([2, 3]), "positions")
@@ -132,6 +132,6 @@ def _convolve(model: ir.Model, norm: _GroupNorm) -> bool:
     graph = GraphWriter(model=model, before=norm.affine, name=f"{result.name}_affine")
     kernel = graph.constant(norm.weight.reshape(-1, 1, 1, 1), "weight")
     settings = {"group": norm.weight.size}
-    layer = graph.node("Conv", [normed, kernel, norm.affine.inputs[2]], tuple(result.shape[1:]), "conv", settings)  # type: ignore[index]
+    layer = graph.node("Conv", [normed, kernel, norm.affine.inputs[2]], sizes(result), "conv", settings)
     ir.convenience.replace_all_uses_with(result, layer)
     return True

@@ -11,6 +11,7 @@ import math
 import onnx_ir as ir
 
 from deploykit.fusion.graph_writer import GraphWriter
+from deploykit.fusion.moves import sizes
 
 
 def flatten_layernorm(model: ir.Model) -> int:
@@ -38,7 +39,7 @@ def _flatten(model: ir.Model, norm: ir.Node) -> bool:
     graph = GraphWriter(model=model, before=norm, name=f"{result.name}_norm")
     tokens = graph.shaped(maps, (math.prod(sides[:-1]), sides[-1]), "tokens")
     settings = {"axis": -1, "epsilon": norm.attributes.get_float("epsilon", 1e-5)}
-    normed = graph.node("LayerNormalization", [tokens, *norm.inputs[1:]], tuple(tokens.shape[1:]), "normed", settings)
+    normed = graph.node("LayerNormalization", [tokens, *norm.inputs[1:]], sizes(tokens), "normed", settings)
     ir.convenience.replace_all_uses_with(result, graph.shaped(normed, sides, "maps"))
     model.graph.remove(norm, safe=True)
     return True

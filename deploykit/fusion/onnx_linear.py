@@ -9,7 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from deploykit.fusion.graph_writer import GraphWriter
-from deploykit.fusion.moves import constant, only_reader
+from deploykit.fusion.moves import constant, is_static, only_reader, sizes
 
 
 def fuse_onnxruntime_linear(model: ir.Model) -> int:
@@ -37,13 +37,12 @@ def _fuse(model: ir.Model, product: ir.Node) -> bool:
         return False
     if result.is_graph_output():
         return False
-    sides = tuple(result.shape[1:])
-    if len(sides) < 2 or not all(isinstance(side, int) for side in sides):
+    if not is_static(result) or len(sizes(result)) < 2:
         return False
     graph = GraphWriter(model=model, before=add, name=f"{result.name}_linear")
     rows = graph.shaped(source, matrix.shape[:1], "rows")
     layer = graph.node("Gemm", [rows, weight, bias], matrix.shape[1:], "gemm")
-    written = graph.shaped(layer, sides, "result")  # type: ignore[arg-type]
+    written = graph.shaped(layer, sizes(result), "result")
     ir.convenience.replace_all_uses_with(result, written)
     model.graph.remove([add, product], safe=True)
     return True

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from deploykit.fusion.graph_writer import GraphWriter
-from deploykit.fusion.moves import constant, only_reader, producer
+from deploykit.fusion.moves import constant, is_static, only_reader, producer, sizes
 
 _CHANNELS_FIRST, _CHANNELS_LAST = (0, 3, 1, 2), (0, 2, 3, 1)
 LARGE = 784
@@ -76,8 +76,7 @@ def _tidied(model: ir.Model, written: int) -> int:
 
 
 def _is_large(maps: ir.Value) -> bool:
-    sides = tuple(maps.shape[1:3]) if maps.shape is not None and len(maps.shape) == 4 else ()
-    return len(sides) == 2 and all(isinstance(side, int) for side in sides) and math.prod(sides) >= LARGE  # type: ignore[arg-type]
+    return is_static(maps) and len(sizes(maps)) == 3 and math.prod(sizes(maps)[:2]) >= LARGE
 
 
 def _steps(value: ir.Value | None, layers: int) -> list[_Step] | None:
@@ -90,7 +89,7 @@ def _steps(value: ir.Value | None, layers: int) -> list[_Step] | None:
         steps.insert(0, step)
         value = step.source
     maps = steps[0].source
-    whole = maps.dtype == ir.DataType.FLOAT and maps.shape is not None and len(maps.shape) == 4
+    whole = maps.dtype == ir.DataType.FLOAT and is_static(maps) and len(sizes(maps)) == 3
     return steps if whole else None
 
 
@@ -114,14 +113,13 @@ def _step(value: ir.Value) -> _Step | None:
 
 def _write(model: ir.Model, before: ir.Node, steps: list[_Step], result: ir.Value, *, permuted: bool) -> None:
     """Let what reads ``result`` read convolutions, and a permutation of them where it is not ``permuted`` itself."""
-    _, *sides, channels = steps[0].source.shape  # type: ignore[misc]
+    *sides, channels = sizes(steps[0].source)
     graph = GraphWriter(model=model, before=before, name=f"{result.name}_pointwise")
     value = graph.node("Transpose", [steps[0].source], (channels, *sides), "maps", {"perm": _CHANNELS_FIRST})
     for place, step in enumerate(steps):
         matrix = constant(step.weight)
         if matrix is None:
-            shape = tuple(value.shape[1:])  # type: ignore[index]
-            value = graph.node(step.node.op_type, [value], shape, f"act{place}", step.node.attributes)
+            value = graph.node(step.node.op_type, [value], sizes(value), f"act{place}", step.node.attributes)
             continue
         channels = matrix.shape[1]
         kernel = graph.constant(np.ascontiguousarray(matrix.T)[:, :, None, None], f"weight{place}")

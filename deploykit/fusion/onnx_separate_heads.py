@@ -12,7 +12,7 @@ from onnx_ir.passes import common
 
 from deploykit.fusion.attention_pattern import SelfAttention, match_attention
 from deploykit.fusion.graph_writer import GraphWriter
-from deploykit.fusion.moves import Array, constant
+from deploykit.fusion.moves import Array, constant, sizes
 
 
 def separate_heads(model: ir.Model) -> int:
@@ -39,7 +39,7 @@ def _write(model: ir.Model, found: SelfAttention) -> None:
     assert last is not None and found.merged.shape is not None  # noqa: S101  (a moved value; narrows the types)
     graph = GraphWriter(model=model, before=last, name=f"{found.merged.name}_attention")
     tokens = graph.taken(found.tokens, found.before.reshape(-1), "cut")
-    tokens = graph.shaped(tokens, (area, found.tokens.shape[-1]), "windows")  # type: ignore[index]
+    tokens = graph.shaped(tokens, (area, sizes(found.tokens)[-1]), "windows")
     heads, depth = found.heads, width // found.heads
     query, keys, values = (_part(graph, tokens, found, place, name) for place, name in enumerate(("q", "k", "v")))
     keys = graph.node("Transpose", [keys], (heads, depth, area), "keys", {"perm": (0, 1, 3, 2)})
@@ -52,7 +52,7 @@ def _write(model: ir.Model, found: SelfAttention) -> None:
     attended = graph.node("Transpose", [attended], (area, heads, depth), "merged_heads", {"perm": (0, 2, 1, 3)})
     attended = graph.shaped(attended, (windows * area, width), "joined")
     attended = graph.taken(attended, found.after, "placed")
-    attended = graph.shaped(attended, tuple(found.merged.shape[1:]), "merged")  # type: ignore[arg-type]
+    attended = graph.shaped(attended, sizes(found.merged), "merged")
     ir.convenience.replace_all_uses_with(found.merged, attended)
 
 

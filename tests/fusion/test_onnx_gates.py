@@ -11,10 +11,15 @@ from tests.fusion.graphs import DYNAMIC, SPEC
 from tests.fusion.onnx_graphs import counts, fewer, graph_of, is_left_alone, rewritten
 
 
-def parts(after: nn.Module | None = None, squash: type[nn.Module] = nn.Sigmoid, act: type[nn.Module] = nn.SiLU) -> dict:
+def parts(
+    after: nn.Module | None = None,
+    squash: type[nn.Module] = nn.Sigmoid,
+    act: type[nn.Module] = nn.SiLU,
+    hidden: int = 4,
+) -> dict:
     return {
         "conv": nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), act()),
-        "gate": nn.Sequential(nn.Conv2d(8, 2, 1), act(), nn.Conv2d(2, 8, 1), squash()),
+        "gate": nn.Sequential(nn.Conv2d(8, hidden, 1), act(), nn.Conv2d(hidden, 8, 1), squash()),
         "after": after or nn.Conv2d(8, 4, 1),
     }
 
@@ -104,3 +109,7 @@ def test_a_gated_map_that_something_else_reads_keeps_its_product(monkeypatch):
 )
 def test_near_misses_are_left_alone(function):
     assert is_left_alone(fuse_onnxruntime_gates, graph_of(function, SPEC, **parts()))
+
+
+def test_a_gate_without_blocks_stays():
+    assert is_left_alone(fuse_onnxruntime_gates, graph_of(excite, SPEC, **parts(hidden=6)))
