@@ -47,7 +47,8 @@ class RoundedWeight:
 
 
 def _nearest(weight: npt.NDArray[np.float32], axis: int, scales: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:
-    return np.clip(np.round(weight / _along(scales, weight, axis)), -127, 127).astype(np.int16)
+    rounded = np.clip(np.round(weight / _along(scales, weight, axis)), -127, 127)
+    return np.asarray(rounded, np.int16)
 
 
 def _along(channels: npt.NDArray[Any], weight: npt.NDArray[np.float32], axis: int) -> npt.NDArray[Any]:
