@@ -113,7 +113,7 @@ class QuantizationPlan:
         """Write the plan into ``folder``: `PLAN_FILE` to read, and bias shifts and roundings in `SHIFT_FILE`."""
         readable = replace(self, bias_shift={}, weights={})
         (folder / PLAN_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(readable), indent=1) + b"\n")
-        arrays = {f"bias_shift:{node}": shift for node, shift in self.bias_shift.items()}
+        arrays: dict[str, npt.NDArray[Any]] = {f"bias_shift:{node}": shift for node, shift in self.bias_shift.items()}
         for node, chosen in self.weights.items():
             arrays |= {f"steps:{node}": chosen.steps, f"scales:{node}": chosen.scales}
         np.savez_compressed(folder / SHIFT_FILE, allow_pickle=False, **arrays)

@@ -155,7 +155,7 @@ def _initializer(value: ir.Value | None) -> ir.Value:
 
 
 def _array(value: ir.Value | None) -> Array:
-    return _initializer(value).const_value.numpy()  # type: ignore[union-attr, no-any-return]
+    return _initializer(value).const_value.numpy()  # type: ignore[union-attr]
 
 
 def _padded(array: Array, count: int, axis: int) -> Array:
