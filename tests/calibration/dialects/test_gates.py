@@ -110,7 +110,7 @@ def test_a_sigmoids_input_keeps_the_steps_that_it_tells_apart():
     plan = plan_of(graph, IMAGES)
     source = next(node.input[0] for node in graph.model.graph.node if node.op_type == "Sigmoid")
     wide = replace(plan, ranges=plan.ranges | {source: ActivationRange(low=-30.0, high=20.0, amax=30.0)})
-    model = render(graph, wide).model
+    model = insert_qdq(graph.model, wide, replace(STYLE, float_image_side=False))
     scale = next(t for t in model.graph.initializer if t.name == f"{source}/scale")
     assert onnx.numpy_helper.to_array(scale) == pytest.approx(12 / 255)
     images = {"images": IMAGES[:1]}
