@@ -79,9 +79,11 @@ def _match(affine: ir.Node) -> _GroupNorm | None:
     maps, shape = chain[-1].inputs[0], affine.outputs[0].shape
     weight, bias, mean, variance = (constant(value) for value in affine.inputs[1:])
     plain = [constant(value) for value in chain[2].inputs[1:]]
-    if maps is None or maps.dtype != ir.DataType.FLOAT or shape is None or maps.shape != shape or len(shape) != 4:
+    if maps is None or maps.dtype != ir.DataType.FLOAT or shape is None or len(shape) != 4:
         return None
-    if any(part is None for part in (weight, bias, mean, variance, *plain)) or affine.outputs[0].is_graph_output():
+    same = maps.shape is not None and list(maps.shape[1:]) == list(shape[1:])  # the batch may have another name
+    parts = (weight, bias, mean, variance, *plain)
+    if not same or any(part is None for part in parts) or affine.outputs[0].is_graph_output():
         return None
     if not all(isinstance(side, int) for side in shape[1:]) or weight is None or bias is None:
         return None

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from deploykit.calibration.dialects import inductor
+from deploykit.calibration.sensitivity import style_of
 from deploykit.export.graphs import select
 from deploykit.export.inductor_kernels import integer_kernels, kernels_called, left_in_float
 from deploykit.export.to_inductor import to_inductor
@@ -28,7 +29,7 @@ def package_of(graph: Graph, folder: Path) -> Path:
 )
 def test_every_weight_of_the_plan_is_read_by_an_integer_kernel(network, fused_sums: int, tmp_path: Path):
     master = graph_of(network, IMAGES)
-    plan = plan_of(master, IMAGES)
+    plan = style_of("torch_compile").as_rendered(master.model, plan_of(master, IMAGES))
     package = package_of(select(inductor.render(master, plan), ("logits",)), tmp_path)
     assert integer_kernels(package) == len(plan.placement.weights)
     assert sum(left_in_float(package).values()) == len(plan.placement.float_nodes)

@@ -97,5 +97,5 @@ def test_what_is_asked_for_is_kept(monkeypatch):
 def test_an_unknown_processor_gets_the_nearest_spelling():
     with pytest.raises(SpecError, match=r"unknown openvino target .x86-vni.\. Did you mean .x86-vnni."):
         check_target("openvino", "x86-vni")
-    with pytest.raises(SpecError, match="torch_compile runtime has no targets"):
+    with pytest.raises(SpecError, match=r"unknown torch_compile target .x86-vnni."):
         check_target("torch_compile", "x86-vnni")
