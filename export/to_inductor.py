@@ -22,6 +22,8 @@ from deploykit.spec import InputSpec
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
+logger = logging.getLogger(__name__)
+
 _MARCH = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}
 _COMMON = {"freezing": True, "autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
 
@@ -69,12 +71,31 @@ def _chosen_package(graph: Graph, program: ExportedProgram, staging: Path, *, me
     memory, key = ModeMemory(), memory_key(program)
     choice = memory.recall(key)
     if choice is None and measure:
-        packages = {mode: _compile(program, staging, mode) for mode in INDUCTOR_MODES}
+        packages = _compile_each(program, staging)
         choice = fastest({mode: _call(package, graph.input) for mode, package in packages.items()})
         memory.keep(key, choice)
         return packages[choice.mode], choice
     choice = choice or ModeChoice(mode=DEFAULT_MODE, milliseconds={})
     return _compile(program, staging, choice.mode), choice
+
+
+def _compile_each(program: ExportedProgram, staging: Path) -> dict[str, Path]:
+    """The package of every mode that compiles; a log line names one that does not.
+
+    Raises:
+        ExportError: none of them compiles.
+    """
+    packages: dict[str, Path] = {}
+    failures: list[ExportError] = []
+    for mode in INDUCTOR_MODES:
+        try:
+            packages[mode] = _compile(program, staging, mode)
+        except ExportError as error:
+            logger.warning("The mode %r is left out: %s", mode, error)
+            failures.append(error)
+    if not packages:
+        raise failures[0]
+    return packages
 
 
 def _call(package: Path, spec: InputSpec) -> Callable[[], object]:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from deploykit.calibration.dialects import inductor
-from deploykit.errors import SpecError
+from deploykit.errors import ExportError, SpecError
+from deploykit.export import to_inductor as module
 from deploykit.export.graphs import select
 from deploykit.export.inductor_modes import (
     DEFAULT_MODE,
@@ -119,6 +120,34 @@ def test_the_fastest_is_measured_once_and_then_remembered(
         assert to_inductor(select(tokens, ("logits",)), tmp_path, target=target).compiler == measured.compiler
     assert len(compiled) == 3 + len(INDUCTOR_MODES)
     assert compiled[-1].items() >= INDUCTOR_MODES[measured.compiler["mode"]].items()
+
+
+@pytest.mark.parametrize("broken", [["templates"], list(INDUCTOR_MODES)], ids=["one", "all"])
+def test_a_mode_that_does_not_compile_is_left_out(
+    broken: list[str],
+    memory: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    def compile_or_fail(program, staging, mode):
+        if mode in broken:
+            raise ExportError(f"{mode} does not compile")
+        (staging / mode).mkdir()
+        (staging / mode / "model.pt2").write_text(mode)
+        return staging / mode / "model.pt2"
+
+    monkeypatch.setattr(module, "_compile", compile_or_fail)
+    monkeypatch.setattr(module, "_call", lambda package, spec: package.read_text)
+    if len(broken) == len(INDUCTOR_MODES):
+        with pytest.raises(ExportError, match="onednn does not compile"):
+            to_inductor(tiny_graph(), tmp_path, target=FASTEST_MODE)
+        assert not memory.exists()
+        return
+    engine = to_inductor(tiny_graph(), tmp_path, target=FASTEST_MODE)
+    assert set(engine.compiler) == {"mode", "onednn_ms", "autotuned_ms"}
+    assert (tmp_path / "model.pt2").read_text() == engine.compiler["mode"]
+    assert "'templates' is left out: templates does not compile" in caplog.text
 
 
 @pytest.mark.slow
