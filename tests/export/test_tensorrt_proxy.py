@@ -40,13 +40,14 @@ def figures(case: Family, outputs: list[FloatArray], names: tuple[str, ...]) -> 
 @pytest.mark.parametrize(
     "name", [each if each in QUICK else pytest.param(each, marks=pytest.mark.slow) for each in SMALL]
 )
-def test_two_runtimes_agree_on_the_figure_of_every_level(name: str, precision: str, photographs: Path):
+def test_two_runtimes_agree_on_the_figure_of_every_level_and_the_logits(name: str, precision: str, photographs: Path):
     case = family(name, photographs, dynamic=False)
-    graph = case.graph(precision, features=True)
-    model = prepare(graph.model)
+    model = prepare(case.whole(precision).model)
+    names = tuple(value.name for value in model.graph.output)
+    assert names == (*case.levels, "logits")
     as_written = (name, precision) not in OWN_KERNELS
-    here = figures(case, in_onnxruntime(model, case.images), case.levels)
-    there = figures(case, in_openvino(model, case.images, as_written=as_written), case.levels)
+    here = figures(case, in_onnxruntime(model, case.images), names)
+    there = figures(case, in_openvino(model, case.images, as_written=as_written), names)
     assert np.abs(here - there).max() < 1.0
     assert here.min() > FLOORS_DB.get(name, PRECISIONS[precision].min_sqnr_db)
 
