@@ -16,7 +16,7 @@ import shutil
 import statistics
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -60,8 +60,8 @@ class Comparison:
     baseline: Callable[[str, BaseBackbone], onnx.ModelProto]
 
 
-def stock_graph(module: nn.Module, side: int) -> onnx.ModelProto:
-    """What torch.onnx.export makes of a module for one image, with its own optimizer.
+def stock_graph(module: nn.Module, side: int, outputs: Sequence[str] | None = None) -> onnx.ModelProto:
+    """What torch.onnx.export makes of a module for one image, with its own optimizer; ``outputs`` are their names.
 
     GroupNorm alone has deploykit's form: on the plain one of the hybrids OpenVINO 2026.4.1 crashes.
     """
@@ -72,6 +72,7 @@ def stock_graph(module: nn.Module, side: int) -> onnx.ModelProto:
             (torch.randn(1, 3, side, side),),
             dynamo=True,
             input_names=["images"],
+            output_names=outputs,
             opset_version=OPSET,
             optimize=True,
             verbose=False,

@@ -1,9 +1,9 @@
 """INT8 into ONNX Runtime and OpenVINO: ours beside FP32 and beside the stock quantizers, network by network.
 
-Every route gets the same FP32 graph and the same calibration crops; the figures come from crops of other
-photographs. Stock are ONNX Runtime's quantize_static and quantize_dynamic (per channel), and NNCF on the
-ONNX graph when that package is installed. FP32 and ours are the graphs that an export lowers, passes of the
-runtime included.
+Every route has the same weights and calibration crops; the figures come from crops of other photographs. Stock
+are ONNX Runtime's quantize_static and quantize_dynamic (per channel), and NNCF on the ONNX graph and on OpenVINO's
+form of it when that package is installed; they get what ``torch.onnx.export(backbone, optimize=True)`` writes, as
+their users do. FP32 and ours are the graphs that an export lowers, passes of the runtime included.
 
 Times are medians over rounds in which all routes of a runtime take turns, of the classifier alone as its users
 get it; ``--outputs all`` times the graph that also gives every level, from which the decibels are. Every
@@ -19,15 +19,15 @@ stock quantizers most of it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
-import importlib.util
 import json
 import logging
 import statistics
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,10 @@ import numpy as np
 import onnx
 import torch
 from _from_tests import realistic
+from _side_by_side import stock_graph
 from _timing import RUNTIMES, Call, alternate, outputs_of
 from PIL import Image
+from torch import nn
 
 from deploykit.backbones.base import BackboneOptions
 from deploykit.backbones.registry import build_backbone
@@ -68,6 +70,7 @@ NETWORKS = (
     "convnext_tiny",
 )
 OURS = "deploykit"
+ON_OPENVINO = "NNCF on OpenVINO"
 DIALECTS = {"onnxruntime": ort_dialect, "openvino": openvino_dialect}
 
 
@@ -82,20 +85,40 @@ def crops(names: Iterable[str], count: int, seed: int, spec: InputSpec) -> Float
     return np.stack(images)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """A network in one form: with every level and the logits, and the part of it that is timed."""
+
+    whole: onnx.ModelProto | Path
+    timed: onnx.ModelProto | Path
+
+
 def nncf_route(model: onnx.ModelProto, images: FloatArray) -> onnx.ModelProto:
     """NNCF's post-training quantization of the ONNX graph, mixed preset, as a transformer where it is one."""
+    return _by_nncf(copy.deepcopy(model), model, images)
+
+
+def nncf_on_openvino(model: onnx.ModelProto, images: FloatArray, folder: Path, *, logits: bool) -> Route:
+    """The same of the graph as OpenVINO reads it, as OpenVINO's own files."""
+    import openvino
+
+    quantized = _by_nncf(openvino.Core().read_model(model.SerializeToString()), model, images)
+    route = Route(whole=folder / "whole.xml", timed=folder / ("logits.xml" if logits else "whole.xml"))
+    openvino.save_model(quantized, route.whole, compress_to_fp16=False)
+    if logits:
+        for result in quantized.get_results()[:-1]:
+            quantized.remove_result(result)
+        openvino.save_model(quantized, route.timed, compress_to_fp16=False)
+    return route
+
+
+def _by_nncf(form: Any, model: onnx.ModelProto, images: FloatArray) -> Any:
     import nncf
 
     dataset = nncf.Dataset([image[None] for image in images], lambda image: {"images": image})
-    kinds = {node.op_type for node in model.graph.node}
-    transformer = nncf.ModelType.TRANSFORMER if "Softmax" in kinds else None
-    return nncf.quantize(
-        copy.deepcopy(model),
-        dataset,
-        preset=nncf.QuantizationPreset.MIXED,
-        subset_size=len(images),
-        model_type=transformer,
-    )
+    transformer = nncf.ModelType.TRANSFORMER if any(node.op_type == "Softmax" for node in model.graph.node) else None
+    preset = nncf.QuantizationPreset.MIXED
+    return nncf.quantize(form, dataset, preset=preset, subset_size=len(images), model_type=transformer)
 
 
 def static_route(model: onnx.ModelProto, images: FloatArray) -> onnx.ModelProto:
@@ -144,12 +167,12 @@ def measure(name: str, count: int, rounds: int, settings: Int8, outputs: str) ->
     torch.manual_seed(0)
     pretrained = name == "tf_efficientnet_lite0"
     backbone = build_backbone(name, BackboneOptions(), pretrained=pretrained)
-    backbone = (backbone if pretrained else realistic(backbone)).eval()
     source = backbone.input_spec
     spec = InputSpec(height=source.height, width=source.width, preprocessing=source.preprocessing)
     images = crops(CALIBRATED, count, 0, spec)
+    backbone = (backbone if pretrained else realistic(backbone)).eval()
     evaluated = crops((*SHOWN, "motorcycle_right.png"), count, 1, spec)
-    stock_graph, ours_graph = (fused_graph(backbone, spec, images, chosen) for chosen in (None, settings))
+    fp32_graph, ours_graph = (fused_graph(backbone, spec, images, chosen) for chosen in (None, settings))
     plan = plan_precision(
         ours_graph.model,
         settings,
@@ -157,32 +180,56 @@ def measure(name: str, count: int, rounds: int, settings: Int8, outputs: str) ->
         probe=images[:1],
         weights_digest=weights_digest(backbone),
     )
-    stock = {
-        route: replace(stock_graph, model=model) for route, model in _stock_routes(stock_graph.model, images).items()
-    }
-    rows = []
-    for runtime, open_graph in RUNTIMES.items():
-        fp32 = specialize(stock_graph, runtime, images).graph
-        ours = specialize(DIALECTS[runtime].render(ours_graph, plan), runtime, images).graph
-        graphs = _that_run(open_graph, {"FP32": fp32, **stock, OURS: ours}, images[:1])
-        found = {route: outputs_of(open_graph(graph.model), evaluated) for route, graph in graphs.items()}
-        timed = {route: select(graph, ("logits",)) if outputs == "logits" else graph for route, graph in graphs.items()}
-        times = alternate({route: open_graph(graph.model) for route, graph in timed.items()}, images[:1], rounds)
-        reference = found["FP32"]
-        for route, values in found.items():
-            rows.append(
-                {
-                    "network": name,
-                    "runtime": runtime,
-                    "route": route,
-                    "outputs": outputs,
-                    "ms": times[route],
-                    "features_db": None if route == "FP32" else sqnr_db(reference[-2], values[-2]),
-                    "logits_db": None if route == "FP32" else sqnr_db(reference[-1], values[-1]),
-                    "top1": top1_agreement(reference[-1], values[-1]),
-                }
-            )
-    return rows
+    logits, rows = outputs == "logits", []
+    with tempfile.TemporaryDirectory() as scratch:
+        plain = stock_graph(Everything(backbone), spec.height, output_names(backbone))
+        stock = _stock_routes(plain, images, Path(scratch), logits=logits)
+        for runtime, open_graph in RUNTIMES.items():
+            fp32 = specialize(fp32_graph, runtime, images).graph
+            ours = specialize(DIALECTS[runtime].render(ours_graph, plan), runtime, images).graph
+            routes = {"FP32": _route(fp32, logits=logits), **stock[runtime], OURS: _route(ours, logits=logits)}
+            rows += _measured(open_graph, routes, images[:1], evaluated, rounds, network=name, runtime=runtime)
+    return [{**row, "outputs": outputs} for row in rows]
+
+
+def _route(graph: Graph, *, logits: bool) -> Route:
+    return Route(whole=graph.model, timed=select(graph, ("logits",)).model if logits else graph.model)
+
+
+def _measured(
+    open_graph: Callable[[onnx.ModelProto | Path], Call],
+    routes: dict[str, Route],
+    image: FloatArray,
+    evaluated: FloatArray,
+    rounds: int,
+    **labels: str,
+) -> list[dict[str, Any]]:
+    """A row for each route that the runtime takes and runs; they take turns."""
+    calls = {}
+    for route, forms in routes.items():
+        try:
+            calls[route] = (open_graph(forms.whole), open_graph(forms.timed))
+            for call in calls[route]:
+                call(image)
+        except Exception as error:  # a stock graph that does not run is a finding
+            if route in ("FP32", OURS):
+                raise
+            calls.pop(route, None)
+            print(f"{route} does not run: {type(error).__name__}: {str(error).strip()[:120]}")
+    found = {route: outputs_of(whole, evaluated) for route, (whole, _) in calls.items()}
+    times = alternate({route: timed for route, (_, timed) in calls.items()}, image, rounds)
+    reference = found["FP32"]
+    return [
+        {
+            **labels,
+            "route": route,
+            "ms": times[route],
+            "features_db": None if route == "FP32" else sqnr_db(reference[-2], values[-2]),
+            "logits_db": None if route == "FP32" else sqnr_db(reference[-1], values[-1]),
+            "top1": top1_agreement(reference[-1], values[-1]),
+        }
+        for route, values in found.items()
+    ]
 
 
 def fused_graph(backbone: Any, spec: InputSpec, images: FloatArray, settings: Int8 | None) -> Graph:
@@ -194,33 +241,42 @@ def fused_graph(backbone: Any, spec: InputSpec, images: FloatArray, settings: In
     return Graph(input=spec, outputs=output_specs(model), model=model)
 
 
-def _stock_routes(model: onnx.ModelProto, images: FloatArray) -> dict[str, onnx.ModelProto]:
-    found = {}
+class Everything(nn.Module):
+    """Every level and the logits of a backbone."""
+
+    def __init__(self, backbone: Any) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """``(N, C, H, W)`` to the maps and the logits, in the order of ``output_names``."""
+        return tuple(self.backbone.forward_everything(images).values())
+
+
+def _stock_routes(
+    model: onnx.ModelProto, images: FloatArray, folder: Path, *, logits: bool
+) -> dict[str, dict[str, Route]]:
+    """The routes of each runtime; both read what the quantizers of ONNX graphs give."""
+    plain = Graph(input=InputSpec(), outputs=output_specs(model), model=model)
+    shared: dict[str, Route] = {}
+    own: dict[str, Route] = {}
     for route, quantize in STOCK.items():
-        if "NNCF" in route and not importlib.util.find_spec("nncf"):
-            print("NNCF is not installed, so its row is absent: pip install nncf")
-            continue
-        try:
-            found[route] = quantize(model, images)
-        except Exception as error:  # a stock quantizer that fails is a finding
-            print(f"{route} fails: {type(error).__name__}: {str(error)[:120]}")
-    return found
+        with _reported(route):
+            shared[route] = _route(replace(plain, model=quantize(model, images)), logits=logits)
+    with _reported(ON_OPENVINO):
+        own[ON_OPENVINO] = nncf_on_openvino(model, images, folder, logits=logits)
+    return {"onnxruntime": shared, "openvino": {**shared, **own}}
 
 
-def _that_run(
-    open_graph: Callable[[onnx.ModelProto], Call], graphs: dict[str, Graph], images: FloatArray
-) -> dict[str, Graph]:
-    """Every graph that the runtime takes and runs."""
-    running = {}
-    for route, graph in graphs.items():
-        try:
-            open_graph(graph.model)(images)
-            running[route] = graph
-        except Exception as error:  # a stock graph that does not run is a finding
-            if route in ("FP32", OURS):
-                raise
-            print(f"{route} does not run: {type(error).__name__}: {str(error).strip()[:120]}")
-    return running
+@contextlib.contextmanager
+def _reported(route: str) -> Iterator[None]:
+    """Go on where a stock quantizer fails, which is a finding, or is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        print(f"{error.name} is not installed, so the row {route!r} is absent: pip install {error.name}")
+    except Exception as error:
+        print(f"{route} fails: {type(error).__name__}: {str(error)[:120]}")
 
 
 def report(rows: list[dict[str, Any]]) -> None:

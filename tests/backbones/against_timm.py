@@ -8,7 +8,7 @@ import torch
 
 from deploykit.backbones.base import BackboneOptions
 from deploykit.optional import require
-from tests.backbones.realistic import randomize
+from tests.backbones.realistic import randomize, settle
 
 CONVOLUTIONAL_OPS = {
     "Conv", "Relu", "Clip", "Sigmoid", "HardSigmoid", "HardSwish", "Mul", "Add", "ReduceMean", "Reshape", "Gemm",
@@ -130,9 +130,13 @@ class Everything(torch.nn.Module):
         return list(self.model.forward_everything(images).values())
 
 
-def assert_exports(backbone, name, path, side=64, **options):
-    """From a batch-1 example with a dynamic batch to ONNX Runtime and OpenVINO: at least 90 dB at batch 1 and 4."""
-    model = Everything(randomize(backbone(name, BackboneOptions(**options)))).eval()
+def assert_exports(backbone, name, path, side=64, also=(), **options):
+    """From a batch-1 example with a dynamic batch to ONNX Runtime and OpenVINO: at least 90 dB at batch 1 and 4.
+
+    The graph has convolutional operators, and those of ``also``, alone.
+    """
+    model = Everything(randomize(backbone(name, BackboneOptions(**options))))
+    model = settle(model, torch.randn(12, 3, side, side)).eval()
     with warnings.catch_warnings():
         # torch.onnx warns through its own dependencies.
         warnings.simplefilter("ignore")
@@ -145,7 +149,7 @@ def assert_exports(backbone, name, path, side=64, **options):
         )
     program.save(str(path))
     ops = Counter(node.op_type for node in program.model_proto.graph.node)
-    assert set(ops) <= CONVOLUTIONAL_OPS, ops
+    assert set(ops) <= CONVOLUTIONAL_OPS | set(also), ops
     session = require("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
     compiled = require("openvino").Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for batch in (1, 4):

@@ -30,6 +30,26 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
+@torch.no_grad()
+def settle(model: nn.Module, images: torch.Tensor) -> nn.Module:
+    """Let the statistics of all BatchNorms of ``model`` be those of ``images``, as training leaves them, in place.
+
+    With drawn ones a deep network's values grow from block to block, until rounding alone switches its gates:
+    of EfficientNetV2-S at 72 pixels, torch's FP32 keeps 2 dB of its own double precision.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    training = model.training
+    model.train()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all that is seen
+    model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return model.train(training)
+
+
 def _randomize_norm(norm: nn.Module, generator: torch.Generator) -> None:
     if norm.weight is not None:
         norm.weight.uniform_(0.5, 1.5, generator=generator)
