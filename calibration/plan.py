@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from deploykit.calibration.ranges import ActivationRange, TensorStatistics, quan
 from deploykit.calibration.statistics import Statistics
 from deploykit.calibration.weights import RoundedWeight
 from deploykit.errors import CalibrationError
+from deploykit.npz import read_npz
 from deploykit.optional import require
 from deploykit.runtimes.base import FloatArray
 from deploykit.runtimes.run_onnxruntime import KEEP_FLOAT_WEIGHTS
@@ -127,17 +127,15 @@ class QuantizationPlan:
         """
         try:
             plan = msgspec.json.decode((folder / PLAN_FILE).read_bytes(), type=QuantizationPlan)
-            with np.load(folder / SHIFT_FILE, allow_pickle=False) as arrays:
-                kinds: dict[str, dict[str, Any]] = {"bias_shift": {}, "steps": {}, "scales": {}}
-                for name, array in arrays.items():
-                    kind, _, node = name.partition(":")
-                    kinds[kind][node] = array
-                weights = {
-                    node: RoundedWeight(steps=steps, scales=kinds["scales"][node])
-                    for node, steps in kinds["steps"].items()
-                }
-                return replace(plan, bias_shift=kinds["bias_shift"], weights=weights)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, msgspec.MsgspecError) as error:
+            kinds: dict[str, dict[str, Any]] = {"bias_shift": {}, "steps": {}, "scales": {}}
+            for name, array in read_npz(folder / SHIFT_FILE).items():
+                kind, _, node = name.partition(":")
+                kinds[kind][node] = array
+            weights = {
+                node: RoundedWeight(steps=steps, scales=kinds["scales"][node]) for node, steps in kinds["steps"].items()
+            }
+            return replace(plan, bias_shift=kinds["bias_shift"], weights=weights)
+        except (OSError, ValueError, KeyError, msgspec.MsgspecError) as error:
             raise CalibrationError(
                 f"{folder}: {PLAN_FILE} or {SHIFT_FILE} is not readable ({error}). Calibrate again."
             ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy.typing as npt
 from deploykit.calibration.image_checks import ImageChecks
 from deploykit.calibration.ranges import Array, Histogram
 from deploykit.errors import CalibrationError
+from deploykit.npz import read_npz
 from deploykit.runtimes.base import FloatArray
 from deploykit.spec import Preprocessing
 
@@ -85,16 +85,16 @@ class Statistics:
         """
         found = cls(preprocessing)
         try:
-            with path.open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as stored:
-                found.images, found.batches = (int(number) for number in stored["seen"])
-                for name in stored["tensors"]:
-                    found.histograms[str(name)] = Histogram.of(stored[f"tensor/{name}"])
-                for name in stored["probes"]:
-                    found._sums[str(name)] = stored[f"probe/{name}"]
-                if found.checks:
-                    found.checks.restore({name: stored[f"images/{name}"] for name in found.checks.state()})
+            stored = read_npz(path)
+            found.images, found.batches = (int(number) for number in stored["seen"])
+            for name in stored["tensors"]:
+                found.histograms[str(name)] = Histogram.of(stored[f"tensor/{name}"])
+            for name in stored["probes"]:
+                found._sums[str(name)] = stored[f"probe/{name}"]
+            if found.checks:
+                found.checks.restore({name: stored[f"images/{name}"] for name in found.checks.state()})
         except FileNotFoundError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise CalibrationError(f"{path}: not the statistics of a calibration ({error!r}).") from error
         return found

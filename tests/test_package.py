@@ -18,6 +18,7 @@ HEAVY = ("torch", "onnx", "onnxruntime", "openvino", "tensorrt_rtx", "PIL", "typ
 ROOMS = {
     "errors": 0,
     "spec": 0,
+    "npz": 0,
     "optional": 0,
     "processor": 0,
     "graph": 1,

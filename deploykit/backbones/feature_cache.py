@@ -8,7 +8,6 @@ import os
 import tempfile
 import threading
 import time
-import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,6 +20,7 @@ from torch import Tensor
 from deploykit.backbones.base import BaseBackbone
 from deploykit.backbones.weights import weights_digest
 from deploykit.errors import SpecError
+from deploykit.npz import read_npz
 
 logger = logging.getLogger(__name__)
 
@@ -207,12 +207,12 @@ class _Folder:
     def read(self, key: str, names: tuple[str, ...]) -> Features | None:
         path = self._root / f"{key}{SUFFIX}"
         try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-                entry = {name: stored[f"arr_{position}"] for position, name in enumerate(names)}
+            stored = read_npz(path)
+            entry = {name: stored[f"arr_{position}"] for position, name in enumerate(names)}
             os.utime(path)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+        except (OSError, ValueError, KeyError) as error:
             logger.warning("The cached features %s do not read (%s); they are computed again", path.name, error)
             self._remove(path)
             return None

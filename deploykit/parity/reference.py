@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deploykit.errors import BundleError, DeployKitError, ParityError, SpecError
+from deploykit.npz import read_npz
 from deploykit.parity.compare import LOGITS, check_levels
 
 MAX_VALUES = 16384
@@ -22,21 +20,6 @@ MAX_VALUES = 16384
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 
 _GOLDEN = (5**0.5 - 1) / 2
-_UNREADABLE = (
-    OSError,
-    EOFError,
-    ValueError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    MemoryError,
-    NotImplementedError,
-    RuntimeError,
-    SyntaxError,
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -117,9 +100,7 @@ class ParityReference:
             BundleError: the file is missing, damaged, or not a parity reference.
         """
         try:
-            with path.open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as stored:
-                arrays = {name: stored[name] for name in stored.files}
-            # A damaged zip directory can lose members without any checksum failing: hence the list.
+            arrays = read_npz(path)
             names = [str(name) for name in arrays["names"]]
             return cls(
                 images=arrays["images"],
@@ -127,7 +108,7 @@ class ParityReference:
                 positions={name: arrays[f"positions/{name}"] for name in names},
                 shapes={name: tuple(int(side) for side in arrays[f"shape/{name}"]) for name in names},
             )
-        except (DeployKitError, *_UNREADABLE) as error:
+        except (DeployKitError, OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise BundleError(
                 f"the parity reference {path} cannot be read ({type(error).__name__}: {error}). "
                 "The bundle is damaged: copy or export it again."
