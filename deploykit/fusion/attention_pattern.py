@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common
 
+from deploykit.fusion.graph_writer import GraphWriter
 from deploykit.fusion.moves import Array, constant, is_static, joined_again, moved, only_reader, producer, sizes, source
 
 
@@ -54,6 +57,40 @@ class SelfAttention:
     before: Array
     merged: ir.Value
     after: Array
+
+
+def replace_attentions(model: ir.Model, attend: Callable[[GraphWriter, SelfAttention, ir.Value], ir.Value]) -> int:
+    """Write every attention that `match_attention` finds in another form, in place.
+
+    Windows are cut before the projection, by one Gather of whole tokens that also rolls the map, and joined again
+    by another.
+
+    Args:
+        model: an ONNX graph with shapes.
+        attend: adds the new form; gets the tokens ``(N * windows, tokens of a window, C)``, gives what each
+            attends to, ``(N * windows, tokens of a window, H * D)`` or with ``H, D`` apart.
+
+    Returns:
+        How many attentions were written.
+    """
+    written = 0
+    for node in list(model.graph):
+        found = match_attention(node)
+        if found is None:
+            continue
+        last, (windows, area) = found.merged.producer(), found.before.shape
+        assert last is not None  # noqa: S101  (a moved value; narrows the type)
+        graph = GraphWriter(model=model, before=last, name=f"{found.merged.name}_attention")
+        tokens = graph.taken(found.tokens, found.before.reshape(-1), "cut")
+        tokens = graph.shaped(tokens, (area, sizes(found.tokens)[-1]), "windows")
+        attended = graph.shaped(attend(graph, found, tokens), (windows * area, found.projection.width), "joined")
+        attended = graph.taken(attended, found.after, "placed")
+        attended = graph.shaped(attended, sizes(found.merged), "merged")
+        ir.convenience.replace_all_uses_with(found.merged, attended)
+        written += 1
+    if written:
+        common.RemoveUnusedNodesPass()(model)
+    return written
 
 
 def match_attention(softmax: ir.Node) -> SelfAttention | None:

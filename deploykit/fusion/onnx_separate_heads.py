@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import common
 
-from deploykit.fusion.attention_pattern import SelfAttention, match_attention
+from deploykit.fusion.attention_pattern import SelfAttention, replace_attentions
 from deploykit.fusion.graph_writer import GraphWriter
-from deploykit.fusion.moves import Array, constant, sizes
+from deploykit.fusion.moves import Array, constant
 
 
 def separate_heads(model: ir.Model) -> int:
@@ -23,23 +22,11 @@ def separate_heads(model: ir.Model) -> int:
     Returns:
         How many attentions were written.
     """
-    written = 0
-    for node in list(model.graph):
-        found = match_attention(node)
-        if found is not None:
-            _write(model, found)
-            written += 1
-    if written:
-        common.RemoveUnusedNodesPass()(model)
-    return written
+    return replace_attentions(model, _attend)
 
 
-def _write(model: ir.Model, found: SelfAttention) -> None:
-    last, (windows, area), width = found.merged.producer(), found.before.shape, found.projection.width
-    assert last is not None and found.merged.shape is not None  # noqa: S101  (a moved value; narrows the types)
-    graph = GraphWriter(model=model, before=last, name=f"{found.merged.name}_attention")
-    tokens = graph.taken(found.tokens, found.before.reshape(-1), "cut")
-    tokens = graph.shaped(tokens, (area, sizes(found.tokens)[-1]), "windows")
+def _attend(graph: GraphWriter, found: SelfAttention, tokens: ir.Value) -> ir.Value:
+    area, width = found.before.shape[1], found.projection.width
     heads, depth = found.heads, width // found.heads
     query, keys, values = (_part(graph, tokens, found, place, name) for place, name in enumerate(("q", "k", "v")))
     keys = graph.node("Transpose", [keys], (heads, depth, area), "keys", {"perm": (0, 1, 3, 2)})
@@ -49,11 +36,7 @@ def _write(model: ir.Model, found: SelfAttention) -> None:
         scores = graph.node("Add", [scores, bias], (heads, area, area), "biased")
     weights = graph.node("Softmax", [scores], (heads, area, area), "weights", {"axis": -1})
     attended = graph.node("MatMul", [weights, values], (heads, area, depth), "attended")
-    attended = graph.node("Transpose", [attended], (area, heads, depth), "merged_heads", {"perm": (0, 2, 1, 3)})
-    attended = graph.shaped(attended, (windows * area, width), "joined")
-    attended = graph.taken(attended, found.after, "placed")
-    attended = graph.shaped(attended, sizes(found.merged), "merged")
-    ir.convenience.replace_all_uses_with(found.merged, attended)
+    return graph.node("Transpose", [attended], (area, heads, depth), "merged_heads", {"perm": (0, 2, 1, 3)})
 
 
 def _part(graph: GraphWriter, tokens: ir.Value, found: SelfAttention, place: int, name: str) -> ir.Value:
