@@ -26,63 +26,37 @@ import logging
 import statistics
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
-from _from_tests import realistic
+from _planned import (
+    DIALECTS,
+    NETWORKS,
+    backbone_of,
+    calibrated_crops,
+    evaluated_crops,
+    fused_graph,
+    one_image,
+    plan_of,
+)
 from _side_by_side import stock_graph
 from _timing import RUNTIMES, Call, alternate, outputs_of
-from PIL import Image
 from torch import nn
 
-from deploykit.backbones.base import BackboneOptions
-from deploykit.backbones.registry import build_backbone
-from deploykit.backbones.weights import weights_digest
-from deploykit.calibration.dialects import onnxruntime as ort_dialect
-from deploykit.calibration.dialects import openvino as openvino_dialect
-from deploykit.calibration.equalization import equalization_passes
-from deploykit.calibration.images import calibration_set, preprocess
-from deploykit.calibration.precision import plan_precision
-from deploykit.cli.demo import CALIBRATED, SHOWN, photograph_folder
 from deploykit.export.graphs import output_specs, select
-from deploykit.export.to_onnx import to_onnx
-from deploykit.export.trace import output_names, trace
+from deploykit.export.trace import output_names
 from deploykit.fusion.onnx_passes import specialize
-from deploykit.fusion.pipeline import EXPORT_PASSES, fuse
 from deploykit.graph import Graph
 from deploykit.parity.metrics import sqnr_db, top1_agreement
 from deploykit.runtimes.base import FloatArray
 from deploykit.spec import InputSpec, Int8
 
-NETWORKS = (
-    "resnet50",
-    "tf_efficientnet_lite0",
-    "mobilenetv2_100",
-    "mobilenetv3_large_100",
-    "regnety_008",
-    "vit_small_patch16_224",
-    "swin_tiny_patch4_window7_224",
-    "convnext_tiny",
-)
 OURS = "deploykit"
 ON_OPENVINO = "NNCF on OpenVINO"
-DIALECTS = {"onnxruntime": ort_dialect, "openvino": openvino_dialect}
-
-
-def crops(names: Iterable[str], count: int, seed: int, spec: InputSpec) -> FloatArray:
-    """Square crops of photographs, preprocessed: ``(count, 3, H, W)``."""
-    generator, names, images = np.random.default_rng(seed), list(names), []
-    for number in range(count):
-        with Image.open(photograph_folder() / names[number % len(names)]) as photograph:
-            side = int(min(photograph.size) * generator.uniform(0.5, 1.0))
-            left, top = (int(generator.integers(0, length - side + 1)) for length in photograph.size)
-            images.append(preprocess(photograph.crop((left, top, left + side, top + side)), spec))
-    return np.stack(images)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,22 +138,11 @@ STOCK: dict[str, Callable[[onnx.ModelProto, FloatArray], onnx.ModelProto]] = {
 
 def measure(name: str, count: int, rounds: int, settings: Int8, outputs: str) -> list[dict[str, Any]]:
     """Every route of a network in every runtime, a row each; ``outputs``, logits or all, are what is timed."""
-    torch.manual_seed(0)
-    pretrained = name == "tf_efficientnet_lite0"
-    backbone = build_backbone(name, BackboneOptions(), pretrained=pretrained)
-    source = backbone.input_spec
-    spec = InputSpec(height=source.height, width=source.width, preprocessing=source.preprocessing)
-    images = crops(CALIBRATED, count, 0, spec)
-    backbone = (backbone if pretrained else realistic(backbone)).eval()
-    evaluated = crops((*SHOWN, "motorcycle_right.png"), count, 1, spec)
+    backbone = backbone_of(name)
+    spec = one_image(backbone)
+    images, evaluated = calibrated_crops(count, spec), evaluated_crops(count, spec)
     fp32_graph, ours_graph = (fused_graph(backbone, spec, images, chosen) for chosen in (None, settings))
-    plan = plan_precision(
-        ours_graph.model,
-        settings,
-        calibration=calibration_set(images, spec),
-        probe=images[:1],
-        weights_digest=weights_digest(backbone),
-    )
+    plan = plan_of(ours_graph, backbone, images, settings)
     logits, rows = outputs == "logits", []
     with tempfile.TemporaryDirectory() as scratch:
         plain = stock_graph(Everything(backbone), spec.height, output_names(backbone))
@@ -230,15 +193,6 @@ def _measured(
         }
         for route, values in found.items()
     ]
-
-
-def fused_graph(backbone: Any, spec: InputSpec, images: FloatArray, settings: Int8 | None) -> Graph:
-    """The FP32 graph, equalized where settings for INT8 are given."""
-    passes = EXPORT_PASSES
-    if settings is not None:
-        passes = (*passes, *equalization_passes(settings, calibration_set(images, spec), spec))
-    model = to_onnx(fuse(trace(backbone, spec), spec, images, passes).program, spec, output_names(backbone))
-    return Graph(input=spec, outputs=output_specs(model), model=model)
 
 
 class Everything(nn.Module):

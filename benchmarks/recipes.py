@@ -16,33 +16,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from _from_tests import realistic
+from _planned import (
+    DIALECTS,
+    NETWORKS,
+    backbone_of,
+    calibrated_crops,
+    evaluated_crops,
+    fused_graph,
+    one_image,
+    plan_of,
+)
 from _timing import RUNTIMES, outputs_of
-from quantization import DIALECTS, NETWORKS, crops, fused_graph
 
-from deploykit.backbones.base import BackboneOptions
-from deploykit.backbones.registry import build_backbone
-from deploykit.backbones.weights import weights_digest
-from deploykit.calibration.images import calibration_set
-from deploykit.calibration.precision import plan_precision
 from deploykit.calibration.recipes import RECIPES
-from deploykit.cli.demo import CALIBRATED, SHOWN
 from deploykit.graph import Graph
 from deploykit.parity.metrics import sqnr_db, top1_agreement
-from deploykit.spec import InputSpec, Int8
+from deploykit.spec import Int8
 
 
 def measure(name: str, recipes: list[str], runtimes: list[str], calibrated: int, evaluated: int) -> Iterator[Any]:
     """A row a recipe and runtime."""
-    torch.manual_seed(0)
-    pretrained = name == "tf_efficientnet_lite0"
-    backbone = build_backbone(name, BackboneOptions(), pretrained=pretrained)
-    backbone = (backbone if pretrained else realistic(backbone)).eval()
-    source = backbone.input_spec
-    spec = InputSpec(height=source.height, width=source.width, preprocessing=source.preprocessing)
-    images = crops(CALIBRATED, calibrated, 0, spec)
-    shown = crops((*SHOWN, "motorcycle_right.png"), evaluated, 1, spec)
+    backbone = backbone_of(name)
+    spec = one_image(backbone)
+    images, shown = calibrated_crops(calibrated, spec), evaluated_crops(evaluated, spec)
     graphs: dict[float | None, Graph] = {}
     expected: dict[str, Any] = {}
     for recipe in recipes:
@@ -51,13 +47,7 @@ def measure(name: str, recipes: list[str], runtimes: list[str], calibrated: int,
             graphs[settings.equalization] = fused_graph(backbone, spec, images, settings)
         graph = graphs[settings.equalization]
         started = time.perf_counter()
-        plan = plan_precision(
-            graph.model,
-            settings,
-            calibration=calibration_set(images, spec),
-            probe=images[:1],
-            weights_digest=weights_digest(backbone),
-        )
+        plan = plan_of(graph, backbone, images, settings)
         seconds = time.perf_counter() - started
         for runtime in runtimes:
             if runtime not in expected:

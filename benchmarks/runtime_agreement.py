@@ -25,23 +25,19 @@ from typing import Any
 
 import numpy as np
 import onnx
-import torch
-from _from_tests import realistic
+from _planned import (
+    DIALECTS,
+    NETWORKS,
+    backbone_of,
+    calibrated_crops,
+    evaluated_crops,
+    fused_graph,
+    one_image,
+    plan_of,
+)
 from _timing import RUNTIMES, outputs_of
-from quantization import DIALECTS, NETWORKS, crops
 
-from deploykit.backbones.base import BackboneOptions, BaseBackbone
-from deploykit.backbones.registry import build_backbone
-from deploykit.backbones.weights import weights_digest
-from deploykit.calibration.equalization import equalization_passes
-from deploykit.calibration.images import calibration_set
-from deploykit.calibration.precision import plan_precision
-from deploykit.cli.demo import CALIBRATED, SHOWN
-from deploykit.export.graphs import output_specs
-from deploykit.export.to_onnx import to_onnx
-from deploykit.export.trace import output_names, trace
-from deploykit.fusion.pipeline import EXPORT_PASSES, fuse
-from deploykit.graph import Graph
+from deploykit.backbones.base import BaseBackbone
 from deploykit.parity.metrics import sqnr_db
 from deploykit.runtimes.base import FloatArray
 from deploykit.spec import Int8
@@ -51,33 +47,21 @@ SHAKE = 1e-4
 """The deviation of the noise on normalised images that the floor is measured with."""
 
 
-def backbone_of(name: str) -> BaseBackbone:
-    """EfficientNet-Lite0 with its ImageNet weights, others with realistic random ones."""
-    torch.manual_seed(0)
-    pretrained = name == "tf_efficientnet_lite0"
-    backbone = build_backbone(name, BackboneOptions(), pretrained=pretrained)
-    return (backbone if pretrained else realistic(backbone)).eval()
-
-
 def graphs_of(backbone: BaseBackbone, calibrated: FloatArray, settings: Int8) -> dict[str, onnx.ModelProto]:
     """The FP32 graph of a network and the plan's rendering for each runtime, all from one calibration."""
-    spec = backbone.input_spec
-    images = calibration_set(calibrated, spec)
-    passes = (*EXPORT_PASSES, *equalization_passes(settings, images, spec))
-    model = to_onnx(fuse(trace(backbone, spec), spec, calibrated, passes).program, spec, output_names(backbone))
-    master = Graph(input=spec, outputs=output_specs(model), model=model)
-    plan = plan_precision(
-        model, settings, calibration=images, probe=calibrated[:1], weights_digest=weights_digest(backbone)
-    )
-    return {"fp32": model} | {runtime: dialect.render(master, plan).model for runtime, dialect in DIALECTS.items()}
+    master = fused_graph(backbone, one_image(backbone), calibrated, settings)
+    plan = plan_of(master, backbone, calibrated, settings)
+    return {"fp32": master.model} | {
+        runtime: dialect.render(master, plan).model for runtime, dialect in DIALECTS.items()
+    }
 
 
 def measure(name: str, count: int, settings: Int8) -> dict[str, Any]:
     """Every column of a network: ``[last features, logits]`` in dB."""
     backbone = backbone_of(name)
-    spec = backbone.input_spec
-    evaluated = crops((*SHOWN, "motorcycle_right.png"), count, 1, spec)
-    graphs = graphs_of(backbone, crops(CALIBRATED, count, 0, spec), settings)
+    spec = one_image(backbone)
+    evaluated = evaluated_crops(count, spec)
+    graphs = graphs_of(backbone, calibrated_crops(count, spec), settings)
     found = {
         (graph, runtime): outputs_of(open_graph(model), evaluated)
         for graph, model in graphs.items()

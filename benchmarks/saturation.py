@@ -51,21 +51,20 @@ def main() -> None:
     if options.here:
         run_here(*options.here)
         return
-    from quantization import crops
-    from runtime_agreement import backbone_of, graphs_of
+    from _planned import backbone_of, calibrated_crops, evaluated_crops, one_image
+    from runtime_agreement import graphs_of
 
-    from deploykit.cli.demo import CALIBRATED, SHOWN
     from deploykit.parity.metrics import sqnr_db, top1_agreement
     from deploykit.spec import Int8
 
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     backbone = backbone_of(NETWORK)
-    spec = backbone.input_spec
-    calibrated = crops(CALIBRATED, options.images, 0, spec)
+    spec = one_image(backbone)
+    calibrated = calibrated_crops(options.images, spec)
     with tempfile.TemporaryDirectory(prefix="deploykit-saturation-") as scratch:
         folder = Path(scratch)
-        np.save(folder / "images.npy", crops((*SHOWN, "motorcycle_right.png"), options.images, 1, spec))
+        np.save(folder / "images.npy", evaluated_crops(options.images, spec))
         for name, reduced in RANGES.items():
             graphs = graphs_of(backbone, calibrated, Int8(reduce_range=reduced))
             onnx.save(graphs["openvino"], folder / f"{name}.onnx")
