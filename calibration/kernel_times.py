@@ -12,6 +12,7 @@ from statistics import median
 import onnx
 import onnx_ir as ir
 
+from deploykit.calibration.dialects.attention import PARTS
 from deploykit.calibration.placement import fused_activation
 from deploykit.optional import require
 from deploykit.runtimes.base import FloatArray
@@ -34,29 +35,22 @@ def integer_savings(
 
     Returns:
         Milliseconds a node, at least a thousandth of its time in float; None where the profiles
-        do not name every node, as some fusions make new names. A projection that is part of an
-        attention kernel has no time of its own: it is taken to gain what the other nodes gain.
+        do not name every node, as some fusions make new names.
     """
-    exact, rounded = kernel_times(master, batch), kernel_times(quantized, batch)
-    names, projections = _names(master), _projections(quantized)
-    times: dict[str, tuple[float, float | None]] = {}
+    exact, rounded, names = kernel_times(master, batch), kernel_times(quantized, batch), _names(master)
+    savings = {}
     for node in nodes:
-        in_float = next((exact[name] for name in names.get(node, ()) if name in exact), None)
-        in_integers = next((rounded[name] for name in names.get(node, ()) if name in rounded), None)
-        if in_float is None or (in_integers is None and node not in projections):
+        in_float, in_integers = (_time(times, node, names.get(node, ())) for times in (exact, rounded))
+        if in_float is None or in_integers is None:
             return None
-        times[node] = (in_float, None if node in projections else in_integers)
-    ratios = [in_integers / max(in_float, 1e-6) for in_float, in_integers in times.values() if in_integers is not None]
-    usual = median(ratios) if ratios else 1.0
-    return {
-        node: max(in_float - (usual * in_float if in_integers is None else in_integers), in_float / 1000, 1e-6)
-        for node, (in_float, in_integers) in times.items()
-    }
+        savings[node] = max(in_float - in_integers, in_float / 1000, 1e-6)
+    return savings
 
 
-def _projections(quantized: onnx.ModelProto) -> set[str]:
-    """The integer nodes that attention kernels have taken in, by the name of their weight."""
-    return {node.input[1].removesuffix("/integers") for node in quantized.graph.node if node.op_type == "QAttention"}
+def _time(times: dict[str, float], node: str, names: tuple[str, ...]) -> float | None:
+    """A node's time, or that of the parts that the dialect has cut it into; None where neither is in the profile."""
+    parts = [times[f"{node}/{part}"] for part in PARTS if f"{node}/{part}" in times]
+    return sum(parts) if parts else next((times[name] for name in names if name in times), None)
 
 
 def kernel_times(model: onnx.ModelProto, batch: FloatArray) -> dict[str, float]:

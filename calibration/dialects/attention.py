@@ -1,54 +1,53 @@
-"""Self-attention whose projection is in integers, as ONNX Runtime's own operator.
+"""Self-attention whose projection is in integers, as ONNX Runtime's kernels have it, whole or in windows.
 
-``Attention(x, W, b) -> QAttention(q, Wq, b, s, Ws, z)`` with ``q, s, z = DynamicQuantizeLinear(x)``: the projection
-is written straight into the heads' layout, with no Split, Transpose or Reshape; scores and values stay in float.
-https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.QAttention
+``split(x @ W + b) -> Attention(Q, K, V, bias)`` with Q, K and V products of one ``q, s, z = DynamicQuantizeLinear(x)``:
+the runtime reads the heads where each product wrote them, with no Split, Transpose or Reshape. Scores and values
+stay in float.
+https://onnx.ai/onnx/operators/onnx__Attention.html
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
 from deploykit.calibration.dialects.dynamic import quantized_at_each_call
-from deploykit.calibration.plan import QuantizationPlan, add_constant
-from deploykit.fusion.attention_pattern import JointProjection, SelfAttention, match_attention
+from deploykit.calibration.plan import QuantizationPlan
+from deploykit.fusion.attention_pattern import JointProjection, SelfAttention, replace_attentions
+from deploykit.fusion.graph_writer import GraphWriter
+
+ATTENTION_OPSET = 23
+"""The first opset with an Attention; ONNX Runtime has it since 1.23."""
+
+PARTS = ("queries", "keys", "values")
+"""What a joint projection is cut into; each product's name ends with its part."""
 
 _DOMAIN = "com.microsoft"
 _MOVES = ("Reshape", "Transpose", "Split", "Squeeze", "Slice", "Mul")
 
 
-def quantize_attentions(graph: ir.Graph, plan: QuantizationPlan) -> int:
-    """Write each attention over an integer projection as one operator, in place; its parts are left unused.
+def quantize_attentions(model: ir.Model, plan: QuantizationPlan) -> int:
+    """Write each attention over an integer projection as one operator, in place; the nodes are left unsorted.
 
-    Left to the standard operators: position biases, which the operator does not take, windows, projections
-    that two attentions read, and all that `match_attention` does not know.
+    Left to the standard operators: projections that two attentions read, and all that `match_attention`
+    does not know.
 
     Returns:
         How many were written.
     """
-    written = 0
-    for softmax in [node for node in graph if node.op_type == "Softmax"]:
-        found = match_attention(softmax)
-        if found is None or found.position_bias is not None or not _keeps_order(found):
-            continue
-        if len(_products(found.projection.result)) > 2:
-            continue  # the last block gives its tokens and, of the class token alone, the logits
-        name = _product_name(found.projection)
-        if name not in plan.placement.weights:
-            continue
-        _write(graph, found, name, plan)
-        written += 1
+    written = replace_attentions(model, partial(_attend, plan=plan), lambda found: _is_integer(found, plan))
     if written:
-        graph.opset_imports[_DOMAIN] = 1
+        model.graph.opset_imports.update({"": ATTENTION_OPSET, _DOMAIN: 1})
     return written
 
 
-def _keeps_order(found: SelfAttention) -> bool:
-    """Whether the tokens are one sequence, ``(N, T, C)`` before and after."""
-    shape, tokens = found.merged.shape, np.arange(found.projection.count)
-    inside = found.tokens is found.projection.tokens and shape is not None and len(shape) == 3
-    return inside and np.array_equal(found.before, tokens[None]) and np.array_equal(found.after.reshape(-1), tokens)
+def _is_integer(found: SelfAttention, plan: QuantizationPlan) -> bool:
+    if len(_products(found.projection.result)) > 2:
+        return False  # the last block gives its tokens and, of the class token alone, the logits
+    return _product_name(found.projection) in plan.placement.weights
 
 
 def _product_name(projection: JointProjection) -> str:
@@ -65,24 +64,24 @@ def _products(projected: ir.Value) -> set[ir.Node]:
     return found
 
 
-def _write(graph: ir.Graph, found: SelfAttention, name: str, plan: QuantizationPlan) -> None:
-    weight, bias = found.projection.weight.const_value, found.projection.bias.const_value
+def _attend(graph: GraphWriter, found: SelfAttention, tokens: ir.Value, plan: QuantizationPlan) -> ir.Value:
+    name, projection, area = _product_name(found.projection), found.projection, found.before.shape[1]
+    weight, bias = projection.weight.const_value, projection.bias.const_value
     assert weight is not None and bias is not None  # noqa: S101  (constants, as the match saw; narrows the types)
     integers, scales = plan.integers_of(name, weight.numpy(), 1)
-    shift = plan.bias_shift.get(name)
-    shifted = bias.numpy() if shift is None else bias.numpy() + shift
-    constants = {
-        part: add_constant(graph, f"{name}/{part}", array)
-        for part, array in (("integers", integers), ("bias", shifted.astype(np.float32)), ("scale", scales))
-    }
-    quantized, scale, zero_point = quantized_at_each_call(graph, found.projection.tokens)
-    node = ir.node(
-        "QAttention",
-        [quantized, constants["integers"], constants["bias"], scale, constants["scale"], None, zero_point],
-        {"num_heads": found.heads, "scale": found.scale},
-        domain=_DOMAIN,
-        name=f"{found.merged.name}/attention",
-    )
-    graph.append(node)  # the renderer sorts the graph
-    ir.convenience.replace_all_uses_with(found.merged, node.outputs[0])
-    node.outputs[0].name = f"{found.merged.name}/attended"
+    shifted = np.asarray(bias.numpy() + plan.bias_shift.get(name, 0.0), np.float32)
+    quantized, scale, zero_point = quantized_at_each_call(graph.model.graph, tokens)
+    inputs: list[ir.Value | None] = []
+    products = replace(graph, name=name)
+    for place, part in enumerate(PARTS):
+        columns = slice(place * projection.width, (place + 1) * projection.width)
+        own_weight, own_bias, steps = (
+            products.constant(numbers[..., columns], f"{part}_{kind}")
+            for kind, numbers in (("integers", integers), ("bias", shifted), ("scale", scales))
+        )
+        operands = [quantized, own_weight, scale, steps, zero_point, None, own_bias]
+        inputs.append(products.node("MatMulIntegerToFloat", operands, (area, projection.width), part, domain=_DOMAIN))
+    if found.position_bias is not None:
+        inputs.append(graph.constant(found.position_bias, "position_bias"))
+    attributes = {"q_num_heads": found.heads, "kv_num_heads": found.heads, "scale": found.scale}
+    return graph.node("Attention", inputs, (area, projection.width), "attended", attributes)

@@ -84,8 +84,8 @@ class _Renderer:
 
     def render(self) -> onnx.ModelProto:
         placement = self.plan.placement
-        if self.style.dynamic_products and quantize_attentions(self.graph, self.plan):
-            passes.RemoveUnusedNodesPass()(self.model)
+        if self.style.dynamic_products:
+            quantize_attentions(self.model, self.plan)
         nodes = {node.name: node for node in self.graph}
         if self.style.integer_gates:
             self._offsets = fold_hard_sigmoids(self.graph, placement)

@@ -59,7 +59,11 @@ class SelfAttention:
     after: Array
 
 
-def replace_attentions(model: ir.Model, attend: Callable[[GraphWriter, SelfAttention, ir.Value], ir.Value]) -> int:
+def replace_attentions(
+    model: ir.Model,
+    attend: Callable[[GraphWriter, SelfAttention, ir.Value], ir.Value],
+    chosen: Callable[[SelfAttention], bool] = lambda _: True,
+) -> int:
     """Write every attention that `match_attention` finds in another form, in place.
 
     Windows are cut before the projection, by one Gather of whole tokens that also rolls the map, and joined again
@@ -69,6 +73,7 @@ def replace_attentions(model: ir.Model, attend: Callable[[GraphWriter, SelfAtten
         model: an ONNX graph with shapes.
         attend: adds the new form; gets the tokens ``(N * windows, tokens of a window, C)``, gives what each
             attends to, ``(N * windows, tokens of a window, H * D)`` or with ``H, D`` apart.
+        chosen: which attentions to write.
 
     Returns:
         How many attentions were written.
@@ -76,7 +81,7 @@ def replace_attentions(model: ir.Model, attend: Callable[[GraphWriter, SelfAtten
     written = 0
     for node in list(model.graph):
         found = match_attention(node)
-        if found is None:
+        if found is None or not chosen(found):
             continue
         last, (windows, area) = found.merged.producer(), found.before.shape
         assert last is not None  # noqa: S101  (a moved value; narrows the type)

@@ -1,4 +1,4 @@
-"""Master graphs with their plans, each made once: a residual network, a transformer and EfficientNet-Lite0."""
+"""Master graphs with their plans, each made once: a residual network, two transformers and EfficientNet-Lite0."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deploykit.export.trace import Everything, output_names
 from deploykit.graph import Graph
 from deploykit.runtimes.base import FloatArray
 from deploykit.spec import InputSpec
-from tests.calibration.networks import SIDE, Residual, Tokens, graph_of, master_graph, plan_of
+from tests.calibration.networks import SIDE, Residual, Tokens, Windows, graph_of, master_graph, plan_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,11 @@ def residual(photographs) -> Case:
 @pytest.fixture(scope="session")
 def tokens(photographs) -> Case:
     return _case(Tokens, photographs)
+
+
+@pytest.fixture(scope="session")
+def windows(photographs) -> Case:
+    return _case(Windows, photographs)
 
 
 def _case(network, photographs) -> Case:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from deploykit.backbones.attention import TransformerBlock
+from deploykit.backbones.window_attention import WindowAttention, WindowGrid
 from deploykit.calibration.plan import QuantizationPlan, calibrate
 from deploykit.export.graphs import output_specs
 from deploykit.export.to_onnx import to_onnx
@@ -70,6 +71,26 @@ class Tokens(nn.Module):
         return tokens, self.head(tokens.mean(1))
 
 
+class Windows(nn.Module):
+    """What a Swin transformer has: attention inside plain and shifted windows, with position biases and a mask."""
+
+    outputs = ("tokens", "logits")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 48, 8, 8)
+        grids = [WindowGrid.fit((8, 8), 4, shifted=shifted) for shifted in (False, True)]
+        self.norms = nn.ModuleList(nn.LayerNorm(48) for _ in grids)
+        self.attentions = nn.ModuleList(WindowAttention(48, 4, grid) for grid in grids)
+        self.head = nn.Linear(48, 10)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        tokens = self.patches(images).permute(0, 2, 3, 1)
+        for norm, attention in zip(self.norms, self.attentions, strict=True):
+            tokens = tokens + attention(norm(tokens))
+        return tokens, self.head(tokens.mean((1, 2)))
+
+
 def master_graph(module: nn.Module, outputs: tuple[str, ...], images: FloatArray) -> Graph:
     """The fused FP32 graph of a module for batches of one image like these."""
     spec = InputSpec(channels=images.shape[1], height=images.shape[2], width=images.shape[3])
@@ -78,7 +99,7 @@ def master_graph(module: nn.Module, outputs: tuple[str, ...], images: FloatArray
     return Graph(input=spec, outputs=output_specs(model), model=model, program=fused.program)
 
 
-def graph_of(network: type[Residual | Tokens], images: FloatArray) -> Graph:
+def graph_of(network: type[Residual | Tokens | Windows], images: FloatArray) -> Graph:
     """The master graph of one of the networks above, with realistic random weights."""
     with torch.random.fork_rng():
         torch.manual_seed(0)

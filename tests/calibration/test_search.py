@@ -204,7 +204,7 @@ def test_the_table_marks_what_was_taken_and_the_frontier():
     assert "20 dB, top-1 agreement 90.0%" in table.caption
 
 
-@pytest.mark.parametrize("name", ["residual", "tokens"])
+@pytest.mark.parametrize("name", ["residual", "tokens", "windows"])
 def test_onnx_runtime_names_the_time_of_every_integer_node(request, name):
     case = request.getfixturevalue(name)
     quantized = dialect.render(case.graph, case.plan).model

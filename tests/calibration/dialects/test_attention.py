@@ -3,19 +3,51 @@ from __future__ import annotations
 from collections import Counter
 
 import onnx
+import pytest
 
 from deploykit.calibration.dialects.onnxruntime import render
 from tests.calibration.networks import rounding_noise_db
 
 
-def test_attention_over_an_integer_projection_is_one_operator(tokens):
-    model = render(tokens.graph, tokens.plan).model
+@pytest.fixture(params=["tokens", "windows"])
+def transformer(request):
+    return request.getfixturevalue(request.param)
+
+
+def kinds_of(model: onnx.ModelProto) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph.node)
+
+
+def test_attention_over_an_integer_projection_is_one_operator(transformer):
+    model = render(transformer.graph, transformer.plan).model
     onnx.checker.check_model(model, full_check=True)
-    kinds = Counter(node.op_type for node in model.graph.node)
-    assert kinds["QAttention"] == 2
+    kinds = kinds_of(model)
+    assert kinds["Attention"] == 2
+    assert kinds["MatMulIntegerToFloat"] == 6
     assert not {"Softmax", "Split"} & set(kinds)
-    projections = {node.input[1] for node in model.graph.node if node.op_type == "QAttention"}
-    assert projections <= {
-        tensor.name for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.INT8
-    }
-    assert min(rounding_noise_db(tokens.run(), tokens.run(model))) > 25
+    integers = {tensor.name for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.INT8}
+    assert {node.input[1] for node in model.graph.node if node.op_type == "MatMulIntegerToFloat"} <= integers
+    assert min(rounding_noise_db(transformer.run(), transformer.run(model))) > 25
+
+
+def test_windows_are_cut_and_joined_by_one_gather_each(windows):
+    kinds = kinds_of(render(windows.graph, windows.plan).model)
+    assert kinds["Gather"] == 4
+    assert not {"Slice", "Concat"} & set(kinds)
+
+
+def test_position_biases_stay_with_their_attention(windows):
+    model = render(windows.graph, windows.plan).model
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    biases = [shapes[node.input[3]] for node in model.graph.node if node.op_type == "Attention"]
+    assert biases == [(1, 4, 16, 16), (4, 4, 16, 16)]  # the mask of shifted windows differs from window to window
+
+
+def test_attention_over_a_float_projection_stays_as_it_is(windows):
+    projections = [name for name, use in windows.plan.placement.weights.items() if "qkv" in use.weight]
+    assert len(projections) == 2
+    plan = windows.plan.without(windows.graph.model, {projections[0]: "asked for"})
+    model = render(windows.graph, plan).model
+    kinds = kinds_of(model)
+    assert kinds["Attention"] == kinds["Softmax"] == 1
+    assert min(rounding_noise_db(windows.run(), windows.run(model))) > 25

@@ -103,11 +103,12 @@ def test_every_linear_layer_of_a_transformer_runs_in_integers(tokens, tmp_path):
     onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     optimized = onnx.load(tmp_path / "optimized.onnx").graph
     kinds = Counter(node.op_type for node in optimized.node)
-    assert kinds["DynamicQuantizeMatMul"] + kinds["QAttention"] == len(tokens.plan.placement.weights) - 1 == 9
-    assert kinds["QAttention"] == 2
+    assert kinds["DynamicQuantizeMatMul"] + kinds["Attention"] == len(tokens.plan.placement.weights) - 1 == 9
+    assert kinds["Attention"] == 2
+    assert kinds["MatMulIntegerToFloat"] == 6
     assert kinds["Conv"] == 1
     constants = {tensor.name for tensor in optimized.initializer}
     products = [node for node in optimized.node if "MatMul" in node.op_type or node.op_type == "Gemm"]
-    in_float = [node for node in products if "Dynamic" not in node.op_type and set(node.input) & constants]
+    in_float = [node for node in products if node.op_type in ("MatMul", "Gemm") and set(node.input) & constants]
     assert not in_float
     assert min(rounding_noise_db(tokens.run(), tokens.run(model))) > 25
