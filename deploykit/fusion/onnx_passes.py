@@ -57,6 +57,14 @@ ONNX_PASSES: dict[str, tuple[OnnxPass, ...]] = {
 """What a runtime's graph goes through after its dialect; nothing for the runtimes that are not named."""
 
 
+ROUNDING_MARGIN_DB = 10.0
+"""How much more than FP32's own rounding an exact pass may show.
+
+A deep network enlarges a last bit more or less, as it falls: pixels of one image changed in their last bit left
+90 to 110 dB at the features of a MobileNetV3 with random weights.
+"""
+
+_NUDGES = 4
 _INTO_INTEGERS = ("QuantizeLinear", "DynamicQuantizeLinear")
 
 
@@ -90,8 +98,9 @@ def run_onnx_passes(
 ) -> tuple[onnx.ModelProto, tuple[FusionRecord, ...]]:
     """Apply passes in order to a copy of a model; numbers are compared in ONNX Runtime after each that rewrites.
 
-    They are compared in FP32, so no pass is held to more than what FP32's rounding leaves: that is how far
-    ONNX Runtime's results are from its own without any optimization.
+    They are compared in FP32, so no pass is held to more than what FP32's rounding leaves: how far ONNX Runtime's
+    results are from its own without any optimization and for images that differ in their last bit, less
+    ``ROUNDING_MARGIN_DB``.
 
     Raises:
         FusionError: a pass raised, or changed the numbers by more than it promises.
@@ -108,7 +117,7 @@ def run_onnx_passes(
         if rewrites:
             model = ir.to_proto(whole)
             kept = _worst_db(_outputs(before, images), _outputs(model, images))
-        if not kept >= step.min_sqnr_db and not kept >= _rounding_db(before, images):
+        if not kept >= step.min_sqnr_db and not kept >= _rounding_db(before, images) - ROUNDING_MARGIN_DB:
             raise FusionError(
                 f"the pass {step.name!r} changed the numbers: {kept:.1f} dB against before, it promises "
                 f"{step.min_sqnr_db:.0f} dB. Passes already run: {done}."
@@ -118,7 +127,12 @@ def run_onnx_passes(
 
 
 def _rounding_db(model: onnx.ModelProto, images: FloatArray) -> float:
-    return _worst_db(_outputs(model, images, optimized=False), _outputs(model, images))
+    found, generator = _outputs(model, images), np.random.default_rng(0)
+    others = [_outputs(model, images, optimized=False)]
+    for _ in range(_NUDGES):
+        towards = np.where(generator.random(images.shape) < 0.5, np.float32(-np.inf), np.float32(np.inf))
+        others.append(_outputs(model, np.nextafter(images, towards), optimized=True))
+    return min(_worst_db(other, found) for other in others)
 
 
 def _worst_db(before: list[FloatArray], after: list[FloatArray]) -> float:
