@@ -29,7 +29,8 @@ import deploykit
 from deploykit.calibration.dialects import tensorrt
 from deploykit.calibration.images import calibration_set
 from deploykit.calibration.plan import onnx_session
-from deploykit.export.pipeline import ExportRequest, Progress, prepare
+from deploykit.export.pipeline import Progress, prepare
+from deploykit.export.request import ExportRequest
 from deploykit.runtimes.base import FloatArray
 from deploykit.spec import Int8
 

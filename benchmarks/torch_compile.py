@@ -38,7 +38,8 @@ from deploykit.backbones.base import BackboneOptions, BaseBackbone
 from deploykit.backbones.registry import build_backbone
 from deploykit.bundle import is_bundle, read_manifest
 from deploykit.calibration.images import calibration_set
-from deploykit.export.pipeline import ExportRequest, export
+from deploykit.export.pipeline import export
+from deploykit.export.request import ExportRequest
 from deploykit.facade import load_bundle
 from deploykit.runtimes.base import FloatArray
 from deploykit.spec import Fp32, Int8

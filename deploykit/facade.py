@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
     from deploykit.backbones.base import BackboneOptions, BaseBackbone
     from deploykit.calibration.images import CalibrationSource
-    from deploykit.export.pipeline import ExportRequest, Progress
+    from deploykit.export.pipeline import Progress
+    from deploykit.export.request import ExportRequest
     from deploykit.runtimes.run_torch import PixelBackbone
 
 Model: TypeAlias = "BaseBackbone | PixelBackbone | Runtime"
@@ -364,7 +365,7 @@ def _request(
     cache: bool = True,
 ) -> ExportRequest:
     from deploykit.calibration.images import calibration_set
-    from deploykit.export.pipeline import ExportRequest, check_request
+    from deploykit.export.request import ExportRequest, check_request
 
     images = None
     if calibration is not None:
@@ -390,7 +391,8 @@ def _request(
 def _open_built(request: ExportRequest, *, device: str, cache: bool) -> Runtime:
     """The engine of a request: from the cache, built into it, or built for this model alone."""
     from deploykit.cache import EngineCache
-    from deploykit.export.pipeline import cache_parts, export
+    from deploykit.export.pipeline import export
+    from deploykit.export.request import cache_parts
 
     def build(folder: Path) -> None:
         export(request, folder)

@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 
-import deploykit
-from deploykit.backbones.base import BaseBackbone
 from deploykit.backbones.weights import weights_digest
 from deploykit.bundle import Manifest, write_manifest, writing
 from deploykit.calibration.dialects import DIALECTS
@@ -20,77 +18,33 @@ from deploykit.calibration.equalization import equalization_passes
 from deploykit.calibration.images import CalibrationSet, network_images
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.plan_cache import PlanCache
-from deploykit.calibration.precision import PrecisionPlan, check_images_given, plan_precision
+from deploykit.calibration.precision import PrecisionPlan, plan_precision
 from deploykit.calibration.recipes import RecipeReport, recipe_of
 from deploykit.calibration.search import Measured, SearchResult
 from deploykit.calibration.sensitivity import style_of
-from deploykit.errors import SpecError
 from deploykit.export.bench import Bench
 from deploykit.export.build import Builder, Built
 from deploykit.export.graphs import output_specs
-from deploykit.export.lowering import (
-    LOWERINGS,
-    check_build_options,
-    check_portable,
-    check_target,
-    load_lowering,
-    resolve,
-    settled,
-)
+from deploykit.export.lowering import load_lowering, resolve
 from deploykit.export.measure import parity_images, torch_outputs
 from deploykit.export.mixed import mixed_precision
 from deploykit.export.recipe_trials import recipe_trials
+from deploykit.export.request import ExportRequest, cache_parts, check_request, engine_input, tool_versions
 from deploykit.export.speed import SpeedReport, check_speedup
 from deploykit.export.to_onnx import to_onnx
 from deploykit.export.trace import output_names, trace
 from deploykit.fusion.pipeline import EXPORT_PASSES, FusionRecord, fuse
 from deploykit.graph import Graph
 from deploykit.labels import class_labels
-from deploykit.optional import installed_version, require
 from deploykit.parity.reference import capture
-from deploykit.runtimes.base import FloatArray, ImageArray, Runtime, load_runtime
-from deploykit.spec import DEFAULT_BUILD, Batch, BuildOptions, InputSpec, Int8, Precision
+from deploykit.runtimes.base import FloatArray, ImageArray
+from deploykit.spec import InputSpec, Int8
 
 SEARCH_FILE = "mixed-precision.json"
 RECIPES_FILE = "recipes.json"
 PARITY_FILE = "parity.json"
 REFERENCE_FILE = "reference.npz"
 LABELS_FILE = "labels.txt"
-_TOOLS = ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportRequest:
-    """What to export.
-
-    ``probe_levels``: also compare the levels inside an engine that gives only the head.
-    ``embed_preprocessing``: the engine takes uint8 pixels ``(N, H, W, C)`` and normalises them itself.
-    ``portable``: the engine is finished on the device that opens it, where the runtime has such a form.
-    ``build_options``: what its build is told beside the target, where the runtime has a say in it.
-    ``cache``: an INT8 plan that was made before, for whichever runtime, is used again.
-    ``time_against_fp32``: an INT8 engine is timed beside FP32 of its runtime; the ratio, which differs from
-    run to run, goes into the manifest. ``require_speedup``: it must not be slower.
-    ``metric``: the user's own figure of a model, higher is better, for the mixed-precision search.
-    """
-
-    backbone: BaseBackbone
-    runtime: str
-    precision: Precision
-    batch: Batch = 1
-    calibration: CalibrationSet | None = None
-    target: str | None = None
-    probe_levels: bool = True
-    embed_preprocessing: bool = False
-    portable: bool = False
-    build_options: BuildOptions = DEFAULT_BUILD
-    cache: bool = True
-    time_against_fp32: bool = False
-    require_speedup: bool = False
-    metric: Callable[[Runtime], float] | None = None
-
-    def __post_init__(self) -> None:
-        if self.runtime in LOWERINGS:  # the torch runtime is refused later, with a message
-            object.__setattr__(self, "precision", settled(self.precision, self.runtime, self.target))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,71 +62,6 @@ class Progress:
     step: Callable[[str, int, int], None] = lambda phase, done, total: None
     candidate: Callable[[str], None] = lambda summary: None
     speed: Callable[[SpeedReport], None] = lambda report: None
-
-
-def check_request(request: ExportRequest) -> None:
-    """Refuse what the runtime cannot make, before any work.
-
-    Raises:
-        SpecError: an unknown runtime, one that has no engine, or a precision that it lacks.
-        CalibrationError: INT8 without images.
-        MissingDependency: the runtime's package is not installed.
-    """
-    if request.runtime == "torch":
-        raise SpecError(
-            "the torch runtime is the module itself and has no engine to export. "
-            f"Choose a runtime: {', '.join(LOWERINGS)}."
-        )
-    adapter = load_runtime(request.runtime)
-    require(adapter.package)
-    check_target(request.runtime, request.target)
-    if request.portable:
-        check_portable(request.runtime, request.target)
-    check_build_options(request.runtime, request.build_options, request.target, portable=request.portable)
-    if request.precision.name not in adapter.precisions:
-        raise SpecError(
-            f"the {request.runtime} runtime has no {request.precision.name}; it has {', '.join(adapter.precisions)}."
-        )
-    if isinstance(request.precision, Int8) and request.precision.float_dtype not in adapter.int8_float_dtypes:
-        raise SpecError(
-            f"the {request.runtime} runtime has no int8 with {request.precision.float_dtype} beside it; it has "
-            f"{', '.join(adapter.int8_float_dtypes)}. Leave float_dtype out."
-        )
-    check_images_given(request.precision, request.calibration)
-    if isinstance(request.precision, Int8) and request.precision.recipe not in (None, "auto"):
-        recipe_of(str(request.precision.recipe))
-    spec = request.backbone.spec
-    if request.precision.min_top1_agreement is not None and "logits" not in spec.output_names:
-        raise SpecError(
-            f"min_top1_agreement needs logits, and this engine gives {', '.join(spec.output_names)}. "
-            "Leave it out for features and embeddings."
-        )
-
-
-def cache_parts(request: ExportRequest) -> dict[str, object]:
-    """All that decides an engine's bytes, for the key of the engine cache."""
-    runtime_package = load_runtime(request.runtime).package
-    return {
-        "backbone": asdict(request.backbone.spec),
-        "weights": weights_digest(request.backbone),
-        "input": asdict(engine_input(request)),
-        "runtime": request.runtime,
-        "runtime_version": installed_version(runtime_package),
-        "precision": [request.precision.name, asdict(request.precision)],
-        "batch": request.batch if isinstance(request.batch, int) else asdict(request.batch),
-        "calibration": request.calibration.digest if request.calibration is not None else None,
-        "target": request.target,
-        "portable": request.portable,
-        "build_options": request.build_options,
-        "tools": _tools(),
-        "deploykit": deploykit.__version__,
-    }
-
-
-def engine_input(request: ExportRequest) -> InputSpec:
-    """The input of the engine: the backbone's with the batch asked for, as pixels where it embeds preprocessing."""
-    spec = replace(request.backbone.input_spec, batch=request.batch)
-    return spec.as_pixels() if request.embed_preprocessing else spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,7 +238,7 @@ def _manifest(request: ExportRequest, taken: InputSpec, fusions: tuple[FusionRec
         calibration_digest=request.calibration.digest if request.calibration and quantized else None,
         fusions={record.name: record.rewrites for record in (*fusions, *built.records)},
         compiler=built.engine.compiler,
-        tools=_tools() | built.engine.tools,
+        tools=tool_versions() | built.engine.tools,
     )
 
 
@@ -407,7 +296,3 @@ def _write_labels(label_set: str | None, staging: Path) -> None:
     labels = class_labels(label_set)
     if labels:
         (staging / LABELS_FILE).write_text("\n".join(labels) + "\n")
-
-
-def _tools() -> dict[str, str]:
-    return {name: version for name in _TOOLS if (version := installed_version(name))}

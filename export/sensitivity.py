@@ -5,7 +5,8 @@ from __future__ import annotations
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.sensitivity import Sensitivity, measure_sensitivity, style_of
 from deploykit.errors import SpecError
-from deploykit.export.pipeline import ExportRequest, Progress, check_request, prepare, settle_recipe
+from deploykit.export.pipeline import Progress, prepare, settle_recipe
+from deploykit.export.request import ExportRequest, check_request
 
 
 def sensitivity(request: ExportRequest, *, progress: Progress | None = None) -> Sensitivity:

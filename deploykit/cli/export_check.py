@@ -90,7 +90,7 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
 
 
 def _check_engine(choice: ExportChoice, backbone: BaseBackbone, calibration: CalibrationSet | None) -> None:
-    from deploykit.export.pipeline import ExportRequest, check_request
+    from deploykit.export.request import ExportRequest, check_request
 
     check_request(
         ExportRequest(

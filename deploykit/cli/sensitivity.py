@@ -77,7 +77,7 @@ def _measure(
     from deploykit.calibration.images import calibration_set
     from deploykit.cli.export_check import calibration_source
     from deploykit.cli.progress import export_progress
-    from deploykit.export.pipeline import ExportRequest
+    from deploykit.export.request import ExportRequest
     from deploykit.export.sensitivity import sensitivity as measure
     from deploykit.facade import create_backbone
 

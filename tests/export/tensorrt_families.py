@@ -19,7 +19,8 @@ from deploykit.calibration.plan import QuantizationPlan, calibration_batch, onnx
 from deploykit.calibration.precision import PrecisionPlan, plan_precision
 from deploykit.export.graphs import select
 from deploykit.export.measure import torch_outputs
-from deploykit.export.pipeline import ExportRequest, Prepared, Progress, prepare
+from deploykit.export.pipeline import Prepared, Progress, prepare
+from deploykit.export.request import ExportRequest
 from deploykit.graph import Graph
 from deploykit.runtimes.base import FloatArray
 from deploykit.spec import BatchRange, Fp16, Fp32, Int8, Precision

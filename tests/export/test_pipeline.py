@@ -19,7 +19,8 @@ from deploykit.bundle import open_bundle
 from deploykit.calibration.images import calibration_set
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.errors import BundleError, CalibrationError, ParityError, SpecError
-from deploykit.export.pipeline import ExportRequest, Progress, cache_parts, check_request
+from deploykit.export.pipeline import Progress
+from deploykit.export.request import ExportRequest, cache_parts, check_request
 from deploykit.parity.report import ParityReport
 from deploykit.spec import BatchRange, Fp16, Fp32, Int8
 from tests.backbones.realistic import randomize

@@ -13,7 +13,7 @@ from deploykit.bundle import read_manifest
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.errors import SaturationWarning, SpecError
 from deploykit.export.lowering import check_target, settled
-from deploykit.export.pipeline import ExportRequest
+from deploykit.export.request import ExportRequest
 from deploykit.facade import create_backbone, export_backbone, load_bundle
 from deploykit.processor import Processor
 from deploykit.runtimes import base
