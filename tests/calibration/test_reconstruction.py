@@ -9,6 +9,7 @@ import pytest
 from deploykit.calibration.dialects import inductor, tensorrt
 from deploykit.calibration.dialects import onnxruntime as ort_dialect
 from deploykit.calibration.dialects import openvino as openvino_dialect
+from deploykit.calibration.dialects.attention import PARTS
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.reconstruction import needs_reconstruction, reconstruct
 from deploykit.calibration.sensitivity import Simulation, style_of
@@ -66,8 +67,11 @@ def test_every_dialect_writes_the_integers_of_the_plan(network, adaptive, runtim
         buffers = rendered.program.module().named_buffers()
         written = {value.numpy().tobytes() for name, value in buffers if name.endswith("_integers")}
     else:
-        tensors = rendered.model.graph.initializer
-        written = {tensor.raw_data for tensor in tensors if tensor.data_type == onnx.TensorProto.INT8 and tensor.dims}
+        tensors = [tensor for tensor in rendered.model.graph.initializer if tensor.data_type == onnx.TensorProto.INT8]
+        integers = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in tensors if tensor.dims}
+        cut = [[f"{name}_{part}_integers" for part in PARTS] for name in plan.placement.weights]
+        joined = [np.hstack([integers[name] for name in names]) for names in cut if names[0] in integers]
+        written = {array.tobytes() for array in (*integers.values(), *joined)}
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.model.graph.initializer}
     first = {use.weight: name for name, use in reversed(plan.placement.weights.items())}
     moved = 0
