@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -40,27 +40,53 @@ NETWORKS = (
 DIALECTS = {"onnxruntime": ort_dialect, "openvino": openvino_dialect}
 
 
-def backbone_of(name: str) -> BaseBackbone:
-    """EfficientNet-Lite0 with its ImageNet weights, others with realistic random ones."""
-    torch.manual_seed(0)
-    pretrained = name == "tf_efficientnet_lite0"
-    backbone = build_backbone(name, BackboneOptions(), pretrained=pretrained)
-    return (backbone if pretrained else realistic(backbone)).eval()
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Network:
+    """A backbone, its input one image at a time, and crops of it, ``(count, 3, H, W)``.
 
+    ``calibrated`` is what plans are made with; ``evaluated`` are crops of other photographs.
+    """
 
-def one_image(backbone: BaseBackbone) -> InputSpec:
-    """A backbone's input, one image at a time."""
-    return replace(backbone.input_spec, batch=1)
+    backbone: BaseBackbone
+    spec: InputSpec
+    calibrated: FloatArray
+    evaluated: FloatArray
 
+    @classmethod
+    def named(cls, name: str, calibrated: int, evaluated: int) -> Network:
+        """EfficientNet-Lite0 with its ImageNet weights, others with realistic random ones."""
+        torch.manual_seed(0)
+        pretrained = name == "tf_efficientnet_lite0"
+        backbone = build_backbone(name, BackboneOptions(), pretrained=pretrained)
+        backbone = (backbone if pretrained else realistic(backbone)).eval()
+        spec = replace(backbone.input_spec, batch=1)
+        return cls(
+            backbone=backbone,
+            spec=spec,
+            calibrated=_crops(CALIBRATED, calibrated, 0, spec),
+            evaluated=_crops((*SHOWN, "motorcycle_right.png"), evaluated, 1, spec),
+        )
 
-def calibrated_crops(count: int, spec: InputSpec) -> FloatArray:
-    """What plans are made with, ``(count, 3, H, W)``."""
-    return _crops(CALIBRATED, count, 0, spec)
+    def fused(self, settings: Int8 | None) -> Graph:
+        """The FP32 graph, equalized where settings for INT8 are given."""
+        passes = EXPORT_PASSES
+        if settings is not None:
+            images = calibration_set(self.calibrated, self.spec)
+            passes = (*passes, *equalization_passes(settings, images, self.spec))
+        program = fuse(trace(self.backbone, self.spec), self.spec, self.calibrated, passes).program
+        model = to_onnx(program, self.spec, output_names(self.backbone))
+        return Graph(input=self.spec, outputs=output_specs(model), model=model)
 
-
-def evaluated_crops(count: int, spec: InputSpec) -> FloatArray:
-    """Crops of other photographs, ``(count, 3, H, W)``."""
-    return _crops((*SHOWN, "motorcycle_right.png"), count, 1, spec)
+    def plan(self, graph: Graph, settings: Int8) -> PrecisionPlan:
+        """The plan of a graph that `fused` gave for the same settings."""
+        assert graph.model is not None
+        return plan_precision(
+            graph.model,
+            settings,
+            calibration=calibration_set(self.calibrated, self.spec),
+            probe=self.calibrated[:1],
+            weights_digest=weights_digest(self.backbone),
+        )
 
 
 def _crops(names: Iterable[str], count: int, seed: int, spec: InputSpec) -> FloatArray:
@@ -72,24 +98,3 @@ def _crops(names: Iterable[str], count: int, seed: int, spec: InputSpec) -> Floa
             left, top = (int(generator.integers(0, length - side + 1)) for length in photograph.size)
             images.append(preprocess(photograph.crop((left, top, left + side, top + side)), spec))
     return np.stack(images)
-
-
-def fused_graph(backbone: BaseBackbone, spec: InputSpec, images: FloatArray, settings: Int8 | None) -> Graph:
-    """The FP32 graph, equalized where settings for INT8 are given."""
-    passes = EXPORT_PASSES
-    if settings is not None:
-        passes = (*passes, *equalization_passes(settings, calibration_set(images, spec), spec))
-    model = to_onnx(fuse(trace(backbone, spec), spec, images, passes).program, spec, output_names(backbone))
-    return Graph(input=spec, outputs=output_specs(model), model=model)
-
-
-def plan_of(graph: Graph, backbone: BaseBackbone, images: FloatArray, settings: Int8) -> PrecisionPlan:
-    """The plan of a backbone's fused graph."""
-    assert graph.model is not None
-    return plan_precision(
-        graph.model,
-        settings,
-        calibration=calibration_set(images, graph.input),
-        probe=images[:1],
-        weights_digest=weights_digest(backbone),
-    )

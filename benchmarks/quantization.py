@@ -33,16 +33,7 @@ from typing import Any
 
 import onnx
 import torch
-from _planned import (
-    DIALECTS,
-    NETWORKS,
-    backbone_of,
-    calibrated_crops,
-    evaluated_crops,
-    fused_graph,
-    one_image,
-    plan_of,
-)
+from _planned import DIALECTS, NETWORKS, Network
 from _side_by_side import stock_graph
 from _timing import RUNTIMES, Call, alternate, outputs_of
 from torch import nn
@@ -138,20 +129,19 @@ STOCK: dict[str, Callable[[onnx.ModelProto, FloatArray], onnx.ModelProto]] = {
 
 def measure(name: str, count: int, rounds: int, settings: Int8, outputs: str) -> list[dict[str, Any]]:
     """Every route of a network in every runtime, a row each; ``outputs``, logits or all, are what is timed."""
-    backbone = backbone_of(name)
-    spec = one_image(backbone)
-    images, evaluated = calibrated_crops(count, spec), evaluated_crops(count, spec)
-    fp32_graph, ours_graph = (fused_graph(backbone, spec, images, chosen) for chosen in (None, settings))
-    plan = plan_of(ours_graph, backbone, images, settings)
+    network = Network.named(name, count, count)
+    backbone, images = network.backbone, network.calibrated
+    fp32_graph, ours_graph = (network.fused(chosen) for chosen in (None, settings))
+    plan = network.plan(ours_graph, settings)
     logits, rows = outputs == "logits", []
     with tempfile.TemporaryDirectory() as scratch:
-        plain = stock_graph(Everything(backbone), spec.height, output_names(backbone))
+        plain = stock_graph(Everything(backbone), network.spec.height, output_names(backbone))
         stock = _stock_routes(plain, images, Path(scratch), logits=logits)
         for runtime, open_graph in RUNTIMES.items():
             fp32 = specialize(fp32_graph, runtime, images).graph
             ours = specialize(DIALECTS[runtime].render(ours_graph, plan), runtime, images).graph
             routes = {"FP32": _route(fp32, logits=logits), **stock[runtime], OURS: _route(ours, logits=logits)}
-            rows += _measured(open_graph, routes, images[:1], evaluated, rounds, network=name, runtime=runtime)
+            rows += _measured(open_graph, routes, images[:1], network.evaluated, rounds, network=name, runtime=runtime)
     return [{**row, "outputs": outputs} for row in rows]
 
 

@@ -16,16 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from _planned import (
-    DIALECTS,
-    NETWORKS,
-    backbone_of,
-    calibrated_crops,
-    evaluated_crops,
-    fused_graph,
-    one_image,
-    plan_of,
-)
+from _planned import DIALECTS, NETWORKS, Network
 from _timing import RUNTIMES, outputs_of
 
 from deploykit.calibration.recipes import RECIPES
@@ -36,18 +27,17 @@ from deploykit.spec import Int8
 
 def measure(name: str, recipes: list[str], runtimes: list[str], calibrated: int, evaluated: int) -> Iterator[Any]:
     """A row a recipe and runtime."""
-    backbone = backbone_of(name)
-    spec = one_image(backbone)
-    images, shown = calibrated_crops(calibrated, spec), evaluated_crops(evaluated, spec)
+    network = Network.named(name, calibrated, evaluated)
+    shown = network.evaluated
     graphs: dict[float | None, Graph] = {}
     expected: dict[str, Any] = {}
     for recipe in recipes:
         settings = RECIPES[recipe].applied_to(Int8())
         if settings.equalization not in graphs:
-            graphs[settings.equalization] = fused_graph(backbone, spec, images, settings)
+            graphs[settings.equalization] = network.fused(settings)
         graph = graphs[settings.equalization]
         started = time.perf_counter()
-        plan = plan_of(graph, backbone, images, settings)
+        plan = network.plan(graph, settings)
         seconds = time.perf_counter() - started
         for runtime in runtimes:
             if runtime not in expected:

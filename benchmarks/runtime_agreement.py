@@ -25,21 +25,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-from _planned import (
-    DIALECTS,
-    NETWORKS,
-    backbone_of,
-    calibrated_crops,
-    evaluated_crops,
-    fused_graph,
-    one_image,
-    plan_of,
-)
+from _planned import DIALECTS, NETWORKS, Network
 from _timing import RUNTIMES, outputs_of
 
-from deploykit.backbones.base import BaseBackbone
 from deploykit.parity.metrics import sqnr_db
-from deploykit.runtimes.base import FloatArray
 from deploykit.spec import Int8
 
 COLUMNS = ("conversion", "quantization ort", "quantization ov", "runtime ort", "runtime ov", "plan", "floor")
@@ -47,10 +36,10 @@ SHAKE = 1e-4
 """The deviation of the noise on normalised images that the floor is measured with."""
 
 
-def graphs_of(backbone: BaseBackbone, calibrated: FloatArray, settings: Int8) -> dict[str, onnx.ModelProto]:
+def graphs_of(network: Network, settings: Int8) -> dict[str, onnx.ModelProto]:
     """The FP32 graph of a network and the plan's rendering for each runtime, all from one calibration."""
-    master = fused_graph(backbone, one_image(backbone), calibrated, settings)
-    plan = plan_of(master, backbone, calibrated, settings)
+    master = network.fused(settings)
+    plan = network.plan(master, settings)
     return {"fp32": master.model} | {
         runtime: dialect.render(master, plan).model for runtime, dialect in DIALECTS.items()
     }
@@ -58,10 +47,8 @@ def graphs_of(backbone: BaseBackbone, calibrated: FloatArray, settings: Int8) ->
 
 def measure(name: str, count: int, settings: Int8) -> dict[str, Any]:
     """Every column of a network: ``[last features, logits]`` in dB."""
-    backbone = backbone_of(name)
-    spec = one_image(backbone)
-    evaluated = evaluated_crops(count, spec)
-    graphs = graphs_of(backbone, calibrated_crops(count, spec), settings)
+    network = Network.named(name, count, count)
+    evaluated, graphs = network.evaluated, graphs_of(network, settings)
     found = {
         (graph, runtime): outputs_of(open_graph(model), evaluated)
         for graph, model in graphs.items()

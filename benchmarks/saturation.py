@@ -51,7 +51,7 @@ def main() -> None:
     if options.here:
         run_here(*options.here)
         return
-    from _planned import backbone_of, calibrated_crops, evaluated_crops, one_image
+    from _planned import Network
     from runtime_agreement import graphs_of
 
     from deploykit.parity.metrics import sqnr_db, top1_agreement
@@ -59,14 +59,12 @@ def main() -> None:
 
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    backbone = backbone_of(NETWORK)
-    spec = one_image(backbone)
-    calibrated = calibrated_crops(options.images, spec)
+    network = Network.named(NETWORK, options.images, options.images)
     with tempfile.TemporaryDirectory(prefix="deploykit-saturation-") as scratch:
         folder = Path(scratch)
-        np.save(folder / "images.npy", evaluated_crops(options.images, spec))
+        np.save(folder / "images.npy", network.evaluated)
         for name, reduced in RANGES.items():
-            graphs = graphs_of(backbone, calibrated, Int8(reduce_range=reduced))
+            graphs = graphs_of(network, Int8(reduce_range=reduced))
             onnx.save(graphs["openvino"], folder / f"{name}.onnx")
             onnx.save(graphs["fp32"], folder / "fp32.onnx")
         reference = run_as(None, folder / "fp32.onnx", folder / "images.npy", folder / "fp32.npz")
