@@ -98,5 +98,5 @@ def test_memory_does_not_grow_with_the_number_of_images(residual):
         return found
 
     peak(1)
-    few, many = peak(64), peak(256)
+    few, many = peak(64), peak(512)
     assert many < 1.1 * few
