@@ -29,19 +29,14 @@ _DOMAIN = "com.microsoft"
 _MOVES = ("Reshape", "Transpose", "Split", "Squeeze", "Slice", "Mul")
 
 
-def quantize_attentions(model: ir.Model, plan: QuantizationPlan) -> int:
+def quantize_attentions(model: ir.Model, plan: QuantizationPlan) -> None:
     """Write each attention over an integer projection as one operator, in place; the nodes are left unsorted.
 
     Left to the standard operators: projections that two attentions read, and all that `match_attention`
     does not know.
-
-    Returns:
-        How many were written.
     """
-    written = replace_attentions(model, partial(_attend, plan=plan), lambda found: _is_integer(found, plan))
-    if written:
+    if replace_attentions(model, partial(_attend, plan=plan), lambda found: _is_integer(found, plan)):
         model.graph.opset_imports.update({"": ATTENTION_OPSET, _DOMAIN: 1})
-    return written
 
 
 def _is_integer(found: SelfAttention, plan: QuantizationPlan) -> bool:
