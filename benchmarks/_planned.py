@@ -22,7 +22,7 @@ from deploykit.cli.demo import CALIBRATED, SHOWN, photograph_folder
 from deploykit.export.graphs import output_specs
 from deploykit.export.to_onnx import to_onnx
 from deploykit.export.trace import output_names, trace
-from deploykit.fusion.pipeline import EXPORT_PASSES, fuse
+from deploykit.fusion.pipeline import export_passes, fuse
 from deploykit.graph import Graph
 from deploykit.runtimes.base import FloatArray
 from deploykit.spec import InputSpec, Int8
@@ -69,11 +69,9 @@ class Network:
 
     def fused(self, settings: Int8 | None) -> Graph:
         """The FP32 graph, equalized where settings for INT8 are given."""
-        passes = EXPORT_PASSES
-        if settings is not None:
-            images = calibration_set(self.calibrated, self.spec)
-            passes = (*passes, *equalization_passes(settings, images, self.spec))
-        program = fuse(trace(self.backbone, self.spec), self.spec, self.calibrated, passes).program
+        images = calibration_set(self.calibrated, self.spec)
+        scaling = equalization_passes(settings, images, self.spec) if settings is not None else ()
+        program = fuse(trace(self.backbone, self.spec), self.spec, self.calibrated, export_passes(*scaling)).program
         model = to_onnx(program, self.spec, output_names(self.backbone))
         return Graph(input=self.spec, outputs=output_specs(model), model=model)
 

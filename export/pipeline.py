@@ -33,7 +33,7 @@ from deploykit.export.request import ExportRequest, cache_parts, check_request, 
 from deploykit.export.speed import SpeedReport, check_speedup
 from deploykit.export.to_onnx import to_onnx
 from deploykit.export.trace import output_names, trace
-from deploykit.fusion.pipeline import EXPORT_PASSES, FusionRecord, fuse
+from deploykit.fusion.pipeline import FusionRecord, export_passes, fuse
 from deploykit.graph import Graph
 from deploykit.labels import class_labels
 from deploykit.parity.reference import capture
@@ -101,7 +101,7 @@ def prepare(request: ExportRequest, progress: Progress, compared_on: Calibration
     program = trace(request.backbone, spec)
     progress.stage("fuse")
     balancing = equalization_passes(request.precision, request.calibration, spec)
-    fused = fuse(program, spec, probe, (*EXPORT_PASSES, *balancing))
+    fused = fuse(program, spec, probe, export_passes(*balancing))
     progress.stage("to_onnx")
     model = to_onnx(fused.program, spec, output_names(request.backbone))
     master = Graph(input=spec, outputs=output_specs(model), model=model, program=fused.program)

@@ -133,11 +133,9 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, tokens: Tensor, queries: int | None = None) -> Tensor:
-        """``(N, T, dim)`` to ``(N, T, dim)``, or to the first ``queries`` tokens only."""
+    def forward(self, tokens: Tensor) -> Tensor:
+        """``(N, T, dim)`` to ``(N, T, dim)``."""
         query, key, value = split_heads(self.qkv(tokens), 3 * self.heads).chunk(3, dim=1)
-        if queries is not None:
-            query = query[:, :, :queries]
         return self.proj(merge_heads(attend(query, key, value)))  # type: ignore[no-any-return]
 
 
@@ -197,8 +195,7 @@ class TransformerBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act)
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
 
-    def forward(self, tokens: Tensor, queries: int | None = None) -> Tensor:
-        """``(N, T, dim)`` to ``(N, T, dim)``, or to the first ``queries`` tokens only."""
-        shortcut = tokens if queries is None else tokens[:, :queries]
-        tokens = shortcut + self.ls1(self.attn(self.norm1(tokens), queries))
+    def forward(self, tokens: Tensor) -> Tensor:
+        """``(N, T, dim)`` to ``(N, T, dim)``."""
+        tokens = tokens + self.ls1(self.attn(self.norm1(tokens)))
         return tokens + self.ls2(self.mlp(self.norm2(tokens)))  # type: ignore[no-any-return]

@@ -216,36 +216,6 @@ class VisionTransformer(GraphConstants, BaseBackbone):
             return [depth - 1] * len(PYRAMID_STRIDES)
         return [depth * count // 4 - 1 for count in (1, 2, 3, 4)]
 
-    def forward(self, images: Tensor) -> Tensor | dict[str, Tensor]:
-        """See `BaseBackbone`."""
-        if self.spec.features_only or self.training:
-            result: Tensor | dict[str, Tensor] = super().forward(images)
-            return result
-        *blocks, last = self.blocks
-        tokens = self._embed(images)
-        for block in blocks:
-            tokens = block(tokens)
-        # The head reads the class token alone, so the last block has one query.
-        return self.forward_head(last(tokens, 1))
-
-    def forward_everything(self, images: Tensor) -> dict[str, Tensor]:
-        """See `BaseBackbone`; logits as in `forward`, so that a graph that is cut to them is the small one."""
-        if self.spec.features_only or self.training:
-            return super().forward_everything(images)
-        sources = self._sources()
-        *blocks, last = self.blocks
-        tokens = self._embed(images)
-        maps: dict[int, Tensor] = {}
-        for number, block in enumerate(blocks):
-            tokens = block(tokens)
-            if number in sources:
-                maps[number] = self._to_map(tokens)
-        maps[len(blocks)] = self._to_map(last(tokens))
-        levels = self._to_levels(maps, len(self.all_levels))
-        outputs = {level.name: feature for level, feature in zip(self.all_levels, levels, strict=True)}
-        chosen = {level.name: outputs[level.name] for level in self.feature_info}
-        return {**chosen, self.spec.head_name: self.forward_head(last(tokens, 1))}
-
     def forward_levels(self, images: Tensor, depth: int) -> tuple[list[Tensor], Tensor]:
         """See `BaseBackbone.forward_levels`; the state is ``(N, prefix + T, dim)``."""
         sources = self._sources()[:depth]

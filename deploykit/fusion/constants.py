@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node, map_arg
 
+ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+
 
 def constant(module: GraphModule, node: object) -> Tensor | None:
     """The tensor behind a ``get_attr`` node; None for anything else."""
@@ -141,7 +143,7 @@ def replace(old: Node, new: Node) -> None:
 def tidy(module: GraphModule) -> int:
     """Remove nodes that nothing reads and constants that no node reads; returns how many calls went."""
     before = _calls(module)
-    module.graph.eliminate_dead_code()
+    remove_unread(module.graph)
     used = {str(node.target) for node in module.graph.find_nodes(op="get_attr")}
     for name, _ in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:
         if name not in used:
@@ -150,6 +152,11 @@ def tidy(module: GraphModule) -> int:
     module.delete_all_unused_submodules()
     module.recompile()
     return before - _calls(module)
+
+
+def remove_unread(graph: torch.fx.Graph) -> None:
+    """Remove calls that nothing reads, attention too, which torch keeps because its dropout draws random numbers."""
+    graph.eliminate_dead_code(lambda node: node.target != ATTENTION and node.is_impure())
 
 
 def readers(node: Node, targets: Sequence[Any]) -> list[Node] | None:

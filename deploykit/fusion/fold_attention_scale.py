@@ -6,10 +6,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from deploykit.fusion.affine import channel_axis, is_layer, scale_outputs
-from deploykit.fusion.constants import argument, sizes, tidy
+from deploykit.fusion.constants import ATTENTION, argument, sizes, tidy
 from deploykit.fusion.shape_chains import arrivals, origin, sources
-
-ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
 def fold_attention_scale(module: GraphModule) -> int:

@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 
 from deploykit.fusion.affine import PERMUTATIONS, permutation
 from deploykit.fusion.constants import (
+    ATTENTION,
     add_call,
     add_constant,
     argument,
@@ -24,7 +25,6 @@ from deploykit.fusion.constants import (
     tidy,
 )
 from deploykit.fusion.constants import replace as replace_node
-from deploykit.fusion.fold_attention_scale import ATTENTION
 from deploykit.fusion.shape_chains import sources
 
 _aten = torch.ops.aten

@@ -8,8 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from deploykit.fusion.affine import LINEAR, is_layer
-from deploykit.fusion.constants import add_call, add_constant, argument, constant, tidy
-from deploykit.fusion.fold_attention_scale import ATTENTION
+from deploykit.fusion.constants import ATTENTION, add_call, add_constant, argument, constant, tidy
 from deploykit.fusion.shape_chains import origin, sources
 
 

@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.fx import GraphModule
 
 from deploykit.errors import FusionError
+from deploykit.fusion.cut_unread_rows import cut_unread_rows
 from deploykit.fusion.drop_identities import drop_identities
 from deploykit.fusion.fold_attention_scale import fold_attention_scale
 from deploykit.fusion.fold_batchnorm import fold_batchnorm
@@ -52,7 +53,7 @@ class FusionRecord:
 EXACT_DB = 100.0
 """What a pass keeps that is exact in real arithmetic: only the order of FP32 additions changes."""
 
-EXPORT_PASSES: tuple[FusionPass, ...] = (
+_FOLDS: tuple[FusionPass, ...] = (
     # First: dropout and in-place operators stand between the patterns of all others.
     FusionPass(name="drop-identities", rewrite=drop_identities, min_sqnr_db=EXACT_DB),
     # Before the folds, which take constants and not what computes them.
@@ -71,7 +72,21 @@ EXPORT_PASSES: tuple[FusionPass, ...] = (
     # Again: attention that was fused or merged leaves transpositions beside those that were spelled out.
     FusionPass(name="drop-leftovers", rewrite=drop_identities, min_sqnr_db=EXACT_DB),
 )
-"""What every export runs, in this order; what one runtime alone gets is in `onnx_passes.ONNX_PASSES`."""
+
+
+def export_passes(*scaling: FusionPass) -> tuple[FusionPass, ...]:
+    """What an export runs, in its order; what one runtime alone gets is in `onnx_passes.ONNX_PASSES`.
+
+    Args:
+        scaling: passes that move scales between the layers as the folds leave them.
+    """
+    # Last: it computes a few rows beside all of them, and a weight that two layers read is one that no pass may change.
+    cutting = FusionPass(name="cut-unread-rows", rewrite=cut_unread_rows, min_sqnr_db=EXACT_DB)
+    return (*_FOLDS, *scaling, cutting)
+
+
+EXPORT_PASSES: tuple[FusionPass, ...] = export_passes()
+"""`export_passes` of every precision but INT8, which scales (see ``calibration/equalization.py``)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from deploykit.errors import ExportError
+from deploykit.fusion.constants import remove_unread
 from deploykit.spec import BATCH_DIM, InputSpec
 
 
@@ -26,10 +27,13 @@ def export_program(module: nn.Module, spec: InputSpec) -> torch.export.ExportedP
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own deprecations while it traces
-            return torch.export.export(module, (example,), dynamic_shapes=shapes)
+            program = torch.export.export(module, (example,), dynamic_shapes=shapes)
     except Exception as error:  # torch.export raises dozens of internal types
         reason = str(error).strip().splitlines()
         raise ExportError(
             f"torch.export cannot trace the backbone at {spec.shape}: {reason[0] if reason else type(error).__name__}. "
             "Data-dependent control flow in a custom backbone is the usual cause."
         ) from error
+    remove_unread(program.graph)
+    program.graph_module.recompile()
+    return program

@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from deploykit.fusion.constants import add_constant, argument, constant, tidy
-from deploykit.fusion.fold_attention_scale import ATTENTION
+from deploykit.fusion.constants import ATTENTION, add_constant, argument, constant, tidy
 from deploykit.fusion.shape_chains import sources
 
 SUBNORMAL = -87.0

@@ -13,7 +13,7 @@ from deploykit.calibration.images import calibration_set
 from deploykit.calibration.plan import onnx_session
 from deploykit.export.graphs import output_specs
 from deploykit.export.to_onnx import to_onnx
-from deploykit.fusion.pipeline import EXPORT_PASSES, fuse
+from deploykit.fusion.pipeline import export_passes, fuse
 from deploykit.fusion.program import export_program
 from deploykit.graph import Graph
 from deploykit.spec import Fp16, InputSpec, Int8
@@ -63,7 +63,7 @@ def scale_by_hand(network: nn.Module, factor: float) -> None:
 
 def graph_of(network: nn.Module, images, settings: Int8) -> Graph:
     program = export_program(network.eval().requires_grad_(False), SPEC)
-    passes = (*EXPORT_PASSES, *equalization_passes(settings, calibration_set(images, SPEC), SPEC))
+    passes = export_passes(*equalization_passes(settings, calibration_set(images, SPEC), SPEC))
     fused = fuse(program, SPEC, images, passes)
     model = to_onnx(fused.program, SPEC, network.outputs)
     return Graph(input=SPEC, outputs=output_specs(model), model=model)

@@ -6,8 +6,9 @@ import torch
 
 from deploykit.calibration.plan import onnx_session
 from deploykit.export.graphs import output_specs, select
+from deploykit.fusion.program import export_program
 from deploykit.graph import Graph
-from deploykit.spec import TensorSpec
+from deploykit.spec import InputSpec, TensorSpec
 from tests.conftest_graphs import photographs, reference, tiny_graph
 
 
@@ -37,6 +38,23 @@ def test_outputs_come_in_the_order_asked_for():
     found = onnx_session(part.model).run(None, {"images": images})
     for one, other in zip(found, reference(images)[::-1], strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_a_program_has_no_attention_that_no_output_reads():
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    class Levels(torch.nn.Module):
+        def forward(self, images):
+            level = attend(images, images.relu(), images)
+            return level, attend(level, level.relu(), level)
+
+    spec = InputSpec(height=8, width=8)
+    outputs = tuple(TensorSpec(name=name, shape=spec.shape) for name in ("one", "two"))
+    part = select(Graph(input=spec, outputs=outputs, program=export_program(Levels(), spec)), ["one"])
+    names = [str(node.target) for node in part.program.graph.nodes]
+    assert sum("attention" in name for name in names) == 1
+    images = torch.randn(1, 3, 8, 8)
+    torch.testing.assert_close(part.program.module()(images)[0], Levels()(images)[0])
 
 
 def test_a_form_that_is_absent_stays_absent():
