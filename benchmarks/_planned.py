@@ -18,6 +18,7 @@ from deploykit.calibration.dialects import openvino as openvino_dialect
 from deploykit.calibration.equalization import equalization_passes
 from deploykit.calibration.images import calibration_set, preprocess
 from deploykit.calibration.precision import PrecisionPlan, plan_precision
+from deploykit.calibration.recipes import with_recipe
 from deploykit.cli.demo import CALIBRATED, SHOWN, photograph_folder
 from deploykit.export.graphs import output_specs
 from deploykit.export.to_onnx import to_onnx
@@ -70,7 +71,7 @@ class Network:
     def fused(self, settings: Int8 | None) -> Graph:
         """The FP32 graph, equalized where settings for INT8 are given."""
         images = calibration_set(self.calibrated, self.spec)
-        scaling = equalization_passes(settings, images, self.spec) if settings is not None else ()
+        scaling = equalization_passes(self._settled(settings), images, self.spec) if settings is not None else ()
         program = fuse(trace(self.backbone, self.spec), self.spec, self.calibrated, export_passes(*scaling)).program
         model = to_onnx(program, self.spec, output_names(self.backbone))
         return Graph(input=self.spec, outputs=output_specs(model), model=model)
@@ -80,11 +81,14 @@ class Network:
         assert graph.model is not None
         return plan_precision(
             graph.model,
-            settings,
+            self._settled(settings),
             calibration=calibration_set(self.calibrated, self.spec),
             probe=self.calibrated[:1],
             weights_digest=weights_digest(self.backbone),
         )
+
+    def _settled(self, settings: Int8) -> Int8:
+        return with_recipe(settings, self.backbone.family)
 
 
 def _crops(names: Iterable[str], count: int, seed: int, spec: InputSpec) -> FloatArray:

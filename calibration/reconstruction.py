@@ -30,9 +30,9 @@ RECONSTRUCTION_IMAGES = 32
 """How many calibration images are read; the ranges are from all of them."""
 TOP, REDUCED_TOP = 127, 63
 """The largest integer, and the largest of which two with 8-bit activations add up in 16 bits whatever they are."""
-ROWS = 4096
-"""How many rows of what a node reads its moments are from."""
-HELD_BYTES = 2**28
+LEAST_ROWS, MOST_ROWS, ROWS_A_COLUMN = 512, 4096, 16
+"""How many rows of what a node reads its moments are from: so many for each of a row's numbers, within bounds."""
+HELD_BYTES = 2**29
 """How much of what nodes read is held at once."""
 
 
@@ -101,7 +101,7 @@ def _chunks(layers: dict[str, _Layer], *, sequential: bool) -> Iterator[list[str
     chunk: list[str] = []
     held = 0
     for name, layer in layers.items():
-        size = 4 * ROWS * layer.shape.row_size
+        size = 4 * _row_count(layer.shape) * layer.shape.row_size
         full = held + size > HELD_BYTES
         if chunk and (layer.input != layers[chunk[-1]].input if sequential else full):
             yield chunk
@@ -117,12 +117,16 @@ def _rows(
 ) -> dict[str, Tensor]:
     """``(groups, rows, K)`` of what each node reads, the same positions whatever is quantized."""
     pieces: dict[str, list[FloatArray]] = {name: [] for name in names}
-    share = max(1, ROWS // len(simulation.batches))
     for seed, batch in enumerate(simulation.batches):
         found = simulation.read_by(names, batch, quantized)
         for name, values in zip(names, found, strict=True):
-            pieces[name].append(layers[name].shape.rows(values, share, seed))
+            shape = layers[name].shape
+            pieces[name].append(shape.rows(values, max(1, _row_count(shape) // len(simulation.batches)), seed))
     return {name: torch.from_numpy(np.concatenate(parts)).transpose(0, 1) for name, parts in pieces.items()}
+
+
+def _row_count(shape: LayerShape) -> int:
+    return min(max(ROWS_A_COLUMN * shape.row_size // shape.groups, LEAST_ROWS), MOST_ROWS)
 
 
 def _round(layer: _Layer, read: Tensor, settings: Int8, *, reduce_range: bool) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 from deploykit.errors import SpecError, nearest
@@ -18,6 +18,9 @@ Calibrator: TypeAlias = Literal["mse", "minmax", "percentile", "entropy"]
 BiasCorrection: TypeAlias = Literal["fast", "full"]
 Rounding: TypeAlias = Literal["nearest", "adaptive"]
 WeightScales: TypeAlias = Literal["max", "mse"]
+FAMILY_RECIPE = "family"
+RECIPE_SETTINGS = ("equalization", "calibrator", "bias_correction", "rounding", "weight_scales")
+"""What a recipe of INT8 decides."""
 FloatDtype: TypeAlias = Literal["fp32", "fp16"]
 HardwareCompatibility: TypeAlias = Literal["none", "same_compute_capability", "ampere_plus"]
 InputDtype: TypeAlias = Literal["float32", "uint8"]
@@ -253,8 +256,10 @@ class Int8:
         reduce_range: round weights more coarsely, so that no product saturates in the 16 bits of x86
             processors without VNNI (ONNX Runtime's term); None: where the target needs it.
         recipe: a name of `deploykit.calibration.recipes.RECIPES`, whose settings take the place of the
-            same ones here; ``auto``: the best of the table on calibration images that are held out, found
-            within the budget; None: as they are here.
+            same ones here; ``family``: the one that was measured best for the backbone's family, unless one of
+            these settings is given another value than its default here: that turns ``family`` into None;
+            ``auto``: the best of the table on calibration images that are held out, found within the budget;
+            None: as they are here.
         recipe_budget_s: how many seconds the trials of ``auto`` may take together.
         float_dtype: what stays in float computes in ``fp32``, or in ``fp16`` where the runtime has it.
         mixed_precision: search the fewest layers to keep in float so that the engine is within its budget.
@@ -271,7 +276,7 @@ class Int8:
     weight_scales: WeightScales = "max"
     equalization: float | None = 0.5
     reduce_range: bool | None = None
-    recipe: str | None = None
+    recipe: str | None = FAMILY_RECIPE
     recipe_budget_s: float = 120.0
     float_dtype: FloatDtype = "fp32"
     mixed_precision: bool = False
@@ -290,6 +295,9 @@ class Int8:
             object.__setattr__(self, "bias_correction", "fast" if self.bias_correction else None)
         if self.bias_correction is not None:
             _check_choice("bias_correction", str(self.bias_correction), get_args(BiasCorrection))
+        defaults = {field.name: field.default for field in fields(self)}
+        if self.recipe == FAMILY_RECIPE and any(getattr(self, name) != defaults[name] for name in RECIPE_SETTINGS):
+            object.__setattr__(self, "recipe", None)
         if not 50 < self.percentile <= 100:
             raise SpecError(f"percentile is {self.percentile}; it must be above 50 and at most 100.")
         if self.equalization is not None and not 0 <= self.equalization <= 1:

@@ -19,7 +19,7 @@ from deploykit.calibration.images import CalibrationSet, network_images
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.plan_cache import PlanCache
 from deploykit.calibration.precision import PrecisionPlan, plan_precision
-from deploykit.calibration.recipes import RecipeReport, recipe_of
+from deploykit.calibration.recipes import AUTO_RECIPE, RecipeReport, with_recipe
 from deploykit.calibration.search import Measured, SearchResult
 from deploykit.calibration.sensitivity import style_of
 from deploykit.export.bench import Bench
@@ -165,11 +165,10 @@ def settle_recipe(request: ExportRequest, progress: Progress) -> tuple[ExportReq
         CalibrationError: too few images to hold some out.
     """
     settings = request.precision
-    if not isinstance(settings, Int8) or settings.recipe is None or request.calibration is None:
+    if not isinstance(settings, Int8) or request.calibration is None:
         return request, None
-    if settings.recipe != "auto":
-        recipe = recipe_of(settings.recipe)
-        return replace(request, precision=recipe.applied_to(settings)), None
+    if settings.recipe != AUTO_RECIPE:
+        return replace(request, precision=with_recipe(settings, request.backbone.family)), None
     progress.stage("recipes")
 
     def measure(chosen: Int8, calibrated: CalibrationSet, held_out: CalibrationSet) -> Measured:
@@ -180,6 +179,7 @@ def settle_recipe(request: ExportRequest, progress: Progress) -> tuple[ExportReq
         settings,
         request.calibration,
         measure,
+        family=request.backbone.family,
         key=cache_parts(request) if request.cache else None,
         on_trial=lambda trial: progress.candidate(trial.summary),
     )

@@ -26,6 +26,7 @@ def recipe_trials(
     images: CalibrationSet,
     measure: Callable[[Int8, CalibrationSet, CalibrationSet], Measured],
     *,
+    family: str,
     key: Mapping[str, object] | None,
     on_trial: Callable[[Trial], None] | None = None,
 ) -> RecipeReport:
@@ -35,6 +36,7 @@ def recipe_trials(
         settings: the budget of time, and what is not of a recipe.
         images: at most `MOST_IMAGES` of them are used.
         measure: builds an engine of settings, calibrated with the first set, and compares it on the second.
+        family: of the backbone, whose own recipe comes first.
         key: all that decides the outcome: a report under it in the plan cache is taken again; None keeps nothing.
         on_trial: hears of each.
 
@@ -54,6 +56,7 @@ def recipe_trials(
 
     report = try_recipes(
         measured,
+        family,
         budget_s=settings.recipe_budget_s,
         calibrated=len(calibrated),
         held_out=len(held_out),

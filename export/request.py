@@ -10,7 +10,7 @@ from deploykit.backbones.base import BaseBackbone
 from deploykit.backbones.weights import weights_digest
 from deploykit.calibration.images import CalibrationSet
 from deploykit.calibration.precision import check_images_given
-from deploykit.calibration.recipes import recipe_of
+from deploykit.calibration.recipes import with_recipe
 from deploykit.errors import SpecError
 from deploykit.export.lowering import LOWERINGS, check_build_options, check_portable, check_target, settled
 from deploykit.optional import installed_version, require
@@ -83,8 +83,8 @@ def check_request(request: ExportRequest) -> None:
             f"{', '.join(adapter.int8_float_dtypes)}. Leave float_dtype out."
         )
     check_images_given(request.precision, request.calibration)
-    if isinstance(request.precision, Int8) and request.precision.recipe not in (None, "auto"):
-        recipe_of(str(request.precision.recipe))
+    if isinstance(request.precision, Int8):
+        with_recipe(request.precision, request.backbone.family)
     spec = request.backbone.spec
     if request.precision.min_top1_agreement is not None and "logits" not in spec.output_names:
         raise SpecError(

@@ -205,9 +205,10 @@ RecipeOption = Annotated[
     _option(
         "--recipe",
         panel=_NUMBERS,
-        metavar="NAME|auto",
-        default="the settings as given",
-        help="int8: settings by name, in place of those given; auto: the best on calibration images held out.",
+        metavar="NAME|family|auto",
+        default=str(Int8().recipe),
+        help="int8: settings by name, in place of those given; family: what was measured best for the backbone's "
+        "family, unless --calibrator is given; auto: the best on calibration images held out.",
     ),
 ]
 RecipeBudgetOption = Annotated[

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from deploykit.backbones.registry import backbone_class, backbone_names
 from deploykit.calibration import recipes
-from deploykit.calibration.recipes import RECIPES, Recipe, RecipeReport, recipe_of, try_recipes
+from deploykit.calibration.recipes import FAMILY_RECIPES, RECIPES, Recipe, RecipeReport, try_recipes, with_recipe
 from deploykit.calibration.search import Measured
 from deploykit.errors import CalibrationError, SpecError
-from deploykit.spec import Int8
+from deploykit.spec import RECIPE_SETTINGS, Int8
 
 
 class Clock:
@@ -22,7 +23,9 @@ class Clock:
         return self.now
 
 
-def tried(monkeypatch, figures: dict[str, float], *, seconds: float = 10, budget_s: float = 1000) -> RecipeReport:
+def tried(
+    monkeypatch, figures: dict[str, float], *, seconds: float = 10, budget_s: float = 1000, family: str = "resnet"
+) -> RecipeReport:
     clock = Clock(seconds)
     monkeypatch.setattr(recipes, "time", clock)
     names = {id(recipe): name for name, recipe in RECIPES.items()}
@@ -31,7 +34,7 @@ def tried(monkeypatch, figures: dict[str, float], *, seconds: float = 10, budget
         clock.now += clock.each
         return Measured(sqnr_db=figures.get(names[id(recipe)], 10.0), top1_agreement=0.5)
 
-    return try_recipes(measure, budget_s=budget_s, calibrated=12, held_out=4)
+    return try_recipes(measure, family, budget_s=budget_s, calibrated=12, held_out=4)
 
 
 @pytest.mark.parametrize("best", RECIPES)
@@ -81,7 +84,35 @@ def test_every_recipe_makes_valid_settings_and_no_two_are_alike():
 
 def test_an_unknown_recipe_is_told_with_its_neighbours():
     with pytest.raises(SpecError, match=r"unknown recipe 'adaptiv'\. Did you mean 'adaptive'"):
-        recipe_of("adaptiv")
+        with_recipe(Int8(recipe="adaptiv"), "resnet")
+
+
+def test_a_family_has_its_own_recipe_unless_a_setting_is_given_by_hand():
+    assert Int8().recipe == Int8(min_sqnr_db=3, reduce_range=True).recipe == "family"
+    for family, name in FAMILY_RECIPES.items():
+        assert with_recipe(Int8(), family) == RECIPES[name].applied_to(Int8())
+        assert RECIPES[name] != next(iter(RECIPES.values()))
+    assert with_recipe(Int8(), "of a user") == RECIPES["fast"].applied_to(Int8()) == Int8(recipe=None)
+    assert set(FAMILY_RECIPES) <= {backbone_class(name).family for name in backbone_names()}
+
+
+@pytest.mark.parametrize("by_hand", [{"calibrator": "entropy"}, {"equalization": None}, {"bias_correction": False}])
+def test_settings_given_by_hand_stand(by_hand):
+    settings = Int8(**by_hand)
+    assert settings.recipe is None
+    assert with_recipe(settings, "vit") == settings
+    assert with_recipe(Int8(recipe="plain", **by_hand), "vit") == RECIPES["plain"].applied_to(Int8())
+
+
+def test_the_settings_of_a_recipe_are_those_that_turn_the_familys_off():
+    assert {field.name for field in dataclasses.fields(Recipe)} == set(RECIPE_SETTINGS)
+
+
+def test_the_familys_recipe_is_tried_first(monkeypatch):
+    report = tried(monkeypatch, {}, family="vit")
+    names = [trial.name for trial in report.trials]
+    assert names[0] == FAMILY_RECIPES["vit"]
+    assert sorted(names) == sorted(RECIPES)
 
 
 def test_the_page_shows_the_table_as_it_is():

@@ -81,7 +81,7 @@ def test_trials_measure_on_images_that_they_do_not_calibrate_with(backbone, phot
         seen.append((calibrated, held_out))
         return Measured(sqnr_db=1.0)
 
-    report = recipe_trials(Int8(recipe="auto"), images, measure, key=None)
+    report = recipe_trials(Int8(recipe="auto"), images, measure, family="regnet", key=None)
     calibrated, held_out = seen[0]
     assert (len(calibrated), len(held_out)) == (report.calibrated, report.held_out)
     assert len(calibrated) + len(held_out) == len(images)
@@ -91,4 +91,4 @@ def test_trials_measure_on_images_that_they_do_not_calibrate_with(backbone, phot
 def test_too_few_images_to_hold_one_out_are_told(backbone, photographs):
     images = calibration_set(calibration_set(photographs, backbone.input_spec).sample(3), backbone.input_spec)
     with pytest.raises(CalibrationError, match="only 3 were given; expected at least 4"):
-        recipe_trials(Int8(recipe="auto"), images, lambda *sets: Measured(sqnr_db=1.0), key=None)
+        recipe_trials(Int8(recipe="auto"), images, lambda *sets: Measured(sqnr_db=1.0), family="regnet", key=None)
