@@ -10,6 +10,7 @@ from deploykit.fusion.cut_unread_rows import cut_unread_rows
 from deploykit.fusion.drop_identities import drop_identities
 from deploykit.fusion.pipeline import fuse
 from deploykit.fusion.program import export_program
+from deploykit.spec import InputSpec
 from tests.fusion.graphs import (
     SPEC,
     Calls,
@@ -121,6 +122,15 @@ def test_exports_cut_rows():
     record = fuse(export_program(network.eval(), SPEC), SPEC, images().numpy()).records[-1]
     assert (record.name, record.rewrites) == ("cut-unread-rows", 10), "the layer scale is folded before"
     assert record.sqnr_db > 150
+
+
+def test_a_vit_of_timm_is_cut_too(timm):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
+    spec = InputSpec(height=32, width=32)
+    program = export_program(Calls(lambda m, x: m.model(x), model=model).eval(), spec)
+    fused = fuse(program, spec, torch.randn(1, 3, 32, 32).numpy())
+    assert (fused.records[-1].name, fused.records[-1].rewrites) == ("cut-unread-rows", 11), "its last norm too"
+    assert [rows for rows in rows_of(fused.program, "linear") if rows == 1] == [1] * 4, "last block, and the head"
 
 
 def test_a_graph_of_any_batch_is_still_traced():
