@@ -91,7 +91,8 @@ def _rows_of(node: Node) -> _Rows | None:
     if not all(isinstance(place, int) for place in (size, start or 0, end or 0)) or argument(node, 4, "step", 1) != 1:
         return None
     first, last, _ = slice(start, end).indices(size)
-    return _Rows(axis=axis, start=first, end=first + 1 if node.target == _SELECT else last)
+    rows = _Rows(axis=axis, start=first, end=first + 1 if node.target == _SELECT else last)
+    return rows if rows.count > 0 else None
 
 
 def _narrow(source: Node, axis: int, cuts: Collection[Node]) -> dict[Node, int]:

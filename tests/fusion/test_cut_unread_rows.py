@@ -161,6 +161,10 @@ def _every_other(m, x):
     return m.fc1(tokens_of(x))[:, ::3]
 
 
+def _none(m, x):
+    return m.fc1(tokens_of(x))[:, 5:5].flatten(1)
+
+
 def _two_axes(m, x):
     tokens = m.fc1(tokens_of(x))
     return tokens[:, 0], tokens[:, :, :2]
@@ -209,6 +213,7 @@ def _keys_are_queries(_, x):
         _mean_beside_it,
         _more_than_half,
         _every_other,
+        _none,
         _two_axes,
         _channels,
         _normalized_over_tokens,
