@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 from deploykit.errors import SpecError, nearest
@@ -295,8 +295,8 @@ class Int8:
             object.__setattr__(self, "bias_correction", "fast" if self.bias_correction else None)
         if self.bias_correction is not None:
             _check_choice("bias_correction", str(self.bias_correction), get_args(BiasCorrection))
-        defaults = {field.name: field.default for field in fields(self)}
-        if self.recipe == FAMILY_RECIPE and any(getattr(self, name) != defaults[name] for name in RECIPE_SETTINGS):
+        by_hand = any(getattr(self, name) != getattr(Int8, name) for name in RECIPE_SETTINGS)
+        if self.recipe == FAMILY_RECIPE and by_hand:
             object.__setattr__(self, "recipe", None)
         if not 50 < self.percentile <= 100:
             raise SpecError(f"percentile is {self.percentile}; it must be above 50 and at most 100.")
@@ -339,6 +339,8 @@ PRECISIONS: dict[str, type[Fp32] | type[Fp16] | type[Bf16] | type[Int8]] = {
 def parse_precision(precision: str | Precision, settings: Mapping[str, Any] | None = None) -> Precision:
     """``"int8"``, or the dataclass itself, to the dataclass; ``settings`` are its fields.
 
+    A setting of a recipe of INT8 that is given here stands, also where it has its default's value.
+
     Raises:
         SpecError: no such precision, or a setting that it does not have.
     """
@@ -353,7 +355,10 @@ def parse_precision(precision: str | Precision, settings: Mapping[str, Any] | No
     for key in settings or {}:
         if key not in known:
             raise SpecError(f"precision {precision!r} has no setting {key!r}. {nearest(key, known)}")
-    return kind(**(settings or {}))
+    given = dict(settings or {})
+    if kind is Int8 and not given.keys().isdisjoint(RECIPE_SETTINGS):
+        given.setdefault("recipe", None)
+    return kind(**given)
 
 
 def parse_batch(batch_size: int | str | tuple[int, int, int] | BatchRange) -> Batch:

@@ -196,7 +196,7 @@ CalibratorOption = Annotated[
         "--calibrator",
         panel=_NUMBERS,
         metavar="|".join(get_args(Calibrator)),
-        default=Int8().calibrator,
+        default="the recipe's",
         help="How int8 chooses a range from the images.",
     ),
 ]

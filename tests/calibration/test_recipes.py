@@ -10,7 +10,7 @@ from deploykit.calibration import recipes
 from deploykit.calibration.recipes import FAMILY_RECIPES, RECIPES, Recipe, RecipeReport, try_recipes, with_recipe
 from deploykit.calibration.search import Measured
 from deploykit.errors import CalibrationError, SpecError
-from deploykit.spec import RECIPE_SETTINGS, Int8
+from deploykit.spec import RECIPE_SETTINGS, Int8, parse_precision
 
 
 class Clock:
@@ -102,6 +102,12 @@ def test_settings_given_by_hand_stand(by_hand):
     assert settings.recipe is None
     assert with_recipe(settings, "vit") == settings
     assert with_recipe(Int8(recipe="plain", **by_hand), "vit") == RECIPES["plain"].applied_to(Int8())
+
+
+def test_a_setting_that_is_named_stands_also_where_it_has_its_defaults_value():
+    assert parse_precision("int8").recipe == parse_precision("int8", {"min_sqnr_db": 3}).recipe == "family"
+    assert parse_precision("int8", {"calibrator": "mse"}) == Int8(recipe=None)
+    assert parse_precision("int8", {"calibrator": "mse", "recipe": "full"}).recipe == "full"
 
 
 def test_the_settings_of_a_recipe_are_those_that_turn_the_familys_off():
