@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import sys
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -19,6 +20,8 @@ class OptionalPackage:
     distribution: str
     extra: str
     feature: str
+    prepare: str | None = None
+    """A function that is called before the first import, as ``module:function``."""
 
     @property
     def command(self) -> str:
@@ -67,7 +70,13 @@ PACKAGES: dict[str, OptionalPackage] = {
         ),
         OptionalPackage(module="matplotlib", distribution="matplotlib", extra="plot", feature="drawing a plot"),
         OptionalPackage(module="skimage", distribution="scikit-image", extra="demo", feature="the demo's photographs"),
-        OptionalPackage(module="timm", distribution="timm", extra="timm", feature="timm/<name> backbones"),
+        OptionalPackage(
+            module="timm",
+            distribution="timm",
+            extra="timm",
+            feature="timm/<name> backbones",
+            prepare="deploykit.torchvision_operators:declare_missing_operators",
+        ),
     )
 }
 
@@ -85,18 +94,41 @@ def require(module: str) -> ModuleType:
     root = module.partition(".")[0]
     package = PACKAGES[root]
     try:
+        if package.prepare is not None and root not in sys.modules and importlib.util.find_spec(root) is not None:
+            _call(package.prepare)
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == root:
+        absent = (error.name or "").partition(".")[0]
+        if absent == root:
             raise MissingDependency(
                 f"{package.feature} needs the package {package.distribution!r}, which is not installed. "
                 f"Install it: {package.command}",
                 package=root,
                 command=package.command,
             ) from error
+        if absent and absent == error.name:
+            raise _incomplete(package, absent) from error
         raise _broken(package, error) from error
     except (ImportError, OSError, RuntimeError) as error:
         raise _broken(package, error) from error
+
+
+def _call(path: str) -> None:
+    module, _, function = path.partition(":")
+    getattr(importlib.import_module(module), function)()
+
+
+def _incomplete(package: OptionalPackage, absent: str) -> MissingDependency:
+    """The error for a package that was installed without one that it imports."""
+    from deploykit.torchvision_operators import install_command
+
+    command = install_command() if absent == "torchvision" else f"pip install {absent}"
+    return MissingDependency(
+        f"the package {package.distribution!r} is installed, and imports {absent!r}, which is not. "
+        f"Install it: {command}",
+        package=absent,
+        command=command,
+    )
 
 
 def _broken(package: OptionalPackage, error: Exception) -> DeployKitError:

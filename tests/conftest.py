@@ -1,4 +1,4 @@
-"""What all tests share: an engine cache of their own, photographs, and timm beside a CPU torch."""
+"""What all tests share: an engine cache of their own, photographs, and timm."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from PIL import Image
+
+from deploykit.errors import MissingDependency
+from deploykit.optional import require
 
 # The same examples on every run, so that a submission is judged by its change; test-all searches anew.
 settings.register_profile("repeatable", derandomize=True)
@@ -46,9 +49,7 @@ def timm():
     """The module timm; skips by name where it is absent."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from tests.torchvision_operators import declare_torchvision_operators
-
-        library = declare_torchvision_operators()
-        module = pytest.importorskip("timm", reason="timm is not installed")
-    yield module
-    del library
+        try:
+            return require("timm")
+        except MissingDependency as error:
+            pytest.skip(str(error))

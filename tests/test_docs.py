@@ -27,9 +27,6 @@ LINK = re.compile(r"!?\[[^\]]*\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)")
 RUNNER = """
 import contextlib, io, json, sys
 blocks = json.loads(sys.stdin.read())
-if any("timm/" in code for _, code in blocks):
-    from tests.torchvision_operators import declare_torchvision_operators
-    library = declare_torchvision_operators()
 namespace, answers = {"__name__": "page"}, []
 for line, code in blocks:
     out = io.StringIO()
@@ -38,7 +35,7 @@ for line, code in blocks:
     answers.append(out.getvalue())
 print(json.dumps(answers))
 """
-"""Runs the blocks of one page in one namespace; prints what each of them printed. timm needs two operators first."""
+"""Runs the blocks of one page in one namespace; prints what each of them printed."""
 
 
 @dataclass(frozen=True, kw_only=True)

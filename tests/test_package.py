@@ -21,6 +21,8 @@ ROOMS = {
     "npz": 0,
     "optional": 0,
     "processor": 0,
+    "torchvision_operators": 0,
+    "unset": 0,
     "graph": 1,
     "labels": 1,
     "runtimes": 1,

@@ -1,0 +1,96 @@
+"""timm beside torchvision builds that import as they are, lack operators, are broken, or are absent."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deploykit.torchvision_operators import SIGNATURES, install_command
+
+ROOT = Path(__file__).parent.parent
+REPORT = """
+import sys
+import deploykit.torchvision_operators as operators
+from deploykit.errors import DeployKitError
+from deploykit.optional import require
+try:
+    require("timm")
+    print("imported", len(operators._declared))
+except DeployKitError as error:
+    print(type(error).__name__, error)
+"""
+
+
+def run(code: str, *folders: Path) -> str:
+    """What a fresh process prints, with ``folders`` in front of the installed packages."""
+    path = ":".join(map(str, (*folders, ROOT)))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={"PYTHONPATH": path, "PATH": "", "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def package(folder: Path, name: str, content: str) -> Path:
+    (folder / name).mkdir()
+    (folder / name / "__init__.py").write_text(content)
+    return folder
+
+
+@pytest.mark.usefixtures("timm")
+def test_a_timm_backbone_is_built_in_a_fresh_process():
+    code = "from deploykit import create_backbone; print(create_backbone('timm/test_resnet').name)"
+    assert run(code) == "timm/test_resnet"
+
+
+def test_a_whole_torchvision_gets_no_declaration(tmp_path):
+    package(tmp_path, "torchvision", "")
+    package(tmp_path, "timm", "import torchvision")
+    assert run(REPORT, tmp_path) == "imported 0"
+
+
+@pytest.mark.parametrize("operators", [["nms", "qnms"], ["qnms"]], ids="-".join)
+def test_exactly_the_missing_operators_are_declared_and_refuse_to_run(tmp_path, operators):
+    uses = "\n".join(f"torch.library.register_fake('torchvision::{name}')(print)" for name in operators)
+    package(tmp_path, "torchvision", f"import torch\n{uses}")
+    package(tmp_path, "timm", "import torchvision")
+    call = "import torch\ntry: torch.ops.torchvision.qnms(torch.zeros(1, 4), torch.zeros(1), 0.5)\n"
+    printed = run(f"{REPORT}{call}except NotImplementedError: print('refused')", tmp_path)
+    assert printed.splitlines() == [f"imported {len(operators)}", "refused"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["raise RuntimeError('operator torchvision::new_one does not exist')", "raise OSError('libcudart.so: not found')"],
+)
+def test_a_torchvision_broken_otherwise_is_named_with_its_own_remedy(tmp_path, content):
+    package(tmp_path, "torchvision", content)
+    package(tmp_path, "timm", "import torchvision")
+    printed = run(REPORT, tmp_path)
+    assert printed.startswith("DeployKitError timm needs torchvision, which is installed but does not import")
+    assert printed.endswith(install_command())
+
+
+def test_an_absent_torchvision_is_named_in_place_of_timm(tmp_path):
+    package(tmp_path, "timm", "import torchvision")
+    hide = "import sys; sys.modules['torchvision'] = None\n"
+    printed = run(hide + REPORT, tmp_path)
+    assert printed.startswith("MissingDependency the package 'timm' is installed, and imports 'torchvision'")
+    assert printed.endswith(install_command())
+
+
+def test_the_command_names_the_release_for_the_installed_torch(monkeypatch):
+    for torch_version, wanted in (("2.13.0+cpu", "0.28"), ("2.9.1", "0.24")):
+        monkeypatch.setattr("importlib.metadata.version", lambda name, found=torch_version: found)
+        assert install_command() == f"pip install --no-deps 'torchvision=={wanted}.*'"
+
+
+def test_the_table_names_operators_with_a_signature():
+    assert all(signature.startswith("(") and "->" in signature for signature in SIGNATURES.values())
