@@ -305,7 +305,7 @@ def _build(name: Any, options: BackboneOptions, pretrained: Any) -> BaseBackbone
         return _wrap(name, options, pretrained)
     text = os.fspath(name)
     if text.startswith("timm/"):
-        from deploykit.backbones.custom import build_timm
+        from deploykit.backbones.timm_models import build_timm
 
         return build_timm(text, options, pretrained)
     if os.sep in text or Path(text).exists():
@@ -318,7 +318,7 @@ def _build(name: Any, options: BackboneOptions, pretrained: Any) -> BaseBackbone
 def _wrap(module: nn.Module, options: BackboneOptions, pretrained: Any) -> BaseBackbone:
     """A user's own module, which decides everything but the size, the channels and the levels returned."""
     from deploykit.backbones.base import BackboneOptions
-    from deploykit.backbones.custom import wrap_module
+    from deploykit.backbones.user_module import wrap_module
 
     taken = BackboneOptions(
         image_size=options.image_size,

@@ -1,8 +1,12 @@
-"""Receptive fields of convolutional levels, and how dilation replaces stride."""
+"""Receptive fields and names of feature levels, and how dilation replaces stride."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+from deploykit.spec import FeatureLevel
 
 WHOLE_IMAGE = 0
 """The receptive field of a level in which each value sees the whole image."""
@@ -49,3 +53,21 @@ class DilationPlan:
             after = replace(self, dilation=self.dilation * stride)
             return after, 1, after.dilation
         return replace(self, stride=self.stride * stride), stride, self.dilation
+
+
+def levels_by_stride(strides: Sequence[int], channels: Sequence[int]) -> list[FeatureLevel]:
+    """Name and index levels by deploykit's convention, from strides in the order in which the maps are made."""
+    if len(strides) > 1 and len(set(strides)) == 1:
+        indices = list(range(len(strides)))
+        names = [f"block{index}" for index in indices]
+    else:
+        indices = []
+        for stride in strides:
+            by_stride = max(0, round(math.log2(stride)) - 1)
+            # A dilated stage keeps the stride of the one before it, and its own place.
+            indices.append(max(by_stride, indices[-1] + 1) if indices else by_stride)
+        names = ["stem" if index == 0 else f"stage{index}" for index in indices]
+    return [
+        FeatureLevel(name=name, index=index, channels=width, stride=stride, receptive_field=WHOLE_IMAGE)
+        for name, index, width, stride in zip(names, indices, channels, strides, strict=True)
+    ]

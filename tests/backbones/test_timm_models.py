@@ -1,13 +1,12 @@
-"""timm/<name> against timm itself, and modules of a user's own."""
+"""timm/<name> against timm itself."""
 
 import sys
 
 import pytest
 import torch
-from torch import nn
 
 from deploykit.backbones.base import BackboneOptions
-from deploykit.backbones.custom import build_timm, wrap_module
+from deploykit.backbones.timm_models import build_timm
 from deploykit.errors import MissingDependency, SpecError, WeightsError
 
 PYRAMID = [(0, "stem", 2), (1, "stage1", 4), (2, "stage2", 8), (3, "stage3", 16), (4, "stage4", 32)]
@@ -15,22 +14,6 @@ PYRAMID = [(0, "stem", 2), (1, "stage1", 4), (2, "stage2", 8), (3, "stage3", 16)
 
 def indices_names_strides(backbone):
     return [(level.index, level.name, level.stride) for level in backbone.feature_info]
-
-
-class Tiny(nn.Module):
-    """Three convolutions of stride 2 and whatever ``give`` makes of their maps."""
-
-    def __init__(self, give):
-        super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(width, 4, 3, stride=2, padding=1) for width in (1, 4, 4))
-        self.give = give
-
-    def forward(self, images):
-        maps = []
-        for conv in self.convs:
-            images = conv(images)
-            maps.append(images)
-        return self.give(maps)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "ghostnet_050"])
@@ -126,50 +109,3 @@ class _NoTimm:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == "timm":
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-
-def test_module_with_logits_is_a_classifier():
-    backbone = wrap_module(Tiny(lambda maps: maps[-1].mean((2, 3))), 32, in_channels=1, name="mine")
-    images = torch.randn(2, 1, 32, 32)
-    assert (backbone.name, backbone.spec.num_classes, backbone.spec.output_names) == ("mine", 4, ("logits",))
-    assert torch.equal(backbone(images), backbone.module(images))
-    assert list(backbone.forward_everything(images)) == ["logits"]
-
-
-@pytest.mark.parametrize("give", [list, tuple, lambda maps: list(reversed(maps))])
-def test_module_with_maps_is_a_pyramid_by_stride(give):
-    backbone = wrap_module(Tiny(give), (32, 64), in_channels=1)
-    features = backbone(torch.randn(2, 1, 32, 64))
-    assert indices_names_strides(backbone) == PYRAMID[:3]
-    assert [tuple(feature.shape) for feature in features.values()] == [(2, 4, 16, 32), (2, 4, 8, 16), (2, 4, 4, 8)]
-
-
-def test_module_with_a_dict_keeps_its_names_and_selects_levels():
-    backbone = wrap_module(
-        Tiny(lambda maps: {"deep": maps[2], "flat": maps[0]}), 32, in_channels=1, output_indices=(2,)
-    )
-    assert [level.name for level in backbone.all_levels] == ["flat", "deep"]
-    assert list(backbone(torch.zeros(1, 1, 32, 32))) == ["deep"]
-
-
-@pytest.mark.parametrize(
-    ("give", "size", "message"),
-    [
-        (lambda maps: (maps[0], maps[0].mean((2, 3))), 32, "expected one"),
-        (lambda maps: "text", 32, "expected one"),
-        (lambda maps: [], 32, "expected one"),
-        (lambda maps: maps[0].reshape(1, 7, -1), 32, "fails on images"),
-    ],
-)
-def test_module_that_gives_something_else_is_refused(give, size, message):
-    with pytest.raises(SpecError, match=message):
-        wrap_module(Tiny(give), size, in_channels=1)
-
-
-def test_module_is_probed_in_eval_mode_and_left_as_it_was_when_refused():
-    module = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.Flatten(0))
-    module[1].eval()
-    with pytest.raises(SpecError):
-        wrap_module(module, 8)
-    assert [part.training for part in module] == [True, False, True]
-    assert int(module[1].num_batches_tracked) == 0
