@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         WeightsError,
     )
     from deploykit.facade import create_backbone, export_backbone, load_bundle, verify_bundle
+    from deploykit.feature_dict import Features
     from deploykit.spec import (
         BackboneSpec,
         BatchRange,
@@ -60,6 +61,7 @@ _PUBLIC = {
     "PathAggregation": "backbones.necks",
     "WithNeck": "backbones.necks",
     "FeatureCache": "backbones.feature_cache",
+    "Features": "feature_dict",
     "compressed_activations": "backbones.activation_compression",
     "memory_efficient": "backbones.memory_efficient",
     "CalibrationSet": "calibration.images",
@@ -104,6 +106,7 @@ __all__ = [
     "FeatureLevel",
     "FeaturePyramid",
     "FeatureSelector",
+    "Features",
     "Fp16",
     "Fp32",
     "FusionError",

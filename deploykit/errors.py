@@ -4,6 +4,7 @@
 
     DeployKitError
     ├── SpecError            unknown name, bad option, bad input to a model
+    │   └── UnknownLevel     a feature level that is not there; also a KeyError
     ├── WeightsError         a checkpoint is missing, unreadable or does not fit
     ├── MissingDependency    an optional package is not installed
     ├── FusionError          a fusion pass broke its numeric contract
@@ -32,6 +33,13 @@ class DeployKitError(Exception):
 
 class SpecError(DeployKitError, ValueError):
     """An unknown name, an option out of range, or images that the model cannot take."""
+
+
+class UnknownLevel(SpecError, KeyError):
+    """A level that features do not have, by name or index; a KeyError too, as of any dict."""
+
+    def __str__(self) -> str:
+        return Exception.__str__(self)  # KeyError's own would quote the message
 
 
 class WeightsError(DeployKitError):

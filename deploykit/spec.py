@@ -68,6 +68,10 @@ class FeatureInfo(tuple[FeatureLevel, ...]):
         """The stride of each level, in input pixels."""
         return [level.stride for level in self]
 
+    def by_index(self) -> dict[int, str]:
+        """Each level's index, to its name."""
+        return {level.index: level.name for level in self}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:

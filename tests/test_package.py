@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "onnx", "onnxruntime", "openvino", "tensorrt_rtx", "PIL", "typer", "rich", "numpy")
 ROOMS = {
     "errors": 0,
+    "feature_dict": 0,
     "spec": 0,
     "npz": 0,
     "optional": 0,

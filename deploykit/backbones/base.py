@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
+from deploykit.backbones.feature_tree import register_features
 from deploykit.errors import SpecError, nearest
+from deploykit.feature_dict import Features
 from deploykit.runtimes.base import check_images
 from deploykit.spec import (
     BackboneSpec,
@@ -87,9 +89,10 @@ class BaseBackbone(nn.Module):
     """A vision backbone in torch, with the interface that every runtime has.
 
     ``model(images)`` takes ``(N, C, H, W)`` float32, normalised as
-    ``input_spec.preprocessing`` says. With ``features_only`` it returns a dict from level name to
-    ``(N, C, H/stride, W/stride)``, shallow to deep; otherwise ``(N, num_classes)`` logits, or the
-    pooled ``(N, D)`` embedding when ``num_classes=0``. NumPy in gives NumPy out, without autograd.
+    ``input_spec.preprocessing`` says. With ``features_only`` it returns `Features`, a dict from level name to
+    ``(N, C, H/stride, W/stride)`` that takes a level's index too, shallow to deep; otherwise
+    ``(N, num_classes)`` logits, or the pooled ``(N, D)`` embedding when ``num_classes=0``. NumPy in gives NumPy
+    out, without autograd.
 
     To make a family of your own: subclass, fill ``variants`` (name to a dataclass that has a
     ``pretrained: PretrainedSource | None``), and decorate with
@@ -197,7 +200,9 @@ class BaseBackbone(nn.Module):
         if self.spec.features_only:
             maps, _ = self.forward_levels(images, self._depth())
             by_name = {level.name: feature for level, feature in zip(self.all_levels, maps, strict=False)}
-            return {level.name: by_name[level.name] for level in self.feature_info}
+            return Features(
+                {level.name: by_name[level.name] for level in self.feature_info}, self.feature_info.by_index()
+            )
         _, trunk = self.forward_levels(images, len(self.all_levels))
         return self.forward_head(trunk)
 
@@ -360,12 +365,15 @@ class _StatisticsKept:
 
 
 def _to_numpy(outputs: Any) -> Any:
-    if isinstance(outputs, Mapping):
-        return {name: _to_numpy(output) for name, output in outputs.items()}
+    if isinstance(outputs, Features):
+        return outputs.map(_to_numpy)
     return outputs.float().cpu().numpy()
 
 
 def _to_float(outputs: Any) -> Any:
-    if isinstance(outputs, Mapping):
-        return {name: output.float() for name, output in outputs.items()}
+    if isinstance(outputs, Features):
+        return outputs.map(_to_float)
     return outputs.float()
+
+
+register_features()

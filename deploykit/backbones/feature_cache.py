@@ -20,11 +20,12 @@ from torch import Tensor
 from deploykit.backbones.base import BaseBackbone
 from deploykit.backbones.weights import weights_digest
 from deploykit.errors import SpecError
+from deploykit.feature_dict import Features
 from deploykit.npz import read_npz
 
 logger = logging.getLogger(__name__)
 
-Features: TypeAlias = dict[str, npt.NDArray[Any]]
+Entry: TypeAlias = dict[str, npt.NDArray[Any]]
 
 SUFFIX = ".npz"
 STALE_SECONDS = 3600.0
@@ -66,7 +67,7 @@ class FeatureCache:
         self.hits = 0
         self.misses = 0
         self._names = backbone.spec.output_names
-        self._memory: OrderedDict[str, Features] = OrderedDict()
+        self._memory: OrderedDict[str, Entry] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
         self._run_lock = threading.Lock()
@@ -103,9 +104,10 @@ class FeatureCache:
             self.misses += len(missing)
             self.hits += len(keys) - len(missing)
         stacked = {name: np.stack([found[key][name] for key in keys]) for name in self._names}
-        outputs: dict[str, Any] = dict(stacked)
+        outputs: Features[Any] = Features(stacked, self.backbone.feature_info.by_index())
         if isinstance(images, Tensor):
-            outputs = {name: torch.from_numpy(feature).to(images.device) for name, feature in stacked.items()}
+            device = images.device
+            outputs = outputs.map(lambda feature: torch.from_numpy(feature).to(device))
         return outputs if self.backbone.spec.features_only else outputs[self._names[0]]
 
     def clear(self) -> None:
@@ -135,7 +137,7 @@ class FeatureCache:
             return self._model_digest
 
     @staticmethod
-    def _positions(keys: list[str], found: dict[str, Features]) -> dict[str, int]:
+    def _positions(keys: list[str], found: dict[str, Entry]) -> dict[str, int]:
         """Each key that is not there, with the first position of its image in the batch."""
         missing: dict[str, int] = {}
         for position, key in enumerate(keys):
@@ -143,14 +145,14 @@ class FeatureCache:
                 missing.setdefault(key, position)
         return missing
 
-    def _recall(self, key: str) -> Features | None:
+    def _recall(self, key: str) -> Entry | None:
         with self._lock:
             entry = self._memory.get(key)
             if entry is not None:
                 self._memory.move_to_end(key)
             return entry
 
-    def _lookup(self, key: str) -> Features | None:
+    def _lookup(self, key: str) -> Entry | None:
         entry = self._recall(key)
         if entry is None and self._folder is not None:
             entry = self._folder.read(key, self._names)
@@ -158,7 +160,7 @@ class FeatureCache:
                 self._remember(key, entry)
         return entry
 
-    def _compute(self, images: npt.NDArray[Any], missing: dict[str, int]) -> dict[str, Features]:
+    def _compute(self, images: npt.NDArray[Any], missing: dict[str, int]) -> dict[str, Entry]:
         answer = self.backbone(np.ascontiguousarray(images[list(missing.values())]))
         outputs = answer if self.backbone.spec.features_only else {self._names[0]: answer}
         computed = {}
@@ -171,7 +173,7 @@ class FeatureCache:
                 self._folder.write(key, entry)
         return computed
 
-    def _remember(self, key: str, entry: Features) -> None:
+    def _remember(self, key: str, entry: Entry) -> None:
         size = _bytes_of(entry)
         if size > self.max_bytes:
             return
@@ -204,7 +206,7 @@ class _Folder:
                 path.unlink(missing_ok=True)
         self._bytes = sum(_size(path) for path in self._root.glob(f"*{SUFFIX}"))
 
-    def read(self, key: str, names: tuple[str, ...]) -> Features | None:
+    def read(self, key: str, names: tuple[str, ...]) -> Entry | None:
         path = self._root / f"{key}{SUFFIX}"
         try:
             stored = read_npz(path)
@@ -218,7 +220,7 @@ class _Folder:
             return None
         return entry
 
-    def write(self, key: str, entry: Features) -> None:
+    def write(self, key: str, entry: Entry) -> None:
         path = self._root / f"{key}{SUFFIX}"
         temporary: Path | None = None
         try:
@@ -258,7 +260,7 @@ class _Folder:
             path.unlink(missing_ok=True)
 
 
-def _bytes_of(entry: Features) -> int:
+def _bytes_of(entry: Entry) -> int:
     return sum(feature.nbytes for feature in entry.values())
 
 

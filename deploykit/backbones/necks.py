@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from deploykit.backbones.base import BaseBackbone, PretrainedSource
 from deploykit.backbones.features import WHOLE_IMAGE
 from deploykit.errors import SpecError, nearest
+from deploykit.feature_dict import Features
 from deploykit.spec import FeatureInfo, FeatureLevel, InputSpec
 
 
@@ -51,9 +52,10 @@ class FeatureSelector(Neck):
         kept = [replace(level, name=self.names[level.name]) for level in levels if level.name in self.names]
         self.feature_info = FeatureInfo(kept)
 
-    def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, features: Mapping[str, Tensor]) -> Features[Tensor]:
         """The chosen ``(N, C, H, W)`` maps, unchanged, in the order in which they came."""
-        return {self.names[name]: feature for name, feature in features.items() if name in self.names}
+        picked = {self.names[name]: feature for name, feature in features.items() if name in self.names}
+        return Features(picked, self.feature_info.by_index())
 
 
 class FeaturePyramid(Neck):
@@ -110,7 +112,7 @@ class FeaturePyramid(Neck):
             described.append(_output_level(last.index + 1, channels, last.stride * 2, field))
         return described
 
-    def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, features: Mapping[str, Tensor]) -> Features[Tensor]:
         """``(N, C, H/stride, W/stride)`` maps by level name to ``(N, channels, H/stride, W/stride)`` by ``p<k>``."""
         merged = [lateral(features[name]) for lateral, name in zip(self.lateral, self.inputs, strict=True)]
         for position in range(len(merged) - 2, -1, -1):
@@ -120,7 +122,7 @@ class FeaturePyramid(Neck):
         for position in range(self.extra_levels):
             last = outputs[-1]
             outputs.append(self.extra[position](last) if self.extra else F.max_pool2d(last, 1, stride=2))
-        return dict(zip(self.feature_info.names(), outputs, strict=True))
+        return Features(zip(self.feature_info.names(), outputs, strict=True), self.feature_info.by_index())
 
 
 class PathAggregation(Neck):
@@ -159,13 +161,13 @@ class PathAggregation(Neck):
             )
         return described
 
-    def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, features: Mapping[str, Tensor]) -> Features[Tensor]:
         """``(N, C, H/stride, W/stride)`` maps by level name to ``(N, channels, H/stride, W/stride)`` by ``n<k>``."""
         finest, *coarser = self.top_down(features).values()
         outputs = [finest]
         for pyramid, down, fuse in zip(coarser, self.down, self.fuse, strict=True):
             outputs.append(F.relu(fuse(pyramid + F.relu(down(outputs[-1])))))
-        return dict(zip(self.feature_info.names(), outputs, strict=True))
+        return Features(zip(self.feature_info.names(), outputs, strict=True), self.feature_info.by_index())
 
 
 class WithNeck(BaseBackbone):
@@ -199,7 +201,8 @@ class WithNeck(BaseBackbone):
         """See `BaseBackbone.forward_levels`; the state is the deepest map."""
         maps, _ = self.backbone.forward_levels(images, self.backbone._depth())
         by_name = {level.name: feature for level, feature in zip(self.backbone.all_levels, maps, strict=False)}
-        outputs = self.neck({level.name: by_name[level.name] for level in self.backbone.feature_info})
+        levels = self.backbone.feature_info
+        outputs = self.neck(Features({level.name: by_name[level.name] for level in levels}, levels.by_index()))
         features = list(outputs.values())
         return features[:depth], features[-1]
 

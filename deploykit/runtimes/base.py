@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deploykit.errors import DeployKitError, IncompatibleEngine, SaturationWarning, SpecError, nearest
+from deploykit.feature_dict import Features
 from deploykit.optional import installed_version, require
 from deploykit.processor import read_processor, this_processor
 from deploykit.spec import FeatureInfo, InputSpec, Int8, Precision, parse_precision
@@ -48,7 +49,7 @@ class Runtime(ABC):
     ``model(images)`` takes ``(N, C, H, W)`` float32, normalised as ``input_spec.preprocessing``
     says; or ``(N, H, W, C)`` uint8 pixels where ``input_spec.embeds_preprocessing``. NumPy in gives
     NumPy out, torch in gives torch out (on the CPU). With ``features_only``
-    the result is a dict from level name to ``(N, C, H/stride, W/stride)``; otherwise
+    the result is a dict from level name to ``(N, C, H/stride, W/stride)`` (`Features`); otherwise
     ``(N, num_classes)`` logits, or the ``(N, D)`` embedding. The caller owns every returned
     buffer. Calls are safe from several threads.
 
@@ -122,7 +123,7 @@ class Runtime(ABC):
         if to_caller is not None:
             outputs = [to_caller(output) for output in outputs]
         if self._features_only:
-            return dict(zip(self._output_names, outputs, strict=True))
+            return Features(zip(self._output_names, outputs, strict=True), self.feature_info.by_index())
         return outputs[0]
 
     def seen_on(self) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deploykit.errors import DeviceUnavailable, SpecError
+from deploykit.feature_dict import Features
 from deploykit.runtimes.base import FloatArray, check_images, check_shape, check_tensor
 from deploykit.spec import InputSpec, Precision, Preprocessing
 
@@ -147,7 +147,7 @@ class PixelBackbone(nn.Module):
 
 
 def _to_numpy(outputs: Any) -> Any:
-    """Tensors, or a dict of them, as float32 arrays."""
-    if isinstance(outputs, Mapping):
-        return {name: _to_numpy(output) for name, output in outputs.items()}
+    """Tensors, or features of them, as float32 arrays."""
+    if isinstance(outputs, Features):
+        return outputs.map(_to_numpy)
     return outputs.float().cpu().numpy()
