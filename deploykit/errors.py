@@ -15,8 +15,10 @@
     ├── DeviceUnavailable    the device asked for is not here
     └── ParityError          an engine's numbers are outside their budget
 
-    CalibrationWarning       images that calibrate badly: few, identical, constant or not normalised
-    SaturationWarning        an INT8 engine on a processor whose products of 8-bit weights saturate
+    DeployKitWarning
+    ├── WeightsWarning       a checkpoint holds more than was taken, or leaves something unsaid
+    ├── CalibrationWarning   images that calibrate badly: few, identical, constant or not normalised
+    └── SaturationWarning    an INT8 engine on a processor whose products of 8-bit weights saturate
 
 A message says what was observed, what was expected, and what to do.
 """
@@ -68,11 +70,19 @@ class CalibrationError(DeployKitError):
     """Images or settings from which no INT8 ranges can be had."""
 
 
-class CalibrationWarning(UserWarning):
+class DeployKitWarning(UserWarning):
+    """Root of the warnings: something that deploykit did, or saw, and that the caller should know."""
+
+
+class WeightsWarning(DeployKitWarning):
+    """A checkpoint holds more than was taken, or does not say something that was then assumed."""
+
+
+class CalibrationWarning(DeployKitWarning):
     """Images that give ranges, but bad ones: few, identical, constant or not normalised."""
 
 
-class SaturationWarning(UserWarning):
+class SaturationWarning(DeployKitWarning):
     """An INT8 engine was opened on a processor where its products can saturate, and its numbers differ."""
 
 

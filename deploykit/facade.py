@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from deploykit.backbones.request import is_module, make_request
 from deploykit.bundle import Manifest, is_bundle, open_bundle, read_manifest
-from deploykit.errors import BundleError, SpecError, nearest
+from deploykit.errors import SpecError, WeightsWarning, nearest
+from deploykit.labels import LabelSource, folder_labels
 from deploykit.parity.compare import compare
 from deploykit.parity.record import record_status
 from deploykit.parity.reference import ParityReference
@@ -23,16 +26,17 @@ from deploykit.spec import (
     BatchRange,
     BuildOptions,
     Precision,
+    Preprocessing,
     parse_batch,
-    parse_image_size,
     parse_precision,
 )
+from deploykit.unset import UNSET, Unset
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from deploykit.backbones.base import BackboneOptions, BaseBackbone
-    from deploykit.calibration.images import CalibrationSource
+    from deploykit.backbones.base import BaseBackbone
+    from deploykit.calibration.images import CalibrationSet, CalibrationSource
     from deploykit.export.pipeline import Progress
     from deploykit.export.request import ExportRequest
     from deploykit.runtimes.run_torch import PixelBackbone
@@ -44,14 +48,18 @@ def create_backbone(
     name: str | os.PathLike[str] | nn.Module,
     *,
     pretrained: bool | str | os.PathLike[str] = False,
-    features_only: bool = False,
-    output_indices: tuple[int, ...] | None = None,
+    checkpoint_key: str | None = None,
+    new_head: bool = False,
+    features_only: bool | Unset = UNSET,
+    output_indices: Sequence[int] | None = None,
     output_stride: int = 32,
-    num_classes: int = 1000,
-    in_channels: int = 3,
+    num_classes: int | Unset = UNSET,
+    in_channels: int | Unset = UNSET,
     image_size: int | tuple[int, int] | None = None,
     patch_size: int | None = None,
     hierarchical: bool | str = False,
+    labels: LabelSource | None = None,
+    preprocessing: Preprocessing | Mapping[str, Any] | None = None,
     runtime: str = "torch",
     precision: str | Precision = "fp32",
     calibration: CalibrationSource | None = None,
@@ -69,15 +77,20 @@ def create_backbone(
 
     Args:
         name: a variant, an alias, ``"timm/<name>"``, a module, or the folder of a bundle.
-        pretrained: True, a tag of the hub, or a ``.safetensors`` or ``.pth`` file.
-        features_only: return feature maps instead of logits.
+        pretrained: True, a tag of the hub, or a checkpoint file of your own.
+        checkpoint_key: which of several state dicts in the file, such as ``"state_dict_ema"``.
+        new_head: draw a new classifier for ``num_classes``, in place of that of the weights.
+        features_only: return feature maps instead of logits; ``hierarchical`` implies it.
         output_indices: which levels; index i of a pyramid has stride ``2 ** (i + 1)``. None: all.
         output_stride: 8, 16 or 32, by dilation, for the families that can.
-        num_classes: outputs of the classifier; 0 for the embedding.
-        in_channels: channels of the images.
+        num_classes: outputs of the classifier, 0 for the embedding; not given: those of the weights, else 1000.
+        in_channels: channels of the images; not given: those of the weights, else 3.
         image_size: pixels, an int or (height, width); None: the size of the weights.
         patch_size: another patch for a plain ViT.
         hierarchical: a pyramid of strides 4 to 32 from a plain ViT.
+        labels: the class names, in the order of the classes: a list, a mapping or a file; None: those of the weights.
+        preprocessing: how images were prepared in training, or a dict of some of its fields; None: as the
+            weights say.
         runtime: ``torch``, ``torch_compile``, ``onnxruntime``, ``openvino`` or ``tensorrt``.
         precision: ``fp32``, ``fp16``, ``bf16``, ``int8``, or its dataclass with settings.
         calibration: the images for INT8: a folder, files, an array, an iterable of batches.
@@ -91,7 +104,7 @@ def create_backbone(
     Raises:
         DeployKitError: see `deploykit.errors` for the tree; every message says what to do.
     """
-    if not _is_module(name) and is_bundle(Path(os.fspath(name))):  # type: ignore[arg-type]
+    if not is_module(name) and is_bundle(Path(os.fspath(name))):  # type: ignore[arg-type]
         return _open_asked(
             Path(os.fspath(name)),  # type: ignore[arg-type]
             runtime=runtime,
@@ -102,7 +115,10 @@ def create_backbone(
     if runtime != "torch" and runtime not in RUNTIMES:
         raise SpecError(f"unknown runtime {runtime!r}. {nearest(runtime, ['torch', *RUNTIMES])}")
     chosen, batch = parse_precision(precision), parse_batch(batch_size)
-    options = _options(
+    asked = make_request(
+        pretrained=pretrained,
+        checkpoint_key=checkpoint_key,
+        new_head=new_head,
         features_only=features_only,
         output_indices=output_indices,
         output_stride=output_stride,
@@ -111,8 +127,12 @@ def create_backbone(
         image_size=image_size,
         patch_size=patch_size,
         hierarchical=hierarchical,
+        labels=labels,
+        preprocessing=preprocessing,
     )
-    backbone = _build(name, options, pretrained)
+    from deploykit.backbones.build import build_any
+
+    backbone = build_any(name, asked)
     if runtime == "torch":
         return _in_torch(backbone, chosen, device, embed_preprocessing=embed_preprocessing)
     request = _request(
@@ -141,7 +161,6 @@ def export_backbone(
     target: str | None = None,
     portable: bool = False,
     build_options: BuildOptions = DEFAULT_BUILD,
-    pretrained: bool | str | os.PathLike[str] = False,
     overwrite: bool = False,
     skip_corrupt: bool = False,
     time_against_fp32: bool = False,
@@ -163,7 +182,6 @@ def export_backbone(
         target: as for `create_backbone`.
         portable: let the device that opens the bundle build its own engine, where the runtime has that form.
         build_options: GPUs and versions beside the target's that are to open a TensorRT plan, and a timing cache.
-        pretrained: as for `create_backbone`.
         overwrite: replace an existing bundle, once the new one is whole.
         skip_corrupt: leave unreadable calibration images out with a warning.
         time_against_fp32: time an INT8 engine beside FP32 of its runtime, and keep the ratio in the manifest,
@@ -172,14 +190,16 @@ def export_backbone(
         metric: your own figure of a model, higher is better, as a budget of the mixed-precision search; it may
             fall by ``Int8(max_metric_drop=...)``.
         progress: hears of each stage.
-        options: ``features_only``, ``output_indices`` and the other options of `create_backbone`.
+        options: ``pretrained``, ``num_classes``, ``labels`` and the other options of `create_backbone` that say which
+            backbone it is. Without ``labels``, a calibration folder with one subfolder a class gives the names.
 
     Raises:
         DeployKitError: see `deploykit.errors`; nothing is left at ``output`` then.
     """
+    from deploykit.backbones.build import build_any
     from deploykit.export.pipeline import export
 
-    backbone = _build(name, _options(**options), pretrained)
+    backbone = build_any(name, make_request(**options))
     request = _request(
         backbone,
         runtime=runtime,
@@ -270,75 +290,6 @@ def _open_asked(
     return load_bundle(folder, device=device)
 
 
-def _is_module(name: object) -> bool:
-    return hasattr(name, "state_dict")
-
-
-def _options(*, image_size: int | tuple[int, int] | None = None, **options: Any) -> BackboneOptions:
-    from deploykit.backbones.base import BackboneOptions
-
-    size = None if image_size is None else parse_image_size(image_size)
-    try:
-        return BackboneOptions(image_size=size, **options)
-    except TypeError as error:
-        raise SpecError(f"{error}. See create_backbone for the options.") from error
-
-
-def _build(name: Any, options: BackboneOptions, pretrained: Any) -> BaseBackbone:
-    """A name, a ``timm/`` name or a module, as a backbone with its weights."""
-    from deploykit.backbones.base import BackboneOptions, BaseBackbone
-    from deploykit.backbones.registry import build_backbone
-
-    if hasattr(name, "input_spec") and name.input_spec.embeds_preprocessing:
-        raise SpecError(
-            f"{name!r} embeds its preprocessing already; expected the backbone inside it. "
-            "Give model.backbone, and embed_preprocessing=True."
-        )
-    if isinstance(name, BaseBackbone):
-        if pretrained or options not in (BackboneOptions(), name.options):
-            raise SpecError(
-                f"{name.name} is a backbone already, built with {name.options}; expected no pretrained and no options "
-                "beside it. Give its name to build another."
-            )
-        return name
-    if _is_module(name):
-        return _wrap(name, options, pretrained)
-    text = os.fspath(name)
-    if text.startswith("timm/"):
-        from deploykit.backbones.timm_models import build_timm
-
-        return build_timm(text, options, pretrained)
-    if os.sep in text or Path(text).exists():
-        raise BundleError(
-            f"{text}: a path, but not a bundle (no manifest.json in it). Export one with deploykit export."
-        )
-    return build_backbone(text, options, pretrained)
-
-
-def _wrap(module: nn.Module, options: BackboneOptions, pretrained: Any) -> BaseBackbone:
-    """A user's own module, which decides everything but the size, the channels and the levels returned."""
-    from deploykit.backbones.base import BackboneOptions
-    from deploykit.backbones.user_module import wrap_module
-
-    taken = BackboneOptions(
-        image_size=options.image_size,
-        in_channels=options.in_channels,
-        output_indices=options.output_indices,
-        features_only=options.features_only,
-    )
-    if pretrained or options != taken:
-        raise SpecError(
-            "a module of your own comes with its weights and its head; expected image_size, in_channels and "
-            "output_indices beside it, and no other option."
-        )
-    return wrap_module(
-        module,
-        image_size=options.image_size or (224, 224),
-        in_channels=options.in_channels,
-        output_indices=options.output_indices,
-    )
-
-
 def _in_torch(
     backbone: BaseBackbone, precision: Precision, device: str, *, embed_preprocessing: bool
 ) -> BaseBackbone | PixelBackbone:
@@ -367,6 +318,7 @@ def _request(
     from deploykit.calibration.images import calibration_set
     from deploykit.export.request import ExportRequest, check_request
 
+    _warn_of_guess(backbone)
     images = None
     if calibration is not None:
         spec = backbone.input_spec.as_pixels() if embed_preprocessing else backbone.input_spec
@@ -383,9 +335,35 @@ def _request(
         portable=portable,
         build_options=build_options,
         cache=cache,
+        labels=_labels(backbone, calibration, images),
     )
     check_request(request)
     return request
+
+
+def _labels(
+    backbone: BaseBackbone, calibration: CalibrationSource | None, images: CalibrationSet | None
+) -> tuple[str, ...] | None:
+    """The class names of a backbone; else those of the class folders that it is calibrated with."""
+    if backbone.labels is not None or "logits" not in backbone.spec.output_names:
+        return backbone.labels
+    if images is None or not isinstance(calibration, (str, os.PathLike)) or not Path(calibration).is_dir():
+        return None
+    return folder_labels(Path(calibration), images.files, backbone.spec.num_classes)
+
+
+def _warn_of_guess(backbone: BaseBackbone) -> None:
+    """Say that an engine will be fed as the variant's weights are, where the user's own say nothing of it."""
+    if not backbone.guesses_preprocessing:
+        return
+    how = backbone.input_spec.preprocessing
+    warnings.warn(
+        f"{backbone.spec.weights} does not say how its images were prepared, so the engine takes {backbone.name}'s own "
+        f"preprocessing: mean {how.mean}, std {how.std}, {how.interpolation}, crop_pct {how.crop_pct}, crop_mode "
+        f"{how.crop_mode}. Fix: say how the weights were trained with preprocessing=, also where it is the same.",
+        WeightsWarning,
+        stacklevel=2,
+    )
 
 
 def _open_built(request: ExportRequest, *, device: str, cache: bool) -> Runtime:

@@ -35,7 +35,6 @@ from deploykit.export.to_onnx import to_onnx
 from deploykit.export.trace import output_names, trace
 from deploykit.fusion.pipeline import FusionRecord, export_passes, fuse
 from deploykit.graph import Graph
-from deploykit.labels import class_labels
 from deploykit.parity.reference import capture
 from deploykit.runtimes.base import FloatArray, ImageArray
 from deploykit.spec import InputSpec, Int8
@@ -153,7 +152,7 @@ def export(
             found.report.save(staging / SEARCH_FILE)
         if tried is not None:
             tried.save(staging / RECIPES_FILE)
-        _write_labels(request.backbone.spec.label_set, staging)
+        _write_labels(request.labels or request.backbone.labels, staging)
         return write_manifest(staging, replace(manifest, speedup=speed))
 
 
@@ -292,7 +291,6 @@ def _plan(request: ExportRequest, model: Any, probe: Any, progress: Progress) ->
     )
 
 
-def _write_labels(label_set: str | None, staging: Path) -> None:
-    labels = class_labels(label_set)
+def _write_labels(labels: tuple[str, ...] | None, staging: Path) -> None:
     if labels:
-        (staging / LABELS_FILE).write_text("\n".join(labels) + "\n")
+        (staging / LABELS_FILE).write_text("\n".join(labels) + "\n", encoding="utf-8")

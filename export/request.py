@@ -31,6 +31,7 @@ class ExportRequest:
     ``cache``: an INT8 plan that was made before, for whichever runtime, is used again.
     ``time_against_fp32``: an INT8 engine is timed beside FP32 of its runtime; the ratio, which differs from
     run to run, goes into the manifest. ``require_speedup``: it must not be slower.
+    ``labels``: the class names that the bundle carries, in the order of the logits.
     ``metric``: the user's own figure of a model, higher is better, for the mixed-precision search.
     """
 
@@ -48,6 +49,7 @@ class ExportRequest:
     time_against_fp32: bool = False
     require_speedup: bool = False
     metric: Callable[[Runtime], float] | None = None
+    labels: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.runtime in LOWERINGS:  # the torch runtime is refused later, with a message
@@ -106,6 +108,7 @@ def cache_parts(request: ExportRequest) -> dict[str, object]:
         "batch": request.batch if isinstance(request.batch, int) else asdict(request.batch),
         "calibration": request.calibration.digest if request.calibration is not None else None,
         "target": request.target,
+        "labels": request.labels,
         "portable": request.portable,
         "build_options": request.build_options,
         "tools": tool_versions(),

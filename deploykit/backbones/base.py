@@ -108,6 +108,8 @@ class BaseBackbone(nn.Module):
     """The fields of a variant that ``options.architecture`` may replace."""
     fixed_size: ClassVar[bool] = False
     """Whether a built module takes one image size only (absolute position embeddings, windows)."""
+    untrained_prefixes: ClassVar[tuple[str, ...]] = ()
+    """How the names of parameters begin that checkpoints of the variant lack, and that start random."""
     takes_patch_size: ClassVar[bool] = False
     """Whether ``patch_size`` and ``hierarchical`` mean something in the family (a plain ViT)."""
     runtime: ClassVar[str] = "torch"
@@ -116,6 +118,10 @@ class BaseBackbone(nn.Module):
     input_spec: InputSpec
     feature_info: FeatureInfo
     precision: Precision
+    labels: tuple[str, ...] | None = None
+    """The class names in the order of the logits; None where nobody has said them."""
+    guesses_preprocessing: bool = False
+    """Whether ``input_spec.preprocessing`` is the variant's, with weights of the user's own that say nothing of it."""
 
     def __init__(self, name: str, options: BackboneOptions) -> None:
         super().__init__()
@@ -247,6 +253,13 @@ class BaseBackbone(nn.Module):
         A family overrides it where a weight's shape follows the image or patch size.
         """
         return state
+
+    def image_size_in(self, state: Mapping[str, Tensor]) -> tuple[int, int] | None:
+        """The (height, width) in pixels that a checkpoint was trained at, where its shapes tell; else None.
+
+        A family overrides it where a weight's shape follows the image size.
+        """
+        return None
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory in training: recompute each stage in the backward pass (Chen et al. 2016).

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import TypeVar
+from dataclasses import fields, replace
+from typing import Any, TypeVar
 
 from deploykit.backbones.base import BackboneOptions, BaseBackbone
-from deploykit.backbones.weights import Pretrained, default_source, load_weights, resolve_source
+from deploykit.backbones.fit import layout_of, settle_channels, settle_classes
+from deploykit.backbones.request import BackboneRequest, Pretrained, completed
+from deploykit.backbones.weights import default_source, load_weights, open_weights, resolve_source
 from deploykit.errors import SpecError, nearest
+from deploykit.labels import check_count, parse_labels
+from deploykit.unset import UNSET
 
 FAMILIES: dict[str, str] = {
     "resnet": "deploykit.backbones.resnet:ResNet",
@@ -100,7 +104,7 @@ def build_backbone(name: str, options: BackboneOptions, pretrained: Pretrained =
 
     Args:
         name: a variant or an alias.
-        options: what shapes the module.
+        options: what shapes the module; weights for other classes are refused.
         pretrained: True, a tag of the variant's weights, or a checkpoint file. ``spec.weights`` then
             names the tag or the file, and ``input_spec.preprocessing`` is that of the weights.
 
@@ -108,14 +112,75 @@ def build_backbone(name: str, options: BackboneOptions, pretrained: Pretrained =
         SpecError: an unknown name, or options that the family cannot make.
         WeightsError: weights that cannot be had or do not fit.
     """
+    asked = {field.name: getattr(options, field.name) for field in fields(options) if field.name != "architecture"}
+    return build_requested(name, BackboneRequest(**asked, pretrained=pretrained), options.architecture)
+
+
+def build_requested(
+    name: str, request: BackboneRequest, architecture: tuple[tuple[str, Any], ...] = ()
+) -> BaseBackbone:
+    """Build what was asked for, in eval mode; what was left open is what the weights say.
+
+    Args:
+        name: a variant or an alias.
+        request: the options.
+        architecture: fields of the variant that differ from its table.
+
+    Raises:
+        SpecError: an unknown name, options that the family cannot make, or labels for other classes.
+        WeightsError: weights that cannot be had, do not fit, or disagree with what was asked for.
+    """
     resolved = resolve_name(name)
     family = _classes()[resolved]
-    weights = resolve_source(resolved, pretrained, default_source(family, resolved))
+    options = open_options(request, architecture)
+    weights = resolve_source(resolved, request.pretrained, default_source(family, resolved))
     if weights is None:
-        return build(resolved, options)
-    model = build(resolved, replace(options, architecture=weights.architecture))
-    load_weights(model, weights)
+        model = build(resolved, options)
+    else:
+        options = replace(options, architecture=architecture or weights.architecture)
+        layout = layout_of(family, resolved, options)
+        opened = open_weights(weights, resolved, layout, request.checkpoint_key)
+        options = replace(
+            options,
+            num_classes=settle_classes(request, opened.found, layout, opened.tag),
+            in_channels=settle_channels(request, opened.found, layout, opened.tag),
+            image_size=request.image_size or opened.config.image_size or layout.image_size_in(opened.found.tensors),
+        )
+        model = build(resolved, options)
+        load_weights(model, opened, layout, new_head=request.new_head)
+    describe(model, request)
     return model
+
+
+def open_options(request: BackboneRequest, architecture: tuple[tuple[str, Any], ...] = ()) -> BackboneOptions:
+    """The options of a module, with the defaults where they were left open."""
+    given = {"num_classes": request.num_classes, "in_channels": request.in_channels}
+    return BackboneOptions(
+        features_only=request.gives_features,
+        output_indices=request.output_indices,
+        output_stride=request.output_stride,
+        image_size=request.image_size,
+        patch_size=request.patch_size,
+        hierarchical=request.hierarchical,
+        architecture=architecture,
+        **{name: value for name, value in given.items() if value is not UNSET},
+    )
+
+
+def describe(model: BaseBackbone, request: BackboneRequest) -> None:
+    """Give a backbone the class names and the preprocessing that were asked for.
+
+    Raises:
+        SpecError: not one name for each class, or a preprocessing for other channels.
+    """
+    if request.labels is not None:
+        labels = parse_labels(request.labels)
+        check_count(labels, model.spec.num_classes)
+        model.labels = labels
+        model.spec = replace(model.spec, label_set=None)
+    if request.preprocessing is not None:
+        model.set_preprocessing(completed(request.preprocessing, model.input_spec))
+        model.guesses_preprocessing = False
 
 
 def _classes() -> dict[str, type[BaseBackbone]]:

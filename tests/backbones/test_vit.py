@@ -79,17 +79,21 @@ def test_a_checkpoint_of_the_same_size_is_not_resampled():
     assert all(torch.equal(adapted[name], value) for name, value in saved.items())
 
 
-def test_weights_published_without_a_classifier_load_with_a_fresh_one():
-    name, size = "vit_small_patch14_dinov2", (28, 42)
-    published = Shallow(name, BackboneOptions(num_classes=0, image_size=size)).state_dict()
-    pyramid = Shallow(name, BackboneOptions(features_only=True, image_size=size))
-    pyramid.load_state_dict(pyramid.adapt_state_dict(published), strict=True)
-    classifier = Shallow(name, BackboneOptions(num_classes=5, image_size=size))
-    with pytest.warns(UserWarning, match=r"no classifier: head\.weight, head\.bias"):
-        classifier.load_state_dict(classifier.adapt_state_dict(published), strict=True)
-    labelled = Shallow(TINY, BackboneOptions(image_size=(32, 32)))
-    headless = {key: value for key, value in labelled.state_dict().items() if not key.startswith("head.")}
-    assert "head.weight" not in labelled.adapt_state_dict(headless)
+def test_a_checkpoint_without_a_classifier_loads_as_the_embedding_and_is_never_given_one(tmp_path):
+    trunk = Shallow(TINY, BackboneOptions(num_classes=0, image_size=(32, 48))).state_dict()
+    assert trunk.keys() == Shallow(TINY, BackboneOptions(num_classes=0)).adapt_state_dict(trunk).keys()
+    classifier = Shallow(TINY, BackboneOptions(image_size=(32, 48)))
+    assert "head.weight" not in classifier.adapt_state_dict(trunk)
+
+
+@pytest.mark.parametrize(("name", "side"), [(TINY, 64), (TINY, 384), ("vit_small_patch14_reg4_dinov2", 70)])
+def test_the_image_size_is_read_from_the_position_embeddings(name, side):
+    saved = Shallow(name, BackboneOptions(image_size=(side, side))).state_dict()
+    model = Shallow(name, BackboneOptions())
+    assert model.image_size_in(saved) == (side, side)
+    assert model.image_size_in(model.state_dict()) is None
+    assert Shallow(name, BackboneOptions(patch_size=8, image_size=(64, 64))).image_size_in(saved) == (side, side)
+    assert model.image_size_in({}) is None
 
 
 def test_levels_are_blocks_and_the_last_three_are_the_default():

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from deploykit.backbones import weight_packages
 from deploykit.backbones.base import BackboneOptions
-from deploykit.backbones.registry import build, build_backbone
+from deploykit.backbones.registry import build, build_backbone, build_requested
+from deploykit.backbones.request import BackboneRequest
 from deploykit.backbones.weight_packages import EFFICIENTNET_LITE0, ENTRY_POINT_GROUP, WeightsOffer
 from deploykit.backbones.weights import load_pretrained, weights_digest
 from deploykit.errors import WeightsError
@@ -349,12 +350,14 @@ def test_an_unknown_suffix_is_a_weights_error(tmp_path):
 @pytest.mark.parametrize(
     "name", ["resnet18", "efficientnet_lite0", pytest.param("resnetv2_50", marks=pytest.mark.slow)]
 )
-def test_another_number_of_classes_keeps_a_fresh_classifier_and_warns(tmp_path, name):
+def test_another_number_of_classes_is_refused_unless_a_new_head_is_asked_for(tmp_path, name):
     source = randomize(build(name, SMALL))
     save_file(source.state_dict(), str(tmp_path / "model.safetensors"))
-    with pytest.warns(UserWarning, match=r"num_classes=10: \S+weight, \S+bias keep their fresh"):
-        model = build_backbone(name, BackboneOptions(num_classes=10), tmp_path / "model.safetensors")
-    assert model.spec.label_set is None
+    with pytest.raises(WeightsError, match=r"1000 classes \(\S+weight .*num_classes=10 was asked for.*new_head=True"):
+        build_backbone(name, BackboneOptions(num_classes=10), tmp_path / "model.safetensors")
+    request = BackboneRequest(num_classes=10, new_head=True, pretrained=tmp_path / "model.safetensors")
+    model = build_requested(name, request)
+    assert (model.spec.label_set, model.spec.num_classes, model.labels) == (None, 10, None)
     assert torch.equal(_trunk(model), _trunk(source.eval()))
 
 

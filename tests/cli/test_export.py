@@ -30,7 +30,12 @@ def test_a_checkpoint_becomes_a_bundle_and_the_last_lines_say_what_is_next(call,
     assert "status parity_checked" in done.out
     assert all(f"│ {level} " in done.out for level in ("stem", "stage4", "logits"))
     assert done.out.splitlines()[-2:] == [f"Next: deploykit verify {folder}", f"      deploykit run {folder} IMAGE"]
-    assert [line.split("] ")[0][-3:] for line in done.err.splitlines()] == [f"{count}/9" for count in range(1, 10)]
+    told = [line for line in done.err.splitlines() if line.startswith("warning: ")]
+    assert [line.split(" so the")[0] for line in told] == [
+        "warning: mine.pth does not say how its images were prepared,"
+    ]
+    stages = [line for line in done.err.splitlines() if line not in told]
+    assert [line.split("] ")[0][-3:] for line in stages] == [f"{count}/9" for count in range(1, 10)]
     manifest = read_manifest(tmp_path / folder)
     assert manifest.backbone.weights == "mine.pth"
     assert (manifest.backbone.num_classes, manifest.input.height, manifest.input.width) == (7, 48, 64)

@@ -1,0 +1,84 @@
+"""Build a backbone from whatever names it: a variant, a timm model, a module, or a backbone that exists."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from deploykit.backbones.base import BaseBackbone
+from deploykit.backbones.registry import build_requested, describe
+from deploykit.backbones.request import BackboneRequest, is_module
+from deploykit.backbones.timm_models import build_requested_timm
+from deploykit.backbones.user_module import wrap_module
+from deploykit.errors import BundleError, SpecError
+from deploykit.unset import UNSET
+
+
+def build_any(name: Any, asked: BackboneRequest) -> BaseBackbone:
+    """A name, a ``timm/`` name or a module, as a backbone with its weights, labels and preprocessing.
+
+    Raises:
+        SpecError: an unknown name, or options that do not go with it.
+        WeightsError: weights that cannot be had, do not fit, or disagree with what was asked for.
+        BundleError: the name is a path.
+    """
+    if hasattr(name, "input_spec") and name.input_spec.embeds_preprocessing:
+        raise SpecError(
+            f"{name!r} embeds its preprocessing already; expected the backbone inside it. "
+            "Give model.backbone, and embed_preprocessing=True."
+        )
+    if isinstance(name, BaseBackbone):
+        return _as_built(name, asked)
+    if is_module(name):
+        return _wrap(name, asked)
+    text = os.fspath(name)
+    if text.startswith("timm/"):
+        return build_requested_timm(text, asked)
+    if os.sep in text or Path(text).exists():
+        raise BundleError(
+            f"{text}: a path, but not a bundle (no manifest.json in it). Export one with deploykit export."
+        )
+    return build_requested(text, asked)
+
+
+def _as_built(backbone: BaseBackbone, asked: BackboneRequest) -> BaseBackbone:
+    """A backbone that exists, under other labels or another preprocessing where they were asked for."""
+    described = {"labels", "preprocessing"}
+    differing = [
+        f"{option}={getattr(asked, option)!r}"
+        for option in sorted(asked.given() - described)
+        if getattr(backbone.options, option, UNSET) != getattr(asked, option)
+    ]
+    if differing:
+        raise SpecError(
+            f"{backbone.name} is a backbone already, built with {backbone.options}; expected no other options "
+            f"beside it than {' and '.join(sorted(described))}, and got {', '.join(differing)}. "
+            "Give its name to build another."
+        )
+    if not asked.given() & described:
+        return backbone
+    other = copy.copy(backbone)  # shares the weights; the caller's own stays as it is
+    describe(other, asked)
+    return other
+
+
+def _wrap(module: nn.Module, asked: BackboneRequest) -> BaseBackbone:
+    """A user's own module, which decides everything but the size, the channels and the levels returned."""
+    taken = {"image_size", "in_channels", "output_indices", "features_only", "labels", "preprocessing"}
+    if refused := sorted(asked.given() - taken):
+        raise SpecError(
+            "a module of your own comes with its weights and its head; expected image_size, in_channels, "
+            f"output_indices, labels and preprocessing beside it, and got {', '.join(refused)} too. Leave out the rest."
+        )
+    backbone = wrap_module(
+        module,
+        image_size=asked.image_size or (224, 224),
+        in_channels=3 if asked.in_channels is UNSET else asked.in_channels,
+        output_indices=asked.output_indices,
+    )
+    describe(backbone, asked)
+    return backbone
