@@ -26,6 +26,7 @@ A message says what was observed, what was expected, and what to do.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -104,6 +105,19 @@ class DeviceUnavailable(DeployKitError):
 
 class ParityError(DeployKitError):
     """An engine's numbers are outside their budget."""
+
+
+_TERMINAL_CODES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
+
+
+def plain_reason(error: BaseException, *, limit: int = 300) -> str:
+    """Say in one line why another library failed: the first line of its message, without terminal codes.
+
+    At most ``limit`` characters; the type's name where there is no message.
+    """
+    lines = [line.strip() for line in _TERMINAL_CODES.sub("", str(error)).splitlines() if line.strip()]
+    text = (lines[0] if lines else type(error).__name__).rstrip(".")
+    return text if len(text) <= limit else f"{text[:limit].rstrip()} ..."
 
 
 def nearest(name: str, known: Iterable[str], *, limit: int = 3) -> str:

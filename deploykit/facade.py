@@ -255,6 +255,7 @@ def verify_bundle(folder: str | os.PathLike[str], *, device: str = "auto", recor
             found,
             min_sqnr_db=model.precision.min_sqnr_db,
             min_top1_agreement=model.precision.min_top1_agreement,
+            logits=reference.logits,
         )
         report = ParityReport(
             runtime=model.runtime,

@@ -13,6 +13,7 @@ from deploykit.calibration.precision import check_images_given
 from deploykit.calibration.recipes import with_recipe
 from deploykit.errors import SpecError
 from deploykit.export.lowering import LOWERINGS, check_build_options, check_portable, check_target, settled
+from deploykit.export.network_digest import network_digest
 from deploykit.optional import installed_version, require
 from deploykit.runtimes.base import Runtime, load_runtime
 from deploykit.spec import DEFAULT_BUILD, Batch, BuildOptions, InputSpec, Int8, Precision
@@ -88,7 +89,7 @@ def check_request(request: ExportRequest) -> None:
     if isinstance(request.precision, Int8):
         with_recipe(request.precision, request.backbone.family)
     spec = request.backbone.spec
-    if request.precision.min_top1_agreement is not None and "logits" not in spec.output_names:
+    if request.precision.min_top1_agreement is not None and (spec.features_only or spec.num_classes == 0):
         raise SpecError(
             f"min_top1_agreement needs logits, and this engine gives {', '.join(spec.output_names)}. "
             "Leave it out for features and embeddings."
@@ -101,6 +102,7 @@ def cache_parts(request: ExportRequest) -> dict[str, object]:
     return {
         "backbone": asdict(request.backbone.spec),
         "weights": weights_digest(request.backbone),
+        "network": network_digest(request.backbone, engine_input(request).as_images()),
         "input": asdict(engine_input(request)),
         "runtime": request.runtime,
         "runtime_version": installed_version(runtime_package),

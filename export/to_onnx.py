@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 
 import onnx
 import onnx_ir as ir
@@ -14,12 +11,17 @@ import onnx_ir.passes.common as passes
 import torch
 
 from deploykit.backbones.attention import TRANSPOSED, onnx_translations
-from deploykit.errors import ExportError
+from deploykit.errors import ExportError, plain_reason
+from deploykit.export.output_names import name_outputs
+from deploykit.fusion.locate import describe_node
+from deploykit.fusion.quiet import quiet_torch
 from deploykit.optional import require
 from deploykit.spec import BATCH_DIM, InputSpec
 
 OPSET = 21
 """The opset of every master graph: the first whose Q/DQ nodes have all integer types."""
+
+_FAILED_NODE = re.compile(r"translating node %(\w+)")
 
 
 def to_onnx(program: torch.export.ExportedProgram, spec: InputSpec, outputs: Sequence[str]) -> onnx.ModelProto:
@@ -34,24 +36,26 @@ def to_onnx(program: torch.export.ExportedProgram, spec: InputSpec, outputs: Seq
         ExportError: an operator has no ONNX form.
     """
     try:
-        with _quiet():
+        with quiet_torch():
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
                 input_names=[spec.name],
-                output_names=list(outputs),
+                # Names that no tensor of the network has; the optimizer goes by names.
+                output_names=[f"deploykit_output_{position}" for position in range(len(outputs))],
                 opset_version=OPSET,
                 optimize=True,
                 custom_translation_table=onnx_translations(),
             )
     except Exception as error:  # the exporter raises its own internal types
         raise ExportError(
-            f"the backbone has no ONNX form: {str(error).strip().splitlines()[0]}. "
-            "Replace the operator that the message names, or report it."
+            f"the backbone has no ONNX form: {_why(error, program)}. Fix: write that part of the network with "
+            "operators that have one."
         ) from error
     if exported is None:
         raise ExportError("torch's ONNX exporter gave no program. Report it with the backbone's name.")
     _name_weights(exported.model, program)
+    name_outputs(exported.model, outputs)
     return _tidy(exported.model, spec)
 
 
@@ -78,7 +82,12 @@ def _tidy(model: ir.Model, spec: InputSpec) -> onnx.ModelProto:
     model.producer_name, model.producer_version = "deploykit", ""
     model.graph.name = "backbone"
     proto = ir.to_proto(model)
-    onnx.checker.check_model(proto)
+    try:
+        onnx.checker.check_model(proto)
+    except onnx.checker.ValidationError as error:
+        raise ExportError(
+            f"torch's ONNX exporter wrote an invalid graph: {plain_reason(error)}. Report it with the network."
+        ) from error
     return proto
 
 
@@ -89,15 +98,15 @@ def _rename_batch(model: ir.Model) -> None:
             value.shape = ir.Shape([BATCH_DIM, *shape[1:]])
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's progress lines and its own deprecation warnings off the user's terminal."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+def _why(error: BaseException, program: torch.export.ExportedProgram) -> str:
+    """The operator that the exporter could not write, where it stands, and its reason."""
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    reason = plain_reason(chain[-1])
+    nodes = {node.name: node for node in program.graph.nodes}
+    for each in reversed(chain):
+        named = _FAILED_NODE.search(str(each))
+        if named and named[1] in nodes:
+            return f"{describe_node(nodes[named[1]])} ({reason})"
+    return reason

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
 from deploykit.backbones.base import BaseBackbone
+from deploykit.backbones.inference_copy import inference_copy
+from deploykit.backbones.random_state import kept_random_states
+from deploykit.errors import ExportError
+from deploykit.export.purity import check_no_batch_statistics, check_no_random_operators, check_repeatable
+from deploykit.fusion.functional_form import functional_form
 from deploykit.fusion.program import export_program
 from deploykit.spec import InputSpec
 
@@ -33,8 +36,21 @@ def output_names(backbone: BaseBackbone) -> tuple[str, ...]:
 def trace(backbone: BaseBackbone, spec: InputSpec) -> torch.export.ExportedProgram:
     """Trace a backbone in eval mode for one image size and a static or dynamic batch.
 
+    The program writes nothing in place, and an image's outputs depend on that image alone.
+
     Raises:
-        ExportError: torch cannot trace it; the message carries torch's reason.
+        SpecError: part of the backbone is TorchScript, or it does not run in float32 on the CPU.
+        ExportError: torch cannot trace it (the message carries torch's reason), or it does not give the same
+            numbers twice; the message names the operator or the submodule.
     """
-    module = Everything(copy.deepcopy(backbone).eval().float().requires_grad_(False))
-    return export_program(module, spec)
+    with kept_random_states():
+        twin = inference_copy(backbone)
+        try:
+            program = export_program(Everything(twin), spec)
+        except ExportError:
+            check_repeatable(twin)  # a branch on a random number is the better reason
+            raise
+    check_no_random_operators(program.graph_module)
+    check_no_batch_statistics(program.graph_module)
+    check_repeatable(twin)
+    return functional_form(program, spec)

@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import chain, count
 from types import TracebackType
 from typing import Any, ClassVar, TypeVar
 
@@ -20,6 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
 from deploykit.backbones.feature_tree import register_features
+from deploykit.backbones.module_copy import copy_module, detached
 from deploykit.errors import SpecError, nearest
 from deploykit.feature_dict import Features
 from deploykit.runtimes.base import check_images
@@ -35,6 +37,8 @@ from deploykit.spec import (
 )
 
 Backbone = TypeVar("Backbone", bound="BaseBackbone")
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 PYRAMIDS = ("resample", "simple_feature_pyramid")
 """How a plain ViT makes levels of stride 4, 8, 16, 32: without parameters, or ViTDet's module."""
@@ -176,7 +180,11 @@ class BaseBackbone(nn.Module):
         channels, (height, width) = self.spec.in_channels, self.spec.image_size
         if len(preprocessing.mean) != channels:
             preprocessing = replace(preprocessing, mean=(0.5,) * channels, std=(0.5,) * channels)
+        names = {level.name for level in self.all_levels}
+        candidates = chain([InputSpec.name], map("input_{}".format, count()))
         self.input_spec = InputSpec(
+            # A name in a graph stands for one tensor, and a user's level may have the input's.
+            name=next(name for name in candidates if name not in names),
             batch=BatchRange(max=2**31 - 1),
             channels=channels,
             height=height,
@@ -235,17 +243,27 @@ class BaseBackbone(nn.Module):
             return super().__call__(images, *args, **kwargs)
         if isinstance(images, np.ndarray):
             with torch.inference_mode():
-                checked = torch.from_numpy(check_images(images, self._spec_for(images.shape)))
-                return _to_numpy(self(checked.to(next(self.parameters()).device)))
+                # A copy: torch warns at memory that it may not write, and a module may write into its input.
+                checked = torch.tensor(check_images(images, self._spec_for(images.shape)))
+                return _to_numpy(self(checked.to(computes_in(self).device)))
         self._check_tensor(images)
-        dtype = next(self.parameters()).dtype
+        dtype = computes_in(self).dtype
         outputs = super().__call__(images.to(dtype), *args, **kwargs)
         return outputs if dtype == torch.float32 else _to_float(outputs)
 
     @property
     def device(self) -> str:
         """Where the parameters are: ``"cpu"``, ``"cuda:0"``."""
-        return str(next(self.parameters()).device)
+        return str(computes_in(self).device)
+
+    def placed(self: Backbone, dtype: torch.dtype, device: torch.device | None = None) -> Backbone:
+        """Return itself where it computes in a dtype and on a device (None: any); otherwise a copy that does."""
+        now = computes_in(self)
+        if dtype == now.dtype and device in (None, now.device):
+            return self
+        copied = copy_module(self, detached(dtype, device))
+        assert isinstance(copied, type(self))  # noqa: S101  (a copy has its original's type)
+        return copied
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A checkpoint of the variant as it fits this module's options; called before a strict load.
@@ -353,6 +371,12 @@ class BaseBackbone(nn.Module):
                 f"the images are {tuple(images.shape)} {images.dtype}; "
                 f"expected {spec.shape} torch.float32 {spec.layout}."
             )
+
+
+def computes_in(module: nn.Module) -> Tensor:
+    """The tensor whose dtype and device a module computes in: its first parameter, or buffer, in floating point."""
+    tensors = chain(module.parameters(), module.buffers())
+    return next((tensor for tensor in tensors if tensor.dtype in FLOATS), torch.zeros(()))
 
 
 class _StatisticsKept:

@@ -9,14 +9,26 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deploykit.backbones.base import BackboneOptions, BaseBackbone, PretrainedSource
+from deploykit.backbones.base import BackboneOptions, BaseBackbone, PretrainedSource, computes_in
 from deploykit.backbones.features import levels_by_stride
-from deploykit.errors import SpecError
+from deploykit.backbones.module_checks import check_module
+from deploykit.backbones.module_copy import copy_module, detached, share, unwrapped
+from deploykit.backbones.module_outputs import (
+    check_follows_batch,
+    check_outputs,
+    is_positional,
+    named_outputs,
+)
+from deploykit.backbones.random_state import kept_random_states
+from deploykit.errors import SpecError, plain_reason
 from deploykit.spec import FeatureLevel, Preprocessing, parse_image_size
 
 
 class ModuleBackbone(BaseBackbone):
-    """A user's own module behind deploykit's interface; see `wrap_module`."""
+    """A user's own module behind deploykit's interface; see `wrap_module`.
+
+    ``module`` is a copy that shares the original's parameters and buffers, and has a mode of its own.
+    """
 
     family: ClassVar[str] = "custom"
     variants: ClassVar[Mapping[str, Any]] = {}
@@ -43,7 +55,8 @@ class ModuleBackbone(BaseBackbone):
 
     def forward_levels(self, images: Tensor, depth: int) -> tuple[list[Tensor], Tensor]:
         """See `BaseBackbone.forward_levels`; the whole module runs, and its logits are the state."""
-        outputs = list(_named_outputs(self.module(images)).values())
+        # A copy of the images: the module may work in place on its input, which is the caller's.
+        outputs = list(named_outputs(self.module(images.clone())).values())
         if not self.all_levels:
             return [], outputs[0]
         maps = [outputs[position] for position in self._order[:depth]]
@@ -74,15 +87,16 @@ def wrap_module(
     output_indices: tuple[int, ...] | None = None,
     preprocessing: Preprocessing = Preprocessing(),
 ) -> BaseBackbone:
-    """A module of your own as a backbone, in eval mode; the module is shared, not copied.
+    """Wrap a module of your own as a backbone in eval mode; the parameters are shared, not copied.
 
-    It runs once on zeros to see what it gives. ``(N, D)`` is taken for logits of D classes. A map
-    ``(N, C, H, W)``, or a list, tuple or dict of maps, becomes levels: strides from the sizes, a dict's
-    names as they are, other names and all indices by deploykit's convention (stem, stage1, ...; or
-    block0, ... when all strides are equal). The image size is fixed from then on.
+    Yours keeps its mode, its hooks and its state. A copy runs on zeros to see what it gives. ``(N, D)`` is
+    taken for logits of D classes. A map ``(N, C, H, W)``, or maps nested in lists, tuples, dicts or
+    dataclasses, become levels: strides from the sizes, names from the keys (joined by dots), other names and
+    all indices by deploykit's convention (stem, stage1, ...; or block0, ... when all strides are equal). The
+    image size is fixed from then on.
 
     Args:
-        module: takes ``(N, in_channels, H, W)`` float32.
+        module: takes ``(N, in_channels, H, W)``.
         image_size: pixels, or ``(height, width)``.
         in_channels: channels of an image.
         name: of the backbone; None: the module's class name in lower case.
@@ -90,12 +104,15 @@ def wrap_module(
         preprocessing: how the module's weights expect a photograph.
 
     Raises:
-        SpecError: the module fails on zeros, has no parameters, or gives something else.
+        SpecError: the module fails on zeros, has no weights, takes more than the images, is quantized, or
+            gives something else; the message names what is at fault.
     """
     if isinstance(module, BaseBackbone):
         return module
     size = parse_image_size(image_size)
+    module = unwrapped(module)
     name = name or type(module).__name__.lower()
+    check_module(module, name)
     outputs = _probe(module, name, (1, in_channels, *size))
     maps = [output for output in outputs.values() if output.dim() == 4]
     order: list[int] = []
@@ -109,45 +126,39 @@ def wrap_module(
         in_channels=in_channels,
         image_size=size,
     )
-    return ModuleBackbone(name, options, module, levels=levels, order=order, preprocessing=preprocessing).eval()
+    own = copy_module(module, share)
+    return ModuleBackbone(name, options, own, levels=levels, order=order, preprocessing=preprocessing).eval()
 
 
 def _probe(module: nn.Module, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
-    parameter = next(module.parameters(), None)
-    if parameter is None:
-        raise SpecError(f"{name} has no parameters; expected a network. Wrap the module that holds the weights.")
-    training = {part: part.training for part in module.modules()}
-    zeros = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
-    try:
-        with torch.no_grad():
-            raw = module.eval()(zeros)
-    except Exception as error:  # the user's own code
-        raise SpecError(
-            f"{name} fails on images {shape}: {error}. Check image_size and in_channels of wrap_module()."
-        ) from error
-    finally:
-        for part, mode in training.items():
-            part.training = mode
-    outputs = _named_outputs(raw)
-    shapes = {key: tuple(output.shape) if isinstance(output, Tensor) else None for key, output in outputs.items()}
-    all_maps = all(found is not None and len(found) == 4 and found[0] == shape[0] for found in shapes.values())
-    logits = len(shapes) == 1 and all(found is not None and len(found) == 2 for found in shapes.values())
-    if not shapes or not (all_maps or logits):
-        found = shapes or type(raw).__name__
-        raise SpecError(
-            f"{name} gives {found} for images {shape}; expected one (N, D) tensor, or one or more (N, C, H, W) maps. "
-            "Wrap it in a module that returns only those."
-        )
+    """Run a copy on one image of zeros, and on two to tell constants; what it gave for the one."""
+    twin = copy_module(module, detached())
+    anchor = computes_in(twin)
+    zeros = torch.zeros((2, *shape[1:]), dtype=anchor.dtype, device=anchor.device)
+    with kept_random_states(), torch.no_grad():
+        try:
+            raw = twin.eval()(zeros[:1].clone())
+        except Exception as error:  # the user's own code
+            raise SpecError(
+                f"{name} fails on images {shape}: {plain_reason(error)}. {_devices(twin)}"
+                "Check image_size and in_channels of wrap_module()."
+            ) from error
+        outputs = named_outputs(raw)
+        check_outputs(outputs, name, shape)
+        try:
+            pair = named_outputs(twin(zeros))
+        except Exception:  # a module that is written for one image at a time
+            return outputs
+    check_follows_batch(pair, name, 2)
     return outputs
 
 
-def _named_outputs(raw: Any) -> dict[str, Any]:
-    """What a module returned, by name; positions where it gave no names."""
-    if isinstance(raw, Mapping):
-        return {str(key): output for key, output in raw.items()}
-    if isinstance(raw, (list, tuple)):
-        return {str(position): output for position, output in enumerate(raw)}
-    return {"0": raw}
+def _devices(module: nn.Module) -> str:
+    """Say which tensors are elsewhere than the first parameter, as the part of a message; empty where none is."""
+    tensors = dict((*module.named_parameters(), *module.named_buffers()))
+    home = computes_in(module).device
+    away = [f"{path} is on {tensor.device}" for path, tensor in tensors.items() if tensor.device != home]
+    return f"Its weights are on {home}, but {', '.join(away[:3])}: move all to one device. " if away else ""
 
 
 def _levels_of_maps(outputs: Mapping[str, Tensor], size: tuple[int, int]) -> tuple[list[int], list[FeatureLevel]]:
@@ -157,6 +168,6 @@ def _levels_of_maps(outputs: Mapping[str, Tensor], size: tuple[int, int]) -> tup
     channels = [list(outputs.values())[position].shape[1] for position in order]
     levels = levels_by_stride([strides[position] for position in order], channels)
     keys = [list(outputs)[position] for position in order]
-    if not all(key.isdecimal() for key in keys):
+    if not all(map(is_positional, keys)):
         levels = [replace(level, name=key) for level, key in zip(levels, keys, strict=True)]
     return order, levels

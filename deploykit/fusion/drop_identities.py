@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from deploykit.fusion.affine import LAYERS, PERMUTATIONS, permutation
 from deploykit.fusion.constants import add_call, alike, argument, constant, replace, shape_of, tidy
@@ -77,13 +77,19 @@ def mutates(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-def _to_plain_form(module: GraphModule) -> int:
+def drop_in_place(graph: Graph) -> int:
+    """``add_(x, y)`` -> ``add(x, y)`` where nothing else can see the difference; returns how many."""
     count = 0
-    for node in module.graph.nodes:
+    for node in graph.nodes:
         plain = _out_of_place(node)
         if plain is not None:
             node.target = plain
             count += 1
+    return count
+
+
+def _to_plain_form(module: GraphModule) -> int:
+    count = drop_in_place(module.graph)
     if any(mutates(node) for node in module.graph.nodes):
         return count
     for node in module.graph.nodes:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
-from deploykit.errors import ExportError
+from deploykit.errors import ExportError, plain_reason
 from deploykit.fusion.constants import remove_unread
+from deploykit.fusion.locate import describe_error
+from deploykit.fusion.quiet import quiet_torch
 from deploykit.spec import BATCH_DIM, InputSpec
 
 
@@ -25,14 +26,14 @@ def export_program(module: nn.Module, spec: InputSpec) -> torch.export.ExportedP
     example = torch.zeros(2 if dynamic else spec.batch, spec.channels, spec.height, spec.width)  # type: ignore[arg-type]
     shapes: Any = ({0: torch.export.Dim(BATCH_DIM)},) if dynamic else None
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own deprecations while it traces
+        with torch.no_grad(), quiet_torch():
             program = torch.export.export(module, (example,), dynamic_shapes=shapes)
     except Exception as error:  # torch.export raises dozens of internal types
-        reason = str(error).strip().splitlines()
+        where = describe_error(error, module)
         raise ExportError(
-            f"torch.export cannot trace the backbone at {spec.shape}: {reason[0] if reason else type(error).__name__}. "
-            "Data-dependent control flow in a custom backbone is the usual cause."
+            f"torch.export cannot trace the backbone at {spec.shape}{f' ({where})' if where else ''}: "
+            f"{plain_reason(error)}. The usual cause is data-dependent control flow. Fix: in forward, branch on shapes "
+            "and settings alone, and not on the values of tensors (.item(), .numpy(), if tensor)."
         ) from error
     remove_unread(program.graph)
     program.graph_module.recompile()

@@ -21,11 +21,13 @@ Outputs: TypeAlias = Mapping[str, npt.NDArray[Any]]
 class ParityAccumulator:
     """Sums over batches of outputs; the result is that of all images at once.
 
-    ``images`` is how many were seen. Memory is a few numbers a level.
+    ``images`` is how many were seen. Memory is a few numbers a level. ``logits`` is the level of which top-1
+    agreement is taken, where it is among them; None: of none, since a user's map may have that name too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, logits: str | None = LOGITS) -> None:
         self.images = 0
+        self._logits = logits
         self._sums: dict[str, ErrorSums] = {}
         self._matches = 0
 
@@ -47,7 +49,7 @@ class ParityAccumulator:
         for name, expected in reference.items():
             try:
                 sums[name] = ErrorSums.of(expected, candidate[name]) if count else ErrorSums()
-                if name == LOGITS and count:
+                if name == self._logits and count:
                     matches = top1_matches(expected, candidate[name])
             except SpecError as error:
                 raise ParityError(f"level {name!r}: {error}") from error
@@ -76,7 +78,7 @@ class ParityAccumulator:
         if min_top1_agreement is not None:
             if not 0 <= min_top1_agreement <= 1:
                 raise SpecError(f"min_top1_agreement is {min_top1_agreement}; it must be from 0 to 1.")
-            if LOGITS not in self._sums:
+            if self._logits not in self._sums:
                 raise SpecError(
                     f"min_top1_agreement needs {LOGITS!r}, and the outputs are {', '.join(self._sums)}. "
                     "Leave it out for features and embeddings."
@@ -85,7 +87,7 @@ class ParityAccumulator:
             _level(
                 name,
                 sums,
-                self._matches / self.images if name == LOGITS else None,
+                self._matches / self.images if name == self._logits else None,
                 min_sqnr_db=min_sqnr_db,
                 min_top1_agreement=min_top1_agreement,
                 measured_on=measured_on,
@@ -101,6 +103,7 @@ def compare(
     min_sqnr_db: float,
     min_top1_agreement: float | None = None,
     measured_on: str = "engine",
+    logits: str | None = LOGITS,
 ) -> tuple[LevelParity, ...]:
     """One batch of outputs, each ``(N, ...)``, against the reference's: see `ParityAccumulator`.
 
@@ -109,7 +112,7 @@ def compare(
             reference is not finite.
         SpecError: a budget out of range, or a top-1 gate where there are no logits.
     """
-    accumulator = ParityAccumulator()
+    accumulator = ParityAccumulator(logits=logits)
     accumulator.update(reference, candidate)
     return accumulator.result(min_sqnr_db=min_sqnr_db, min_top1_agreement=min_top1_agreement, measured_on=measured_on)
 

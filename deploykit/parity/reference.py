@@ -59,6 +59,11 @@ class ParityReference:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def logits(self) -> str | None:
+        """The name of the logits; None where there are none, or only a map of that name."""
+        return LOGITS if len(self.shapes.get(LOGITS, ())) == 1 else None
+
     def sample(self, outputs: Mapping[str, npt.NDArray[Any]]) -> dict[str, FloatArray]:
         """An engine's outputs, each ``(n, ...)`` for any n, at the reference's positions: ``(n, K)``.
 
@@ -130,7 +135,10 @@ def capture(images: FloatArray, outputs: Mapping[str, npt.NDArray[Any]]) -> Pari
     for name, output in outputs.items():
         if output.ndim < 2 or len(output) != len(images) or output.size == 0:
             raise SpecError(f"output {name!r} has shape {output.shape}; expected ({len(images)}, ...) with values.")
-    positions = {name: choose_positions(output[0].size, whole=name == LOGITS) for name, output in outputs.items()}
+    positions = {
+        name: choose_positions(output[0].size, whole=name == LOGITS and output.ndim == 2)
+        for name, output in outputs.items()
+    }
     return ParityReference(
         images=np.ascontiguousarray(images),
         expected={name: _take(output, positions[name]) for name, output in outputs.items()},

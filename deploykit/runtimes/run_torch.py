@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -26,7 +25,7 @@ def place_module(backbone: BaseBackbone, precision: Precision, device: str) -> B
     """Convert a backbone to a precision and move it to a device; inputs and outputs stay float32.
 
     Args:
-        backbone: returned as it is for ``fp32`` on its own device; otherwise a converted copy.
+        backbone: returned as it is where it has the precision and is on the device; otherwise copied first.
         precision: FP32, FP16 or BF16.
         device: ``"auto"`` leaves the module where it is; otherwise a torch device.
 
@@ -40,10 +39,9 @@ def place_module(backbone: BaseBackbone, precision: Precision, device: str) -> B
             f"the torch runtime has no {precision.name}; it has {', '.join(DTYPES)}. "
             "For int8 in torch choose runtime='torch_compile'."
         )
-    if dtype != torch.float32:
-        backbone = copy.deepcopy(backbone).to(dtype)
-    backbone.precision = precision
-    return backbone if device == "auto" else backbone.to(_device(device))
+    placed = backbone.placed(dtype, None if device == "auto" else _device(device))
+    placed.precision = precision
+    return placed
 
 
 def torch_devices() -> tuple[str, ...]:

@@ -81,3 +81,28 @@ def test_half_precision_keeps_float32_outputs():
     assert model.precision == Bf16()
     assert model(pixels())["stage3"].dtype == np.float32
     assert model(torch.from_numpy(pixels()))["stage3"].dtype == torch.float32
+
+
+def test_a_module_of_the_users_own_keeps_its_type_when_another_is_asked_for():
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, 2, 1), torch.nn.BatchNorm2d(4)).half()
+    with create_backbone(module, image_size=16) as model:
+        assert next(model.parameters()).dtype == torch.float32
+    with create_backbone(module.float(), image_size=16, precision="bf16") as model:
+        assert next(model.parameters()).dtype == torch.bfloat16
+    assert module[0].weight.dtype == module[1].running_mean.dtype == torch.float32
+    assert all(part.training for part in module.modules())
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_module_that_writes_into_its_input_leaves_the_callers(as_tensor):
+    class InPlace(torch.nn.Conv2d):
+        def forward(self, images):
+            return super().forward(images.sub_(0.5).mul_(2))
+
+    images = np.random.default_rng(0).standard_normal((1, 3, 16, 16)).astype(np.float32)
+    given = torch.from_numpy(images.copy()) if as_tensor else images.copy()
+    model = create_backbone(InPlace(3, 4, 1), image_size=16)
+    with torch.no_grad():
+        once, again = (np.asarray(model(given)["stem"]) for _ in range(2))
+    np.testing.assert_array_equal(once, again)
+    np.testing.assert_array_equal(np.asarray(given), images)
