@@ -1,4 +1,4 @@
-"""What the benchmarks take from the tests: realistic random weights."""
+"""What the benchmarks take from the tests: realistic random weights, and timm beside a CPU torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
 
+from tests.torchvision_operators import declare_torchvision_operators
+
 from tests.backbones.realistic import randomize as realistic
 
-__all__ = ["realistic"]
+__all__ = ["declare_torchvision_operators", "realistic"]

@@ -10,22 +10,24 @@ import torch
 from _from_tests import realistic
 from PIL import Image
 
+from deploykit.arrays import FloatArray
 from deploykit.backbones.base import BackboneOptions, BaseBackbone
 from deploykit.backbones.registry import build_backbone
 from deploykit.backbones.weights import weights_digest
-from deploykit.calibration.dialects import onnxruntime as ort_dialect
-from deploykit.calibration.dialects import openvino as openvino_dialect
+from deploykit.backends.onnxruntime.passes import DIALECT as ONNXRUNTIME
+from deploykit.backends.openvino.passes import DIALECT as OPENVINO
+from deploykit.calibration.dialect import OnnxDialect
 from deploykit.calibration.equalization import equalization_passes
 from deploykit.calibration.images import calibration_set, preprocess
-from deploykit.calibration.precision import PrecisionPlan, plan_precision
+from deploykit.calibration.precision import plan_precision
+from deploykit.calibration.precision_plan import PrecisionPlan
 from deploykit.calibration.recipes import with_recipe
 from deploykit.cli.demo import CALIBRATED, SHOWN, photograph_folder
 from deploykit.export.graphs import output_specs
 from deploykit.export.to_onnx import to_onnx
 from deploykit.export.trace import output_names, trace
 from deploykit.fusion.pipeline import export_passes, fuse
-from deploykit.graph import Graph
-from deploykit.runtimes.base import FloatArray
+from deploykit.graph import OnnxGraph
 from deploykit.spec import InputSpec, Int8
 
 NETWORKS = (
@@ -38,7 +40,7 @@ NETWORKS = (
     "swin_tiny_patch4_window7_224",
     "convnext_tiny",
 )
-DIALECTS = {"onnxruntime": ort_dialect, "openvino": openvino_dialect}
+DIALECTS: dict[str, OnnxDialect] = {"onnxruntime": ONNXRUNTIME, "openvino": OPENVINO}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,17 +70,16 @@ class Network:
             evaluated=_crops((*SHOWN, "motorcycle_right.png"), evaluated, 1, spec),
         )
 
-    def fused(self, settings: Int8 | None) -> Graph:
+    def fused(self, settings: Int8 | None) -> OnnxGraph:
         """The FP32 graph, equalized where settings for INT8 are given."""
         images = calibration_set(self.calibrated, self.spec)
         scaling = equalization_passes(self._settled(settings), images, self.spec) if settings is not None else ()
         program = fuse(trace(self.backbone, self.spec), self.spec, self.calibrated, export_passes(*scaling)).program
         model = to_onnx(program, self.spec, output_names(self.backbone))
-        return Graph(input=self.spec, outputs=output_specs(model), model=model)
+        return OnnxGraph(input=self.spec, outputs=output_specs(model), model=model)
 
-    def plan(self, graph: Graph, settings: Int8) -> PrecisionPlan:
+    def plan(self, graph: OnnxGraph, settings: Int8) -> PrecisionPlan:
         """The plan of a graph that `fused` gave for the same settings."""
-        assert graph.model is not None
         return plan_precision(
             graph.model,
             self._settled(settings),

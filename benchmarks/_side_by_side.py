@@ -26,25 +26,25 @@ import numpy as np
 import onnx
 import torch
 from _from_tests import realistic
+from _planned import DIALECTS
 from _timing import RUNTIMES, turns
 from torch import nn
 
+from deploykit.arrays import FloatArray
 from deploykit.backbones.attention import onnx_translations
 from deploykit.backbones.base import BackboneOptions, BaseBackbone
 from deploykit.backbones.registry import build_backbone
+from deploykit.backends.backend import LowerOptions, resolve
+from deploykit.backends.table import load_backend
 from deploykit.export.graphs import output_specs, select
 from deploykit.export.to_onnx import OPSET, to_onnx
-from deploykit.export.to_onnxruntime import to_onnxruntime
-from deploykit.export.to_openvino import to_openvino
 from deploykit.export.trace import output_names, trace
-from deploykit.fusion.onnx_passes import specialize
 from deploykit.fusion.pipeline import fuse
-from deploykit.graph import Graph
+from deploykit.graph import OnnxGraph
 from deploykit.parity.metrics import sqnr_db
-from deploykit.runtimes.base import FloatArray
 from deploykit.spec import InputSpec
 
-ENGINES = {"onnxruntime": (to_onnxruntime, "model.onnx"), "openvino": (to_openvino, "model.xml")}
+ENGINES = {"onnxruntime": "model.onnx", "openvino": "model.xml"}
 BASELINE, CONTROL, OURS = "baseline", "control", "ours"
 MIN_DB = 80.0
 """What an engine keeps of its baseline's logits: both have the same weights."""
@@ -98,18 +98,19 @@ def export(comparison: Comparison, name: str, folder: Path) -> None:
         _publish(partial(_lower, graph, runtime), folder / runtime)
 
 
-def _fused(backbone: BaseBackbone) -> Graph:
+def _fused(backbone: BaseBackbone) -> OnnxGraph:
     """The master graph of a backbone's logits, for one image."""
     spec = replace(backbone.input_spec, batch=1)
     program = fuse(trace(backbone, spec), spec, _images(spec)).program
     model = to_onnx(program, spec, output_names(backbone))
-    return select(Graph(input=spec, outputs=output_specs(model), model=model), ("logits",))
+    return select(OnnxGraph(input=spec, outputs=output_specs(model), model=model), ("logits",))
 
 
-def _lower(graph: Graph, runtime: str, folder: Path) -> None:
+def _lower(graph: OnnxGraph, runtime: str, folder: Path) -> None:
     """The engine that deploykit exports to a runtime."""
     folder.mkdir()
-    ENGINES[runtime][0](specialize(graph, runtime, _images(graph.input)).graph, folder)
+    rendered = DIALECTS[runtime].render(graph, None, _images(graph.input)).graph
+    resolve(str(load_backend(runtime).lower))(rendered, folder, LowerOptions())
 
 
 def _images(spec: InputSpec) -> FloatArray:
@@ -130,7 +131,7 @@ def measure(comparison: Comparison, name: str, folder: Path, rounds: int) -> lis
     shape = [side.dim_value for side in onnx.load(baseline).graph.input[0].type.tensor_type.shape.dim]
     images = np.random.default_rng(1).normal(size=shape).astype(np.float32)
     for runtime, open_graph in RUNTIMES.items():
-        files = {BASELINE: baseline, OURS: folder / runtime / ENGINES[runtime][1], CONTROL: baseline}
+        files = {BASELINE: baseline, OURS: folder / runtime / ENGINES[runtime], CONTROL: baseline}
         calls = {column: open_graph(path) for column, path in files.items()}
         kept = sqnr_db(calls[BASELINE](images)[-1], calls[OURS](images)[-1])
         if kept < MIN_DB:

@@ -9,16 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 
-from deploykit.runtimes.base import FloatArray
-from deploykit.runtimes.run_onnxruntime import SESSION_SETTINGS
+from deploykit.arrays import FloatArray
+from deploykit.backends.onnxruntime.adapter import SESSION_SETTINGS
 
 WARM_UP = 3
 
 Call = Callable[[FloatArray], list[FloatArray]]
 
 
-def in_onnxruntime(model: onnx.ModelProto | Path) -> Call:
+def in_onnxruntime(model: onnx.ModelProto | ir.Model | Path) -> Call:
     """A graph, or its file, as a call in ONNX Runtime, on the CPU, with the settings of deploykit's adapter.
 
     Its threads sleep between calls. By default they spin for some 50 ms more, and those of one session take a
@@ -35,7 +36,7 @@ def in_onnxruntime(model: onnx.ModelProto | Path) -> Call:
     return lambda images: session.run(None, {name: images})
 
 
-def in_openvino(model: onnx.ModelProto | Path) -> Call:
+def in_openvino(model: onnx.ModelProto | ir.Model | Path) -> Call:
     """A graph, or its file, as a call in OpenVINO, on the CPU, precision pinned to FP32 where there are no integers."""
     import openvino
 
@@ -50,11 +51,16 @@ def in_openvino(model: onnx.ModelProto | Path) -> Call:
     return call
 
 
-def _readable(model: onnx.ModelProto | Path) -> str | bytes:
-    return str(model) if isinstance(model, Path) else model.SerializeToString()
+def _readable(model: onnx.ModelProto | ir.Model | Path) -> str | bytes:
+    if isinstance(model, Path):
+        return str(model)
+    return (ir.to_proto(model) if isinstance(model, ir.Model) else model).SerializeToString()
 
 
-RUNTIMES: dict[str, Callable[[onnx.ModelProto | Path], Call]] = {"onnxruntime": in_onnxruntime, "openvino": in_openvino}
+RUNTIMES: dict[str, Callable[[onnx.ModelProto | ir.Model | Path], Call]] = {
+    "onnxruntime": in_onnxruntime,
+    "openvino": in_openvino,
+}
 
 
 def alternate(calls: Mapping[str, Call], images: FloatArray, rounds: int) -> dict[str, float]:

@@ -51,7 +51,7 @@ def write_photographs(folder: Path, count: int, side: int) -> Path:
 
 def write_graph(name: str, path: Path, size: int, *, dynamic: bool) -> None:
     """The fused master graph of a backbone with random weights, of batch 1 or of a dynamic one."""
-    import onnx
+    import onnx_ir as ir
     import torch
     from _from_tests import realistic
 
@@ -67,26 +67,27 @@ def write_graph(name: str, path: Path, size: int, *, dynamic: bool) -> None:
     backbone = realistic(build(name, BackboneOptions(image_size=(size, size)))).eval()
     spec = replace(backbone.input_spec, batch=BatchRange() if dynamic else 1)
     fused = fuse(trace(backbone, spec), spec, parity_images(None, spec))
-    onnx.save(to_onnx(fused.program, spec, output_names(backbone)), path)
+    ir.save(to_onnx(fused.program, spec, output_names(backbone)), path)
 
 
 def calibrate_here(graph: Path, photographs: Path, count: int, calibrator: str) -> dict[str, Any]:
     """Calibrate in this process and say what it took."""
-    import onnx
+    import onnx_ir as ir
 
     from deploykit.calibration.images import calibration_set
-    from deploykit.calibration.plan import calibrate, calibration_batch
+    from deploykit.calibration.plan import calibrate
     from deploykit.calibration.statistics import Statistics
+    from deploykit.onnx_session import graph_batch
     from deploykit.spec import InputSpec, Int8
 
-    model = onnx.load(graph)
-    height, width = (side.dim_value for side in model.graph.input[0].type.tensor_type.shape.dim[2:])
+    model = ir.load(graph)
+    height, width = (int(side) for side in list(model.graph.inputs[0].shape or ())[2:])
     spec = InputSpec(height=height, width=width)
     images = calibration_set(sorted(photographs.iterdir())[:count], spec)
     before, start = _peak(), time.perf_counter()
     calibrate(
         model,
-        images.batches(calibration_batch(model)),
+        images.batches(graph_batch(model)),
         Int8(calibrator=calibrator),  # type: ignore[arg-type]
         key="",
         started=Statistics(spec.preprocessing),

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 import deploykit
+from deploykit.arrays import FloatArray
 from deploykit.cli.demo import photograph_folder, write_crops
-from deploykit.runtimes.base import FloatArray
 
 
 def raw_onnxruntime(folder: Path) -> Callable[[FloatArray], object]:

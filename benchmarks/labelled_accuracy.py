@@ -26,12 +26,15 @@ from torch import nn
 from torch.nn import functional as F
 
 import deploykit
-from deploykit.calibration.dialects import tensorrt
+from deploykit.arrays import FloatArray
+from deploykit.backends.tensorrt.passes import DIALECT
 from deploykit.calibration.images import calibration_set
-from deploykit.calibration.plan import onnx_session
-from deploykit.export.pipeline import Progress, prepare
-from deploykit.export.request import ExportRequest
-from deploykit.runtimes.base import FloatArray
+from deploykit.calibration.recipes import with_recipe
+from deploykit.export.job import ExportJob, checked
+from deploykit.export.pipeline import prepare
+from deploykit.onnx_session import onnx_session
+from deploykit.options import ExportOptions
+from deploykit.progress import quiet
 from deploykit.spec import Int8
 
 CALIBRATED = 128
@@ -147,11 +150,9 @@ def in_runtime(backbone: Any, runtime: str, settings: Int8, calibration: FloatAr
 
 def _tensorrt_proxy(backbone: Any, settings: Int8, calibration: FloatArray) -> Callable[[FloatArray], Any]:
     images = calibration_set(calibration, backbone.input_spec)
-    request = ExportRequest(
-        backbone=backbone, runtime="onnxruntime", precision=settings, calibration=images, cache=False
-    )
-    network = prepare(request, Progress())
-    session = onnx_session(tensorrt.render(network.master, network.plan).model, optimize=False)
+    options = ExportOptions(runtime="onnxruntime", precision=with_recipe(settings, backbone.family), cache=False)
+    network = prepare(checked(ExportJob(backbone=backbone, options=options, images=images)), quiet)
+    session = onnx_session(DIALECT.render(network.master.onnx, network.plan, network.probe).graph.model, optimize=False)
     return lambda image: session.run(["logits"], {"images": image})[0]
 
 

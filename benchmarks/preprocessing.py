@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 import deploykit
+from deploykit.backends.torch.adapter import scale_and_shift
 from deploykit.calibration.images import normalize
 from deploykit.cli.demo import photograph_folder
 from deploykit.parity.metrics import sqnr_db
-from deploykit.runtimes.run_torch import scale_and_shift
 from deploykit.spec import Preprocessing
 
 MODELS = ("mobilenetv3_small_100", "efficientnet_lite0", "resnet50", "vit_tiny_patch16_224")

@@ -32,18 +32,18 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import torch
 from _planned import DIALECTS, NETWORKS, Network
 from _side_by_side import stock_graph
 from _timing import RUNTIMES, Call, alternate, outputs_of
 from torch import nn
 
+from deploykit.arrays import FloatArray
 from deploykit.export.graphs import output_specs, select
 from deploykit.export.trace import output_names
-from deploykit.fusion.onnx_passes import specialize
-from deploykit.graph import Graph
+from deploykit.graph import OnnxGraph
 from deploykit.parity.metrics import sqnr_db, top1_agreement
-from deploykit.runtimes.base import FloatArray
 from deploykit.spec import InputSpec, Int8
 
 OURS = "deploykit"
@@ -54,8 +54,8 @@ ON_OPENVINO = "NNCF on OpenVINO"
 class Route:
     """A network in one form: with every level and the logits, and the part of it that is timed."""
 
-    whole: onnx.ModelProto | Path
-    timed: onnx.ModelProto | Path
+    whole: onnx.ModelProto | ir.Model | Path
+    timed: onnx.ModelProto | ir.Model | Path
 
 
 def nncf_route(model: onnx.ModelProto, images: FloatArray) -> onnx.ModelProto:
@@ -138,19 +138,19 @@ def measure(name: str, count: int, rounds: int, settings: Int8, outputs: str) ->
         plain = stock_graph(Everything(backbone), network.spec.height, output_names(backbone))
         stock = _stock_routes(plain, images, Path(scratch), logits=logits)
         for runtime, open_graph in RUNTIMES.items():
-            fp32 = specialize(fp32_graph, runtime, images).graph
-            ours = specialize(DIALECTS[runtime].render(ours_graph, plan), runtime, images).graph
+            fp32 = DIALECTS[runtime].render(fp32_graph, None, images).graph
+            ours = DIALECTS[runtime].render(ours_graph, plan, images).graph
             routes = {"FP32": _route(fp32, logits=logits), **stock[runtime], OURS: _route(ours, logits=logits)}
             rows += _measured(open_graph, routes, images[:1], network.evaluated, rounds, network=name, runtime=runtime)
     return [{**row, "outputs": outputs} for row in rows]
 
 
-def _route(graph: Graph, *, logits: bool) -> Route:
+def _route(graph: OnnxGraph, *, logits: bool) -> Route:
     return Route(whole=graph.model, timed=select(graph, ("logits",)).model if logits else graph.model)
 
 
 def _measured(
-    open_graph: Callable[[onnx.ModelProto | Path], Call],
+    open_graph: Callable[[Any], Call],
     routes: dict[str, Route],
     image: FloatArray,
     evaluated: FloatArray,
@@ -201,12 +201,13 @@ def _stock_routes(
     model: onnx.ModelProto, images: FloatArray, folder: Path, *, logits: bool
 ) -> dict[str, dict[str, Route]]:
     """The routes of each runtime; both read what the quantizers of ONNX graphs give."""
-    plain = Graph(input=InputSpec(), outputs=output_specs(model), model=model)
+    whole = ir.from_proto(model)
+    plain = OnnxGraph(input=InputSpec(), outputs=output_specs(whole), model=whole)
     shared: dict[str, Route] = {}
     own: dict[str, Route] = {}
     for route, quantize in STOCK.items():
         with _reported(route):
-            shared[route] = _route(replace(plain, model=quantize(model, images)), logits=logits)
+            shared[route] = _route(replace(plain, model=ir.from_proto(quantize(model, images))), logits=logits)
     with _reported(ON_OPENVINO):
         own[ON_OPENVINO] = nncf_on_openvino(model, images, folder, logits=logits)
     return {"onnxruntime": shared, "openvino": {**shared, **own}}

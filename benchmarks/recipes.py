@@ -42,7 +42,9 @@ def measure(name: str, recipes: list[str], runtimes: list[str], calibrated: int,
         for runtime in runtimes:
             if runtime not in expected:
                 expected[runtime] = outputs_of(RUNTIMES[runtime](graph.model), shown)
-            found = outputs_of(RUNTIMES[runtime](DIALECTS[runtime].render(graph, plan).model), shown)
+            found = outputs_of(
+                RUNTIMES[runtime](DIALECTS[runtime].render(graph, plan, network.calibrated).graph.model), shown
+            )
             reference = expected[runtime]
             yield {
                 "network": name,

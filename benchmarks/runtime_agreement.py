@@ -41,7 +41,7 @@ def graphs_of(network: Network, settings: Int8) -> dict[str, onnx.ModelProto]:
     master = network.fused(settings)
     plan = network.plan(master, settings)
     return {"fp32": master.model} | {
-        runtime: dialect.render(master, plan).model for runtime, dialect in DIALECTS.items()
+        runtime: dialect.render(master, plan, network.calibrated).graph.model for runtime, dialect in DIALECTS.items()
     }
 
 

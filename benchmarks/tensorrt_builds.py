@@ -27,16 +27,17 @@ from pathlib import Path
 
 import _from_tests  # noqa: F401  (finds the tests)
 
+from deploykit.arrays import FloatArray
 from deploykit.backbones.registry import FAMILIES
+from deploykit.backends.backend import LowerOptions
+from deploykit.backends.tensorrt.api import flavour_version
+from deploykit.backends.tensorrt.legalize import prepare
+from deploykit.backends.tensorrt.lower import lower
 from deploykit.cli.demo import CALIBRATED, photograph_folder
 from deploykit.errors import ExportError
-from deploykit.export.tensorrt_linter import prepare
-from deploykit.export.to_tensorrt import to_tensorrt
-from deploykit.graph import Graph
+from deploykit.graph import OnnxGraph
 from deploykit.parity.metrics import sqnr_db
-from deploykit.runtimes.base import FloatArray
-from deploykit.runtimes.tensorrt_api import flavour_version
-from tests.export import tensorrt_families as families
+from tests.backends.tensorrt import families
 
 CAPABILITIES = ("sm86", "sm89", "sm120")
 TURING = "sm75"
@@ -120,12 +121,12 @@ def build_missing(jobs: list[Job], rows: Rows, *, rotate: bool) -> Iterator[dict
             yield dict(zip(FIELDS, values, strict=True))
 
 
-def built(graph: Graph, capability: str) -> tuple[str, str, str]:
+def built(graph: OnnxGraph, capability: str) -> tuple[str, str, str]:
     """Seconds, megabytes and the problem of one build, as text."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         try:
-            engine = to_tensorrt(graph, Path(folder), target=capability)
+            engine = lower(graph, Path(folder), LowerOptions(target=capability))
         except ExportError as error:
             return f"{time.perf_counter() - start:.1f}", "", str(error).splitlines()[0]
         seconds = time.perf_counter() - start

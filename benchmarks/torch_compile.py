@@ -34,14 +34,15 @@ import numpy as np
 import torch
 from _timing import Call, alternate
 
+from deploykit.arrays import FloatArray
 from deploykit.backbones.base import BackboneOptions, BaseBackbone
 from deploykit.backbones.registry import build_backbone
 from deploykit.bundle import is_bundle, read_manifest
 from deploykit.calibration.images import calibration_set
+from deploykit.export.job import ExportJob
 from deploykit.export.pipeline import export
-from deploykit.export.request import ExportRequest
 from deploykit.facade import load_bundle
-from deploykit.runtimes.base import FloatArray
+from deploykit.options import ExportOptions
 from deploykit.spec import Fp32, Int8
 
 MODELS = (
@@ -107,14 +108,8 @@ def built(name: str, folder: Path, *, int8: bool) -> Path:
         # Random weights have no accuracy to keep: no budget.
         precision = Int8(min_sqnr_db=-100) if int8 else Fp32()
         images = calibration_set(noise(backbone, CALIBRATION_IMAGES), backbone.input_spec) if int8 else None
-        request = ExportRequest(
-            backbone=backbone,
-            runtime="torch_compile",
-            precision=precision,
-            calibration=images,
-            probe_levels=False,
-        )
-        export(request, bundle)
+        options = ExportOptions(runtime="torch_compile", precision=precision, probe_levels=False)
+        export(ExportJob(backbone=backbone, options=options, images=images), bundle)
     return bundle
 
 

@@ -35,25 +35,26 @@ from typing import Any
 import numpy as np
 import torch
 
+from deploykit.arrays import FloatArray
 from deploykit.backbones.base import BackboneOptions, BaseBackbone
 from deploykit.backbones.registry import ALIASES, backbone_names, build
 from deploykit.backbones.weights import weights_digest
+from deploykit.backends.backend import LowerOptions, resolve
+from deploykit.backends.runtime import Runtime
+from deploykit.backends.table import load_backend
 from deploykit.bundle import Manifest
 from deploykit.cli.export_check import shape_of
 from deploykit.cli.macs import count_macs
 from deploykit.errors import DeployKitError
 from deploykit.export.graphs import output_specs, select
-from deploykit.export.lowering import LOWERINGS, resolve
-from deploykit.export.speed import PAUSE
 from deploykit.export.to_onnx import to_onnx
 from deploykit.export.trace import output_names, trace
-from deploykit.fusion.onnx_passes import specialize
 from deploykit.fusion.pipeline import fuse
-from deploykit.graph import Graph
+from deploykit.graph import Master, OnnxGraph, TorchProgram
 from deploykit.optional import installed_version
 from deploykit.processor import read_processor
-from deploykit.runtimes.base import FloatArray, Runtime, load_runtime
 from deploykit.spec import FeatureLevel, Fp32, InputSpec
+from deploykit.timing import PAUSE
 
 RUNTIMES = ("torch", "torch_compile", "onnxruntime", "openvino")
 ACCURACY_FILE = Path(__file__).parent / "imagenet_top1.csv"
@@ -144,7 +145,7 @@ def opened(name: str, runtimes: Iterable[str]) -> Iterator[dict[str, BaseBackbon
         models: dict[str, BaseBackbone | Runtime] = {"torch": backbone} if "torch" in runtimes else {}
         engines = [runtime for runtime in runtimes if runtime != "torch"]
         if engines:
-            graph = logits_graph(backbone, spec, program="torch_compile" in engines)
+            graph = logits_graph(backbone, spec)
             for runtime in engines:
                 folder = Path(scratch) / runtime
                 folder.mkdir()
@@ -156,18 +157,23 @@ def opened(name: str, runtimes: Iterable[str]) -> Iterator[dict[str, BaseBackbon
         yield models
 
 
-def logits_graph(backbone: BaseBackbone, spec: InputSpec, *, program: bool) -> Graph:
-    """The exported, fused FP32 graph of the logits, shared by all runtimes; the torch program where asked for."""
+def logits_graph(backbone: BaseBackbone, spec: InputSpec) -> Master:
+    """The exported, fused FP32 graph of the logits, shared by all runtimes."""
     fused = fuse(trace(backbone, spec), spec, images_for(spec)).program
     model = to_onnx(fused, spec, output_names(backbone))
-    graph = Graph(input=spec, outputs=output_specs(model), model=model, program=fused if program else None)
-    return select(graph, backbone.spec.output_names)
+    outputs, names = output_specs(model), backbone.spec.output_names
+    return Master(
+        onnx=select(OnnxGraph(input=spec, outputs=outputs, model=model), names),
+        torch=select(TorchProgram(input=spec, outputs=outputs, program=fused), names),
+    )
 
 
-def lowered(backbone: BaseBackbone, graph: Graph, runtime: str, folder: Path) -> Runtime:
+def lowered(backbone: BaseBackbone, master: Master, runtime: str, folder: Path) -> Runtime:
     """A graph as the engine that an export makes of it, opened by deploykit's adapter."""
-    graph = specialize(graph, runtime, images_for(graph.input)).graph
-    engine = resolve(LOWERINGS[runtime])(graph, folder)
+    backend = load_backend(runtime)
+    graph = master.form(backend.source)
+    graph = resolve(str(backend.dialect)).render(graph, None, images_for(graph.input)).graph
+    engine = resolve(str(backend.lower))(graph, folder, LowerOptions())
     manifest = Manifest(
         backbone=backbone.spec,
         input=graph.input,
@@ -180,7 +186,7 @@ def lowered(backbone: BaseBackbone, graph: Graph, runtime: str, folder: Path) ->
         requires=engine.requires,
         weights_digest=weights_digest(backbone),
     )
-    return load_runtime(runtime)(manifest, folder)
+    return backend.load_adapter()(manifest, folder)
 
 
 def images_for(spec: InputSpec) -> FloatArray:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, fx
 from torch.fx import GraphModule, Node
 
+from deploykit.arrays import FloatArray
 from deploykit.calibration.channel_groups import ChannelGroup, channel_groups
 from deploykit.calibration.images import CalibrationSet
 from deploykit.fusion.constants import add_call, add_constant, argument, constant, set_constant, shape_of
 from deploykit.fusion.pipeline import EXACT_DB, FusionPass
-from deploykit.runtimes.base import FloatArray
 from deploykit.spec import InputSpec, Int8, Precision
 
 LEAST_SHARE = 0.01
@@ -34,9 +34,11 @@ def equalization_passes(
     precision: Precision, calibration: CalibrationSet | None, spec: InputSpec
 ) -> tuple[FusionPass, ...]:
     """The pass that INT8 adds to a pipeline, with the images that it measures on; none for other precisions."""
-    if not isinstance(precision, Int8) or precision.equalization is None or calibration is None:
+    if not isinstance(precision, Int8) or calibration is None:
         return ()
-    images, alpha = calibration.sample(MEASURED_IMAGES), precision.equalization
+    images, alpha = calibration.sample(MEASURED_IMAGES), precision.filled().equalization
+    if not isinstance(alpha, float | int):
+        return ()
     size = spec.batch if isinstance(spec.batch, int) else 4
     starts = range(0, max(len(images) - size, 0) + 1, size)
     batches = [images[np.arange(start, start + size) % len(images)] for start in starts]

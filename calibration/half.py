@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnx_ir as ir
 
+from deploykit.arrays import FloatArray
 from deploykit.calibration.placement import place
-from deploykit.calibration.plan import calibration_batch, onnx_session
+from deploykit.onnx_session import GraphSession, batches_of, graph_batch, onnx_session
 from deploykit.parity.metrics import sqnr_db
-from deploykit.runtimes.base import FloatArray
 
 MARGIN_DB = 5.0
 """How far above the budget the predicted error must stay: activations are rounded as well."""
@@ -32,7 +30,7 @@ class HalfPlan:
     float_weights: dict[str, float]
 
 
-def plan_half(model: onnx.ModelProto, images: FloatArray, *, min_sqnr_db: float) -> HalfPlan:
+def plan_half(model: ir.Model, images: FloatArray, *, min_sqnr_db: float) -> HalfPlan:
     """Choose the fewest weights to keep in float32, most harmful first, so that the rest meets a budget.
 
     Args:
@@ -48,11 +46,12 @@ def plan_half(model: onnx.ModelProto, images: FloatArray, *, min_sqnr_db: float)
     rounded = {
         name: np.clip(value, -limit, limit).astype(np.float16).astype(np.float32) for name, value in values.items()
     }
-    batches = _batches(model, images)
+    source = str(model.graph.inputs[0].name)
+    batches = batches_of(images, graph_batch(model), MEASURED_IMAGES)
 
     def run(changed: Iterable[str]) -> list[FloatArray]:
         feed = values | {name: rounded[name] for name in changed}
-        return [output for batch in batches for output in session.run(None, {model.graph.input[0].name: batch, **feed})]
+        return [output for batch in batches for output in session.run(None, {source: batch, **feed})]
 
     def kept(changed: Iterable[str]) -> float:
         return min(sqnr_db(before, after) for before, after in zip(reference, run(changed), strict=True))
@@ -70,16 +69,9 @@ def plan_half(model: onnx.ModelProto, images: FloatArray, *, min_sqnr_db: float)
     return HalfPlan(float_weights={name: alone[name] for name in worst_first[:count]})
 
 
-def _batches(model: onnx.ModelProto, images: FloatArray) -> list[FloatArray]:
-    """`MEASURED_IMAGES` of the images, in the batch that the graph takes."""
-    size = calibration_batch(model)
-    chosen = images[np.arange(max(size, MEASURED_IMAGES)) % len(images)]
-    return [chosen[start : start + size] for start in range(0, len(chosen) - size + 1, size)]
-
-
-def _open_weights(model: onnx.ModelProto, names: Iterable[str]) -> tuple[Any, dict[str, npt.NDArray[np.float32]]]:
+def _open_weights(model: ir.Model, names: Iterable[str]) -> tuple[GraphSession, dict[str, npt.NDArray[np.float32]]]:
     """A session whose weights are inputs, so that one session measures every weight."""
-    opened = ir.from_proto(model)
+    opened = model.clone()
     weights = {}
     for name in names:
         value = opened.graph.initializers.pop(name)
@@ -87,4 +79,4 @@ def _open_weights(model: onnx.ModelProto, names: Iterable[str]) -> tuple[Any, di
             weights[name] = np.ascontiguousarray(value.const_value.numpy())
         value.const_value = None
         opened.graph.inputs.append(value)
-    return onnx_session(ir.to_proto(opened)), weights
+    return onnx_session(opened), weights

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from deploykit.runtimes.base import FloatArray
+from deploykit.arrays import FloatArray
 from deploykit.spec import Preprocessing
 
 ENOUGH_IMAGES = 16

@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from deploykit.arrays import FloatArray, ImageArray
+from deploykit.backends.input_checks import check_images
 from deploykit.errors import CalibrationError, SpecError
-from deploykit.runtimes.base import FloatArray, ImageArray, check_images
 from deploykit.spec import InputSpec, Preprocessing
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from deploykit.arrays import FloatArray
 from deploykit.errors import CalibrationError
-from deploykit.runtimes.base import FloatArray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class LayerShape:
     dilations: tuple[int, int] = (1, 1)
 
     @classmethod
-    def of(cls, node: onnx.NodeProto, shape: tuple[int, ...], axis: int) -> LayerShape:
+    def of(cls, node: ir.Node, shape: tuple[int, ...], axis: int) -> LayerShape:
         """The shape of a Conv, Gemm or MatMul of a master graph.
 
         Raises:
@@ -39,20 +40,22 @@ class LayerShape:
         """
         if node.op_type != "Conv":
             return cls(shape=shape, axis=axis)
-        found: dict[str, Any] = {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}
-        if len(shape) != 4 or found.get("auto_pad", b"NOTSET") != b"NOTSET":
+        found = node.attributes
+        auto_pad = found.get_string("auto_pad", "NOTSET")
+        if len(shape) != 4 or auto_pad != "NOTSET":
             raise CalibrationError(
                 f"{node.name} is a convolution over {len(shape) - 2} axes with auto_pad "
-                f"{found.get('auto_pad', b'NOTSET').decode()}; expected 2 axes and padding that is written out. "
+                f"{auto_pad}; expected 2 axes and padding that is written out. "
                 "Keep rounding='nearest', weight_scales='max' and bias_correction='fast'."
             )
+        top, left, bottom, right = found.get_ints("pads", (0, 0, 0, 0))
         return cls(
             shape=shape,
             axis=axis,
-            groups=found.get("group", 1),
-            strides=tuple(found.get("strides", (1, 1))),
-            pads=tuple(found.get("pads", (0, 0, 0, 0))),
-            dilations=tuple(found.get("dilations", (1, 1))),
+            groups=found.get_int("group", 1),
+            strides=_pair(found.get_ints("strides", (1, 1))),
+            pads=(top, left, bottom, right),
+            dilations=_pair(found.get_ints("dilations", (1, 1))),
         )
 
     @property
@@ -107,3 +110,8 @@ def _drawn(total: int, count: int, seed: int) -> npt.NDArray[np.int64]:
     if total <= count:
         return np.arange(total)
     return np.sort(np.random.default_rng(seed).choice(total, count, replace=False))
+
+
+def _pair(values: Sequence[int]) -> tuple[int, int]:
+    first, second = values
+    return first, second

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import onnx
 import onnx_ir as ir
 
 from deploykit.errors import CalibrationError
@@ -59,17 +58,16 @@ class Placement:
         )
 
 
-def place(model: onnx.ModelProto, keep_float: Mapping[str, str] | None = None) -> Placement:
+def place(model: ir.Model, keep_float: Mapping[str, str] | None = None) -> Placement:
     """Find the integer part of a master graph; ``keep_float`` maps nodes that are to stay in float to the reason."""
     kept = keep_float or {}
-    graph = ir.from_proto(model).graph
     weights: dict[str, IntegerWeight] = {}
     reads: dict[str, None] = {}
     writes: dict[str, None] = {}
     between: dict[str, None] = {}
     same_range: dict[str, str] = {}
     float_nodes: dict[str, str] = {}
-    for node in graph:
+    for node in model.graph:
         if node.op_type in ("Conv", "Gemm", "MatMul") and _constant(node.inputs[1]):
             reason = kept.get(_name(node)) or _why_float(node)
             if reason:
@@ -103,7 +101,7 @@ def place(model: onnx.ModelProto, keep_float: Mapping[str, str] | None = None) -
     )
 
 
-def without(model: onnx.ModelProto, placement: Placement, nodes: Mapping[str, str]) -> Placement:
+def without(model: ir.Model, placement: Placement, nodes: Mapping[str, str]) -> Placement:
     """A placement with some of its nodes in float, and all that was in integers only because of them.
 
     Args:

@@ -11,18 +11,16 @@ from typing import Any
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnx_ir as ir
 
+from deploykit.arrays import FloatArray
 from deploykit.calibration.placement import Placement, place, without
 from deploykit.calibration.ranges import ActivationRange, TensorStatistics, quantize_weight
+from deploykit.calibration.rounded_weight import RoundedWeight
 from deploykit.calibration.statistics import Statistics
-from deploykit.calibration.weights import RoundedWeight
 from deploykit.errors import CalibrationError
 from deploykit.npz import read_npz
-from deploykit.optional import require
-from deploykit.runtimes.base import FloatArray
-from deploykit.runtimes.run_onnxruntime import KEEP_FLOAT_WEIGHTS
+from deploykit.onnx_session import GraphSession, onnx_session
 from deploykit.spec import FloatDtype, Int8
 
 PLAN_FILE = "quantization-plan.json"
@@ -79,7 +77,7 @@ class QuantizationPlan:
         """The range of a tensor, or of the tensor whose range it shares."""
         return self.ranges[self.placement.same_range.get(tensor, tensor)]
 
-    def without(self, model: onnx.ModelProto, nodes: Mapping[str, str]) -> QuantizationPlan:
+    def without(self, model: ir.Model, nodes: Mapping[str, str]) -> QuantizationPlan:
         """The plan with some nodes in float, each with its reason.
 
         Raises:
@@ -89,7 +87,7 @@ class QuantizationPlan:
         ranges = self.ranges | {name: self.range_of(name) for name in placement.tensors}
         return replace(self, placement=placement, ranges=ranges)
 
-    def check_fits(self, model: onnx.ModelProto, weights_digest: str) -> None:
+    def check_fits(self, model: ir.Model, weights_digest: str) -> None:
         """Refuse a plan that was made for another network.
 
         Raises:
@@ -141,24 +139,26 @@ class QuantizationPlan:
             ) from error
 
 
-def constants_digest(model: onnx.ModelProto) -> str:
+def constants_digest(model: ir.Model) -> str:
     """SHA-256 over the names and values of a graph's constants, whatever the batch that it takes."""
     digest = hashlib.sha256()
-    for tensor in sorted(model.graph.initializer, key=lambda tensor: tensor.name):
+    for _, value in sorted(model.graph.initializers.items()):
+        tensor: Any = ir.to_proto(value.const_value)  # type: ignore[arg-type]  # an initializer has a value
         digest.update(tensor.SerializeToString(deterministic=True))
     return digest.hexdigest()
 
 
 def plan_key(weights_digest: str, images_digest: str, settings: Int8) -> str:
-    """What a plan is keyed by: equal keys give equal plans."""
-    text = "\n".join((weights_digest, images_digest, settings.calibrator, str(settings.percentile)))
+    """Return the key of a plan: equal keys give equal plans."""
+    settings = settings.filled()
+    text = "\n".join((weights_digest, images_digest, str(settings.calibrator), str(settings.percentile)))
     parts = (settings.bias_correction, settings.equalization, settings.float_dtype, bool(settings.reduce_range))
     switches = "\n".join(map(str, (*parts, settings.rounding, settings.weight_scales)))
     return hashlib.sha256(f"{text}\n{switches}".encode()).hexdigest()
 
 
 def calibrate(
-    model: onnx.ModelProto,
+    model: ir.Model,
     batches: Iterable[FloatArray],
     settings: Int8,
     *,
@@ -183,15 +183,16 @@ def calibrate(
         CalibrationError: no images, or activations that are not finite.
         MissingDependency: onnxruntime, which runs the graph, is not installed.
     """
-    placement = place(model)
+    settings, placement = settings.filled(), place(model)
     if not placement.weights:
         raise CalibrationError("the graph has no convolution or matrix product with constant weights to quantize.")
     probes = _BiasProbes(model, placement, settings) if settings.bias_correction else None
     session = onnx_session(_instrument(model, placement, probes))
     averaged = probes.outputs if probes else {}
+    source = str(model.graph.inputs[0].name)
     statistics = started or Statistics()
     for batch in batches:
-        _observe(session, batch, placement.tensors, averaged, statistics)
+        _observe(session, {source: batch}, statistics, tensors=placement.tensors, probes=averaged)
         if on_batch:
             on_batch(statistics)
     if not statistics.images:
@@ -201,7 +202,7 @@ def calibrate(
         key=key,
         weights_digest=weights_digest,
         constants_digest=constants_digest(model),
-        calibrator=settings.calibrator,
+        calibrator=str(settings.calibrator),
         images=statistics.images,
         warnings=statistics.checks.problems() if statistics.checks else (),
         reduce_range=bool(settings.reduce_range),
@@ -214,21 +215,26 @@ def calibrate(
 
 
 def _observe(
-    session: Any, batch: FloatArray, tensors: Iterable[str], probes: Iterable[str], statistics: Statistics
+    session: GraphSession,
+    feeds: dict[str, FloatArray],
+    statistics: Statistics,
+    *,
+    tensors: Iterable[str],
+    probes: Iterable[str],
 ) -> None:
     """Run one batch and add what it gives; nothing of it is alive when the next one runs."""
-    source = session.get_inputs()[0].name
-    wanted = [name for name in (*tensors, *probes) if name != source]
-    found = dict(zip(wanted, session.run(wanted, {source: batch}), strict=True)) | {source: batch}
+    wanted = [name for name in (*tensors, *probes) if name not in feeds]
+    found = dict(zip(wanted, session.run(wanted, feeds), strict=True)) | feeds
+    (batch,) = feeds.values()
     statistics.update(batch, {name: found[name] for name in tensors}, {name: found[name] for name in probes})
 
 
 class _BiasProbes:
     """Beside each integer node, the same node with the rounding error of its weight, averaged a channel."""
 
-    def __init__(self, model: onnx.ModelProto, placement: Placement, settings: Int8) -> None:
+    def __init__(self, model: ir.Model, placement: Placement, settings: Int8) -> None:
         self._reduce_range = bool(settings.reduce_range)
-        self._weights = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._weights = model.graph.initializers
         self._placement = placement
         self.outputs = {f"{node}/mean_error": node for node in placement.weights}
 
@@ -237,7 +243,7 @@ class _BiasProbes:
         nodes = {node.name: node for node in graph}
         for output, name in self.outputs.items():
             use = self._placement.weights[name]
-            values = onnx.numpy_helper.to_array(self._weights[use.weight])
+            values = self._weights[use.weight].const_value.numpy()  # type: ignore[union-attr]
             integers, scales = quantize_weight(values, use.axis, reduce_range=self._reduce_range)
             shape = [1] * values.ndim
             shape[use.axis] = -1
@@ -263,9 +269,9 @@ def add_constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Valu
     return value
 
 
-def _instrument(model: onnx.ModelProto, placement: Placement, probes: _BiasProbes | None) -> onnx.ModelProto:
+def _instrument(model: ir.Model, placement: Placement, probes: _BiasProbes | None) -> ir.Model:
     """The graph with every tensor that needs a range as an output."""
-    copy = ir.from_proto(model)
+    copy = model.clone()
     values = {value.name: value for node in copy.graph for value in node.outputs}
     present = {value.name for value in copy.graph.outputs}
     for name in placement.tensors:
@@ -273,21 +279,4 @@ def _instrument(model: onnx.ModelProto, placement: Placement, probes: _BiasProbe
             copy.graph.outputs.append(values[name])
     if probes:
         probes.add_to(copy.graph)
-    return ir.to_proto(copy)
-
-
-def onnx_session(model: onnx.ModelProto, *, optimize: bool = True) -> Any:
-    """A graph opened in ONNX Runtime on the CPU, to measure with; unoptimized, each node runs as it is written."""
-    onnxruntime = require("onnxruntime")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry(*KEEP_FLOAT_WEIGHTS)
-    if not optimize:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
-def calibration_batch(model: onnx.ModelProto) -> int:
-    """How many images a calibration batch holds: the graph's own batch, or 4 when it is dynamic."""
-    dimension = model.graph.input[0].type.tensor_type.shape.dim[0]
-    return int(dimension.dim_value) or 4  # a named dimension has the value 0
+    return copy

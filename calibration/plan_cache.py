@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import onnx
+import onnx_ir as ir
 from filelock import FileLock
 
 import deploykit
@@ -83,8 +83,8 @@ class PlanCache:
             logger.warning("The plan is not kept, because %s cannot be written: %s", self.root, error)
 
 
-def cache_key(key: str, model: onnx.ModelProto) -> str:
+def cache_key(key: str, model: ir.Model) -> str:
     """The digest of a plan's own key, of the graph that it is for, and of what makes plans."""
     digest = hashlib.sha256(f"{key}\n{deploykit.__version__}\n".encode())
-    digest.update(model.SerializeToString(deterministic=True))
+    digest.update(ir.to_proto(model).SerializeToString(deterministic=True))
     return digest.hexdigest()

@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TypeAlias
+from dataclasses import replace
 
-import onnx
+import onnx_ir as ir
 
-from deploykit.calibration.half import HalfPlan, plan_half
+from deploykit.arrays import FloatArray
+from deploykit.calibration.half import plan_half
 from deploykit.calibration.images import CalibrationSet
-from deploykit.calibration.plan import QuantizationPlan, calibrate, calibration_batch, plan_key
+from deploykit.calibration.plan import QuantizationPlan, calibrate, plan_key
 from deploykit.calibration.plan_cache import PlanCache, cache_key
+from deploykit.calibration.precision_plan import Bf16Plan, PrecisionPlan
 from deploykit.calibration.reconstruction import RECONSTRUCTION_IMAGES, needs_reconstruction, reconstruct
 from deploykit.calibration.statistics import Statistics
 from deploykit.errors import CalibrationError, CalibrationWarning
-from deploykit.runtimes.base import FloatArray
+from deploykit.onnx_session import graph_batch
 from deploykit.spec import Bf16, Fp16, Int8, Precision
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bf16Plan:
-    """Everything in bfloat16: its range is float32's, so nothing overflows."""
-
-
-PrecisionPlan: TypeAlias = QuantizationPlan | HalfPlan | Bf16Plan | None
-"""What a dialect renders; None is FP32."""
 
 
 def check_images_given(precision: Precision, calibration: CalibrationSet | None) -> None:
@@ -43,7 +35,7 @@ def check_images_given(precision: Precision, calibration: CalibrationSet | None)
 
 
 def plan_precision(
-    model: onnx.ModelProto,
+    model: ir.Model,
     precision: Precision,
     *,
     calibration: CalibrationSet | None,
@@ -81,7 +73,7 @@ def plan_precision(
         return offered
     check_images_given(precision, calibration)
     assert calibration is not None  # noqa: S101  (just checked; narrows the type)
-    images, settings = calibration, precision
+    images, settings = calibration, precision.filled()
     key = plan_key(weights_digest, images.digest, settings)
 
     kept = cache_key(key, model)
@@ -101,7 +93,7 @@ def plan_precision(
         again = needs_reconstruction(settings)
         plan = calibrate(
             model,
-            images.batches(calibration_batch(model), skip=started.batches),
+            images.batches(graph_batch(model), skip=started.batches),
             replace(settings, bias_correction=None) if again else settings,
             key=key,
             weights_digest=weights_digest,

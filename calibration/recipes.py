@@ -5,15 +5,12 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from deploykit.calibration.search import Measured
 from deploykit.errors import CalibrationError, SpecError, nearest
 from deploykit.spec import FAMILY_RECIPE, BiasCorrection, Calibrator, Int8, Rounding, WeightScales
 
@@ -32,8 +29,8 @@ class Recipe:
     weight_scales: WeightScales = "max"
 
     def applied_to(self, settings: Int8) -> Int8:
-        """The settings with the recipe's in the place of their own."""
-        return replace(settings, recipe=None, **asdict(self))
+        """Fill the settings that were not given; explicit ones override the recipe."""
+        return replace(settings.filled(asdict(self)), recipe=None)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -60,13 +57,15 @@ FAMILY_RECIPES: dict[str, str] = {
 
 
 def with_recipe(settings: Int8, family: str) -> Int8:
-    """The settings with those of the recipe that they name; as they are for none, or for ``auto``.
+    """Fill the settings with those of the recipe that they name; they stay as they are for ``auto``.
 
     Raises:
         SpecError: no such recipe.
     """
-    if settings.recipe in (None, AUTO_RECIPE):
+    if settings.recipe == AUTO_RECIPE:
         return settings
+    if settings.recipe is None:
+        return settings.filled()
     name = default_recipe(family) if settings.recipe == FAMILY_RECIPE else str(settings.recipe)
     if name not in RECIPES:
         raise SpecError(f"unknown recipe {name!r}. {nearest(name, (*RECIPES, FAMILY_RECIPE, AUTO_RECIPE))}")
@@ -149,58 +148,3 @@ class RecipeReport:
             return msgspec.json.decode(path.read_bytes(), type=cls)
         except (OSError, ValueError, msgspec.MsgspecError) as error:
             raise CalibrationError(f"{path} is not a report of recipes ({error}). Export the bundle again.") from error
-
-
-def try_recipes(
-    measure: Callable[[Recipe], Measured],
-    family: str,
-    *,
-    budget_s: float,
-    calibrated: int,
-    held_out: int,
-    on_trial: Callable[[Trial], None] | None = None,
-) -> RecipeReport:
-    """Measure the family's recipe and then the table's, in their order, while there is time, and take the best.
-
-    The first is always tried; another only when the budget has time for one that takes as long as the
-    longest so far.
-
-    Args:
-        measure: builds and measures an engine.
-        family: of the backbone.
-        budget_s: how many seconds all trials may take together.
-        calibrated: how many images ``measure`` calibrates with.
-        held_out: how many others it measures on.
-        on_trial: hears of each.
-    """
-    started = time.monotonic()
-    trials: list[Trial] = []
-    untried: list[str] = []
-    for name in dict.fromkeys((default_recipe(family), *RECIPES)):
-        begun = time.monotonic()
-        longest = max((trial.seconds for trial in trials), default=0.0)
-        if trials and begun - started + longest > budget_s:
-            untried.append(name)
-            continue
-        recipe = RECIPES[name]
-        found = measure(recipe)
-        trials.append(
-            Trial(
-                name=name,
-                recipe=recipe,
-                sqnr_db=found.sqnr_db,
-                top1_agreement=found.top1_agreement,
-                seconds=round(time.monotonic() - begun, 1),
-            )
-        )
-        if on_trial:
-            on_trial(trials[-1])
-    best = max(trials, key=lambda trial: trial.sqnr_db)
-    return RecipeReport(
-        budget_s=budget_s,
-        calibrated=calibrated,
-        held_out=held_out,
-        trials=tuple(trials),
-        untried=tuple(untried),
-        chosen=best.name,
-    )

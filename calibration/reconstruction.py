@@ -13,17 +13,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-import onnx
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from deploykit.arrays import FloatArray
 from deploykit.calibration.patches import LayerShape
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.ranges import quantize_weight
+from deploykit.calibration.rounded_weight import RoundedWeight
 from deploykit.calibration.rounding import clipped_scales, round_to_nearest, round_with_feedback
 from deploykit.calibration.sensitivity import Simulation
-from deploykit.calibration.weights import RoundedWeight
-from deploykit.runtimes.base import FloatArray
 from deploykit.spec import Int8
 
 RECONSTRUCTION_IMAGES = 32
@@ -38,10 +38,11 @@ HELD_BYTES = 2**29
 
 def needs_reconstruction(settings: Int8) -> bool:
     """Whether settings ask for more than one pass over the images finds."""
+    settings = settings.filled()
     return settings.rounding != "nearest" or settings.weight_scales != "max" or settings.bias_correction == "full"
 
 
-def reconstruct(model: onnx.ModelProto, plan: QuantizationPlan, images: FloatArray, settings: Int8) -> QuantizationPlan:
+def reconstruct(model: ir.Model, plan: QuantizationPlan, images: FloatArray, settings: Int8) -> QuantizationPlan:
     """The plan with every weight rounded, and every bias shifted, as the settings ask.
 
     Args:
@@ -54,6 +55,7 @@ def reconstruct(model: onnx.ModelProto, plan: QuantizationPlan, images: FloatArr
     Raises:
         CalibrationError: a convolution that is not over images.
     """
+    settings = settings.filled()
     simulation = Simulation(model, plan, images, most=len(images))
     layers = _layers(model, plan)
     sequential = settings.bias_correction == "full"
@@ -86,12 +88,11 @@ class _Layer:
     input: str
 
 
-def _layers(model: onnx.ModelProto, plan: QuantizationPlan) -> dict[str, _Layer]:
-    nodes = {node.name: node for node in model.graph.node}
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+def _layers(model: ir.Model, plan: QuantizationPlan) -> dict[str, _Layer]:
+    nodes = {str(node.name): node for node in model.graph}
     layers = {}
     for name, use in plan.placement.weights.items():
-        weight = onnx.numpy_helper.to_array(constants[use.weight])
+        weight = model.graph.initializers[use.weight].const_value.numpy()  # type: ignore[union-attr]
         layers[name] = _Layer(weight=weight, shape=LayerShape.of(nodes[name], weight.shape, use.axis), input=use.input)
     return layers
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import onnx
+import onnx_ir as ir
 
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.sensitivity import Sensitivity
@@ -80,7 +80,7 @@ class Candidate:
 class SearchReport:
     """All candidates in the order of their number of float nodes, and which was taken.
 
-    ``cost_from`` says what the order of the nodes was made from: ``onnxruntime profile`` or ``MACs``.
+    ``cost_from`` says what the order of the nodes was made from: the runtime's ``profile``, or ``MACs``.
     """
 
     budget: SearchBudget
@@ -204,7 +204,7 @@ class SearchLog:
 
 
 def search(
-    model: onnx.ModelProto,
+    model: ir.Model,
     plan: QuantizationPlan,
     sensitivity: Sensitivity,
     measure: Callable[[QuantizationPlan], Measured],
@@ -244,7 +244,7 @@ def search(
     count = _fewest(bench, order)
     if count:
         _take_back(bench, order[:count], cost)
-    return bench.result("MACs" if savings_ms is None else "onnxruntime profile")
+    return bench.result("MACs" if savings_ms is None else "profile")
 
 
 def _floored(cost: Mapping[str, float]) -> dict[str, float]:
@@ -285,7 +285,7 @@ class _Bench:
     def __init__(
         self,
         *,
-        model: onnx.ModelProto,
+        model: ir.Model,
         plan: QuantizationPlan,
         sensitivity: Sensitivity,
         measure: Callable[[QuantizationPlan], Measured],

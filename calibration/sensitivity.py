@@ -6,7 +6,6 @@ inputs of the graph, so that any set of nodes is quantized by feeding it, withou
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -14,32 +13,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnx_ir as ir
 
-from deploykit.calibration.dialects import DIALECTS
-from deploykit.calibration.dialects.qdq import QdqStyle
+from deploykit.arrays import FloatArray
+from deploykit.calibration.dialect import Dialect, OnnxDialect
+from deploykit.calibration.float_fallback import keep_pointlike
 from deploykit.calibration.placement import IntegerWeight
-from deploykit.calibration.plan import QuantizationPlan, add_constant, calibration_batch, onnx_session
+from deploykit.calibration.plan import QuantizationPlan, add_constant
+from deploykit.onnx_session import batches_of, graph_batch, onnx_session
 from deploykit.optional import require
 from deploykit.parity.metrics import sqnr_db
 from deploykit.parity.report import MAX_SQNR_DB
-from deploykit.runtimes.base import FloatArray
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 MEASURED_IMAGES = 4
 
-PLAIN_STYLE = QdqStyle(symmetric=False, all_writes=False, integer_bias=False, drop_activations=False)
-"""Where a dialect writes no ONNX: uint8 activations with the plan's ranges."""
-
-
-def style_of(runtime: str) -> QdqStyle:
-    """How a runtime's dialect writes Q/DQ nodes."""
-    module = importlib.import_module(DIALECTS[runtime].partition(":")[0])
-    style: QdqStyle = getattr(module, "STYLE", PLAIN_STYLE)
-    return style
+PLAIN_DIALECT: Dialect = OnnxDialect(float_choices=(keep_pointlike(),))
+"""uint8 activations with the plan's ranges, for every operator."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +87,7 @@ class Sensitivity:
         figure.savefig(path)
 
 
-def measure_sensitivity(
-    model: onnx.ModelProto, plan: QuantizationPlan, images: FloatArray, style: QdqStyle
-) -> Sensitivity:
+def measure_sensitivity(model: ir.Model, plan: QuantizationPlan, images: FloatArray, dialect: Dialect) -> Sensitivity:
     """Quantize the integer nodes of a plan one at a time and compare the outputs with FP32.
 
     A node's own noise is that of its weight, its corrected bias and what it reads; what residual
@@ -107,10 +97,10 @@ def measure_sensitivity(
         model: the FP32 master graph.
         plan: which nodes run in integers, with the range of what they read.
         images: ``(N, C, H, W)`` to measure on; `MEASURED_IMAGES` of them are used.
-        style: how the runtime's dialect quantizes what a node reads, and what it leaves in float.
+        dialect: how the runtime quantizes what a node reads, and what it keeps in float.
     """
-    plan = style.as_rendered(model, plan)
-    simulation = Simulation(model, plan, images, style)
+    plan = dialect.keep_float(model, plan)
+    simulation = Simulation(model, plan, images, dialect)
     nodes = [
         NodeSensitivity(
             node=name,
@@ -135,34 +125,34 @@ class Simulation:
         model: the FP32 master graph.
         plan: which nodes have a switch, with the range of what they read.
         images: ``(N, C, H, W)``; ``most`` of them are used.
-        style: how the runtime's dialect quantizes what a node reads.
+        dialect: how the runtime quantizes what a node reads.
         most: how many images.
     """
 
     def __init__(
         self,
-        model: onnx.ModelProto,
+        model: ir.Model,
         plan: QuantizationPlan,
         images: FloatArray,
-        style: QdqStyle = PLAIN_STYLE,
+        dialect: Dialect = PLAIN_DIALECT,
         *,
         most: int = MEASURED_IMAGES,
     ) -> None:
         self._plan = plan
-        self._style = style
+        self._dialect = dialect
         self._exact: dict[str, npt.NDArray[Any]] = {}
         self._rounded: dict[str, dict[str, npt.NDArray[Any]]] = {}
         self.operators: dict[str, str] = {}
         self.macs: dict[str, int] = {}
-        opened = ir.from_proto(model)
+        opened = model.clone()
         nodes = {node.name: node for node in opened.graph}
         for name, use in plan.placement.weights.items():
             self._open(opened.graph, nodes[name], use)
-        self._outputs = [value.name for value in model.graph.output]
-        self._input = model.graph.input[0].name
-        self.batches = _batches(model, images, most)
+        self._outputs = [str(value.name) for value in model.graph.outputs]
+        self._input = str(model.graph.inputs[0].name)
+        self.batches = batches_of(images, graph_batch(model), min(most, len(images)))
         self.images = sum(map(len, self.batches))
-        self._session = onnx_session(ir.to_proto(opened))
+        self._session = onnx_session(opened)
         self._reference: list[FloatArray] | None = None
 
     def sqnr_db(self, quantized: Collection[str]) -> dict[str, float]:
@@ -177,11 +167,8 @@ class Simulation:
 
     def read_by(self, nodes: Sequence[str], batch: FloatArray, quantized: Collection[str] = ()) -> list[FloatArray]:
         """What nodes read when some run in integers, rounded where the reader itself does; nothing behind is run."""
-        options = require("onnxruntime").RunOptions()
-        options.only_execute_path_to_fetches = True
         wanted = [_read_name(node) for node in nodes]
-        found: list[FloatArray] = self._session.run(wanted, self._feeds(quantized) | {self._input: batch}, options)
-        return found
+        return self._session.run_path(wanted, self._feeds(quantized) | {self._input: batch})
 
     def round_to(self, node: str, weight: FloatArray, shift: FloatArray) -> None:
         """Give a node another weight and bias for when it runs in integers."""
@@ -245,15 +232,11 @@ class Simulation:
 
     def _parameters(self, graph: ir.Graph, node: ir.Node, use: IntegerWeight) -> tuple[ir.Value, ir.Value] | None:
         """Scale and zero point of what a node reads; None where the runtime takes them from each call."""
-        if self._style.dynamic_products and node.op_type != "Conv":
+        if node.op_type in self._dialect.dynamic_operators:
             return None
-        measured = self._plan.range_of(use.input)
-        scale, zero_point = measured.affine()
-        zero: npt.NDArray[Any] = np.array(zero_point, np.uint8)
-        if self._style.symmetric:
-            scale, zero = measured.symmetric(), np.array(0, np.int8)
+        scale, zero = self._dialect.activations.parameters(self._plan.range_of(use.input))
         return (
-            add_constant(graph, f"{node.name}/input_scale", np.array(scale, np.float32)),
+            add_constant(graph, f"{node.name}/input_scale", scale),
             add_constant(graph, f"{node.name}/input_zero", zero),
         )
 
@@ -299,10 +282,3 @@ def _macs(node: ir.Node, weight: npt.NDArray[np.float32]) -> int:
     dims = [dim if isinstance(dim, int) else 1 for dim in node.outputs[0].shape or ()]
     positions = dims[2:] if node.op_type == "Conv" else dims[1:-1]
     return int(weight.size * math.prod(positions))
-
-
-def _batches(model: onnx.ModelProto, images: FloatArray, most: int) -> Sequence[FloatArray]:
-    """At most so many of the images, in the batch that the graph takes."""
-    size = calibration_batch(model)
-    chosen = images[np.arange(max(size, min(most, len(images)))) % len(images)]
-    return [chosen[start : start + size] for start in range(0, len(chosen) - size + 1, size)]

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from deploykit.arrays import FloatArray
 from deploykit.calibration.image_checks import ImageChecks
 from deploykit.calibration.ranges import Array, Histogram
 from deploykit.errors import CalibrationError
 from deploykit.npz import read_npz
-from deploykit.runtimes.base import FloatArray
 from deploykit.spec import Preprocessing
 
 

@@ -2,46 +2,53 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import tempfile
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from deploykit.asked import check_asked
 from deploykit.backbones.request import is_module, make_request
-from deploykit.bundle import Manifest, is_bundle, open_bundle, read_manifest
-from deploykit.errors import SpecError, WeightsWarning, nearest
+from deploykit.backends.backend import resolve
+from deploykit.backends.runtime import Runtime, run_in_batches
+from deploykit.backends.table import load_backend
+from deploykit.bundle import is_bundle, open_bundle
+from deploykit.bundle_status import record_status
+from deploykit.errors import WeightsWarning
 from deploykit.labels import LabelSource, folder_labels
+from deploykit.options import ExportOptions
 from deploykit.parity.compare import compare
-from deploykit.parity.record import record_status
 from deploykit.parity.reference import ParityReference
 from deploykit.parity.report import ParityReport
-from deploykit.runtimes.base import RUNTIMES, Runtime, load_runtime, run_in_batches
+from deploykit.progress import Progress, quiet
 from deploykit.spec import (
     DEFAULT_BUILD,
     BatchRange,
     BuildOptions,
+    Fp32,
     Precision,
     Preprocessing,
     parse_batch,
     parse_precision,
 )
-from deploykit.unset import UNSET, Unset
+from deploykit.unset import UNSET, UnsetType, given
 
 if TYPE_CHECKING:
     from torch import nn
 
     from deploykit.backbones.base import BaseBackbone
+    from deploykit.backends.torch.adapter import PixelBackbone
     from deploykit.calibration.images import CalibrationSet, CalibrationSource
-    from deploykit.export.pipeline import Progress
-    from deploykit.export.request import ExportRequest
-    from deploykit.runtimes.run_torch import PixelBackbone
+    from deploykit.export.job import ExportJob
+    from deploykit.export.pipeline import ExportResult
 
 Model: TypeAlias = "BaseBackbone | PixelBackbone | Runtime"
+BatchSize: TypeAlias = int | str | tuple[int, int, int] | BatchRange
 
 
 def create_backbone(
@@ -50,39 +57,41 @@ def create_backbone(
     pretrained: bool | str | os.PathLike[str] = False,
     checkpoint_key: str | None = None,
     new_head: bool = False,
-    features_only: bool | Unset = UNSET,
-    output_indices: Sequence[int] | None = None,
-    output_stride: int = 32,
-    num_classes: int | Unset = UNSET,
-    in_channels: int | Unset = UNSET,
-    image_size: int | tuple[int, int] | None = None,
-    patch_size: int | None = None,
-    hierarchical: bool | str = False,
+    features_only: bool | UnsetType = UNSET,
+    output_indices: Sequence[int] | UnsetType | None = UNSET,
+    output_stride: int | UnsetType = UNSET,
+    num_classes: int | UnsetType = UNSET,
+    in_channels: int | UnsetType = UNSET,
+    image_size: int | tuple[int, int] | UnsetType | None = UNSET,
+    patch_size: int | UnsetType | None = UNSET,
+    hierarchical: bool | str | UnsetType = UNSET,
     labels: LabelSource | None = None,
     preprocessing: Preprocessing | Mapping[str, Any] | None = None,
-    runtime: str = "torch",
-    precision: str | Precision = "fp32",
+    runtime: str | UnsetType = UNSET,
+    precision: str | Precision | UnsetType = UNSET,
     calibration: CalibrationSource | None = None,
-    batch_size: int | str | tuple[int, int, int] | BatchRange = 1,
-    embed_preprocessing: bool = False,
+    batch_size: BatchSize | UnsetType = UNSET,
+    embed_preprocessing: bool | UnsetType = UNSET,
     device: str = "auto",
-    target: str | None = None,
+    target: str | UnsetType | None = UNSET,
     cache: bool = True,
 ) -> Model:
-    """A backbone in a runtime, called the same way whatever the runtime.
+    """Make a backbone in a runtime, called the same way whatever the runtime.
 
     ``model(images)`` takes ``(N, C, H, W)`` float32, normalised as ``model.input_spec`` says (or
     ``(N, H, W, C)`` uint8 with ``embed_preprocessing``), and returns a dict of feature maps by level
     (``features_only``), ``(N, num_classes)`` logits, or the ``(N, D)`` embedding (``num_classes=0``).
 
+    Beside a bundle every option that is given must be what the bundle holds.
+
     Args:
-        name: a variant, an alias, ``"timm/<name>"``, a module, or the folder of a bundle.
+        name: a variant, an alias, ``"timm/<name>"``, a module, or the path of a bundle.
         pretrained: True, a tag of the hub, or a checkpoint file of your own.
         checkpoint_key: which of several state dicts in the file, such as ``"state_dict_ema"``.
         new_head: draw a new classifier for ``num_classes``, in place of that of the weights.
         features_only: return feature maps instead of logits; ``hierarchical`` implies it.
         output_indices: which levels; index i of a pyramid has stride ``2 ** (i + 1)``. None: all.
-        output_stride: 8, 16 or 32, by dilation, for the families that can.
+        output_stride: 8, 16 or 32, by dilation, for the families that can; 32 when not given.
         num_classes: outputs of the classifier, 0 for the embedding; not given: those of the weights, else 1000.
         in_channels: channels of the images; not given: those of the weights, else 3.
         image_size: pixels, an int or (height, width); None: the size of the weights.
@@ -91,10 +100,11 @@ def create_backbone(
         labels: the class names, in the order of the classes: a list, a mapping or a file; None: those of the weights.
         preprocessing: how images were prepared in training, or a dict of some of its fields; None: as the
             weights say.
-        runtime: ``torch``, ``torch_compile``, ``onnxruntime``, ``openvino`` or ``tensorrt``.
-        precision: ``fp32``, ``fp16``, ``bf16``, ``int8``, or its dataclass with settings.
+        runtime: ``torch``, ``torch_compile``, ``onnxruntime``, ``openvino``, ``tensorrt``, or one that another package
+            adds; ``torch`` when not given.
+        precision: ``fp32``, ``fp16``, ``bf16``, ``int8``, or its dataclass with settings; ``fp32`` when not given.
         calibration: the images for INT8: a folder, files, an array, an iterable of batches.
-        batch_size: an int, ``"dynamic"``, (min, opt, max) or a `BatchRange`.
+        batch_size: an int, ``"dynamic"``, (min, opt, max) or a `BatchRange`; 1 when not given.
         embed_preprocessing: the model takes decoded RGB pixels, uint8 ``(N, H, W, C)`` of its size,
             and does the cast, the transpose and the mean and std itself.
         device: where it runs; ``"auto"`` is the runtime's first device.
@@ -104,49 +114,65 @@ def create_backbone(
     Raises:
         DeployKitError: see `deploykit.errors` for the tree; every message says what to do.
     """
-    if not is_module(name) and is_bundle(Path(os.fspath(name))):  # type: ignore[arg-type]
-        return _open_asked(
-            Path(os.fspath(name)),  # type: ignore[arg-type]
-            runtime=runtime,
-            precision=precision,
-            embed_preprocessing=embed_preprocessing,
-            device=device,
+    shape: dict[str, Any] = {
+        "features_only": features_only,
+        "output_indices": output_indices,
+        "output_stride": output_stride,
+        "num_classes": num_classes,
+        "in_channels": in_channels,
+        "image_size": image_size,
+        "patch_size": patch_size,
+        "hierarchical": hierarchical,
+    }
+    engine: dict[str, Any] = {
+        "runtime": runtime,
+        "precision": precision,
+        "batch_size": batch_size,
+        "embed_preprocessing": embed_preprocessing,
+        "target": target,
+    }
+    bundle = _bundle_path(name)
+    if bundle is not None:
+        check_asked(
+            bundle,
+            shape | engine,
+            refused={
+                "pretrained": bool(pretrained),
+                "checkpoint_key": checkpoint_key is not None,
+                "new_head": new_head,
+                "labels": labels is not None,
+                "preprocessing": preprocessing is not None,
+                "calibration": calibration is not None,
+            },
         )
-    if runtime != "torch" and runtime not in RUNTIMES:
-        raise SpecError(f"unknown runtime {runtime!r}. {nearest(runtime, ['torch', *RUNTIMES])}")
-    chosen, batch = parse_precision(precision), parse_batch(batch_size)
+        return load_bundle(bundle, device=device)
+    options = ExportOptions(
+        runtime=given(runtime, "torch"),
+        precision=Fp32() if precision is UNSET else parse_precision(precision),
+        batch=1 if batch_size is UNSET else parse_batch(batch_size),
+        embed_preprocessing=given(embed_preprocessing, False),
+        target=given(target, None),
+        probe_levels=False,
+        cache=cache,
+    )
+    backend = load_backend(options.runtime)
     asked = make_request(
         pretrained=pretrained,
         checkpoint_key=checkpoint_key,
         new_head=new_head,
-        features_only=features_only,
-        output_indices=output_indices,
-        output_stride=output_stride,
-        num_classes=num_classes,
-        in_channels=in_channels,
-        image_size=image_size,
-        patch_size=patch_size,
-        hierarchical=hierarchical,
         labels=labels,
         preprocessing=preprocessing,
+        **{option: value for option, value in shape.items() if value is not UNSET},
     )
     from deploykit.backbones.build import build_any
 
     backbone = build_any(name, asked)
-    if runtime == "torch":
-        return _in_torch(backbone, chosen, device, embed_preprocessing=embed_preprocessing)
-    request = _request(
-        backbone,
-        runtime=runtime,
-        precision=chosen,
-        batch=batch,
-        calibration=calibration,
-        target=target,
-        embed_preprocessing=embed_preprocessing,
-        probe_levels=False,
-        cache=cache,
-    )
-    return _open_built(request, device=device, cache=cache)
+    if backend.place is not None:
+        placed: Model = resolve(backend.place)(
+            backbone, options.precision, device, embed_preprocessing=options.embed_preprocessing
+        )
+        return placed
+    return _open_built(_job(backbone, options, calibration), device=device)
 
 
 def export_backbone(
@@ -156,7 +182,7 @@ def export_backbone(
     runtime: str,
     precision: str | Precision = "fp32",
     calibration: CalibrationSource | None = None,
-    batch_size: int | str | tuple[int, int, int] | BatchRange = 1,
+    batch_size: BatchSize = 1,
     embed_preprocessing: bool = False,
     target: str | None = None,
     portable: bool = False,
@@ -166,9 +192,9 @@ def export_backbone(
     time_against_fp32: bool = False,
     require_speedup: bool = False,
     metric: Callable[[Runtime], float] | None = None,
-    progress: Progress | None = None,
+    progress: Progress = quiet,
     **options: Any,
-) -> Manifest:
+) -> ExportResult:
     """Write a backbone as a bundle that `load_bundle` and ``deploykit verify`` open without torch.
 
     Args:
@@ -181,7 +207,7 @@ def export_backbone(
         embed_preprocessing: as for `create_backbone`.
         target: as for `create_backbone`.
         portable: let the device that opens the bundle build its own engine, where the runtime has that form.
-        build_options: GPUs and versions beside the target's that are to open a TensorRT plan, and a timing cache.
+        build_options: devices and versions beside the target's that are to open the engine, and a timing cache.
         overwrite: replace an existing bundle, once the new one is whole.
         skip_corrupt: leave unreadable calibration images out with a warning.
         time_against_fp32: time an INT8 engine beside FP32 of its runtime, and keep the ratio in the manifest,
@@ -189,32 +215,70 @@ def export_backbone(
         require_speedup: raise ExportError where an INT8 engine is slower than FP32.
         metric: your own figure of a model, higher is better, as a budget of the mixed-precision search; it may
             fall by ``Int8(max_metric_drop=...)``.
-        progress: hears of each stage.
+        progress: called with each `deploykit.progress.ProgressEvent`.
         options: ``pretrained``, ``num_classes``, ``labels`` and the other options of `create_backbone` that say which
             backbone it is. Without ``labels``, a calibration folder with one subfolder a class gives the names.
+
+    Returns:
+        The manifest, the parity report, and what was timed, searched and tried.
 
     Raises:
         DeployKitError: see `deploykit.errors`; nothing is left at ``output`` then.
     """
-    from deploykit.backbones.build import build_any
-    from deploykit.export.pipeline import export
-
-    backbone = build_any(name, make_request(**options))
-    request = _request(
-        backbone,
+    asked = ExportOptions(
         runtime=runtime,
         precision=parse_precision(precision),
         batch=parse_batch(batch_size),
-        calibration=calibration,
-        target=target,
         embed_preprocessing=embed_preprocessing,
+        target=target,
         portable=portable,
-        build_options=build_options,
-        probe_levels=True,
-        skip_corrupt=skip_corrupt,
+        build=build_options,
+        time_against_fp32=time_against_fp32,
+        require_speedup=require_speedup,
+        metric=metric,
     )
-    request = replace(request, time_against_fp32=time_against_fp32, require_speedup=require_speedup, metric=metric)
-    return export(request, Path(output), overwrite=overwrite, progress=progress)
+    return export_asked(
+        name,
+        Path(output),
+        asked,
+        backbone=options,
+        calibration=calibration,
+        skip_corrupt=skip_corrupt,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def export_asked(
+    name: str | nn.Module,
+    output: Path,
+    asked: ExportOptions,
+    *,
+    backbone: Mapping[str, Any],
+    calibration: CalibrationSource | None = None,
+    skip_corrupt: bool = False,
+    overwrite: bool = False,
+    progress: Progress = quiet,
+) -> ExportResult:
+    """Export what both doors ask for, `export_backbone` and the command line.
+
+    Args:
+        name: as for `create_backbone`, without bundles.
+        output: the folder to write.
+        asked: the engine.
+        backbone: the options of `create_backbone` that say which backbone it is.
+        calibration: as for `create_backbone`.
+        skip_corrupt: leave unreadable calibration images out with a warning.
+        overwrite: replace an existing bundle, once the new one is whole.
+        progress: called with each event.
+    """
+    from deploykit.backbones.build import build_any
+    from deploykit.export.pipeline import export
+
+    load_backend(asked.runtime)
+    built = build_any(name, make_request(**backbone))
+    job = _job(built, asked, calibration, skip_corrupt=skip_corrupt)
+    return export(job, output, overwrite=overwrite, progress=progress)
 
 
 def load_bundle(folder: str | os.PathLike[str], *, device: str = "auto") -> Runtime:
@@ -227,7 +291,7 @@ def load_bundle(folder: str | os.PathLike[str], *, device: str = "auto") -> Runt
     """
     path = Path(folder)
     manifest = open_bundle(path)
-    return load_runtime(manifest.runtime)(manifest, path, device=device)
+    return load_backend(manifest.runtime).load_adapter()(manifest, path, device=device)
 
 
 def verify_bundle(folder: str | os.PathLike[str], *, device: str = "auto", record: bool = False) -> ParityReport:
@@ -271,75 +335,47 @@ def verify_bundle(folder: str | os.PathLike[str], *, device: str = "auto", recor
     return report
 
 
-def _open_asked(
-    folder: Path, *, runtime: str, precision: str | Precision, embed_preprocessing: bool, device: str
-) -> Runtime:
-    """A bundle, when it has the runtime, precision and input asked for; their defaults ask for nothing."""
-    manifest = read_manifest(folder)
-    if embed_preprocessing and not manifest.input.embeds_preprocessing:
-        raise SpecError(
-            f"{folder} holds an engine of normalised float32 images, and embed_preprocessing was asked for. "
-            "Leave it out, or export the bundle again with it."
-        )
-    asked = (
-        ("runtime", runtime, "torch", manifest.runtime),
-        ("precision", parse_precision(precision).name, "fp32", manifest.precision),
-    )
-    for what, wanted, default, has in asked:
-        if wanted not in (default, has):
-            raise SpecError(f"{folder} holds an engine of {what} {has!r}, not {wanted!r}. Leave {what} out.")
-    return load_bundle(folder, device=device)
+def _bundle_path(name: Any) -> Path | None:
+    """The folder of a bundle that a name stands for; None: it names a backbone, or is a module.
+
+    A bare name of a variant is the variant, whatever lies in the working directory: a path has a separator in it.
+    """
+    if is_module(name):
+        return None
+    text = os.fspath(name)
+    path = Path(text)
+    if not is_bundle(path):
+        return None
+    bare = isinstance(name, str) and os.sep not in text and "/" not in text
+    return None if bare and _is_backbone_name(text) else path
 
 
-def _in_torch(
-    backbone: BaseBackbone, precision: Precision, device: str, *, embed_preprocessing: bool
-) -> BaseBackbone | PixelBackbone:
-    """The module itself, in a dtype and on a device, behind its preprocessing where that is asked for."""
-    from deploykit.runtimes.run_torch import PixelBackbone, place_module
+def _is_backbone_name(text: str) -> bool:
+    """Whether a bare name is a variant's or an alias; on a device without torch it can only be a bundle's."""
+    if importlib.util.find_spec("torch") is None:
+        return False
+    from deploykit.backbones.registry import is_known
 
-    placed = place_module(backbone, precision, device)
-    return PixelBackbone(placed) if embed_preprocessing else placed
+    return is_known(text)
 
 
-def _request(
+def _job(
     backbone: BaseBackbone,
-    *,
-    runtime: str,
-    precision: Precision,
-    batch: Any,
+    options: ExportOptions,
     calibration: CalibrationSource | None,
-    target: str | None,
-    embed_preprocessing: bool,
-    probe_levels: bool,
-    portable: bool = False,
-    build_options: BuildOptions = DEFAULT_BUILD,
+    *,
     skip_corrupt: bool = False,
-    cache: bool = True,
-) -> ExportRequest:
+) -> ExportJob:
     from deploykit.calibration.images import calibration_set
-    from deploykit.export.request import ExportRequest, check_request
+    from deploykit.export.job import ExportJob, checked
 
     _warn_of_guess(backbone)
     images = None
     if calibration is not None:
-        spec = backbone.input_spec.as_pixels() if embed_preprocessing else backbone.input_spec
+        spec = backbone.input_spec.as_pixels() if options.embed_preprocessing else backbone.input_spec
         images = calibration_set(calibration, spec, skip_corrupt=skip_corrupt)
-    request = ExportRequest(
-        backbone=backbone,
-        runtime=runtime,
-        precision=precision,
-        batch=batch,
-        calibration=images,
-        target=target,
-        embed_preprocessing=embed_preprocessing,
-        probe_levels=probe_levels,
-        portable=portable,
-        build_options=build_options,
-        cache=cache,
-        labels=_labels(backbone, calibration, images),
-    )
-    check_request(request)
-    return request
+    labels = _labels(backbone, calibration, images)
+    return checked(ExportJob(backbone=backbone, options=options, images=images, labels=labels))
 
 
 def _labels(
@@ -367,18 +403,17 @@ def _warn_of_guess(backbone: BaseBackbone) -> None:
     )
 
 
-def _open_built(request: ExportRequest, *, device: str, cache: bool) -> Runtime:
-    """The engine of a request: from the cache, built into it, or built for this model alone."""
+def _open_built(job: ExportJob, *, device: str) -> Runtime:
+    """Open the engine of a job: from the cache, built into it, or built for this model alone."""
     from deploykit.cache import EngineCache
     from deploykit.export.pipeline import export
-    from deploykit.export.request import cache_parts
 
     def build(folder: Path) -> None:
-        export(request, folder)
+        export(job, folder)
 
-    if cache:
+    if job.options.cache:
         engines = EngineCache()
-        return load_bundle(engines.get_or_build(engines.key(cache_parts(request)), build), device=device)
+        return load_bundle(engines.get_or_build(engines.key(job.cache_parts()), build), device=device)
     scratch = Path(tempfile.mkdtemp(prefix="deploykit-engine-"))
     try:
         build(scratch / "bundle")

@@ -1,26 +1,47 @@
-"""The artefact that flows from tracing to lowering: one network, as a torch program and as ONNX."""
+"""The two artefacts that flow from tracing to lowering: one network as an ONNX graph, or as a torch program."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from deploykit.spec import InputSpec, TensorSpec
 
 if TYPE_CHECKING:
-    import onnx
+    import onnx_ir as ir
     import torch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Graph:
-    """One network with named outputs, in the order in which an engine gives them.
-
-    The master graph has both forms in FP32. A dialect fills the one that its runtime takes:
-    ``model`` for ONNX runtimes, ``program`` for inductor.
-    """
+class OnnxGraph:
+    """An ONNX graph with named outputs, in the order in which an engine gives them."""
 
     input: InputSpec
     outputs: tuple[TensorSpec, ...]
-    model: onnx.ModelProto | None = None
-    program: torch.export.ExportedProgram | None = None
+    model: ir.Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchProgram:
+    """A `torch.export` program with the same outputs, which it gives by position."""
+
+    input: InputSpec
+    outputs: tuple[TensorSpec, ...]
+    program: torch.export.ExportedProgram
+
+
+Graph: TypeAlias = OnnxGraph | TorchProgram
+
+
+@dataclass(frozen=True, kw_only=True)
+class Master:
+    """A fused network in FP32, in both forms: plans are made from ``onnx``; a backend lowers its own form."""
+
+    onnx: OnnxGraph
+    torch: TorchProgram
+
+    def form(self, source: str) -> Graph:
+        """Return the form that a backend lowers; ``source`` is its `Backend.source`."""
+        forms: Mapping[str, Graph] = {"onnx": self.onnx, "torch": self.torch}
+        return forms[source]

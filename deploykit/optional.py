@@ -18,15 +18,15 @@ class OptionalPackage:
 
     module: str
     distribution: str
-    extra: str
+    extra: str | None = None
     feature: str
     prepare: str | None = None
     """A function that is called before the first import, as ``module:function``."""
 
     @property
     def command(self) -> str:
-        """The pip command that installs it with the extra of deploykit that needs it."""
-        return f"pip install 'deploykit[{self.extra}]'"
+        """The pip command that installs it: with the extra of deploykit that needs it, where there is one."""
+        return f"pip install 'deploykit[{self.extra}]'" if self.extra else f"pip install {self.distribution}"
 
 
 PACKAGES: dict[str, OptionalPackage] = {
@@ -44,20 +44,7 @@ PACKAGES: dict[str, OptionalPackage] = {
         OptionalPackage(module="onnx_ir", distribution="onnx-ir", extra="export", feature="ONNX graph passes"),
         OptionalPackage(module="onnxscript", distribution="onnxscript", extra="export", feature="ONNX export"),
         OptionalPackage(
-            module="onnxruntime", distribution="onnxruntime", extra="onnxruntime", feature="the onnxruntime runtime"
-        ),
-        OptionalPackage(module="openvino", distribution="openvino", extra="openvino", feature="the openvino runtime"),
-        OptionalPackage(
-            module="tensorrt_rtx", distribution="tensorrt_rtx", extra="tensorrt", feature="the tensorrt runtime"
-        ),
-        OptionalPackage(
-            module="tensorrt",
-            distribution="tensorrt",
-            extra="tensorrt",
-            feature="the tensorrt runtime with full TensorRT",
-        ),
-        OptionalPackage(
-            module="cuda", distribution="cuda-python", extra="cuda", feature="running a TensorRT plan without torch"
+            module="cuda", distribution="cuda-python", extra="cuda", feature="engines on a GPU without torch"
         ),
         OptionalPackage(
             module="polygraphy", distribution="polygraphy", extra="debug", feature="reducing a failing model"
@@ -81,18 +68,19 @@ PACKAGES: dict[str, OptionalPackage] = {
 }
 
 
-def require(module: str) -> ModuleType:
+def require(module: str, package: OptionalPackage | None = None) -> ModuleType:
     """Import an optional package, or say how to install it.
 
     Args:
-        module: the dotted name to import; its first part is a key of `PACKAGES`.
+        module: the dotted name to import.
+        package: what it is of; None: its row in `PACKAGES`, or else a distribution of the module's own name.
 
     Raises:
         MissingDependency: the package is not installed; the message has the pip command.
         DeployKitError: the package is installed and fails to import; the cause is chained.
     """
     root = module.partition(".")[0]
-    package = PACKAGES[root]
+    package = package or _package_of(root)
     try:
         if package.prepare is not None and root not in sys.modules and importlib.util.find_spec(root) is not None:
             _call(package.prepare)
@@ -138,9 +126,13 @@ def _broken(package: OptionalPackage, error: Exception) -> DeployKitError:
     )
 
 
-def installed_version(module: str) -> str | None:
-    """The installed version of an optional package, without importing it; None when absent."""
-    package = PACKAGES[module]
+def _package_of(module: str) -> OptionalPackage:
+    return PACKAGES.get(module) or OptionalPackage(module=module, distribution=module, feature=f"the package {module}")
+
+
+def installed_version(module: str, package: OptionalPackage | None = None) -> str | None:
+    """Return the installed version of an optional package, without importing it; None when absent."""
+    package = package or _package_of(module)
     if importlib.util.find_spec(module) is None:
         return None
     try:

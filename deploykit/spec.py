@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 from deploykit.errors import SpecError, nearest
+from deploykit.unset import UNSET, UnsetType
 
 Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 CropMode: TypeAlias = Literal["center", "squash", "border"]
@@ -19,8 +20,21 @@ BiasCorrection: TypeAlias = Literal["fast", "full"]
 Rounding: TypeAlias = Literal["nearest", "adaptive"]
 WeightScales: TypeAlias = Literal["max", "mse"]
 FAMILY_RECIPE = "family"
-RECIPE_SETTINGS = ("equalization", "calibrator", "bias_correction", "rounding", "weight_scales")
-"""What a recipe of INT8 decides."""
+RECIPE_DEFAULTS: dict[str, Any] = {
+    "equalization": 0.5,
+    "calibrator": "mse",
+    "bias_correction": "fast",
+    "rounding": "nearest",
+    "weight_scales": "max",
+}
+"""What a recipe of INT8 decides, with the values of the recipe that plans the fastest."""
+
+_RECIPE_CHOICES: dict[str, tuple[str, ...]] = {
+    "calibrator": get_args(Calibrator),
+    "bias_correction": get_args(BiasCorrection),
+    "rounding": get_args(Rounding),
+    "weight_scales": get_args(WeightScales),
+}
 FloatDtype: TypeAlias = Literal["fp32", "fp16"]
 HardwareCompatibility: TypeAlias = Literal["none", "same_compute_capability", "ampere_plus"]
 InputDtype: TypeAlias = Literal["float32", "uint8"]
@@ -242,6 +256,9 @@ class Bf16:
 class Int8:
     """8-bit integers by Q/DQ nodes: per-channel weights, per-tensor activations.
 
+    Settings that a recipe decides are `UNSET` until the recipe fills them; explicit settings override the recipe,
+    even when they equal its values.
+
     Args:
         min_sqnr_db: the budget of every feature level and of the logits, in dB against torch FP32.
         min_top1_agreement: the share of images, 0 to 1, whose top-1 class must stay; None: no gate.
@@ -259,11 +276,9 @@ class Int8:
             the weights beforehand (cross-layer equalization, SmoothQuant's alpha); None: nothing is scaled.
         reduce_range: round weights more coarsely, so that no product saturates in the 16 bits of x86
             processors without VNNI (ONNX Runtime's term); None: where the target needs it.
-        recipe: a name of `deploykit.calibration.recipes.RECIPES`, whose settings take the place of the
-            same ones here; ``family``: the one that was measured best for the backbone's family, unless one of
-            these settings is given another value than its default here: that turns ``family`` into None;
-            ``auto``: the best of the table on calibration images that are held out, found within the budget;
-            None: as they are here.
+        recipe: a name of `deploykit.calibration.recipes.RECIPES`, which fills the settings that are not given;
+            ``family``: the one that was measured best for the backbone's family; ``auto``: the best of the table on
+            calibration images that are held out, found within the budget; None: the first of the table.
         recipe_budget_s: how many seconds the trials of ``auto`` may take together.
         float_dtype: what stays in float computes in ``fp32``, or in ``fp16`` where the runtime has it.
         mixed_precision: search the fewest layers to keep in float so that the engine is within its budget.
@@ -273,12 +288,12 @@ class Int8:
     name: ClassVar[str] = "int8"
     min_sqnr_db: float = 12.0
     min_top1_agreement: float | None = None
-    calibrator: Calibrator = "mse"
+    calibrator: Calibrator | UnsetType = UNSET
     percentile: float = 99.99
-    bias_correction: BiasCorrection | bool | None = "fast"
-    rounding: Rounding = "nearest"
-    weight_scales: WeightScales = "max"
-    equalization: float | None = 0.5
+    bias_correction: BiasCorrection | bool | UnsetType | None = UNSET
+    rounding: Rounding | UnsetType = UNSET
+    weight_scales: WeightScales | UnsetType = UNSET
+    equalization: float | UnsetType | None = UNSET
     reduce_range: bool | None = None
     recipe: str | None = FAMILY_RECIPE
     recipe_budget_s: float = 120.0
@@ -292,20 +307,23 @@ class Int8:
         if not self.recipe_budget_s > 0:
             raise SpecError(f"recipe_budget_s is {self.recipe_budget_s}; it must be above 0 seconds.")
         _check_choice("float_dtype", self.float_dtype, ("fp32", "fp16"))
-        _check_choice("calibrator", self.calibrator, get_args(Calibrator))
-        _check_choice("rounding", self.rounding, get_args(Rounding))
-        _check_choice("weight_scales", self.weight_scales, get_args(WeightScales))
         if isinstance(self.bias_correction, bool):
             object.__setattr__(self, "bias_correction", "fast" if self.bias_correction else None)
-        if self.bias_correction is not None:
-            _check_choice("bias_correction", str(self.bias_correction), get_args(BiasCorrection))
-        by_hand = any(getattr(self, name) != getattr(Int8, name) for name in RECIPE_SETTINGS)
-        if self.recipe == FAMILY_RECIPE and by_hand:
-            object.__setattr__(self, "recipe", None)
+        for name, choices in _RECIPE_CHOICES.items():
+            value = getattr(self, name)
+            if value is not UNSET and not (value is None and name == "bias_correction"):
+                _check_choice(name, value, choices)
         if not 50 < self.percentile <= 100:
             raise SpecError(f"percentile is {self.percentile}; it must be above 50 and at most 100.")
-        if self.equalization is not None and not 0 <= self.equalization <= 1:
+        if isinstance(self.equalization, (int, float)) and not 0 <= self.equalization <= 1:
             raise SpecError(f"equalization is {self.equalization}; it must be 0 to 1, or None for none.")
+
+    def filled(self, defaults: Mapping[str, Any] | None = None) -> Int8:
+        """Return the settings with every `UNSET` one filled: from ``defaults``, or else from `RECIPE_DEFAULTS`."""
+        values = RECIPE_DEFAULTS | dict(defaults or {})
+        return dataclasses.replace(
+            self, **{name: value for name, value in values.items() if getattr(self, name) is UNSET}
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,9 +359,7 @@ PRECISIONS: dict[str, type[Fp32] | type[Fp16] | type[Bf16] | type[Int8]] = {
 
 
 def parse_precision(precision: str | Precision, settings: Mapping[str, Any] | None = None) -> Precision:
-    """``"int8"``, or the dataclass itself, to the dataclass; ``settings`` are its fields.
-
-    A setting of a recipe of INT8 that is given here stands, also where it has its default's value.
+    """Turn ``"int8"``, or the dataclass itself, into the dataclass; ``settings`` are its fields.
 
     Raises:
         SpecError: no such precision, or a setting that it does not have.
@@ -359,10 +375,7 @@ def parse_precision(precision: str | Precision, settings: Mapping[str, Any] | No
     for key in settings or {}:
         if key not in known:
             raise SpecError(f"precision {precision!r} has no setting {key!r}. {nearest(key, known)}")
-    given = dict(settings or {})
-    if kind is Int8 and not given.keys().isdisjoint(RECIPE_SETTINGS):
-        given.setdefault("recipe", None)
-    return kind(**given)
+    return kind(**dict(settings or {}))
 
 
 def parse_batch(batch_size: int | str | tuple[int, int, int] | BatchRange) -> Batch:

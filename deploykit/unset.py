@@ -1,15 +1,15 @@
-"""UNSET: the value of an option that was not given, where its default could also be asked for by name."""
+"""The value of an option that was not given, which differs from every value that can be given."""
 
 from __future__ import annotations
 
-from enum import Enum
-from typing import Final, Literal
+import enum
+from typing import Final, Literal, TypeAlias, TypeVar
 
 
-class Unset(Enum):
-    """The type of `UNSET`; compare with ``is``, which mypy narrows."""
+class Unset(enum.Enum):
+    """The type of `UNSET`; an enum of one member, so that type checkers narrow it by ``is``."""
 
-    UNSET = "unset"
+    UNSET = "UNSET"
 
     def __repr__(self) -> str:
         return "UNSET"
@@ -19,3 +19,13 @@ class Unset(Enum):
 
 UNSET: Final[Literal[Unset.UNSET]] = Unset.UNSET
 """Not given. It is true, equal to itself alone, and survives copying and pickling."""
+
+UnsetType: TypeAlias = Literal[Unset.UNSET]
+
+Value = TypeVar("Value")
+Default = TypeVar("Default")
+
+
+def given(value: Value | UnsetType, default: Default) -> Value | Default:
+    """Return the value, or the default where none was given."""
+    return default if isinstance(value, Unset) else value

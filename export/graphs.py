@@ -5,49 +5,42 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import onnx
 import onnx_ir as ir
 from torch import Tensor, nn
 
 from deploykit.fusion.program import export_program
-from deploykit.graph import Graph
+from deploykit.graph import Graph, OnnxGraph
 from deploykit.spec import BATCH_DIM, TensorSpec
 
 
 def select(graph: Graph, names: Sequence[str]) -> Graph:
-    """The part of a graph that gives just these outputs, in this order; a form that is absent stays absent."""
+    """Return the part of a graph that gives just these outputs, in this order."""
     chosen = {output.name: output for output in graph.outputs}
     if tuple(names) == tuple(chosen):
         return graph
-    positions = [list(chosen).index(name) for name in names]
-    return replace(
-        graph,
-        program=None
-        if graph.program is None
-        else export_program(_Part(graph.program.module(), positions), graph.input),
-        model=None if graph.model is None else _select_model(graph.model, names),
-        outputs=tuple(chosen[name] for name in names),
-    )
+    outputs = tuple(chosen[name] for name in names)
+    if isinstance(graph, OnnxGraph):
+        return replace(graph, model=_select_model(graph.model, names), outputs=outputs)
+    part = _Part(graph.program.module(), [list(chosen).index(name) for name in names])
+    return replace(graph, program=export_program(part, graph.input), outputs=outputs)
 
 
-def output_specs(model: onnx.ModelProto) -> tuple[TensorSpec, ...]:
-    """Name and shape of every output of a graph; the first dimension is the batch."""
+def output_specs(model: ir.Model) -> tuple[TensorSpec, ...]:
+    """Describe every output of a graph by name and shape; the first dimension is the batch."""
     specs = []
-    for value in model.graph.output:
-        dims = value.type.tensor_type.shape.dim
-        shape = tuple(dim.dim_value if dim.HasField("dim_value") else BATCH_DIM for dim in dims)
-        specs.append(TensorSpec(name=value.name, shape=shape))
+    for value in model.graph.outputs:
+        shape = tuple(size if isinstance(size, int) else BATCH_DIM for size in value.shape or ())
+        specs.append(TensorSpec(name=str(value.name), shape=shape))
     return tuple(specs)
 
 
-def _select_model(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
-    whole = ir.from_proto(model)
+def _select_model(model: ir.Model, names: Sequence[str]) -> ir.Model:
+    whole = model.clone()
     part = ir.convenience.extract(whole.graph, list(whole.graph.inputs), list(names))
-    proto = ir.to_proto(ir.Model(part, ir_version=whole.ir_version, producer_name=whole.producer_name))
-    proto.opset_import.MergeFrom([entry for entry in model.opset_import if not proto.opset_import])
-    for unordered in (proto.graph.initializer, proto.graph.value_info):
-        unordered.sort(key=lambda entry: entry.name)  # extract() collects them in a set
-    return proto
+    part.opset_imports.update(whole.graph.opset_imports)
+    for name in sorted(part.initializers):  # extract() collects them in a set: equal exports give equal bytes
+        part.initializers[name] = part.initializers.pop(name)
+    return ir.Model(part, ir_version=whole.ir_version, producer_name=whole.producer_name)
 
 
 class _Part(nn.Module):

@@ -9,25 +9,26 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 
+from deploykit.arrays import FloatArray, ImageArray
 from deploykit.backbones.base import BaseBackbone
 from deploykit.backbones.inference_copy import inference_copy
 from deploykit.backbones.random_state import kept_random_states
+from deploykit.backends.backend import Engine
+from deploykit.backends.runtime import machine, run_in_batches
+from deploykit.backends.table import load_backend
 from deploykit.bundle import Manifest
 from deploykit.calibration.images import CalibrationSet, denormalize
-from deploykit.calibration.plan import calibration_batch, onnx_session
 from deploykit.errors import DeviceUnavailable
-from deploykit.export.lowering import Engine, Lowering
-from deploykit.graph import Graph
+from deploykit.graph import Graph, OnnxGraph
+from deploykit.onnx_session import graph_batch, onnx_session
 from deploykit.parity.compare import LOGITS, compare
 from deploykit.parity.report import LevelParity, ParityReport
-from deploykit.runtimes.base import FloatArray, ImageArray, Runtime, load_runtime, machine, run_in_batches
 from deploykit.spec import InputSpec, Precision
 
 PARITY_IMAGES = 16
-PROXY = "proxy: onnxruntime"
+PROXY = "proxy: the same graph, evaluated node by node on the CPU"
 
 
 def parity_images(calibration: CalibrationSet | None, spec: InputSpec) -> ImageArray:
@@ -71,7 +72,7 @@ def measure(
     precision: Precision,
     graph: Graph,
     whole: Graph | None,
-    lower: Lowering,
+    lower: Callable[[Graph, Path], Engine],
 ) -> tuple[ParityReport, Manifest]:
     """Run an engine where this machine can, and compare every output with torch.
 
@@ -88,7 +89,8 @@ def measure(
 
     Returns:
         The report, and the manifest with what was seen of the engine and where. Where its device is not here,
-        the report holds what the same graph gives in ONNX Runtime, marked as a proxy, and the status stays ``built``.
+        the report holds what the same graph gives node by node on the CPU, marked as a proxy, and the status stays
+        ``built``.
     """
     try:
         levels, seen_on = _levels_of(manifest, folder, images, expected, precision, measured_on="engine")
@@ -100,9 +102,9 @@ def measure(
             levels = (*(level for level in inner if level.name not in {each.name for each in levels}), *levels)
     except DeviceUnavailable:
         seen, levels = replace(manifest, seen_on=machine()), ()
-        proxy_graph = whole or graph
-        if proxy_graph.model is not None:
-            levels = _compare(_by_proxy(proxy_graph.model, images), expected, precision, measured_on=PROXY)
+        proxy = whole or graph
+        if isinstance(proxy, OnnxGraph):
+            levels = _compare(_by_proxy(proxy, images), expected, precision, measured_on=PROXY)
     report = ParityReport(
         runtime=manifest.runtime,
         runtime_version=manifest.runtime_version,
@@ -120,7 +122,7 @@ def measure(
 def _compare_lowered(
     manifest: Manifest,
     graph: Graph,
-    lower: Lowering,
+    lower: Callable[[Graph, Path], Engine],
     *,
     images: ImageArray,
     expected: dict[str, FloatArray],
@@ -129,7 +131,7 @@ def _compare_lowered(
 ) -> tuple[LevelParity, ...]:
     """Lower a graph into a temporary folder and compare what it gives."""
     with TemporaryDirectory(prefix="deploykit-probe-") as scratch:
-        engine: Engine = lower(graph, Path(scratch), target=manifest.target)
+        engine = lower(graph, Path(scratch))
         probe = replace(
             manifest,
             outputs=graph.outputs,
@@ -151,21 +153,20 @@ def _levels_of(
     measured_on: str,
 ) -> tuple[tuple[LevelParity, ...], dict[str, str]]:
     """Open an engine and compare what it gives; also the machine that ran it."""
-    adapter: Callable[..., Runtime] = load_runtime(manifest.runtime)
+    adapter = load_backend(manifest.runtime).load_adapter()
     with adapter(manifest, folder) as model:
         levels = _compare(run_in_batches(model, images), expected, precision, measured_on=measured_on)
         return levels, model.seen_on()
 
 
-def _by_proxy(model: onnx.ModelProto, images: ImageArray) -> dict[str, FloatArray]:
-    """What a graph for an absent device computes, node by node, in ONNX Runtime."""
-    session = onnx_session(model, optimize=False)
-    size = calibration_batch(model)
-    names = [output.name for output in model.graph.output]
+def _by_proxy(graph: OnnxGraph, images: ImageArray) -> dict[str, FloatArray]:
+    """Evaluate a graph for an absent device node by node on the CPU."""
+    session = onnx_session(graph.model, optimize=False)
+    size, names = graph_batch(graph.model), [output.name for output in graph.outputs]
     parts = []
     for start in range(0, len(images), size):
         piece = images[start : start + size]
-        outputs = session.run(names, {model.graph.input[0].name: piece[np.arange(size) % len(piece)]})
+        outputs = session.run(names, {graph.input.name: piece[np.arange(size) % len(piece)]})
         parts.append([output[: len(piece)] for output in outputs])
     return dict(zip(names, (np.concatenate(column) for column in zip(*parts, strict=True)), strict=True))
 

@@ -4,92 +4,76 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import onnx
 
 import deploykit
+from deploykit.backends.backend import resolve
 from deploykit.cache import default_root
-from deploykit.calibration.kernel_times import integer_savings
-from deploykit.calibration.plan import QuantizationPlan, calibration_batch
-from deploykit.calibration.search import Candidate, SearchBudget, SearchLog, SearchResult, search
-from deploykit.calibration.sensitivity import measure_sensitivity, style_of
-from deploykit.errors import ExportError
-from deploykit.export.bench import Bench
-from deploykit.export.build import Builder
-from deploykit.optional import installed_version
-from deploykit.runtimes.base import load_runtime
+from deploykit.calibration.plan import QuantizationPlan
+from deploykit.calibration.search import SearchBudget, SearchLog, SearchResult, search
+from deploykit.calibration.sensitivity import measure_sensitivity
+from deploykit.export.evaluate import Evaluator
+from deploykit.onnx_session import graph_batch
+from deploykit.progress import CandidateMeasured, Progress
 from deploykit.spec import Int8
 
-COSTS = {"onnxruntime": integer_savings}
-"""The runtimes whose profile says what each node gains by running in integers."""
 
-
-def mixed_precision(
-    plan: QuantizationPlan,
-    builder: Builder,
-    bench: Bench,
-    settings: Int8,
-    *,
-    resume: bool,
-    on_candidate: Callable[[Candidate], None] | None = None,
+def search_mixed_precision(
+    plan: QuantizationPlan, engines: Evaluator, settings: Int8, progress: Progress
 ) -> SearchResult:
     """Search the nodes to keep in float so that the engine is within the budget of its settings.
 
     Args:
         plan: everything in integers that can be.
-        builder: makes the engines.
-        bench: measures them.
+        engines: builds and measures the candidates.
         settings: the budget; ``max_metric_drop`` is from the FP32 engine's metric.
-        resume: keep measurements in the cache, and use those of a search that was stopped.
-        on_candidate: hears of each candidate.
-
-    Raises:
-        ExportError: the master graph has no ONNX form.
+        progress: hears of each candidate.
     """
-    master = builder.master.model
-    if master is None:
-        raise ExportError("the master graph has no ONNX form, and the search measures that. Trace it with to_onnx.")
-    metric = bench.fp32_metric()
+    master, job = engines.network.master.onnx.model, engines.job
+    metric = engines.fp32_metric()
     budget = SearchBudget(
         min_sqnr_db=settings.min_sqnr_db,
         min_top1_agreement=settings.min_top1_agreement,
         min_metric=None if metric is None else metric - (settings.max_metric_drop or 0.0),
     )
-    # A metric is the user's own code, so that what it gave before says nothing of what it gives.
-    log = _log(plan, builder) if resume and metric is None else None
     return search(
         master,
         plan,
-        measure_sensitivity(master, plan, builder.probe, style_of(builder.runtime)),
-        bench.measured,
+        measure_sensitivity(master, plan, engines.network.probe, resolve(str(job.backend.dialect))),
+        lambda candidate: engines.evaluate(candidate, timed=True),
         budget,
-        savings_ms=_savings(master, plan, builder),
-        log=log,
-        on_candidate=on_candidate,
+        savings_ms=_savings(plan, engines),
+        # A metric is the user's own code, so that what it gave before says nothing of what it gives.
+        log=_log(plan, engines) if job.options.cache and metric is None else None,
+        on_candidate=lambda candidate: progress(CandidateMeasured(summary=candidate.summary)),
     )
 
 
-def _savings(master: onnx.ModelProto, plan: QuantizationPlan, builder: Builder) -> dict[str, float] | None:
-    measure = COSTS.get(builder.runtime)
-    quantized = builder.render(builder.master, plan).model
-    if measure is None or quantized is None:
+def _savings(plan: QuantizationPlan, engines: Evaluator) -> dict[str, float] | None:
+    """What each node gains by running in integers, where the runtime's profile tells."""
+    backend, network = engines.job.backend, engines.network
+    if backend.profile is None:
         return None
-    batch = builder.probe[np.arange(calibration_batch(master)) % len(builder.probe)]
-    return measure(master, quantized, plan.placement.weights, batch)
+    master = network.master.onnx.model
+    batch = network.probe[np.arange(graph_batch(master)) % len(network.probe)]
+    quantized: Any = engines.render(plan).graph
+    savings: dict[str, float] | None = resolve(backend.profile)(master, quantized.model, plan.placement.weights, batch)
+    return savings
 
 
-def _log(plan: QuantizationPlan, builder: Builder) -> SearchLog:
+def _log(plan: QuantizationPlan, engines: Evaluator) -> SearchLog:
+    job = engines.job
     parts = (
         plan.key,
         plan.constants_digest,
-        builder.runtime,
-        installed_version(load_runtime(builder.runtime).package),
-        builder.outputs,
-        str(builder.taken),
-        builder.target,
+        job.options.runtime,
+        job.backend.installed_version(),
+        job.backbone.spec.output_names,
+        str(engines.network.input),
+        job.options.target,
         deploykit.__version__,
     )
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()

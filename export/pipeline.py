@@ -2,41 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from deploykit.arrays import FloatArray, ImageArray
 from deploykit.backbones.weights import weights_digest
+from deploykit.backends.backend import resolve
 from deploykit.bundle import Manifest, write_manifest, writing
-from deploykit.calibration.dialects import DIALECTS
+from deploykit.calibration.dialect import Dialect
 from deploykit.calibration.equalization import equalization_passes
 from deploykit.calibration.images import CalibrationSet, network_images
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.plan_cache import PlanCache
-from deploykit.calibration.precision import PrecisionPlan, plan_precision
-from deploykit.calibration.recipes import AUTO_RECIPE, RecipeReport, with_recipe
-from deploykit.calibration.search import Measured, SearchResult
-from deploykit.calibration.sensitivity import style_of
-from deploykit.export.bench import Bench
-from deploykit.export.build import Builder, Built
+from deploykit.calibration.precision import plan_precision
+from deploykit.calibration.precision_plan import PrecisionPlan
+from deploykit.calibration.recipes import RecipeReport
+from deploykit.calibration.search import Measured, SearchReport, SearchResult
+from deploykit.export.evaluate import Evaluator
 from deploykit.export.graphs import output_specs
-from deploykit.export.lowering import load_lowering, resolve
+from deploykit.export.job import ExportJob, checked
 from deploykit.export.measure import parity_images, torch_outputs
-from deploykit.export.mixed import mixed_precision
-from deploykit.export.recipe_trials import recipe_trials
-from deploykit.export.request import ExportRequest, cache_parts, check_request, engine_input, tool_versions
+from deploykit.export.mixed import search_mixed_precision
+from deploykit.export.recipe_trials import settle_recipe
 from deploykit.export.speed import SpeedReport, check_speedup
 from deploykit.export.to_onnx import to_onnx
 from deploykit.export.trace import output_names, trace
 from deploykit.fusion.pipeline import FusionRecord, export_passes, fuse
-from deploykit.graph import Graph
+from deploykit.graph import Master, OnnxGraph, TorchProgram
 from deploykit.parity.reference import capture
-from deploykit.runtimes.base import FloatArray, ImageArray
+from deploykit.parity.report import ParityReport
+from deploykit.progress import ImagesCalibrated, Progress, StageStarted, quiet
 from deploykit.spec import InputSpec, Int8
 
 SEARCH_FILE = "mixed-precision.json"
@@ -47,74 +44,45 @@ LABELS_FILE = "labels.txt"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
-    """What a caller hears of a running export.
+class ExportResult:
+    """What an export made and saw; the same is in the bundle's files.
 
-    ``stage``: the one that begins. ``images``: calibrated, of how many. ``resumed``: a stopped calibration goes
-    on after so many images, of how many. ``step``: a phase of the runtime's own build, its steps done, of how
-    many (TensorRT). ``candidate``: each one of a search, in a line. ``speed``: how fast an INT8 engine is.
+    ``speed`` is None where nothing was timed, ``search`` without mixed precision, ``recipes`` where none was chosen
+    by trying.
     """
 
-    stage: Callable[[str], None] = lambda name: None
-    images: Callable[[int, int], None] = lambda seen, total: None
-    resumed: Callable[[int, int], None] = lambda seen, total: None
-    step: Callable[[str, int, int], None] = lambda phase, done, total: None
-    candidate: Callable[[str], None] = lambda summary: None
-    speed: Callable[[SpeedReport], None] = lambda report: None
+    folder: Path
+    manifest: Manifest
+    parity: ParityReport
+    speed: SpeedReport | None = None
+    search: SearchReport | None = None
+    recipes: RecipeReport | None = None
+
+    @property
+    def status(self) -> str:
+        """What was seen of the engine: ``built``, ``executed`` or ``parity_checked``."""
+        return self.manifest.status
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What an export has before any runtime decides something.
+    """What an export has before an engine is built.
 
-    ``given`` are the images to compare on as an engine takes them (``taken``), ``probe`` the same as
-    the network takes them, ``(N, C, H, W)`` float32. ``plan`` is as the runtime's dialect renders it: what
-    that leaves in float is in its ``float_nodes``.
+    ``images`` are those to compare on, as an engine takes them (``input``); ``probe`` are the same as the network
+    takes them, ``(N, C, H, W)`` float32. ``plan`` is as the runtime's dialect renders it: what that keeps in float is
+    in its ``float_nodes``.
     """
 
-    taken: InputSpec
-    given: ImageArray
+    input: InputSpec
+    images: ImageArray
     probe: FloatArray
-    master: Graph
+    master: Master
     plan: PrecisionPlan
     fusions: tuple[FusionRecord, ...]
 
 
-def prepare(request: ExportRequest, progress: Progress, compared_on: CalibrationSet | None = None) -> Prepared:
-    """Trace, fuse, write the master graph and plan the precision of a checked request.
-
-    Args:
-        request: what to export, its recipe settled.
-        progress: hears of the stages.
-        compared_on: the images to compare on; None: some of those to calibrate with.
-
-    Raises:
-        CalibrationError: images that cannot be used.
-        FusionError, ExportError: a stage failed; the message says which.
-    """
-    progress.stage("trace")
-    taken = engine_input(request)
-    spec = taken.as_images()
-    given = parity_images(compared_on or request.calibration, taken)
-    probe = network_images(given, taken)
-    program = trace(request.backbone, spec)
-    progress.stage("fuse")
-    balancing = equalization_passes(request.precision, request.calibration, spec)
-    fused = fuse(program, spec, probe, export_passes(*balancing))
-    progress.stage("to_onnx")
-    model = to_onnx(fused.program, spec, output_names(request.backbone))
-    master = Graph(input=spec, outputs=output_specs(model), model=model, program=fused.program)
-    progress.stage("plan")
-    plan = _plan(request, model, probe, progress)
-    if isinstance(plan, QuantizationPlan):
-        plan = style_of(request.runtime).as_rendered(model, plan)
-    return Prepared(taken=taken, given=given, probe=probe, master=master, plan=plan, fusions=fused.records)
-
-
-def export(
-    request: ExportRequest, folder: Path, *, overwrite: bool = False, progress: Progress | None = None
-) -> Manifest:
-    """Write the bundle of a request to ``folder``, whole or not at all.
+def export(job: ExportJob, folder: Path, *, overwrite: bool = False, progress: Progress = quiet) -> ExportResult:
+    """Write the bundle of a job to ``folder``, whole or not at all.
 
     Raises:
         SpecError: the runtime cannot make what is asked for.
@@ -123,174 +91,131 @@ def export(
         ParityError: the engine's numbers are outside the budget of its precision.
         BundleError: the folder is taken, or cannot be written.
     """
-    check_request(request)
-    progress = progress or Progress()
-    with writing(folder, overwrite=overwrite) as staging, ExitStack() as closing:
-        request, tried = settle_recipe(request, progress)
-        network = prepare(request, progress)
-        builder = _builder(request, network, progress)
-        expected = torch_outputs(request.backbone, network.probe)
-        bench = closing.enter_context(_bench(request, network, builder, expected))
-        found = _searched(request, network.plan, builder, bench, progress)
-        plan = found.plan if found is not None else network.plan
-        progress.stage("render")
-        rendered = builder.rendered(plan)
-        progress.stage("lower")
-        built = builder.lowered(rendered, staging)
-        progress.stage("parity")
-        report, manifest = bench.parity(built, staging)
-        report.raise_for_failures()
-        speed = _timed(request, plan, partial(bench.speed, manifest, staging), progress)
-        progress.stage("bundle")
-        report.save(staging / PARITY_FILE)
-        given_as_float = network.given.astype(np.float32)  # which has every uint8: the reference's one dtype
-        kept = {output.name: expected[output.name] for output in built.graph.outputs}
-        capture(given_as_float, kept).save(staging / REFERENCE_FILE)
+    job = checked(job)
+    with writing(folder, overwrite=overwrite) as staging:
+        job, recipes = settle_recipe(job, progress, evaluate_job)
+        network = prepare(job, progress)
+        expected = torch_outputs(job.backbone, network.probe)
+        with Evaluator(job, network, expected, progress) as engines:
+            search = _search(engines, progress)
+            plan = search.plan if search is not None else network.plan
+            progress(StageStarted(name="render"))
+            rendered = engines.render(plan)
+            progress(StageStarted(name="lower"))
+            built = engines.lower(rendered, staging)
+            progress(StageStarted(name="parity"))
+            parity, manifest = engines.compare(built, staging)
+            parity.raise_for_failures()
+            speed = _speed(engines, plan, manifest, staging, progress)
+        progress(StageStarted(name="bundle"))
+        images = network.images.astype(np.float32)  # which has every uint8: the reference's one dtype
+        capture(images, {output.name: expected[output.name] for output in manifest.outputs}).save(
+            staging / REFERENCE_FILE
+        )
         if isinstance(plan, QuantizationPlan):
             plan.save(staging)
-        if found is not None:
-            found.report.save(staging / SEARCH_FILE)
-        if tried is not None:
-            tried.save(staging / RECIPES_FILE)
-        _write_labels(request.labels or request.backbone.labels, staging)
-        return write_manifest(staging, replace(manifest, speedup=speed))
+        result = ExportResult(
+            folder=folder,
+            manifest=replace(manifest, speedup=None if speed is None else round(speed.speedup, 3)),
+            parity=parity,
+            speed=speed,
+            search=None if search is None else search.report,
+            recipes=recipes,
+        )
+        return _write(result, staging, job.labels or job.backbone.labels)
 
 
-def settle_recipe(request: ExportRequest, progress: Progress) -> tuple[ExportRequest, RecipeReport | None]:
-    """The request with the settings of its recipe, and what was tried where that was left to measurement.
+def evaluate_job(job: ExportJob, held_out: CalibrationSet) -> Measured:
+    """Build a job's engine and compare it on images that it was not calibrated with."""
+    network = prepare(job, quiet, compared_on=held_out)
+    with Evaluator(job, network, torch_outputs(job.backbone, network.probe), quiet) as engines:
+        return engines.evaluate(network.plan)
+
+
+def prepare(job: ExportJob, progress: Progress, compared_on: CalibrationSet | None = None) -> Prepared:
+    """Trace, fuse, write the master graph and plan the precision of a checked job.
+
+    Args:
+        job: what to export, its recipe settled.
+        progress: hears of the stages.
+        compared_on: the images to compare on; None: some of those to calibrate with.
 
     Raises:
-        SpecError: no such recipe.
-        CalibrationError: too few images to hold some out.
+        CalibrationError: images that cannot be used.
+        FusionError, ExportError: a stage failed; the message says which.
     """
-    settings = request.precision
-    if not isinstance(settings, Int8) or request.calibration is None:
-        return request, None
-    if settings.recipe != AUTO_RECIPE:
-        return replace(request, precision=with_recipe(settings, request.backbone.family)), None
-    progress.stage("recipes")
-
-    def measure(chosen: Int8, calibrated: CalibrationSet, held_out: CalibrationSet) -> Measured:
-        trial = replace(request, precision=chosen, calibration=calibrated, cache=False)
-        return _trial(trial, held_out)
-
-    report = recipe_trials(
-        settings,
-        request.calibration,
-        measure,
-        family=request.backbone.family,
-        key=cache_parts(request) if request.cache else None,
-        on_trial=lambda trial: progress.candidate(trial.summary),
+    progress(StageStarted(name="trace"))
+    spec = job.input.as_images()
+    images = parity_images(compared_on or job.images, job.input)
+    probe = network_images(images, job.input)
+    program = trace(job.backbone, spec)
+    progress(StageStarted(name="fuse"))
+    balancing = equalization_passes(job.options.precision, job.images, spec)
+    fused = fuse(program, spec, probe, export_passes(*balancing))
+    progress(StageStarted(name="to_onnx"))
+    model = to_onnx(fused.program, spec, output_names(job.backbone))
+    outputs = output_specs(model)
+    master = Master(
+        onnx=OnnxGraph(input=spec, outputs=outputs, model=model),
+        torch=TorchProgram(input=spec, outputs=outputs, program=fused.program),
     )
-    return replace(request, precision=report.recipe.applied_to(settings)), report
+    progress(StageStarted(name="plan"))
+    plan = _plan(job, master.onnx, probe, progress)
+    return Prepared(input=job.input, images=images, probe=probe, master=master, plan=plan, fusions=fused.records)
 
 
-def _trial(request: ExportRequest, held_out: CalibrationSet) -> Measured:
-    """What an engine of a request gives on images that it was not calibrated with."""
-    progress = Progress()
-    network = prepare(request, progress, compared_on=held_out)
-    builder = _builder(request, network, progress)
-    with _bench(request, network, builder, torch_outputs(request.backbone, network.probe)) as bench:
-        return bench.accuracy(network.plan)
-
-
-def _builder(request: ExportRequest, network: Prepared, progress: Progress) -> Builder:
-    return Builder(
-        master=network.master,
-        runtime=request.runtime,
-        render=resolve(DIALECTS[request.runtime]),
-        lower=load_lowering(request.runtime, request.build_options, portable=request.portable, on_step=progress.step),
-        outputs=request.backbone.spec.output_names,
-        taken=network.taken,
-        probe=network.probe,
-        target=request.target,
+def _plan(job: ExportJob, master: OnnxGraph, probe: FloatArray, progress: Progress) -> PrecisionPlan:
+    total = len(job.images) if job.images is not None else 0
+    plan = plan_precision(
+        master.model,
+        job.options.precision,
+        calibration=job.images,
+        probe=probe,
+        weights_digest=weights_digest(job.backbone),
+        cache=PlanCache() if job.options.cache else None,
+        on_image=lambda seen: progress(ImagesCalibrated(done=min(seen, total), total=total)),
+        on_resume=lambda seen: progress(ImagesCalibrated(done=min(seen, total), total=total, resumed=True)),
     )
+    if not isinstance(plan, QuantizationPlan):
+        return plan
+    dialect: Dialect = resolve(str(job.backend.dialect))
+    return dialect.keep_float(master.model, plan)
 
 
-def _bench(request: ExportRequest, network: Prepared, builder: Builder, expected: dict[str, FloatArray]) -> Bench:
-    return Bench(
-        builder=builder,
-        manifest_of=partial(_manifest, request, network.taken, network.fusions),
-        images=network.given,
-        expected=expected,
-        precision=request.precision,
-        probe_levels=request.probe_levels,
-        metric=request.metric,
-    )
-
-
-def _manifest(request: ExportRequest, taken: InputSpec, fusions: tuple[FusionRecord, ...], built: Built) -> Manifest:
-    """The manifest of an engine that was built and not yet run."""
-    quantized = request.calibration is not None and isinstance(request.precision, Int8)
-    return Manifest(
-        backbone=request.backbone.spec,
-        input=taken,
-        outputs=built.graph.outputs,
-        runtime=request.runtime,
-        runtime_version=built.engine.runtime_version,
-        precision=request.precision.name,
-        precision_settings=asdict(request.precision),
-        engine=built.engine.file,
-        target=request.target,
-        requires=built.engine.requires,
-        weights_digest=weights_digest(request.backbone),
-        calibration_digest=request.calibration.digest if request.calibration and quantized else None,
-        fusions={record.name: record.rewrites for record in (*fusions, *built.records)},
-        compiler=built.engine.compiler,
-        tools=tool_versions() | built.engine.tools,
-    )
-
-
-def _searched(
-    request: ExportRequest, plan: PrecisionPlan, builder: Builder, bench: Bench, progress: Progress
-) -> SearchResult | None:
-    """The mixed-precision search of a request; None where none was asked for."""
-    settings = request.precision
+def _search(engines: Evaluator, progress: Progress) -> SearchResult | None:
+    """Search the layers to keep in float; None where no mixed precision was asked for."""
+    plan, settings = engines.network.plan, engines.job.options.precision
     if not isinstance(plan, QuantizationPlan) or not isinstance(settings, Int8) or not settings.mixed_precision:
         return None
-    progress.stage("search")
-    return mixed_precision(
-        plan, builder, bench, settings, resume=request.cache, on_candidate=lambda one: progress.candidate(one.summary)
-    )
+    progress(StageStarted(name="search"))
+    return search_mixed_precision(plan, engines, settings, progress)
 
 
-def _timed(
-    request: ExportRequest,
-    plan: PrecisionPlan,
-    measure: Callable[[QuantizationPlan], SpeedReport | None],
-    progress: Progress,
-) -> float | None:
-    """How many times as fast as FP32 an INT8 engine is, where that was asked for and can be timed here.
+def _speed(
+    engines: Evaluator, plan: PrecisionPlan, manifest: Manifest, folder: Path, progress: Progress
+) -> SpeedReport | None:
+    """Time an INT8 engine against float ones, where that was asked for and its device is here.
 
     Raises:
         ExportError: it is slower, or cannot be timed here, and a speedup is required.
     """
-    if not isinstance(plan, QuantizationPlan) or not (request.time_against_fp32 or request.require_speedup):
+    options = engines.job.options
+    if not isinstance(plan, QuantizationPlan) or not (options.time_against_fp32 or options.require_speedup):
         return None
-    progress.stage("speed")
-    report = measure(plan)
-    if request.require_speedup:
-        check_speedup(report, request.runtime)
-    if report is None:
-        return None
-    progress.speed(report)
-    return round(report.speedup, 3)
+    progress(StageStarted(name="speed"))
+    report = engines.speed(manifest, folder, plan)
+    if options.require_speedup:
+        check_speedup(report, options.runtime)
+    return report
 
 
-def _plan(request: ExportRequest, model: Any, probe: Any, progress: Progress) -> PrecisionPlan:
-    total = len(request.calibration) if request.calibration is not None else 0
-    return plan_precision(
-        model,
-        request.precision,
-        calibration=request.calibration,
-        probe=probe,
-        weights_digest=weights_digest(request.backbone),
-        cache=PlanCache() if request.cache else None,
-        on_image=lambda seen: progress.images(min(seen, total), total),
-        on_resume=lambda seen: progress.resumed(min(seen, total), total),
-    )
-
-
-def _write_labels(labels: tuple[str, ...] | None, staging: Path) -> None:
+def _write(result: ExportResult, staging: Path, labels: tuple[str, ...] | None) -> ExportResult:
+    """Write the reports, the labels, and last the manifest with every file's digest."""
+    result.parity.save(staging / PARITY_FILE)
+    if result.search is not None:
+        result.search.save(staging / SEARCH_FILE)
+    if result.recipes is not None:
+        result.recipes.save(staging / RECIPES_FILE)
     if labels:
         (staging / LABELS_FILE).write_text("\n".join(labels) + "\n", encoding="utf-8")
+    return replace(result, manifest=write_manifest(staging, result.manifest))

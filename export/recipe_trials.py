@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from deploykit.cache import default_root
 from deploykit.calibration.images import CalibrationSet, calibration_set
-from deploykit.calibration.recipes import Recipe, RecipeReport, Trial, try_recipes
+from deploykit.calibration.recipes import AUTO_RECIPE, RECIPES, RecipeReport, Trial, default_recipe, with_recipe
 from deploykit.calibration.search import Measured
 from deploykit.errors import CalibrationError
+from deploykit.export.job import ExportJob
+from deploykit.progress import CandidateMeasured, Progress, StageStarted
 from deploykit.spec import Int8
 
 MOST_IMAGES = 64
@@ -21,50 +24,68 @@ HELD_OUT_SHARE = 4
 """One of so many images is measured on and not calibrated with."""
 
 
-def recipe_trials(
-    settings: Int8,
-    images: CalibrationSet,
-    measure: Callable[[Int8, CalibrationSet, CalibrationSet], Measured],
-    *,
-    family: str,
-    key: Mapping[str, object] | None,
-    on_trial: Callable[[Trial], None] | None = None,
-) -> RecipeReport:
-    """Try the recipes on an engine that is calibrated with most of the images and measured on the others.
+def settle_recipe(
+    job: ExportJob, progress: Progress, evaluate: Callable[[ExportJob, CalibrationSet], Measured]
+) -> tuple[ExportJob, RecipeReport | None]:
+    """Put the settings of its recipe into a job; report what was tried where that was left to measurement.
 
     Args:
-        settings: the budget of time, and what is not of a recipe.
-        images: at most `MOST_IMAGES` of them are used.
-        measure: builds an engine of settings, calibrated with the first set, and compares it on the second.
-        family: of the backbone, whose own recipe comes first.
-        key: all that decides the outcome: a report under it in the plan cache is taken again; None keeps nothing.
-        on_trial: hears of each.
+        job: checked; as it is for any precision but INT8.
+        progress: hears of each trial.
+        evaluate: builds the engine of a job and compares it on other images.
 
     Raises:
-        CalibrationError: fewer images than it takes to hold one out.
+        SpecError: no such recipe.
+        CalibrationError: too few images to hold some out.
     """
-    kept = _kept(key)
-    if kept is not None and kept.exists():
-        try:
-            return RecipeReport.load(kept)
-        except CalibrationError:
-            kept.unlink()
+    settings = job.options.precision
+    if not isinstance(settings, Int8) or job.images is None:
+        return job, None
+    if settings.recipe != AUTO_RECIPE:
+        return job.with_precision(with_recipe(settings, job.backbone.family)), None
+    progress(StageStarted(name="recipes"))
+    report = _kept_report(job) or _try_recipes(job, settings, job.images, progress, evaluate)
+    return job.with_precision(report.recipe.applied_to(settings)), report
+
+
+def _try_recipes(
+    job: ExportJob,
+    settings: Int8,
+    images: CalibrationSet,
+    progress: Progress,
+    evaluate: Callable[[ExportJob, CalibrationSet], Measured],
+) -> RecipeReport:
+    """Measure the family's recipe, then the table's in order while the budget has time, and take the best.
+
+    The first is always tried; another only when there is time for one that takes as long as the longest so far.
+    """
     calibrated, held_out = _split(images)
-
-    def measured(recipe: Recipe) -> Measured:
-        return measure(recipe.applied_to(settings), calibrated, held_out)
-
-    report = try_recipes(
-        measured,
-        family,
+    started = time.monotonic()
+    trials: list[Trial] = []
+    untried: list[str] = []
+    for name in dict.fromkeys((default_recipe(job.backbone.family), *RECIPES)):
+        begun = time.monotonic()
+        longest = max((trial.seconds for trial in trials), default=0.0)
+        if trials and begun - started + longest > settings.recipe_budget_s:
+            untried.append(name)
+            continue
+        recipe = RECIPES[name]
+        trial_job = job.with_precision(recipe.applied_to(settings), calibrated).without_cache()
+        found = evaluate(trial_job, held_out)
+        seconds = round(time.monotonic() - begun, 1)
+        trials.append(
+            Trial(name=name, recipe=recipe, sqnr_db=found.sqnr_db, top1_agreement=found.top1_agreement, seconds=seconds)
+        )
+        progress(CandidateMeasured(summary=trials[-1].summary))
+    report = RecipeReport(
         budget_s=settings.recipe_budget_s,
         calibrated=len(calibrated),
         held_out=len(held_out),
-        on_trial=on_trial,
+        trials=tuple(trials),
+        untried=tuple(untried),
+        chosen=max(trials, key=lambda trial: trial.sqnr_db).name,
     )
-    if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        report.save(kept)
+    _keep_report(job, report)
     return report
 
 
@@ -81,8 +102,27 @@ def _split(images: CalibrationSet) -> tuple[CalibrationSet, CalibrationSet]:
     return calibration_set(chosen[~held], spec), calibration_set(chosen[held], spec)
 
 
-def _kept(key: Mapping[str, object] | None) -> Path | None:
-    if key is None:
+def _report_file(job: ExportJob) -> Path | None:
+    if not job.options.cache:
         return None
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(job.cache_parts(), sort_keys=True, default=str).encode()).hexdigest()
     return default_root() / "plans" / f"{digest}.recipes.json"
+
+
+def _kept_report(job: ExportJob) -> RecipeReport | None:
+    """The report of the same trials made before; a damaged one is removed."""
+    path = _report_file(job)
+    if path is None or not path.exists():
+        return None
+    try:
+        return RecipeReport.load(path)
+    except CalibrationError:
+        path.unlink()
+        return None
+
+
+def _keep_report(job: ExportJob, report: RecipeReport) -> None:
+    path = _report_file(job)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        report.save(path)

@@ -11,27 +11,28 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import onnx
+import onnx_ir as ir
 
 import deploykit
+from deploykit.arrays import FloatArray
+from deploykit.backends.table import engine_names, load_backend
 from deploykit.bundle import open_bundle
 from deploykit.errors import DeployKitError, ExportError, SpecError
 from deploykit.export.reduce_check import FAILS, CheckRequest, find_problem
 from deploykit.optional import require
 from deploykit.parity.reference import ParityReference
-from deploykit.runtimes.base import FloatArray
 from deploykit.spec import parse_precision
 
 REDUCE_SECONDS = 1800.0
 _LOG_LINES = 12
 _POLYGRAPHY = "import sys; from polygraphy.tools import main; sys.exit(main())"
-_REDUCED = ("onnxruntime", "tensorrt")
 
 
 def reduce_bundle(folder: Path, output: Path) -> str | None:
     """Write the smallest part of a bundle's graph on which its runtime fails to ``output``.
 
-    ONNX Runtime fails on a part when it refuses it, or when its optimized session is further from the
-    same graph run node by node than the bundle's budget; TensorRT when it does not build it.
+    What failing means is the backend's to say (`Backend.debug`): it refuses the part, does not build it, or computes
+    it otherwise than node by node by more than the bundle's budget.
 
     Returns:
         What the runtime does wrong with the part; None where it does nothing wrong with the whole
@@ -43,10 +44,11 @@ def reduce_bundle(folder: Path, output: Path) -> str | None:
         ExportError: polygraphy failed, with the end of its log.
     """
     manifest = open_bundle(folder)
-    if manifest.runtime not in _REDUCED or not manifest.engine.endswith(".onnx"):
+    if load_backend(manifest.runtime).debug is None or not manifest.engine.endswith(".onnx"):
+        reducible = [name for name in engine_names() if load_backend(name).debug is not None]
         raise SpecError(
-            f"{folder} holds {manifest.engine}, and only ONNX graphs can be reduced: those of onnxruntime bundles and "
-            "of portable tensorrt bundles. Export the same backbone as one of these, and debug that."
+            f"{folder} holds {manifest.engine}, and only bundles that hold an ONNX graph can be reduced: those of "
+            f"{', '.join(reducible)} (portable ones). Export the same backbone as one of these, and debug that."
         )
     reference = ParityReference.load(folder / "reference.npz")
     precision = parse_precision(manifest.precision, manifest.precision_settings)
@@ -80,7 +82,7 @@ def reduce_model(
             whole=str(fixed), images=str(work / "images.npy"), runtime=runtime, min_sqnr_db=min_sqnr_db
         )
         (work / "request.json").write_bytes(msgspec.json.encode(request))
-        whole = find_problem(onnx.load(fixed), request)
+        whole = find_problem(ir.load(fixed), request)
         if whole is None:
             return None
         _polygraphy(fixed, work, time_limit)
@@ -88,7 +90,7 @@ def reduce_model(
         if not reduced.is_file():
             return whole  # no smaller part fails
         output.write_bytes(reduced.read_bytes())
-        return find_problem(onnx.load(reduced), request) or whole
+        return find_problem(ir.load(reduced), request) or whole
 
 
 def with_fixed_batch(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+from deploykit.backends.backend import resolve
 from deploykit.calibration.plan import QuantizationPlan
-from deploykit.calibration.sensitivity import Sensitivity, measure_sensitivity, style_of
+from deploykit.calibration.sensitivity import Sensitivity, measure_sensitivity
 from deploykit.errors import SpecError
-from deploykit.export.pipeline import Progress, prepare, settle_recipe
-from deploykit.export.request import ExportRequest, check_request
+from deploykit.export.job import ExportJob, checked
+from deploykit.export.pipeline import evaluate_job, prepare
+from deploykit.export.recipe_trials import settle_recipe
+from deploykit.progress import Progress, StageStarted, quiet
 
 
-def sensitivity(request: ExportRequest, *, progress: Progress | None = None) -> Sensitivity:
-    """Measure how much noise each layer makes that an INT8 export of this request would quantize.
+def sensitivity(job: ExportJob, *, progress: Progress = quiet) -> Sensitivity:
+    """Measure how much noise each layer makes that an INT8 export of this job would quantize.
 
     Raises:
-        SpecError: the request is not of INT8, or the runtime cannot make it.
+        SpecError: the job is not of INT8, or the runtime cannot make it.
         CalibrationError: no images, or images that cannot be used.
     """
-    check_request(request)
-    if request.precision.name != "int8":
-        raise SpecError(f"sensitivity is of int8, and precision is {request.precision.name!r}. Ask for int8.")
-    progress = progress or Progress()
-    request, _ = settle_recipe(request, progress)
-    network = prepare(request, progress)
-    model, plan = network.master.model, network.plan
-    assert model is not None and isinstance(plan, QuantizationPlan)  # noqa: S101  (of INT8; narrows the types)
-    progress.stage("sensitivity")
-    return measure_sensitivity(model, plan, network.probe, style_of(request.runtime))
+    job = checked(job)
+    if job.options.precision.name != "int8":
+        raise SpecError(f"sensitivity is of int8, and precision is {job.options.precision.name!r}. Ask for int8.")
+    job, _ = settle_recipe(job, progress, evaluate_job)
+    network = prepare(job, progress)
+    assert isinstance(network.plan, QuantizationPlan)  # noqa: S101  (of INT8; narrows the type)
+    progress(StageStarted(name="sensitivity"))
+    dialect = resolve(str(job.backend.dialect))
+    return measure_sensitivity(network.master.onnx.model, network.plan, network.probe, dialect)

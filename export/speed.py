@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from statistics import median
-from time import perf_counter, sleep
-from typing import Any
 
-import onnx
-
+from deploykit.arrays import ImageArray
+from deploykit.backends.runtime import Runtime
 from deploykit.errors import ExportError
-from deploykit.export.inductor_kernels import left_in_float
-from deploykit.optional import require
-from deploykit.runtimes.base import ImageArray, Runtime
-from deploykit.runtimes.run_onnxruntime import KEEP_FLOAT_WEIGHTS
+from deploykit.timing import time_calls
 
-ROUNDS = 60
-LEAST_ROUNDS = 7
-SECONDS = 2.0
-"""A comparison ends after `ROUNDS` rounds, or after this time and `LEAST_ROUNDS`."""
-PAUSE = 0.02
-"""Seconds before a call, by which the threads of the model before it are asleep."""
 SHOWN = 6
 
 
@@ -95,75 +80,8 @@ def time_in_turns(models: Sequence[Runtime], images: ImageArray) -> tuple[list[f
     return time_calls([_call(model, images) for model in models])
 
 
-def time_calls(calls: Sequence[Callable[[], object]]) -> tuple[list[float], int]:
-    """The median milliseconds of each call, made in turns, and the rounds it took.
-
-    Before each call there is a pause, and a call that is not timed: a runtime's threads wait actively for a
-    while after a call, and would take a core from the next model.
-    """
-    for call in (*calls, *calls):
-        call()
-    times: list[list[float]] = [[] for _ in calls]
-    start = perf_counter()
-    while len(times[0]) < ROUNDS and (len(times[0]) < LEAST_ROUNDS or perf_counter() - start < SECONDS):
-        for call, taken in zip(calls, times, strict=True):
-            sleep(PAUSE)
-            call()
-            before = perf_counter()
-            call()
-            taken.append(1e3 * (perf_counter() - before))
-    return [median(taken) for taken in times], len(times[0])
-
-
 def _call(model: Runtime, images: ImageArray) -> Callable[[], object]:
     batch = model.input_spec.batch
     size = batch if isinstance(batch, int) else batch.opt
     piece = images[[index % len(images) for index in range(size)]]
     return lambda: model(piece)
-
-
-def left_in_onnxruntime(engine: Path) -> dict[str, int]:
-    """What ONNX Runtime's optimized graph of an engine still converts, and which weighted nodes run in float."""
-    onnxruntime = require("onnxruntime")
-    with tempfile.TemporaryDirectory(prefix="deploykit-optimized-") as folder:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.add_session_config_entry(*KEEP_FLOAT_WEIGHTS)
-        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
-        onnxruntime.InferenceSession(str(engine), options, providers=["CPUExecutionProvider"])
-        graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
-    constants = {tensor.name for tensor in graph.initializer}
-    found: Counter[str] = Counter()
-    for node in graph.node:
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            found[node.op_type] += 1
-        elif node.op_type in ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"):
-            found[f"float {node.op_type}"] += len(node.input) > 1 and node.input[1] in constants
-    return {operator: count for operator, count in sorted(found.items()) if count}
-
-
-def left_in_openvino(engine: Path) -> dict[str, int]:
-    """What OpenVINO's compiled graph of an engine still rounds by itself, and which weighted nodes run in float."""
-    core = require("openvino").Core()
-    compiled = core.compile_model(core.read_model(str(engine)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    found: Counter[str] = Counter()
-    for node in compiled.get_runtime_model().get_ordered_ops():
-        kind, precision = (str(node.get_rt_info()[key].astype(str)) for key in ("layerType", "runtimePrecision"))
-        if kind == "FakeQuantize":
-            found[kind] += 1
-        elif kind in OPENVINO_PRODUCTS and precision not in ("i8", "u8"):
-            found[f"float {kind}"] += _is_constant(node.input_value(1))
-    return {operator: count for operator, count in sorted(found.items()) if count}
-
-
-def _is_constant(value: Any) -> bool:
-    return str(value.get_node().get_rt_info()["layerType"].astype(str)) == "Const"
-
-
-OPENVINO_PRODUCTS = ("Convolution", "GroupConvolution", "FullyConnected", "MatMul")
-LEFT_IN_FLOAT: dict[str, Callable[[Path], dict[str, int]]] = {
-    "onnxruntime": left_in_onnxruntime,
-    "openvino": left_in_openvino,
-    "torch_compile": left_in_float,
-}
-"""The runtimes whose optimized graph, or generated code, can be read."""

@@ -24,7 +24,7 @@ OPSET = 21
 _FAILED_NODE = re.compile(r"translating node %(\w+)")
 
 
-def to_onnx(program: torch.export.ExportedProgram, spec: InputSpec, outputs: Sequence[str]) -> onnx.ModelProto:
+def to_onnx(program: torch.export.ExportedProgram, spec: InputSpec, outputs: Sequence[str]) -> ir.Model:
     """Convert a program to ONNX through torch's dynamo exporter and onnxscript's optimizer.
 
     Args:
@@ -72,7 +72,7 @@ def _name_weights(model: ir.Model, program: torch.export.ExportedProgram) -> Non
             value.name = f"{parameter}{TRANSPOSED}"
 
 
-def _tidy(model: ir.Model, spec: InputSpec) -> onnx.ModelProto:
+def _tidy(model: ir.Model, spec: InputSpec) -> ir.Model:
     """Name the batch, drop stack traces and folder names, and sort: equal exports give equal bytes."""
     passes.ClearMetadataAndDocStringPass()(model)
     for value in (*model.graph.inputs, *model.graph.outputs):
@@ -88,7 +88,7 @@ def _tidy(model: ir.Model, spec: InputSpec) -> onnx.ModelProto:
         raise ExportError(
             f"torch's ONNX exporter wrote an invalid graph: {plain_reason(error)}. Report it with the network."
         ) from error
-    return proto
+    return ir.from_proto(proto)  # the exporter's lazy tensors, turned into arrays once
 
 
 def _rename_batch(model: ir.Model) -> None:

@@ -8,12 +8,15 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from torch import nn
 
+from deploykit.backends.backend import Engine, LowerOptions, resolve
+from deploykit.backends.runtime import Runtime
+from deploykit.backends.table import load_backend
 from deploykit.bundle import Manifest
-from deploykit.export.lowering import LOWERINGS, Engine, Graph
-from deploykit.runtimes.base import Runtime, load_runtime
+from deploykit.graph import Graph, Master, OnnxGraph, TorchProgram
 from deploykit.spec import BackboneSpec, BatchRange, FeatureLevel, InputSpec, TensorSpec
 
 SIDE = 32
@@ -68,8 +71,8 @@ def network(*, features_only: bool) -> TinyBackbone:
 
 
 @functools.cache
-def tiny_graph(*, features_only: bool = True, dynamic: bool = True) -> Graph:
-    """The network as an ONNX model and a program; batch 1 to 8 where ``dynamic``, else 1."""
+def tiny_master(*, features_only: bool = True, dynamic: bool = True) -> Master:
+    """The network in both forms; batch 1 to 8 where ``dynamic``, else 1."""
     module = network(features_only=features_only)
     names = spec_of(features_only=features_only).output_names
     example = (torch.zeros(2 if dynamic else 1, 3, SIDE, SIDE),)
@@ -86,20 +89,30 @@ def tiny_graph(*, features_only: bool = True, dynamic: bool = True) -> Graph:
     batch = BatchRange() if dynamic else 1
     with torch.no_grad():
         shapes = [tuple(output.shape[1:]) for output in module(*example)]
-    return Graph(
-        input=InputSpec(batch=batch, height=SIDE, width=SIDE),
-        outputs=tuple(
-            TensorSpec(name=name, shape=("batch" if dynamic else 1, *shape))
-            for name, shape in zip(names, shapes, strict=True)
-        ),
-        model=onnx_program.model_proto,
-        program=program,
+    spec = InputSpec(batch=batch, height=SIDE, width=SIDE)
+    outputs = tuple(
+        TensorSpec(name=name, shape=("batch" if dynamic else 1, *shape))
+        for name, shape in zip(names, shapes, strict=True)
+    )
+    return Master(
+        onnx=OnnxGraph(input=spec, outputs=outputs, model=ir.from_proto(onnx_program.model_proto)),
+        torch=TorchProgram(input=spec, outputs=outputs, program=program),
     )
 
 
+def tiny_graph(*, features_only: bool = True, dynamic: bool = True) -> OnnxGraph:
+    """The network as an ONNX graph; do not write to it."""
+    return tiny_master(features_only=features_only, dynamic=dynamic).onnx
+
+
+def tiny_program(*, features_only: bool = True, dynamic: bool = True) -> TorchProgram:
+    """The network as a torch program; do not write to it."""
+    return tiny_master(features_only=features_only, dynamic=dynamic).torch
+
+
 def lower(runtime: str, graph: Graph, folder: Path) -> Engine:
-    module, _, function = LOWERINGS[runtime].partition(":")
-    engine: Engine = getattr(__import__(module, fromlist=[function]), function)(graph, folder)
+    """Write the engine of a graph, in the form that the runtime lowers."""
+    engine: Engine = resolve(str(load_backend(runtime).lower))(graph, folder, LowerOptions())
     return engine
 
 
@@ -127,14 +140,14 @@ def _scratch() -> tempfile.TemporaryDirectory[str]:
 @functools.cache
 def engine_of(runtime: str, *, features_only: bool = True, dynamic: bool = True) -> tuple[Manifest, Path]:
     """A manifest and the folder that holds its engine; do not write there."""
-    graph = tiny_graph(features_only=features_only, dynamic=dynamic)
+    graph = tiny_master(features_only=features_only, dynamic=dynamic).form(load_backend(runtime).source)
     folder = Path(_scratch().name) / f"{runtime}-{features_only}-{dynamic}"
     folder.mkdir()
     return manifest_of(runtime, graph, lower(runtime, graph, folder)), folder
 
 
 def open_engine(manifest: Manifest, folder: Path, device: str = "auto") -> Runtime:
-    return load_runtime(manifest.runtime)(manifest, folder, device=device)
+    return load_backend(manifest.runtime).load_adapter()(manifest, folder, device=device)
 
 
 def photographs(count: int, seed: int = 0) -> np.ndarray:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,10 +58,26 @@ def test_a_bundle_opens_by_its_path_and_verifies(bundles, runtime, images):
 
 def test_asking_a_bundle_for_what_it_is_not_is_an_error(bundles):
     create_backbone(str(bundles["openvino"]), runtime="openvino", precision="fp32").close()
-    with pytest.raises(SpecError, match=r"holds an engine of runtime 'openvino', not 'onnxruntime'"):
+    with pytest.raises(SpecError, match=r"runtime='onnxruntime', and the bundle has 'openvino'"):
         create_backbone(bundles["openvino"], runtime="onnxruntime")
-    with pytest.raises(SpecError, match=r"holds an engine of precision 'fp32', not 'fp16'"):
+    with pytest.raises(SpecError, match=r"precision='fp16', and the bundle has 'fp32'"):
         create_backbone(bundles["openvino"], precision="fp16")
+    with pytest.raises(SpecError, match=r"output_indices=\(2, 3\), and the bundle has \(2,\)"):
+        create_backbone(bundles["openvino"], output_indices=(2, 3))
+    with pytest.raises(SpecError, match=r"pretrained was given, which a bundle has inside"):
+        create_backbone(bundles["openvino"], pretrained=True)
+    with pytest.raises(SpecError, match=r"calibration was given, which a bundle has inside"):
+        create_backbone(bundles["openvino"], calibration="photographs")
+
+
+def test_a_bare_name_of_a_variant_is_the_variant_whatever_lies_here(bundles, tmp_path, monkeypatch):
+    shutil.copytree(bundles["openvino"], tmp_path / "resnet18")
+    shutil.copytree(bundles["openvino"], tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    assert create_backbone("resnet18", image_size=64).runtime == "torch"
+    for path in ("./resnet18", tmp_path / "resnet18", "mine"):
+        with create_backbone(path) as model:
+            assert model.runtime == "openvino"
 
 
 def test_a_path_that_is_no_bundle_is_said_so(tmp_path):

@@ -22,9 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 from deploykit.backbones.feature_tree import register_features
 from deploykit.backbones.module_copy import copy_module, detached
+from deploykit.backends.input_checks import check_images
 from deploykit.errors import SpecError, nearest
 from deploykit.feature_dict import Features
-from deploykit.runtimes.base import check_images
 from deploykit.spec import (
     BackboneSpec,
     BatchRange,

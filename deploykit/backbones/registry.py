@@ -68,6 +68,11 @@ def backbone_names() -> tuple[str, ...]:
     return tuple(_classes())
 
 
+def is_known(name: str) -> bool:
+    """Whether a name is a variant's or an alias."""
+    return name in ALIASES or name in _classes()
+
+
 def resolve_name(name: str) -> str:
     """An alias or a variant to the variant.
 

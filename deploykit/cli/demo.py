@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
+from deploykit.backends.table import engine_names, load_backend
 from deploykit.cli.output import show, stderr_console, table
 from deploykit.cli.progress import export_progress
 from deploykit.errors import DeviceUnavailable, MissingDependency
 
 if TYPE_CHECKING:
-    from deploykit.parity.report import ParityReport
+    pass
 
 EXAMPLE = "Example: deploykit demo --output demo-output"
 
@@ -40,12 +41,12 @@ class DemoEngine:
         return f"{self.runtime}-{self.precision}"
 
 
-ENGINES = (
-    DemoEngine(runtime="onnxruntime", precision="int8"),
-    DemoEngine(runtime="openvino", precision="int8"),
-    DemoEngine(runtime="openvino", precision="fp16"),
-    DemoEngine(runtime="tensorrt", precision="int8"),
-)
+def demo_engines() -> tuple[DemoEngine, ...]:
+    """Name the engines that the runtimes' descriptors list for the demo."""
+    backends = map(load_backend, engine_names())
+    return tuple(
+        DemoEngine(runtime=backend.name, precision=precision) for backend in backends for precision in backend.demo
+    )
 
 
 def demo(
@@ -61,17 +62,18 @@ def demo(
     from deploykit.facade import create_backbone
     from deploykit.labels import class_labels
 
+    engines = demo_engines()
     photographs = photograph_folder()
     crops = write_crops(photographs, output / "calibration")
     torch_model: Any = create_backbone(BACKBONE, pretrained=True)
     images = load_images([photographs / name for name in SHOWN], torch_model.input_spec)
     labels = class_labels(torch_model.spec.label_set) or ()
     columns = {"torch-fp32": [_label(torch_model(image[None]), labels) for image in images]}
-    for engine in ENGINES:
+    for engine in engines:
         columns[engine.name] = _export_and_label(engine, output / engine.name, crops, images, labels)
     rows = ([Path(name).stem, *(column[row] for column in columns.values())] for row, name in enumerate(SHOWN))
     show(table(["photo", *columns], rows, title=f"top-1 of {BACKBONE}, with its probability"))
-    show(f"\nNext: deploykit verify {output / ENGINES[0].name}")
+    show(f"\nNext: deploykit verify {output / engines[0].name}")
 
 
 def write_crops(photographs: Path, folder: Path, *, count: int = CROPS) -> Path:
@@ -94,12 +96,11 @@ def write_crops(photographs: Path, folder: Path, *, count: int = CROPS) -> Path:
 def _export_and_label(engine: DemoEngine, folder: Path, crops: Path, images: Any, labels: tuple[str, ...]) -> list[str]:
     """Export one engine, print its parity, and label the photographs with it where it runs."""
     from deploykit.facade import export_backbone, load_bundle
-    from deploykit.parity.report import ParityReport
 
     stderr_console().print(f"\n{engine.name}", style="bold")
     start = monotonic()
     with export_progress() as progress:
-        manifest = export_backbone(
+        result = export_backbone(
             BACKBONE,
             folder,
             runtime=engine.runtime,
@@ -109,8 +110,7 @@ def _export_and_label(engine: DemoEngine, folder: Path, crops: Path, images: Any
             overwrite=True,
             progress=progress,
         )
-    report: ParityReport = ParityReport.load(folder / "parity.json")
-    show(report.render(), f"{engine.name}: {manifest.status} in {monotonic() - start:.0f} s, {folder}\n")
+    show(result.parity.render(), f"{engine.name}: {result.status} in {monotonic() - start:.0f} s, {folder}\n")
     try:
         with load_bundle(folder) as model:
             return [_label(model(image[None]), labels) for image in images]

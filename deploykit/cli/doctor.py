@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import deploykit
+from deploykit.backends.table import backend_names, engine_names, load_backend
 from deploykit.cli.output import JsonFlag, show, show_json, table
 from deploykit.optional import PACKAGES, installed_version
 from deploykit.processor import Processor, read_processor
@@ -21,24 +22,12 @@ from deploykit.processor import Processor, read_processor
 EXAMPLE = "Example: deploykit doctor --json"
 PROBE_SECONDS = 120.0
 
-_RUNTIME_PACKAGES = {
-    "torch": "torch",
-    "torch_compile": "torch",
-    "onnxruntime": "onnxruntime",
-    "openvino": "openvino",
-    "tensorrt": "tensorrt_rtx",
-}
 _PROBE = """
 import json, sys
-name = sys.argv[1]
-if name == "torch":
-    from deploykit.optional import require
-    require("torch")
-    from deploykit.runtimes.run_torch import torch_devices as devices
-else:
-    from deploykit.runtimes.base import load_runtime
-    devices = load_runtime(name).devices
-print("devices:" + json.dumps(devices()))
+from deploykit.backends.table import load_backend
+backend = load_backend(sys.argv[1])
+backend.require()
+print("devices:" + json.dumps(backend.load_devices()()))
 """
 
 
@@ -92,7 +81,7 @@ def examine() -> Health:
         platform=f"{platform.system()} {platform.machine()}",
         processor=read_processor(),
         runtimes=_examine_runtimes(),
-        build_packages={name: installed_version(name) for name in PACKAGES if name not in _RUNTIME_PACKAGES.values()},
+        build_packages={name: installed_version(name) for name in PACKAGES if name not in _runtime_modules()},
         compiler=find_compiler(),
         weights=_weights_packages(),
         hub_cache=_hub_cache(),
@@ -102,25 +91,28 @@ def examine() -> Health:
 
 def _examine_runtimes() -> tuple[RuntimeHealth, ...]:
     """Ask each installed runtime for its devices, each in a process of its own: a broken one may crash it."""
+    backends = [load_backend(name) for name in backend_names()]
     running = {
-        name: _start_probe(name)
-        for name, package in _RUNTIME_PACKAGES.items()
-        if installed_version(package) is not None
+        backend.name: _start_probe(backend.name) for backend in backends if backend.installed_version() is not None
     }
     found = []
-    for name, package in _RUNTIME_PACKAGES.items():
-        devices, problem = _finish_probe(running[name]) if name in running else ((), None)
+    for backend in backends:
+        devices, problem = _finish_probe(running[backend.name]) if backend.name in running else ((), None)
         found.append(
             RuntimeHealth(
-                runtime=name,
-                package=package,
-                version=installed_version(package),
+                runtime=backend.name,
+                package=backend.package.module,
+                version=backend.installed_version(),
                 devices=devices,
                 problem=problem,
-                install=PACKAGES[package].command,
+                install=backend.package.command,
             )
         )
     return tuple(found)
+
+
+def _runtime_modules() -> set[str]:
+    return {load_backend(name).package.module for name in backend_names()}
 
 
 def _start_probe(runtime: str) -> subprocess.Popen[str]:
@@ -191,7 +183,7 @@ def _show_page(health: Health) -> None:
         "platform": health.platform,
         "processor": f"{chip.model}, {chip.cores} cores",
         "int8": instructions + (f" (absent: {', '.join(chip.absent)})" if chip.absent else ""),
-        "compiler": health.compiler or "no C++ compiler: torch_compile cannot export; apt-get install g++, or set CXX",
+        "compiler": health.compiler or "no C++ compiler, which some runtimes need: apt-get install g++, or set CXX",
         "weights": "; ".join(health.weights) or "no weights package: weights come from the hub or from files",
         "hub cache": health.hub_cache,
         "engine cache": health.engine_cache,
@@ -209,5 +201,5 @@ def _show_page(health: Health) -> None:
     ]
     show(table(("runtime", "version", "devices", "to install"), rows))
     ready = {row.runtime for row in health.runtimes if row.devices}
-    first = next((name for name in ("onnxruntime", "openvino", "tensorrt", "torch_compile") if name in ready), None)
+    first = next((name for name in engine_names() if name in ready), None)
     show(f"Next: deploykit export resnet18 --runtime {first}" if first else "Next: install a runtime, as above.")

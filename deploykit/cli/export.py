@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deploykit.backends.table import EVALUATOR
 from deploykit.cli import export_options as opt
 from deploykit.cli.output import JsonFlag, input_text, show, show_json, size_text
+from deploykit.options import ExportOptions
 from deploykit.spec import DEFAULT_BUILD, BuildOptions, parse_precision
 
 if TYPE_CHECKING:
-    from deploykit.bundle import Manifest
     from deploykit.cli.export_check import ExportPlan
-    from deploykit.export.speed import SpeedReport
+    from deploykit.export.pipeline import ExportResult
 
-EXAMPLE = "Example: deploykit export resnet18 --runtime onnxruntime"
+EXAMPLE = f"Example: deploykit export resnet18 --runtime {EVALUATOR}"
 
 
 def export(
@@ -26,16 +26,16 @@ def export(
     weights: opt.WeightsOption = None,
     features_only: opt.FeaturesFlag = False,
     output_indices: opt.IndicesOption = None,
-    output_stride: opt.StrideOption = opt.DEFAULTS["output_stride"],
+    output_stride: opt.StrideOption = None,
     num_classes: opt.ClassesOption = None,
     in_channels: opt.ChannelsOption = None,
     image_size: opt.SizeOption = None,
     patch_size: opt.PatchOption = None,
     hierarchical: opt.HierarchicalFlag = False,
     runtime: opt.RuntimeOption,
-    precision: opt.PrecisionOption = opt.DEFAULTS["precision"],
-    batch_size: opt.BatchOption = str(opt.DEFAULTS["batch_size"]),
-    embed_preprocessing: opt.EmbedFlag = opt.DEFAULTS["embed_preprocessing"],
+    precision: opt.PrecisionOption = opt.DEFAULTS.precision.name,
+    batch_size: opt.BatchOption = str(opt.DEFAULTS.batch),
+    embed_preprocessing: opt.EmbedFlag = opt.DEFAULTS.embed_preprocessing,
     target: opt.TargetOption = None,
     portable: opt.PortableFlag = False,
     hardware_compatibility: opt.HardwareOption = DEFAULT_BUILD.hardware_compatibility,
@@ -73,24 +73,26 @@ def export(
     choice = opt.ExportChoice(
         name=chosen,
         pretrained=source,
-        runtime=runtime,
-        precision=parse_precision(precision, settings),
-        batch=opt.batch_of(batch_size),
-        embed_preprocessing=embed_preprocessing,
-        target=target,
-        portable=portable,
-        build_options=BuildOptions(
-            hardware_compatibility=hardware_compatibility,  # type: ignore[arg-type]  # checked by the class
-            version_compatible=version_compatible,
-            timing_cache=timing_cache,
+        options=ExportOptions(
+            runtime=runtime,
+            precision=parse_precision(precision, settings),
+            batch=opt.batch_of(batch_size),
+            embed_preprocessing=embed_preprocessing,
+            target=target,
+            portable=portable,
+            build=BuildOptions(
+                hardware_compatibility=hardware_compatibility,  # type: ignore[arg-type]  # checked by the class
+                version_compatible=version_compatible,
+                timing_cache=timing_cache,
+            ),
+            time_against_fp32=speed,
+            require_speedup=require_speedup,
         ),
         calibration=tuple(calibration or ()),
         skip_corrupt=skip_corrupt,
-        speed=speed,
-        require_speedup=require_speedup,
         output=Path(output) if output is not None else opt.default_output(chosen, runtime, precision),
         overwrite=overwrite,
-        options=opt.given(
+        shape=opt.given(
             features_only=features_only or None,
             output_indices=None if output_indices is None else opt.integers_of(output_indices, "--output-indices"),
             output_stride=output_stride,
@@ -98,7 +100,7 @@ def export(
             in_channels=in_channels,
             image_size=opt.image_size_of(image_size),
             patch_size=patch_size,
-            hierarchical=hierarchical,
+            hierarchical=hierarchical or None,
         ),
     )
     _check_and_export(choice, dry_run=dry_run, json=json)
@@ -111,36 +113,24 @@ def _check_and_export(choice: opt.ExportChoice, *, dry_run: bool, json: bool) ->
     if dry_run:
         show_json({"dry_run": True, "plan": plan}) if json else show(*_planned(plan))
         return
-    timed: list[SpeedReport] = []
-    manifest = _export(choice, timed)
-    _report(choice.output, manifest, timed, json=json)
+    _report(_export(choice), json=json)
 
 
-def _export(choice: opt.ExportChoice, timed: list[SpeedReport]) -> Manifest:
+def _export(choice: opt.ExportChoice) -> ExportResult:
     from deploykit.cli.export_check import calibration_source
     from deploykit.cli.progress import export_progress
-    from deploykit.facade import export_backbone
+    from deploykit.facade import export_asked
 
-    with export_progress() as shown:
-        progress = replace(shown, speed=timed.append)
-        return export_backbone(
+    with export_progress() as progress:
+        return export_asked(
             choice.name,
             choice.output,
-            runtime=choice.runtime,
-            precision=choice.precision,
+            choice.options,
+            backbone=choice.shape | {"pretrained": choice.pretrained},
             calibration=calibration_source(choice.calibration),
-            batch_size=choice.batch,
-            embed_preprocessing=choice.embed_preprocessing,
-            target=choice.target,
-            portable=choice.portable,
-            build_options=choice.build_options,
-            pretrained=choice.pretrained,
-            overwrite=choice.overwrite,
             skip_corrupt=choice.skip_corrupt,
-            time_against_fp32=choice.speed,
-            require_speedup=choice.require_speedup,
+            overwrite=choice.overwrite,
             progress=progress,
-            **choice.options,
         )
 
 
@@ -164,29 +154,21 @@ def _planned(plan: ExportPlan) -> list[str]:
     ]
 
 
-def _report(folder: Path, manifest: Manifest, timed: list[SpeedReport], *, json: bool) -> None:
-    from deploykit.calibration.recipes import RecipeReport
-    from deploykit.calibration.search import SearchReport
-    from deploykit.export.pipeline import PARITY_FILE, RECIPES_FILE, SEARCH_FILE
-    from deploykit.parity.report import ParityReport
-
-    parity = ParityReport.load(folder / PARITY_FILE)
-    search = SearchReport.load(folder / SEARCH_FILE) if SEARCH_FILE in manifest.files else None
-    recipes = RecipeReport.load(folder / RECIPES_FILE) if RECIPES_FILE in manifest.files else None
+def _report(result: ExportResult, *, json: bool) -> None:
+    folder, manifest, speed = result.folder, result.manifest, result.speed
     if json:
-        told = {"bundle": str(folder), "status": manifest.status, "manifest": manifest, "parity": parity}
-        show_json(told | {"recipes": recipes, "search": search, "speed": timed[0] if timed else None})
+        told = {"bundle": str(folder), "status": manifest.status, "manifest": manifest, "parity": result.parity}
+        show_json(told | {"recipes": result.recipes, "search": result.search, "speed": speed})
         return
-    if recipes is not None:
-        show(recipes.render())
-    if search is not None:
-        show(search.render())
+    for report in (result.recipes, result.search):
+        if report is not None:
+            show(report.render())
     size = size_text(sum(record.size for record in manifest.files.values()))
-    show(parity.render())
-    for report in timed:
-        show(report.sentence())
-        if report.slower:
-            show("It is slower than a float engine. What is against it:", *(f"  {line}" for line in report.reasons()))
+    show(result.parity.render())
+    if speed is not None:
+        show(speed.sentence())
+        if speed.slower:
+            show("It is slower than a float engine. What is against it:", *(f"  {line}" for line in speed.reasons()))
     show(f"Wrote {folder}: {len(manifest.files)} files, {size}, status {manifest.status}.")
     if manifest.status == "built":
         show(

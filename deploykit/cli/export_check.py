@@ -7,20 +7,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deploykit.backends.table import EVALUATOR, load_backend
 from deploykit.bundle import is_bundle
 from deploykit.cli.export_options import ExportChoice
 from deploykit.errors import BundleError, SpecError
-from deploykit.optional import installed_version, require
-from deploykit.runtimes.base import load_runtime
+from deploykit.optional import require
 from deploykit.spec import BackboneSpec, FeatureLevel, InputSpec
 from deploykit.unset import UNSET
 
 if TYPE_CHECKING:
     from deploykit.backbones.base import BackboneOptions, BaseBackbone
-    from deploykit.calibration.images import CalibrationSet
+    from deploykit.export.job import ExportJob
 
-BUILD_PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
-"""What an export needs beside the package of its runtime."""
+BUILD_PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript")
+"""What an export needs beside the packages of its runtime and of the one that evaluates graphs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,25 +52,21 @@ def check_export(choice: ExportChoice) -> ExportPlan:
         raise SpecError(f"{choice.name} is a bundle already. Give a backbone's name: `deploykit list` shows them.")
     for package in BUILD_PACKAGES:
         require(package)
-    from deploykit.export.lowering import settled
-
+    load_backend(EVALUATOR).require()
     backbone, weights = _without_memory(choice)
-    spec = replace(backbone.input_spec, batch=choice.batch)
-    spec = spec.as_pixels() if choice.embed_preprocessing else spec
-    calibration = _calibration(choice, spec)
-    _check_engine(choice, backbone, calibration)
+    job = _checked_job(choice, backbone)
     return ExportPlan(
         backbone=backbone.spec,
         weights=weights,
-        input=spec,
+        input=job.input,
         outputs=backbone.spec.output_names,
         levels=backbone.spec.levels,
-        runtime=choice.runtime,
-        runtime_version=installed_version(load_runtime(choice.runtime).package) or "unknown",
-        precision=choice.precision.name,
-        settings=vars(settled(choice.precision, choice.runtime, choice.target)),
-        target=choice.target,
-        calibration_images=len(calibration or ()),
+        runtime=job.options.runtime,
+        runtime_version=job.backend.installed_version() or "unknown",
+        precision=job.options.precision.name,
+        settings={name: value for name, value in vars(job.options.precision).items() if value is not UNSET},
+        target=job.options.target,
+        calibration_images=len(job.images or ()),
         output=str(choice.output),
     )
 
@@ -90,29 +86,16 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
         raise BundleError(f"{parent} is not a folder that can be written to. Choose another place with -o.")
 
 
-def _check_engine(choice: ExportChoice, backbone: BaseBackbone, calibration: CalibrationSet | None) -> None:
-    from deploykit.export.request import ExportRequest, check_request
-
-    check_request(
-        ExportRequest(
-            backbone=backbone,
-            runtime=choice.runtime,
-            precision=choice.precision,
-            batch=choice.batch,
-            embed_preprocessing=choice.embed_preprocessing,
-            target=choice.target,
-            portable=choice.portable,
-            build_options=choice.build_options,
-            calibration=calibration,
-        )
-    )
-
-
-def _calibration(choice: ExportChoice, spec: InputSpec) -> CalibrationSet | None:
+def _checked_job(choice: ExportChoice, backbone: BaseBackbone) -> ExportJob:
     from deploykit.calibration.images import calibration_set
+    from deploykit.export.job import ExportJob, checked
 
+    job = ExportJob(backbone=backbone, options=choice.options)
     source = calibration_source(choice.calibration)
-    return None if source is None else calibration_set(source, spec, skip_corrupt=choice.skip_corrupt)
+    if source is not None:
+        spec = replace(job.input, batch=1)
+        job = replace(job, images=calibration_set(source, spec, skip_corrupt=choice.skip_corrupt))
+    return checked(job)
 
 
 def calibration_source(paths: tuple[str, ...]) -> str | list[str] | None:
@@ -129,7 +112,7 @@ def _without_memory(choice: ExportChoice) -> tuple[BaseBackbone, str]:
     from deploykit.backbones.request import make_request
     from deploykit.backbones.weights import default_source, is_path, resolve_source
 
-    asked = make_request(**choice.options, pretrained=choice.pretrained)
+    asked = make_request(**choice.shape, pretrained=choice.pretrained)
     is_file = isinstance(choice.pretrained, str) and is_path(choice.pretrained)
     if choice.name.startswith("timm/") or is_file:
         built = build_any(choice.name, asked if is_file else replace(asked, pretrained=False))

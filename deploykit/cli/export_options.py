@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -10,28 +9,24 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from deploykit.backends.table import engine_names
 from deploykit.errors import SpecError
-from deploykit.facade import create_backbone
-from deploykit.runtimes.base import RUNTIMES
+from deploykit.options import ExportOptions
 from deploykit.spec import (
     PRECISIONS,
     Batch,
     BatchRange,
-    BuildOptions,
     Calibrator,
     HardwareCompatibility,
     Int8,
-    Precision,
     parse_batch,
     parse_image_size,
 )
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".index.json")
 
-DEFAULTS: dict[str, Any] = {
-    name: parameter.default for name, parameter in inspect.signature(create_backbone).parameters.items()
-}
-"""The command's defaults are those of `create_backbone`."""
+DEFAULTS = ExportOptions(runtime="")
+"""The command's defaults are those of the options' class."""
 
 _BUDGETS = ", ".join(
     f"{name} {next(entry.default for entry in fields(kind) if entry.name == 'min_sqnr_db'):g}"
@@ -77,8 +72,14 @@ IndicesOption = Annotated[
     ),
 ]
 StrideOption = Annotated[
-    int,
-    _option("--output-stride", panel=_BACKBONE, metavar="8|16|32", help="Stride of the last level, in pixels."),
+    int | None,
+    _option(
+        "--output-stride",
+        panel=_BACKBONE,
+        metavar="8|16|32",
+        default="32",
+        help="Stride of the last level, in pixels.",
+    ),
 ]
 ClassesOption = Annotated[
     int | None,
@@ -112,7 +113,9 @@ HierarchicalFlag = Annotated[
 ]
 RuntimeOption = Annotated[
     str,
-    _option("--runtime", panel=_ENGINE, metavar="|".join(RUNTIMES), help="The runtime that will open the engine."),
+    _option(
+        "--runtime", panel=_ENGINE, metavar="|".join(engine_names()), help="The runtime that will open the engine."
+    ),
 ]
 PrecisionOption = Annotated[
     str,
@@ -146,13 +149,16 @@ TargetOption = Annotated[
         "--target",
         panel=_ENGINE,
         default="the runtime's own",
-        help="What the engine is built for: sm89, rtx-4090 (tensorrt); x86-avx2 (onnxruntime, openvino); fastest or a "
-        "mode of inductor (torch_compile).",
+        help="What the engine is built for, where the runtime has targets: x86-avx2, sm89, rtx-4090, fastest.",
     ),
 ]
 PortableFlag = Annotated[
     bool,
-    _option("--portable", panel=_ENGINE, help="TensorRT: the device that opens the bundle builds its own plan."),
+    _option(
+        "--portable",
+        panel=_ENGINE,
+        help="The device that opens the bundle finishes the engine, where the runtime has such a form.",
+    ),
 ]
 HardwareOption = Annotated[
     str,
@@ -160,12 +166,16 @@ HardwareOption = Annotated[
         "--hardware-compatibility",
         panel=_ENGINE,
         metavar="|".join(get_args(HardwareCompatibility)),
-        help="TensorRT: which GPUs open the plan beside the target's.",
+        help="Which GPUs open the engine beside the target's, where engines are tied to one.",
     ),
 ]
 VersionFlag = Annotated[
     bool,
-    _option("--version-compatible", panel=_ENGINE, help="Full TensorRT: newer versions open the plan too."),
+    _option(
+        "--version-compatible",
+        panel=_ENGINE,
+        help="Newer versions of the runtime open the engine too, where engines are tied to one.",
+    ),
 ]
 TimingOption = Annotated[
     str | None,
@@ -174,7 +184,7 @@ TimingOption = Annotated[
         panel=_ENGINE,
         metavar="FILE",
         default="none",
-        help="Full TensorRT: keep what builds measure in a file, for faster and equal builds.",
+        help="Keep what builds measure in a file, for faster and equal builds, where they measure.",
     ),
 ]
 FloatOption = Annotated[
@@ -184,7 +194,7 @@ FloatOption = Annotated[
         panel=_ENGINE,
         metavar="fp32|fp16",
         default=Int8().float_dtype,
-        help="What stays in float beside int8 computes in; fp16 with tensorrt.",
+        help="What stays in float beside int8 computes in; fp16 where the runtime has it.",
     ),
 ]
 CalibrationOption = Annotated[
@@ -216,8 +226,8 @@ RecipeOption = Annotated[
         panel=_NUMBERS,
         metavar="NAME|family|auto",
         default=str(Int8().recipe),
-        help="int8: settings by name, in place of those given; family: what was measured best for the backbone's "
-        "family, unless --calibrator is given; auto: the best on calibration images held out.",
+        help="int8: fills the settings that are not given; family: what was measured best for the backbone's family; "
+        "auto: the best on calibration images held out.",
     ),
 ]
 RecipeBudgetOption = Annotated[
@@ -293,24 +303,16 @@ DryRunFlag = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class ExportChoice:
-    """What the user asked for; ``options`` are the options of `create_backbone` that shape the module."""
+    """What the user asked for; ``shape`` are the options of `create_backbone` that shape the module."""
 
     name: str
     pretrained: bool | str
-    runtime: str
-    precision: Precision
-    batch: Batch
-    embed_preprocessing: bool
-    target: str | None
-    portable: bool
-    build_options: BuildOptions
+    options: ExportOptions
     calibration: tuple[str, ...]
     skip_corrupt: bool
-    speed: bool
-    require_speedup: bool
     output: Path
     overwrite: bool
-    options: dict[str, Any] = field(default_factory=dict)
+    shape: dict[str, Any] = field(default_factory=dict)
 
 
 def choose_weights(name: str, *, backbone: str | None, pretrained: bool, weights: str | None) -> tuple[str, bool | str]:
@@ -379,6 +381,11 @@ def integers_of(text: str, option: str) -> tuple[int, ...]:
         raise SpecError(f"{option} is {text!r}; expected whole numbers with commas between, as in 2,3,4.") from error
 
 
+def given(**options: Any) -> dict[str, Any]:
+    """Keep the options that were given: those whose value is not None."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def settings_of(**settings: Any) -> dict[str, Any]:
     """The precision's settings that were given.
 
@@ -389,11 +396,6 @@ def settings_of(**settings: Any) -> dict[str, Any]:
     if agreement is not None and not 0 <= agreement <= 1:
         raise SpecError(f"--min-top1-agreement is {agreement:g}; it is a share of the images, from 0 to 1.")
     return {name: value for name, value in settings.items() if value is not None}
-
-
-def given(**options: Any) -> dict[str, Any]:
-    """The options that were given: those whose value is not None."""
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def default_output(name: str, runtime: str, precision: str) -> Path:

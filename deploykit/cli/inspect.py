@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from deploykit.backends.table import EVALUATOR
 from deploykit.cli.output import BundleArgument, JsonFlag, input_text, show, show_json, size_text, table
 from deploykit.errors import BundleError
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from deploykit.bundle import Manifest
     from deploykit.parity.report import ParityReport
 
-EXAMPLE = "Example: deploykit inspect resnet18-onnxruntime-fp32"
+EXAMPLE = f"Example: deploykit inspect resnet18-{EVALUATOR}-fp32"
 
 PARITY_FILE = "parity.json"
 PLAN_FILE = "quantization-plan.json"

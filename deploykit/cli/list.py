@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from deploykit.backends.table import EVALUATOR
 from deploykit.cli.output import JsonFlag, show, show_json, stderr_console, table
 from deploykit.errors import SpecError, nearest
 from deploykit.optional import installed_version, require
@@ -65,7 +66,7 @@ def list_backbones(
     show(table(columns, map(_cells, rows), right=("parameters M", "GMACs")), CONVENTION, "")
     engines = ([row.runtime, ", ".join(row.precisions), row.version or "not installed"] for row in runtimes)
     show(table(("runtime", "precisions", "installed"), engines))
-    show(f"Next: deploykit export {rows[0].name} --runtime onnxruntime")
+    show(f"Next: deploykit export {rows[0].name} --runtime {EVALUATOR}")
 
 
 def _cells(row: BackboneRow) -> list[str]:
@@ -99,13 +100,10 @@ def _chosen(family: str | None, pattern: str | None) -> dict[str, str]:
 
 
 def _runtimes() -> Iterator[RuntimeRow]:
-    from deploykit.runtimes.base import RUNTIMES, load_runtime
-    from deploykit.runtimes.run_torch import DTYPES
+    from deploykit.backends.table import backend_names, load_backend
 
-    yield RuntimeRow(runtime="torch", precisions=tuple(DTYPES), version=installed_version("torch"))
-    for name in RUNTIMES:
-        adapter = load_runtime(name)
-        yield RuntimeRow(runtime=name, precisions=adapter.precisions, version=installed_version(adapter.package))
+    for backend in map(load_backend, backend_names()):
+        yield RuntimeRow(runtime=backend.name, precisions=backend.precisions, version=backend.installed_version())
 
 
 def _measured(names: dict[str, str]) -> Iterator[BackboneRow]:

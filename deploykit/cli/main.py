@@ -37,7 +37,7 @@ _SETTINGS = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
     add_completion=False,
     context_settings=_SETTINGS,
-    epilog="Example: deploykit export resnet18 --runtime onnxruntime",
+    epilog=export.EXAMPLE,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )

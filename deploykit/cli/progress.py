@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic
-from typing import TYPE_CHECKING
 
 from deploykit.cli.output import stderr_console
-
-if TYPE_CHECKING:
-    from deploykit.export.pipeline import Progress
+from deploykit.progress import (
+    BuildStep,
+    CandidateMeasured,
+    ImagesCalibrated,
+    Progress,
+    ProgressEvent,
+    StageStarted,
+)
 
 STAGES: dict[str, str] = {
     "load": "load the backbone and its weights",
@@ -36,16 +40,15 @@ OPTIONAL_STAGES: dict[str, str] = {
 SHORTEST_SECONDS, LONGEST_SECONDS = 2.0, 60.0
 """How far apart the plain lines of a calibration stand: a tenth of the images, but within these times."""
 
-
 PHASE_WIDTH = 32
 
 
 @contextmanager
 def export_progress() -> Iterator[Progress]:
-    """What `export_backbone` reports to; begins with the stage ``load``."""
+    """Give `export_backbone` something to report to; begins with the stage ``load``."""
     show = _bars if stderr_console().is_terminal else _lines
     with show() as progress:
-        progress.stage("load")
+        progress(StageStarted(name="load"))
         yield progress
 
 
@@ -54,60 +57,64 @@ def _bars() -> Iterator[Progress]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
-    from deploykit.export.pipeline import Progress
-
     columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Bars(*columns, console=stderr_console(), transient=True) as bars:
         stages = bars.add_task("export", total=len(STAGES))
         images = bars.add_task("calibrate, images", total=None, visible=False)
         build = bars.add_task("build", total=None, visible=False)
 
-        def stage(name: str) -> None:
-            done = list(STAGES).index(name) if name in STAGES else None
-            bars.update(stages, description=(STAGES | OPTIONAL_STAGES).get(name, name), completed=done)
+        def show(event: ProgressEvent) -> None:
+            match event:
+                case StageStarted(name=name):
+                    done = list(STAGES).index(name) if name in STAGES else None
+                    bars.update(stages, description=(STAGES | OPTIONAL_STAGES).get(name, name), completed=done)
+                case ImagesCalibrated(done=done, total=total, resumed=True):
+                    stderr_console().print(f"  {_resuming(done, total)}")
+                case ImagesCalibrated(done=done, total=total):
+                    bars.update(images, completed=done, total=total, visible=done < total)
+                case BuildStep(phase=phase, done=done, total=total):
+                    shown = f"  {phase[:PHASE_WIDTH]}"
+                    bars.update(build, description=shown, completed=done, total=total, visible=done < total)
+                case CandidateMeasured(summary=summary):
+                    stderr_console().print(f"  {summary}")
 
-        def seen(count: int, total: int) -> None:
-            bars.update(images, completed=count, total=total, visible=count < total)
-
-        def step(phase: str, done: int, total: int) -> None:
-            shown = f"  {phase[:PHASE_WIDTH]}"
-            bars.update(build, description=shown, completed=done, total=total, visible=done < total)
-
-        def say(text: str) -> None:
-            stderr_console().print(f"  {text}")
-
-        yield Progress(stage=stage, images=seen, step=step, resumed=lambda *at: say(_resuming(*at)), candidate=say)
+        yield show
 
 
 @contextmanager
 def _lines() -> Iterator[Progress]:
-    from deploykit.export.pipeline import Progress
+    yield _Lines().show
 
-    console, start = stderr_console(), monotonic()
-    last = (0, start)  # the tenth that was told, and when
 
-    def line(text: str) -> None:
-        console.print(f"{monotonic() - start:6.1f} s  {text}", soft_wrap=True)
+class _Lines:
+    """Plain lines with the seconds since the start, for a pipe or a log."""
 
-    def stage(name: str) -> None:
-        place = f"[{list(STAGES).index(name) + 1}/{len(STAGES)}] " if name in STAGES else ""
-        line(f"{place}{(STAGES | OPTIONAL_STAGES).get(name, name)}")
+    def __init__(self) -> None:
+        self._start = monotonic()
+        self._tenth, self._told = 0, self._start
 
-    def seen(count: int, total: int) -> None:
-        nonlocal last
-        tenth, now = 10 * count // max(total, 1), monotonic()
-        if (
-            (tenth > last[0] and now - last[1] >= SHORTEST_SECONDS)
-            or now - last[1] >= LONGEST_SECONDS
-            or count == total
-        ):
-            last = (tenth, now)
-            line(f"      calibrated {count} of {total} images")
+    def show(self, event: ProgressEvent) -> None:
+        """Print an event's line; the steps of a build have none."""
+        match event:
+            case StageStarted(name=name):
+                place = f"[{list(STAGES).index(name) + 1}/{len(STAGES)}] " if name in STAGES else ""
+                self._line(f"{place}{(STAGES | OPTIONAL_STAGES).get(name, name)}")
+            case ImagesCalibrated(done=done, total=total, resumed=True):
+                self._line(f"      {_resuming(done, total)}")
+            case ImagesCalibrated(done=done, total=total):
+                self._images(done, total)
+            case CandidateMeasured(summary=summary):
+                self._line(f"      {summary}")
 
-    def say(text: str) -> None:
-        line(f"      {text}")
+    def _images(self, done: int, total: int) -> None:
+        tenth, now = 10 * done // max(total, 1), monotonic()
+        quiet_for = now - self._told
+        if (tenth > self._tenth and quiet_for >= SHORTEST_SECONDS) or quiet_for >= LONGEST_SECONDS or done == total:
+            self._tenth, self._told = tenth, now
+            self._line(f"      calibrated {done} of {total} images")
 
-    yield Progress(stage=stage, images=seen, resumed=lambda *at: say(_resuming(*at)), candidate=say)
+    def _line(self, text: str) -> None:
+        stderr_console().print(f"{monotonic() - self._start:6.1f} s  {text}", soft_wrap=True)
 
 
 def _resuming(count: int, total: int) -> str:

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from deploykit.backends.table import EVALUATOR
 from deploykit.cli.output import BundleArgument, DeviceOption, JsonFlag, show, show_json, table
 from deploykit.errors import BundleError, SpecError
 
 if TYPE_CHECKING:
-    from deploykit.runtimes.base import FloatArray, Runtime
+    from deploykit.arrays import FloatArray
+    from deploykit.backends.runtime import Runtime
     from deploykit.spec import CropMode, InputSpec
 
-EXAMPLE = "Example: deploykit run resnet18-onnxruntime-fp32 photo.jpg"
+EXAMPLE = f"Example: deploykit run resnet18-{EVALUATOR}-fp32 photo.jpg"
 CHUNK = 64
 """Images decoded at a time, which bounds the memory."""
 
@@ -138,8 +140,8 @@ def _with_crop_mode(spec: InputSpec, crop_mode: str | None) -> InputSpec:
 def _results(
     model: Runtime, files: list[Path], spec: InputSpec, *, labels: tuple[str, ...] | None, top: int
 ) -> Iterator[ImageResult]:
+    from deploykit.backends.runtime import run_in_batches
     from deploykit.calibration.images import load_images
-    from deploykit.runtimes.base import run_in_batches
 
     is_classifier = not model.manifest.backbone.features_only and model.manifest.backbone.num_classes > 0
     for start in range(0, len(files), CHUNK):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from deploykit.backends.table import EVALUATOR
 from deploykit.cli import export_options as opt
 from deploykit.cli.output import JsonFlag, show, show_json, table
+from deploykit.options import ExportOptions
 from deploykit.spec import Int8, parse_precision
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ def sensitivity(
     pretrained: opt.PretrainedFlag = False,
     weights: opt.WeightsOption = None,
     image_size: opt.SizeOption = None,
-    runtime: opt.RuntimeOption = "onnxruntime",
+    runtime: opt.RuntimeOption = EVALUATOR,
     calibration: opt.CalibrationOption = None,
     skip_corrupt: opt.SkipFlag = False,
     calibrator: opt.CalibratorOption = None,
@@ -77,19 +79,19 @@ def _measure(
     from deploykit.calibration.images import calibration_set
     from deploykit.cli.export_check import calibration_source
     from deploykit.cli.progress import export_progress
-    from deploykit.export.request import ExportRequest
+    from deploykit.export.job import ExportJob
     from deploykit.export.sensitivity import sensitivity as measure
     from deploykit.facade import create_backbone
 
     assert isinstance(precision, Int8)  # noqa: S101  (the caller parsed "int8"; narrows the type)
     with export_progress() as progress:
-        backbone = create_backbone(name, pretrained=pretrained, image_size=image_size)
+        backbone: Any = create_backbone(name, pretrained=pretrained, image_size=image_size)
         source = calibration_source(calibration)
         images = None
         if source is not None:
             images = calibration_set(source, backbone.input_spec, skip_corrupt=skip_corrupt)
-        request = ExportRequest(backbone=backbone, runtime=runtime, precision=precision, calibration=images)  # type: ignore[arg-type]
-        return measure(request, progress=progress)
+        options = ExportOptions(runtime=runtime, precision=precision)
+        return measure(ExportJob(backbone=backbone, options=options, images=images), progress=progress)
 
 
 def _show(found: Sensitivity, shown: int) -> None:

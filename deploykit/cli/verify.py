@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
+from deploykit.backends.table import EVALUATOR
 from deploykit.cli.output import BundleArgument, DeviceOption, JsonFlag, show, show_error, show_json, show_warning
 from deploykit.errors import BundleError, DeployKitError, DeviceUnavailable, SpecError
 
-EXAMPLE = "Example: deploykit verify resnet18-onnxruntime-fp32"
+EXAMPLE = f"Example: deploykit verify resnet18-{EVALUATOR}-fp32"
 
 
 DebugFlag = Annotated[

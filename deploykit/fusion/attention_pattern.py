@@ -10,8 +10,18 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from deploykit.fusion.data_movement import (
+    Array,
+    constant,
+    is_static,
+    joined_again,
+    moved,
+    only_reader,
+    producer,
+    sizes,
+    source,
+)
 from deploykit.fusion.graph_writer import GraphWriter
-from deploykit.fusion.moves import Array, constant, is_static, joined_again, moved, only_reader, producer, sizes, source
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,14 +22,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from deploykit.backends.torch.adapter import PixelNormalization, scale_and_shift
 from deploykit.errors import ExportError
-from deploykit.graph import Graph
-from deploykit.runtimes.run_torch import PixelNormalization, scale_and_shift
+from deploykit.graph import Graph, OnnxGraph
 from deploykit.spec import InputSpec, Preprocessing
 
 FloatArray = npt.NDArray[np.float32]
@@ -47,12 +46,9 @@ def embed_preprocessing(graph: Graph, spec: InputSpec) -> Graph:
     """
     if not spec.embeds_preprocessing:
         return graph
-    return replace(
-        graph,
-        input=spec,
-        model=None if graph.model is None else _embed_in_model(graph.model, spec),
-        program=None if graph.program is None else _embed_in_program(graph.program, spec),
-    )
+    if isinstance(graph, OnnxGraph):
+        return replace(graph, input=spec, model=_embed_in_model(graph.model, spec))
+    return replace(graph, input=spec, program=_embed_in_program(graph.program, spec))
 
 
 class _Embedded(nn.Module):
@@ -86,8 +82,8 @@ def _embed_in_program(program: torch.export.ExportedProgram, spec: InputSpec) ->
         ) from error
 
 
-def _embed_in_model(model: onnx.ModelProto, spec: InputSpec) -> onnx.ModelProto:
-    whole = ir.from_proto(model)
+def _embed_in_model(model: ir.Model, spec: InputSpec) -> ir.Model:
+    whole = model.clone()
     graph = whole.graph
     images = graph.inputs[0]
     images.name = f"{spec.name}/normalised"
@@ -101,8 +97,7 @@ def _embed_in_model(model: onnx.ModelProto, spec: InputSpec) -> onnx.ModelProto:
     ir.convenience.replace_all_uses_with(images, transpose.outputs[0])
     graph.inputs[0] = pixels
     graph.insert_before(graph[0], [cast, *arithmetic, transpose])
-    proto: onnx.ModelProto = ir.to_proto(whole)
-    return proto
+    return whole
 
 
 def _normalise(graph: ir.Graph, images: ir.Value, pixels: ir.Value, spec: InputSpec) -> list[ir.Node]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from deploykit.fusion.moves import Array, sizes
+from deploykit.fusion.data_movement import Array, sizes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from deploykit.fusion.data_movement import constant, is_static, only_reader, producer, sizes
 from deploykit.fusion.graph_writer import GraphWriter
-from deploykit.fusion.moves import constant, is_static, only_reader, producer, sizes
 
 _CHANNELS_FIRST, _CHANNELS_LAST = (0, 3, 1, 2), (0, 2, 3, 1)
 LARGE = 784

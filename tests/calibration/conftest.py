@@ -5,30 +5,33 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 import deploykit
+from deploykit.arrays import FloatArray
 from deploykit.calibration.images import calibration_set
-from deploykit.calibration.plan import QuantizationPlan, onnx_session
+from deploykit.calibration.plan import QuantizationPlan
 from deploykit.errors import WeightsError
 from deploykit.export.trace import Everything, output_names
-from deploykit.graph import Graph
-from deploykit.runtimes.base import FloatArray
+from deploykit.graph import Master, OnnxGraph, TorchProgram
+from deploykit.onnx_session import onnx_session
 from deploykit.spec import InputSpec
-from tests.calibration.networks import SIDE, Residual, Tokens, Windows, graph_of, master_graph, plan_of
+from tests.calibration.networks import SIDE, Residual, Tokens, Windows, both_forms, master_of, plan_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A master graph, its images ``(N, 3, H, W)``, its plan, and what it gives in FP32."""
+    """A master graph and program, their images ``(N, 3, H, W)``, the plan, and what they give in FP32."""
 
-    graph: Graph
+    graph: OnnxGraph
+    program: TorchProgram
     images: FloatArray
     plan: QuantizationPlan
 
-    def run(self, model=None) -> list[np.ndarray]:
+    def run(self, model: ir.Model | None = None) -> list[np.ndarray]:
         """Every output of a graph (None: the master) in ONNX Runtime, over all images."""
-        session = onnx_session(model or self.graph.model)
+        session = onnx_session(self.graph.model if model is None else model)
         runs = [session.run(None, {"images": image[None]}) for image in self.images]
         return [np.concatenate(parts) for parts in zip(*runs, strict=True)]
 
@@ -50,8 +53,11 @@ def windows(photographs) -> Case:
 
 def _case(network, photographs) -> Case:
     images = calibration_set(photographs, InputSpec(height=SIDE, width=SIDE)).sample(6)
-    graph = graph_of(network, images)
-    return Case(graph=graph, images=images, plan=plan_of(graph, images))
+    return _case_of(master_of(network, images), images)
+
+
+def _case_of(master: Master, images: FloatArray) -> Case:
+    return Case(graph=master.onnx, program=master.torch, images=images, plan=plan_of(master.onnx, images))
 
 
 @pytest.fixture(scope="session")
@@ -63,8 +69,7 @@ def lite0(photographs) -> Case:
     except WeightsError as error:
         pytest.skip(f"the weights of efficientnet_lite0 are not here: {error}")
     images = calibration_set(photographs, backbone.input_spec).sample(6)
-    graph = master_graph(Everything(backbone), output_names(backbone), images)
-    return Case(graph=graph, images=images, plan=plan_of(graph, images))
+    return _case_of(both_forms(Everything(backbone), output_names(backbone), images), images)
 
 
 @pytest.fixture(params=["residual", "lite0"])

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from deploykit.arrays import FloatArray
 from deploykit.backbones.attention import TransformerBlock
 from deploykit.backbones.window_attention import WindowAttention, WindowGrid
+from deploykit.calibration.dialect import Dialect
 from deploykit.calibration.plan import QuantizationPlan, calibrate
 from deploykit.export.graphs import output_specs
 from deploykit.export.to_onnx import to_onnx
 from deploykit.fusion.pipeline import fuse
 from deploykit.fusion.program import export_program
-from deploykit.graph import Graph
-from deploykit.runtimes.base import FloatArray
+from deploykit.graph import Master, OnnxGraph, TorchProgram
+from deploykit.processor import this_processor
 from deploykit.spec import InputSpec, Int8
 from tests.backbones.realistic import randomize
 
@@ -91,25 +96,49 @@ class Windows(nn.Module):
         return tokens, self.head(tokens.mean((1, 2)))
 
 
-def master_graph(module: nn.Module, outputs: tuple[str, ...], images: FloatArray) -> Graph:
-    """The fused FP32 graph of a module for batches of one image like these."""
+def both_forms(module: nn.Module, outputs: tuple[str, ...], images: FloatArray) -> Master:
+    """The fused FP32 network of a module, for batches of one image like these."""
     spec = InputSpec(channels=images.shape[1], height=images.shape[2], width=images.shape[3])
-    fused = fuse(export_program(module.eval().requires_grad_(False), spec), spec, images)
-    model = to_onnx(fused.program, spec, outputs)
-    return Graph(input=spec, outputs=output_specs(model), model=model, program=fused.program)
+    program = fuse(export_program(module.eval().requires_grad_(False), spec), spec, images).program
+    model = to_onnx(program, spec, outputs)
+    described = output_specs(model)
+    return Master(
+        onnx=OnnxGraph(input=spec, outputs=described, model=model),
+        torch=TorchProgram(input=spec, outputs=described, program=program),
+    )
 
 
-def graph_of(network: type[Residual | Tokens | Windows], images: FloatArray) -> Graph:
-    """The master graph of one of the networks above, with realistic random weights."""
+def master_graph(module: nn.Module, outputs: tuple[str, ...], images: FloatArray) -> OnnxGraph:
+    """The same as an ONNX graph."""
+    return both_forms(module, outputs, images).onnx
+
+
+def master_of(network: type[Residual | Tokens | Windows], images: FloatArray) -> Master:
+    """One of the networks above, with realistic random weights."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = randomize(network())
-    return master_graph(module, network.outputs, images)
+    return both_forms(module, network.outputs, images)
 
 
-def plan_of(graph: Graph, images: FloatArray, settings: Int8 | None = None) -> QuantizationPlan:
-    batches = [image[None] for image in images]
-    return calibrate(graph.model, batches, settings or Int8(), key="0" * 64)
+def graph_of(network: type[Residual | Tokens | Windows], images: FloatArray) -> OnnxGraph:
+    """The same as an ONNX graph."""
+    return master_of(network, images).onnx
+
+
+def plan_of(graph: OnnxGraph, images: FloatArray, settings: Int8 | None = None) -> QuantizationPlan:
+    """The plan as an export for this processor makes it: no product of its weights saturates here."""
+    settings = settings or Int8()
+    if settings.reduce_range is None:
+        settings = replace(settings, reduce_range=this_processor().saturates)
+    return calibrate(graph.model, [image[None] for image in images], settings, key="0" * 64)
+
+
+def written(dialect: Dialect, graph: OnnxGraph, plan: QuantizationPlan) -> ir.Model:
+    """A copy of a master graph with an INT8 plan, as a dialect writes it."""
+    _, *sides = graph.input.shape
+    model: ir.Model = dialect.render(graph, plan, np.zeros((1, *sides), np.float32)).graph.model
+    return model
 
 
 def rounding_noise_db(expected: list[np.ndarray], found: list[np.ndarray]) -> list[float]:

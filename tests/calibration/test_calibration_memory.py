@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
-import onnx
+import onnx_ir as ir
 import pytest
 
 FEW, MANY = 16, 128
@@ -21,7 +21,7 @@ def test_the_peak_of_a_process_does_not_grow_with_the_images(benchmark, residual
     pytest.importorskip("skimage", reason="scikit-image is not installed")
     photographs = benchmark.write_photographs(tmp_path / "photographs", MANY, 72)
     assert len(list(photographs.iterdir())) == MANY
-    onnx.save(residual.graph.model, tmp_path / "master.onnx")
+    ir.save(residual.graph.model, tmp_path / "master.onnx")
     few, many = (
         benchmark.measure([str(tmp_path / "master.onnx"), str(photographs), str(count), "entropy"])
         for count in (FEW, MANY)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 import pytest
 
 from deploykit.calibration import checkpoint
@@ -150,7 +150,7 @@ def test_the_state_is_saved_now_and_then(tmp_path, monkeypatch):
 
 KILLED = """
 import os, signal, sys
-import numpy as np, onnx
+import numpy as np, onnx_ir as ir
 from deploykit.calibration import checkpoint
 from deploykit.calibration.images import calibration_set
 from deploykit.calibration.plan_cache import PlanCache
@@ -167,7 +167,7 @@ def heard(seen):
         os.kill(os.getpid(), signal.SIGKILL)
 
 plan_precision(
-    onnx.load(folder / "master.onnx"), Int8(), calibration=calibration_set(images, InputSpec(height=side, width=side)),
+    ir.load(folder / "master.onnx"), Int8(), calibration=calibration_set(images, InputSpec(height=side, width=side)),
     probe=images[:1], weights_digest="weights", cache=PlanCache(folder / "plans"), on_image=heard,
 )
 """
@@ -176,7 +176,7 @@ plan_precision(
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX")
 def test_a_killed_process_loses_no_batch(residual, tmp_path):
     np.save(tmp_path / "images.npy", residual.images)
-    onnx.save(residual.graph.model, tmp_path / "master.onnx")
+    ir.save(residual.graph.model, tmp_path / "master.onnx")
     root = str(Path(__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path), str(SIDE)], env=os.environ | {"PYTHONPATH": root}, check=False

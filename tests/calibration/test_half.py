@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
 
-from deploykit.calibration.dialects.half import to_half
+from deploykit.calibration.cast_to_half import cast_to_half
 from deploykit.calibration.half import plan_half
 from tests.calibration.networks import master_graph, plan_of, rounding_noise_db
 
@@ -41,10 +41,10 @@ def test_weights_too_small_for_half_precision_are_found_and_kept():
     (name,) = plan.float_weights
     assert "two.weight" in name
     assert plan.float_weights[name] < 30
-    half = to_half(graph.model, plan)
-    kept = {t.name: t.data_type for t in half.graph.initializer if len(t.dims) == 4}
-    assert kept.pop(name) == onnx.TensorProto.FLOAT
-    assert set(kept.values()) == {onnx.TensorProto.FLOAT16}
+    half = cast_to_half(graph.model, plan)
+    kept = {key: value.const_value.dtype for key, value in half.graph.initializers.items() if len(value.shape) == 4}
+    assert kept.pop(name) == ir.DataType.FLOAT
+    assert set(kept.values()) == {ir.DataType.FLOAT16}
 
 
 def test_weights_too_large_for_half_precision_are_found_and_kept():
@@ -63,7 +63,7 @@ def test_a_higher_budget_keeps_more_weights(residual):
 @pytest.mark.slow
 def test_real_weights_meet_the_budget_in_half_precision(lite0):
     plan = plan_half(lite0.graph.model, lite0.images, min_sqnr_db=45)
-    found = lite0.run(to_half(lite0.graph.model, plan))
+    found = lite0.run(cast_to_half(lite0.graph.model, plan))
     assert min(rounding_noise_db(lite0.run(), found)) > 45
 
 

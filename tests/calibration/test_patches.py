@@ -1,10 +1,9 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 import pytest
 import torch
-from onnx import helper
 
 from deploykit.calibration.patches import LayerShape
 from deploykit.errors import CalibrationError
@@ -12,8 +11,12 @@ from deploykit.errors import CalibrationError
 GENERATOR = np.random.default_rng(0)
 
 
-def conv_node(**attributes) -> onnx.NodeProto:
-    return helper.make_node("Conv", ["x", "w"], ["y"], name="layer", **attributes)
+def node_of(operator: str, **attributes) -> ir.Node:
+    return ir.node(operator, [ir.Value(name="x"), ir.Value(name="w")], attributes, name="layer")
+
+
+def conv_node(**attributes) -> ir.Node:
+    return node_of("Conv", **attributes)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +53,7 @@ def test_rows_of_tokens_times_the_matrix_are_the_product(axis):
     weight = GENERATOR.normal(size=(5, 7)).astype(np.float32)
     matrix = weight.T if axis == 0 else weight  # (K, channels)
     read = GENERATOR.normal(size=(2, 3, matrix.shape[0])).astype(np.float32)
-    layer = LayerShape.of(helper.make_node("MatMul", ["x", "w"], ["y"]), weight.shape, axis)
+    layer = LayerShape.of(node_of("MatMul"), weight.shape, axis)
     rows = torch.from_numpy(layer.rows(read, 10**6, seed=0))[:, 0]
     expected = (read @ matrix).reshape(-1, matrix.shape[1])
     np.testing.assert_allclose(rows @ layer.matrix(weight)[0].T, expected, rtol=1e-4, atol=1e-5)

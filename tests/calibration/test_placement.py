@@ -5,23 +5,27 @@ import pytest
 import torch
 from torch import nn
 
-from deploykit.calibration.dialects import onnxruntime
+from deploykit.backends.onnxruntime import passes as onnxruntime
 from deploykit.calibration.placement import place, without
-from deploykit.calibration.plan import onnx_session
 from deploykit.errors import CalibrationError
+from deploykit.onnx_session import onnx_session
 from deploykit.parity.metrics import sqnr_db
-from tests.calibration.networks import master_graph
+from tests.calibration.networks import master_graph, written
 
 IMAGES = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
 
 
 def nodes_by_output(model):
-    return {output: node for node in model.graph.node for output in node.output}
+    return {value.name: node for node in model.graph for value in node.outputs}
+
+
+def names_of(values) -> list[str]:
+    return [str(value.name) for value in values]
 
 
 def test_every_convolution_and_matrix_product_has_a_weight_and_a_reason_or_a_place(residual):
     placement = place(residual.graph.model)
-    weighted = [node for node in residual.graph.model.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+    weighted = [node for node in residual.graph.model.graph if node.op_type in ("Conv", "Gemm", "MatMul")]
     assert placement.weights.keys() | placement.float_nodes.keys() == {node.name for node in weighted}
     for use in placement.weights.values():
         assert use.input in placement.reads
@@ -54,13 +58,13 @@ def test_an_add_of_gated_maps_stands_between_integer_kernels():
 def test_residual_adds_run_in_integers_up_to_their_relu(residual):
     placement = place(residual.graph.model)
     writers = nodes_by_output(residual.graph.model)
-    adds = [node for node in residual.graph.model.graph.node if node.op_type == "Add"]
+    adds = [node for node in residual.graph.model.graph if node.op_type == "Add"]
     assert len(adds) == 2
     for add in adds:
-        assert set(add.input) <= set(placement.reads)
-        assert add.output[0] not in placement.writes
+        assert set(names_of(add.inputs)) <= set(placement.reads)
+        assert add.outputs[0].name not in placement.writes
     after = [name for name in placement.writes if writers[name].op_type == "Relu"]
-    assert [name for name in after if writers[writers[name].input[0]].op_type == "Add"] == ["stage1", *after[-3:-2]]
+    assert [name for name in after if writers[name].inputs[0].producer().op_type == "Add"] == ["stage1", *after[-3:-2]]
 
 
 def test_an_add_with_a_float_operand_stays_in_float():
@@ -81,7 +85,7 @@ def test_a_max_pool_shares_the_range_of_its_input(residual):
     ((pooled, source),) = placement.same_range.items()
     writers = nodes_by_output(residual.graph.model)
     assert writers[pooled].op_type == "MaxPool"
-    assert list(writers[pooled].input) == [source]
+    assert names_of(writers[pooled].inputs) == [source]
     assert pooled in placement.writes
     assert pooled not in placement.tensors
     assert source in placement.tensors
@@ -118,7 +122,7 @@ def test_matrix_products_are_found_with_their_bias_and_batched_ones_stay_in_floa
     placement = place(graph.model)
     (use,) = placement.weights.values()
     assert use.axis == 1
-    assert use.bias in {tensor.name for tensor in graph.model.graph.initializer}
+    assert use.bias in graph.model.graph.initializers
     assert list(placement.float_nodes.values()) == ["its weight has rank 3, and integer kernels take matrices"]
     assert not placement.writes
 
@@ -131,14 +135,14 @@ def test_without_nothing_is_the_same_placement(residual):
 def test_a_node_taken_out_takes_its_tensors_and_the_add_behind_it_along(residual):
     model, placement = residual.graph.model, place(residual.graph.model)
     writers = nodes_by_output(model)
-    add = next(node for node in model.graph.node if node.op_type == "Add")
-    conv = next(writers[name] for name in add.input if writers[name].op_type == "Conv")
+    add = next(node for node in model.graph if node.op_type == "Add")
+    conv = next(writers[name] for name in names_of(add.inputs) if writers[name].op_type == "Conv")
     found = without(model, placement, {conv.name: "because"})
     assert found.float_nodes == placement.float_nodes | {conv.name: "because"}
     assert found.weights.keys() == placement.weights.keys() - {conv.name}
-    assert conv.output[0] in placement.writes
-    assert conv.output[0] not in found.writes
-    summed = next(node.output[0] for node in model.graph.node if add.output[0] in node.input)
+    assert conv.outputs[0].name in placement.writes
+    assert conv.outputs[0].name not in found.writes
+    summed = next(reader.outputs[0].name for reader in add.outputs[0].consumers())
     assert summed in placement.writes
     assert summed not in found.writes
     assert set(found.tensors) < set(placement.tensors)
@@ -154,9 +158,8 @@ def test_without_the_stem_the_images_are_not_rounded(residual):
 def test_a_plan_without_nodes_renders_and_leaves_them_in_float(residual):
     nodes = list(residual.plan.placement.weights)[:3]
     plan = residual.plan.without(residual.graph.model, dict.fromkeys(nodes, "because"))
-    model = onnxruntime.render(residual.graph, plan).model
-    constants = {tensor.name for tensor in model.graph.initializer}
-    kept = {node.name for node in model.graph.node if len(node.input) > 1 and node.input[1] in constants}
+    model = written(onnxruntime.DIALECT, residual.graph, plan)
+    kept = {node.name for node in model.graph if len(node.inputs) > 1 and node.inputs[1].is_initializer()}
     assert set(nodes) <= kept
     assert not kept & (residual.plan.placement.weights.keys() - set(nodes))
     residual.run(model)
@@ -174,7 +177,7 @@ def test_a_float_convolution_between_integers_stays_in_float_in_onnx_runtime(res
         name for name, use in residual.plan.placement.weights.items() if use.input in residual.plan.placement.writes
     )
     plan = residual.plan.without(residual.graph.model, {conv: "because"})
-    model = onnxruntime.render(residual.graph, plan).model
+    model = written(onnxruntime.DIALECT, residual.graph, plan)
     session = onnx_session(model, optimize=False)
     as_written = [session.run(None, {"images": image[None]}) for image in residual.images]
     expected = [np.concatenate(parts) for parts in zip(*as_written, strict=True)]

@@ -1,26 +1,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 import pytest
-from onnx import helper
 
-from deploykit.calibration.dialects import openvino as dialect
-from deploykit.calibration.plan import (
-    PLAN_FILE,
-    SHIFT_FILE,
-    QuantizationPlan,
-    calibrate,
-    calibration_batch,
-    onnx_session,
-    plan_key,
-)
+from deploykit.backends.openvino.passes import DIALECT
+from deploykit.calibration.dialect import keep_float
+from deploykit.calibration.float_fallback import keep_pointlike
+from deploykit.calibration.plan import PLAN_FILE, SHIFT_FILE, QuantizationPlan, calibrate, plan_key
 from deploykit.errors import CalibrationError
 from deploykit.spec import Int8
-from tests.calibration.networks import plan_of, rounding_noise_db
+from tests.calibration.networks import plan_of, rounding_noise_db, written
 
 
 def test_a_plan_survives_being_saved_and_loaded(residual, tmp_path):
@@ -30,12 +22,12 @@ def test_a_plan_survives_being_saved_and_loaded(residual, tmp_path):
     assert loaded.ranges == residual.plan.ranges
     assert (loaded.key, loaded.images, loaded.calibrator) == ("0" * 64, 6, "mse")
     assert loaded.bias_shift.keys() == residual.plan.bias_shift.keys()
-    one, other = (dialect.render(residual.graph, plan).model for plan in (residual.plan, loaded))
+    one, other = (ir.to_proto(written(DIALECT, residual.graph, plan)) for plan in (residual.plan, loaded))
     assert one.SerializeToString(deterministic=True) == other.SerializeToString(deterministic=True)
 
 
 def test_a_saved_plan_is_readable_and_says_why_nodes_stay_in_float(residual, tmp_path):
-    replace(dialect.STYLE, pointlike_weights=None).as_rendered(residual.graph.model, residual.plan).save(tmp_path)
+    keep_float(residual.graph.model, residual.plan, (keep_pointlike(),)).save(tmp_path)
     text = json.loads((tmp_path / PLAN_FILE).read_text())
     assert "1x1 map" in json.dumps(text["placement"]["float_nodes"])
     assert text["ranges"]["images"]["low"] < 0 < text["ranges"]["images"]["high"]
@@ -95,7 +87,7 @@ def test_correcting_biases_improves_real_weights(lite0):
     plain = plan_of(lite0.graph, lite0.images, Int8(bias_correction=False))
     expected = lite0.run()
     with_shift, without = (
-        rounding_noise_db(expected, lite0.run(dialect.render(lite0.graph, plan).model)) for plan in (lite0.plan, plain)
+        rounding_noise_db(expected, lite0.run(written(DIALECT, lite0.graph, plan))) for plan in (lite0.plan, plain)
     )
     assert with_shift[-1] > without[-1] + 0.3
     assert np.mean(with_shift) > np.mean(without) + 0.3
@@ -104,24 +96,13 @@ def test_correcting_biases_improves_real_weights(lite0):
 def test_no_images_and_nothing_to_quantize_are_errors(residual):
     with pytest.raises(CalibrationError, match="gave no images"):
         calibrate(residual.graph.model, [], Int8(), key="")
-    values = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 3, 8, 8]) for name in ("images", "maps")]
-    graph = helper.make_graph([helper.make_node("Relu", ["images"], ["maps"])], "relu", values[:1], values[1:])
+    images = ir.Value(name="images", shape=ir.Shape([1, 3, 8, 8]), type=ir.TensorType(ir.DataType.FLOAT))
+    relu = ir.node("Relu", [images])
+    graph = ir.Graph([images], relu.outputs, nodes=[relu], opset_imports={"": 21}, name="relu")
     with pytest.raises(CalibrationError, match="no convolution or matrix product"):
-        calibrate(helper.make_model(graph), [], Int8(), key="")
+        calibrate(ir.Model(graph, ir_version=10), [], Int8(), key="")
 
 
 def test_activations_that_overflow_are_refused(residual):
     with np.errstate(all="ignore"), pytest.raises(CalibrationError, match="NaN or infinite"):
         calibrate(residual.graph.model, [np.full((1, 3, 64, 64), 3e38, np.float32)], Int8(), key="")
-
-
-def test_a_calibration_batch_is_the_graphs_own_or_four(residual):
-    assert calibration_batch(residual.graph.model) == 1
-    dynamic = onnx.ModelProto()
-    dynamic.CopyFrom(residual.graph.model)
-    dynamic.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
-    assert calibration_batch(dynamic) == 4
-
-
-def test_measuring_runs_the_graph_as_it_is(residual):
-    assert [value.name for value in onnx_session(residual.graph.model).get_outputs()] == ["stage1", "stage2", "logits"]

@@ -11,7 +11,8 @@ from deploykit.calibration.half import HalfPlan
 from deploykit.calibration.images import CalibrationSet
 from deploykit.calibration.plan import QuantizationPlan, calibrate, plan_key
 from deploykit.calibration.plan_cache import PlanCache
-from deploykit.calibration.precision import Bf16Plan, plan_precision
+from deploykit.calibration.precision import plan_precision
+from deploykit.calibration.precision_plan import Bf16Plan
 from deploykit.calibration.statistics import Statistics
 from deploykit.errors import CalibrationError, CalibrationWarning
 from deploykit.spec import Bf16, Fp16, Fp32, Int8, Preprocessing
@@ -60,7 +61,7 @@ def test_a_cached_plan_is_not_calibrated_again_and_other_settings_are(residual, 
     cache, heard = PlanCache(tmp_path), []
     for precision in (Int8(), Int8(), Int8(min_sqnr_db=3), Int8(calibrator="entropy")):
         plan = planned(residual, precision, cache=cache, on_image=heard.append)
-        assert plan.calibrator == precision.calibrator
+        assert plan.calibrator == precision.filled().calibrator
     assert heard == [1, 2, 3, 4, 5, 6] * 2
 
 

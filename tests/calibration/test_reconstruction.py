@@ -3,27 +3,22 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 import pytest
 
-from deploykit.calibration.dialects import inductor, tensorrt
-from deploykit.calibration.dialects import onnxruntime as ort_dialect
-from deploykit.calibration.dialects import openvino as openvino_dialect
-from deploykit.calibration.dialects.attention import PARTS
+from deploykit.backends.backend import resolve
+from deploykit.backends.onnxruntime.integer_attention import PARTS
+from deploykit.backends.openvino import passes as openvino
+from deploykit.backends.table import load_backend
+from deploykit.calibration.dialect import Dialect
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.reconstruction import needs_reconstruction, reconstruct
-from deploykit.calibration.sensitivity import Simulation, style_of
+from deploykit.calibration.sensitivity import Simulation
 from deploykit.spec import Int8
-from tests.calibration.networks import rounding_noise_db
+from tests.calibration.networks import rounding_noise_db, written
 
 ADAPTIVE = Int8(rounding="adaptive")
 FULL = Int8(bias_correction="full")
-RENDERERS = {
-    "onnxruntime": ort_dialect.render,
-    "openvino": openvino_dialect.render,
-    "tensorrt": tensorrt.render,
-    "torch_compile": inductor.render,
-}
 
 
 @pytest.fixture(scope="module", params=["residual", "tokens"])
@@ -34,6 +29,10 @@ def network(request):
 @pytest.fixture(scope="module")
 def adaptive(network) -> QuantizationPlan:
     return reconstruct(network.graph.model, network.plan, network.images, ADAPTIVE)
+
+
+def constants_of(case) -> dict[str, np.ndarray]:
+    return {name: value.const_value.numpy() for name, value in case.graph.model.graph.initializers.items()}
 
 
 def noise_of_weights(network, plan) -> list[float]:
@@ -61,25 +60,28 @@ def test_adaptive_rounding_takes_noise_out_of_the_weights(network, adaptive):
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "tensorrt", "torch_compile"])
 def test_every_dialect_writes_the_integers_of_the_plan(network, adaptive, runtime):
-    graph, plan = network.graph, style_of(runtime).as_rendered(network.graph.model, adaptive)
-    rendered = RENDERERS[runtime](graph, plan)
+    dialect: Dialect = resolve(str(load_backend(runtime).dialect))
+    plan = dialect.keep_float(network.graph.model, adaptive)
     if runtime == "torch_compile":
-        buffers = rendered.program.module().named_buffers()
-        written = {value.numpy().tobytes() for name, value in buffers if name.endswith("_integers")}
+        program = dialect.render(network.program, plan, network.images).graph.program
+        buffers = program.module().named_buffers()
+        found = {value.numpy().tobytes() for name, value in buffers if name.endswith("_integers")}
     else:
-        tensors = [tensor for tensor in rendered.model.graph.initializer if tensor.data_type == onnx.TensorProto.INT8]
-        integers = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in tensors if tensor.dims}
+        values = written(dialect, network.graph, plan).graph.initializers.values()
+        tensors = {value.name: value.const_value for value in values}
+        integers = {name: tensor.numpy() for name, tensor in tensors.items() if tensor.dtype == ir.DataType.INT8}
+        integers = {name: array for name, array in integers.items() if array.shape}
         cut = [[f"{name}_{part}_integers" for part in PARTS] for name in plan.placement.weights]
         joined = [np.hstack([integers[name] for name in names]) for names in cut if names[0] in integers]
-        written = {array.tobytes() for array in (*integers.values(), *joined)}
-    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.model.graph.initializer}
+        found = {array.tobytes() for array in (*integers.values(), *joined)}
+    constants = constants_of(network)
     first = {use.weight: name for name, use in reversed(plan.placement.weights.items())}
     moved = 0
     for name, use in plan.placement.weights.items():
         if runtime == "torch_compile" and name != first[use.weight]:
             continue  # a parameter of the program is rounded once, for all that share it
         expected, _ = adaptive.weights[name].integers_of(constants[use.weight], use.axis)
-        assert written & {expected.tobytes(), np.ascontiguousarray(expected.T).tobytes()}, name
+        assert found & {expected.tobytes(), np.ascontiguousarray(expected.T).tobytes()}, name
         moved += bool(adaptive.weights[name].steps.any())
     assert moved
 
@@ -87,7 +89,7 @@ def test_every_dialect_writes_the_integers_of_the_plan(network, adaptive, runtim
 def test_a_reconstructed_plan_survives_being_saved_and_loaded(network, adaptive, tmp_path):
     adaptive.save(tmp_path)
     loaded = QuantizationPlan.load(tmp_path)
-    one, other = (openvino_dialect.render(network.graph, plan).model for plan in (adaptive, loaded))
+    one, other = (ir.to_proto(written(openvino.DIALECT, network.graph, plan)) for plan in (adaptive, loaded))
     assert one.SerializeToString(deterministic=True) == other.SerializeToString(deterministic=True)
 
 
@@ -128,7 +130,7 @@ def test_without_bias_correction_no_bias_is_shifted(residual):
 @pytest.mark.parametrize("settings", [ADAPTIVE, FULL, Int8(weight_scales="mse")], ids=["adaptive", "full", "mse"])
 def test_no_two_weights_of_a_reduced_range_saturate(residual, settings):
     plan = reconstruct(residual.graph.model, replace(residual.plan, reduce_range=True), residual.images, settings)
-    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in residual.graph.model.graph.initializer}
+    constants = constants_of(residual)
     for name, use in plan.placement.weights.items():
         integers, _ = plan.integers_of(name, constants[use.weight], use.axis)
         channels = np.moveaxis(integers, use.axis, 0).reshape(integers.shape[use.axis], -1).astype(int)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import platform
 import subprocess
@@ -13,14 +12,15 @@ import onnx
 import pytest
 from onnx import helper
 
-from deploykit.calibration.dialects import DIALECTS
-from deploykit.calibration.dialects import inductor as inductor_dialect
-from deploykit.calibration.dialects import openvino as openvino_dialect
+from deploykit.backends.backend import resolve
+from deploykit.backends.inductor import passes as inductor
+from deploykit.backends.openvino import passes as openvino
+from deploykit.backends.table import load_backend
 from deploykit.calibration.plan import QuantizationPlan, plan_key
 from deploykit.calibration.ranges import quantize_weight
 from deploykit.parity.metrics import sqnr_db
 from deploykit.spec import Int8
-from tests.calibration.networks import plan_of, rounding_noise_db
+from tests.calibration.networks import plan_of, rounding_noise_db, written
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +42,18 @@ def largest_pair(integers: np.ndarray) -> int:
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "tensorrt"])
 def test_no_two_weights_of_a_graph_add_up_to_more_than_fits(runtime, residual, plans):
-    render = importlib.import_module(DIALECTS[runtime].partition(":")[0]).render
+    dialect = resolve(str(load_backend(runtime).dialect))
     for reduced, plan in plans.items():
-        arrays = map(onnx.numpy_helper.to_array, render(residual.graph, plan).model.graph.initializer)
+        values = written(dialect, residual.graph, plan).graph.initializers.values()
+        arrays = [value.const_value.numpy() for value in values]
         found = [largest_pair(array) for array in arrays if array.dtype == np.int8 and array.ndim > 1]
         assert len(found) >= 7
         assert (max(found) <= 128) is reduced
 
 
 def test_no_two_weights_of_a_torch_program_add_up_to_more_than_fits(residual, plans):
-    state = inductor_dialect.render(residual.graph, plans[True]).program.state_dict
+    rendered = inductor.DIALECT.render(residual.program, plans[True], residual.images)
+    state = rendered.graph.program.state_dict
     found = [largest_pair(value.numpy()) for name, value in state.items() if name.endswith("_integers")]
     assert len(found) >= 7
     assert max(found) <= 128
@@ -60,7 +62,7 @@ def test_no_two_weights_of_a_torch_program_add_up_to_more_than_fits(residual, pl
 def test_a_reduced_range_costs_a_few_decibels_and_biases_are_corrected_for_it(residual, plans):
     expected = residual.run()
     noise = {
-        reduced: rounding_noise_db(expected, residual.run(openvino_dialect.render(residual.graph, plan).model))
+        reduced: rounding_noise_db(expected, residual.run(written(openvino.DIALECT, residual.graph, plan)))
         for reduced, plan in plans.items()
     }
     assert noise[True][-1] > 20

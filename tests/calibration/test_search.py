@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from deploykit.calibration.dialects import onnxruntime as dialect
-from deploykit.calibration.kernel_times import integer_savings, kernel_times
+from deploykit.backends.onnxruntime.passes import DIALECT
 from deploykit.calibration.search import (
     Candidate,
     Measured,
@@ -19,6 +18,7 @@ from deploykit.calibration.search import (
 from deploykit.calibration.sensitivity import measure_sensitivity
 from deploykit.errors import CalibrationError
 from deploykit.parity.metrics import sqnr_db
+from tests.calibration.networks import written
 
 
 class Engines:
@@ -31,14 +31,14 @@ class Engines:
 
     def __call__(self, plan) -> Measured:
         self.built += 1
-        found = self.case.run(dialect.render(self.case.graph, plan).model)
+        found = self.case.run(written(DIALECT, self.case.graph, plan))
         figures = [sqnr_db(before, after) for before, after in zip(self.expected, found, strict=True)]
         return Measured(sqnr_db=min(300.0, *figures))
 
 
 @pytest.fixture(scope="module")
 def measured(residual):
-    return measure_sensitivity(residual.graph.model, residual.plan, residual.images, dialect.STYLE)
+    return measure_sensitivity(residual.graph.model, residual.plan, residual.images, DIALECT)
 
 
 def find(residual, measured, min_sqnr_db, **options):
@@ -202,20 +202,3 @@ def test_the_table_marks_what_was_taken_and_the_frontier():
     assert list(table.columns[0].cells) == [" *", ">*", "  ", " *"]
     assert list(table.columns[5].cells) == ["2.00", "1.50", "1.40", "1.20"]
     assert "20 dB, top-1 agreement 90.0%" in table.caption
-
-
-@pytest.mark.parametrize("name", ["residual", "tokens", "windows"])
-def test_onnx_runtime_names_the_time_of_every_integer_node(request, name):
-    case = request.getfixturevalue(name)
-    quantized = dialect.render(case.graph, case.plan).model
-    savings = integer_savings(case.graph.model, quantized, case.plan.placement.weights, case.images[:1])
-    assert savings is not None
-    assert savings.keys() == case.plan.placement.weights.keys()
-    assert all(value > 0 for value in savings.values())
-    assert sum(kernel_times(case.graph.model, case.images[:1]).values()) > sum(savings.values()) / 1000
-
-
-def test_a_node_that_no_profile_names_leaves_the_times_out(residual):
-    quantized = dialect.render(residual.graph, residual.plan).model
-    node = next(iter(residual.plan.placement.weights))
-    assert integer_savings(residual.graph.model, quantized, [node, "fused away"], residual.images[:1]) is None

@@ -3,17 +3,42 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 import pytest
 
-from deploykit.calibration.dialects import onnxruntime, openvino, tensorrt
-from deploykit.calibration.dialects.qdq import QdqStyle, insert_qdq
-from deploykit.calibration.plan import onnx_session
+from deploykit.backends.onnxruntime import passes as onnxruntime
+from deploykit.backends.onnxruntime.dynamic_products import DYNAMIC_OPERATORS, quantize_products
+from deploykit.backends.onnxruntime.integer_attention import quantize_attentions
+from deploykit.backends.openvino import passes as openvino
+from deploykit.backends.tensorrt import passes as tensorrt
+from deploykit.calibration.dialect import OnnxDialect
+from deploykit.calibration.quantize_activations import INT8, UINT8, quantize_activations
+from deploykit.calibration.quantize_weights import quantize_weights
 from deploykit.calibration.sensitivity import MEASURED_IMAGES, Sensitivity, Simulation, measure_sensitivity
+from deploykit.calibration.tidy_graph import tidy_graph
 from deploykit.errors import MissingDependency
+from deploykit.onnx_session import onnx_session
 from deploykit.parity.metrics import sqnr_db
+from tests.calibration.networks import written
 
-PLAIN = QdqStyle(symmetric=False, all_writes=False, integer_bias=False, drop_activations=False, pointlike_weights=0)
+
+def dialect_of(activations=UINT8) -> OnnxDialect:
+    """Q/DQ pairs on weights and on what integer kernels read, for every node of the plan."""
+    passes = (quantize_weights(integer_bias=False), quantize_activations(activations), tidy_graph)
+    return OnnxDialect(int8=passes, activations=activations)
+
+
+PLAIN = dialect_of()
+DYNAMIC = OnnxDialect(
+    int8=(
+        quantize_attentions,
+        quantize_weights(integer_bias=False, dynamic_operators=DYNAMIC_OPERATORS),
+        quantize_products,
+        quantize_activations(UINT8),
+        tidy_graph,
+    ),
+    dynamic_operators=DYNAMIC_OPERATORS,
+)
 
 
 def only(case, nodes):
@@ -30,14 +55,14 @@ def as_written(model, images):
     return [np.concatenate(parts) for parts in zip(*runs, strict=True)]
 
 
-@pytest.mark.parametrize("style", [PLAIN, replace(PLAIN, symmetric=True), replace(PLAIN, dynamic_products=True)])
+@pytest.mark.parametrize("dialect", [PLAIN, dialect_of(INT8), DYNAMIC], ids=["uint8", "int8", "dynamic"])
 @pytest.mark.parametrize("name", ["residual", "tokens"])
-def test_a_nodes_figure_is_that_of_the_graph_with_it_alone_in_q_dq(request, name, style):
+def test_a_nodes_figure_is_that_of_the_graph_with_it_alone_in_q_dq(request, name, dialect):
     case = request.getfixturevalue(name)
-    found = measure_sensitivity(case.graph.model, case.plan, case.images, style)
+    found = measure_sensitivity(case.graph.model, case.plan, case.images, dialect)
     expected = case.run()
     for entry in (found.nodes[0], found.nodes[len(found.nodes) // 2], found.nodes[-1]):
-        rounded = as_written(insert_qdq(case.graph.model, only(case, [entry.node]), style), case.images)
+        rounded = as_written(written(dialect, case.graph, only(case, [entry.node])), case.images)
         for output, before, after in zip(case.graph.outputs, expected, rounded, strict=True):
             figure = sqnr_db(before[:MEASURED_IMAGES], after[:MEASURED_IMAGES])
             if figure < 100:  # an output before the node is exact but for the order of additions
@@ -64,19 +89,18 @@ def test_a_node_does_not_disturb_the_outputs_before_it(residual):
         entry.node: entry
         for entry in measure_sensitivity(residual.graph.model, residual.plan, residual.images, PLAIN).nodes
     }
-    head = next(node.name for node in residual.graph.model.graph.node if node.op_type == "Gemm")
+    head = next(node.name for node in residual.graph.model.graph if node.op_type == "Gemm")
     assert found[head].sqnr_db["stage1"] > 100
     assert found[head].sqnr_db["logits"] < 70
 
 
 def test_a_damaged_weight_is_found(residual):
-    model = onnx.ModelProto()
-    model.CopyFrom(residual.graph.model)
+    model = residual.graph.model.clone()
     name, use = list(residual.plan.placement.weights.items())[2]
-    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == use.weight)
-    values = onnx.numpy_helper.to_array(tensor).copy()
+    weight = model.graph.initializers[use.weight]
+    values = weight.const_value.numpy().copy()
     values[:, 0, 0, 0] *= 100  # each channel's scale then leaves the other weights a few steps
-    tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    weight.const_value = ir.tensor(values, name=use.weight)
     assert measure_sensitivity(model, residual.plan, residual.images, PLAIN).nodes[0].node == name
 
 
@@ -90,9 +114,9 @@ def test_work_is_counted_in_multiply_accumulates(residual):
     assert found[head].macs == 32 * 10
 
 
-def test_every_runtimes_style_is_measured(tokens):
+def test_every_runtimes_dialect_is_measured(tokens):
     figures = [
-        measure_sensitivity(tokens.graph.model, tokens.plan, tokens.images, dialect.STYLE).together_db["logits"]
+        measure_sensitivity(tokens.graph.model, tokens.plan, tokens.images, dialect.DIALECT).together_db["logits"]
         for dialect in (onnxruntime, openvino, tensorrt)
     ]
     assert len(set(figures)) == 3

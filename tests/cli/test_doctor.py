@@ -6,12 +6,13 @@ import importlib.metadata
 
 import pytest
 
+from deploykit.backends.backend import Backend
 from deploykit.cli import doctor as doctor_module
 
 
 def test_the_machine_is_told_as_json_and_as_text(call, tmp_path, monkeypatch):
     monkeypatch.setenv("DEPLOYKIT_CACHE", str(tmp_path))
-    monkeypatch.setattr(doctor_module, "_RUNTIME_PACKAGES", {"torch": "torch", "onnxruntime": "onnxruntime"})
+    monkeypatch.setattr(doctor_module, "backend_names", lambda: ("torch", "onnxruntime"))
     told = call("doctor", "--json").json()
     rows = {row["runtime"]: row for row in told["runtimes"]}
     assert rows["onnxruntime"]["version"] == importlib.metadata.version("onnxruntime")
@@ -24,7 +25,7 @@ def test_the_machine_is_told_as_json_and_as_text(call, tmp_path, monkeypatch):
 
 
 def test_an_absent_runtime_has_its_pip_command(call, monkeypatch):
-    monkeypatch.setattr(doctor_module, "installed_version", lambda package: None)
+    monkeypatch.setattr(Backend, "installed_version", lambda backend: None)
     done = call("doctor")
     assert done.code == 0
     for extra in ("export", "onnxruntime", "openvino", "tensorrt"):
@@ -44,7 +45,7 @@ def test_a_broken_runtime_is_a_word_in_its_row(call, tmp_path, monkeypatch, code
     (tmp_path / "openvino").mkdir()
     (tmp_path / "openvino" / "__init__.py").write_text(code)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(doctor_module, "_RUNTIME_PACKAGES", {"openvino": "openvino"})
+    monkeypatch.setattr(doctor_module, "backend_names", lambda: ("openvino",))
     (row,) = call("doctor", "--json").json()["runtimes"]
     assert row["devices"] == []
     assert row["problem"].startswith("broken: ")
@@ -59,7 +60,7 @@ def test_a_runtime_that_hangs_is_given_up(call, tmp_path, monkeypatch):
     (tmp_path / "openvino" / "__init__.py").write_text("import time; time.sleep(600)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(doctor_module, "PROBE_SECONDS", 1.0)
-    monkeypatch.setattr(doctor_module, "_RUNTIME_PACKAGES", {"openvino": "openvino"})
+    monkeypatch.setattr(doctor_module, "backend_names", lambda: ("openvino",))
     (row,) = call("doctor", "--json").json()["runtimes"]
     assert row["problem"] == "broken: it did not answer in 1 s"
 
@@ -70,7 +71,7 @@ def test_a_broken_weights_package_is_a_word_in_its_row(call, monkeypatch):
     def broken():
         raise WeightsError("the entry point 'mine' fails")
 
-    monkeypatch.setattr(doctor_module, "_RUNTIME_PACKAGES", {})
+    monkeypatch.setattr(doctor_module, "backend_names", tuple)
     monkeypatch.setattr("deploykit.backbones.weight_packages.installed_offers", broken)
     done = call("doctor")
     assert done.code == 0

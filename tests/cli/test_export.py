@@ -230,7 +230,7 @@ def test_a_stopped_export_gives_130_and_leaves_nothing(tmp_path, stop):
 
 def test_an_engine_that_cannot_run_here_is_said_to_be_built_only(call, tmp_path, photos):
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
-    from deploykit.runtimes.run_tensorrt import cuda_capabilities
+    from deploykit.backends.tensorrt.cuda_driver import cuda_capabilities
 
     if cuda_capabilities():
         pytest.skip("there is a CUDA device here, so the plan runs")

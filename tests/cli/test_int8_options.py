@@ -57,7 +57,7 @@ def test_no_speed_leaves_the_timing_out(call, photos, tmp_path):
 
 
 def test_a_required_speedup_that_is_missed_fails_with_the_reason(call, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr("deploykit.export.bench.time_in_turns", lambda models, images: ([1.0, 2.0], 7))
+    monkeypatch.setattr("deploykit.export.evaluate.time_in_turns", lambda models, images: ([1.0, 2.0], 7))
     words = ("--min-sqnr-db", "1", "--require-speedup", "-o", tmp_path / "out")
     done = call(*WORDS, "--calibration", photos, *words)
     assert done.code == 1

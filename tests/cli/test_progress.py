@@ -11,20 +11,27 @@ from rich.console import Console
 
 from deploykit.calibration import checkpoint, plan
 from deploykit.cli import progress as progress_module
+from deploykit.progress import BuildStep, CandidateMeasured, ImagesCalibrated, StageStarted
+
+
+def without_colours(console: Console) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
 
 
 def test_a_terminal_shows_the_stage_and_the_images(monkeypatch):
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
     monkeypatch.setattr(progress_module, "stderr_console", lambda: console)
     with progress_module.export_progress() as progress:
-        progress.stage("plan")
-        progress.images(3, 8)
-        progress.step("Building engine from a network", 2, 5)
-    shown = console.file.getvalue()
+        progress(StageStarted(name="plan"))
+        progress(ImagesCalibrated(done=3, total=8))
+        progress(BuildStep(phase="Building engine from a network", done=2, total=5))
+        progress(CandidateMeasured(summary="3 layers in float: 21.0 dB"))
+    shown = without_colours(console)
     assert "plan the precision" in shown
     assert "3/8" in shown
     assert "Building engine from a network" in shown
     assert "2/5" in shown
+    assert "3 layers in float: 21.0 dB" in shown
 
 
 def test_the_stages_are_those_of_the_pipeline():
@@ -33,7 +40,7 @@ def test_the_stages_are_those_of_the_pipeline():
     from deploykit.export import pipeline
 
     source = inspect.getsource(pipeline.prepare) + inspect.getsource(pipeline.export)
-    reported = re.findall(r'progress\.stage\("(\w+)"\)', source)
+    reported = re.findall(r'progress\(StageStarted\(name="(\w+)"\)\)', source)
     assert list(progress_module.STAGES)[1:] == reported
 
 
@@ -52,7 +59,7 @@ def calibrated_lines(told, total: int, seconds_each: float) -> list[str]:
     with progress_module.export_progress() as progress:
         for seen in range(1, total + 1):
             clock[0] += seconds_each
-            progress.images(seen, total)
+            progress(ImagesCalibrated(done=seen, total=total))
     return [line for line in file.getvalue().splitlines() if "calibrated" in line]
 
 
@@ -72,9 +79,9 @@ def test_a_terminal_says_where_a_stopped_calibration_goes_on(monkeypatch):
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     monkeypatch.setattr(progress_module, "stderr_console", lambda: console)
     with progress_module.export_progress() as progress:
-        progress.resumed(1200, 4096)
-        progress.images(1204, 4096)
-    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())  # without colours
+        progress(ImagesCalibrated(done=1200, total=4096, resumed=True))
+        progress(ImagesCalibrated(done=1204, total=4096))
+    shown = without_colours(console)
     assert "resuming the calibration at image 1200 of 4096" in shown
     assert "1204/4096" in shown
 
@@ -86,11 +93,11 @@ def test_a_stopped_export_goes_on_calibrating(call, photos, tmp_path, monkeypatc
     words += ("--calibration", photos, "--no-speed", "-o", tmp_path / "bundle")
     observe, seen = plan._observe, []
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **named):
         if len(seen) == 3:
             raise KeyboardInterrupt
         seen.append(True)
-        observe(*arguments)
+        observe(*arguments, **named)
 
     monkeypatch.setattr(plan, "_observe", interrupted)
     torch.manual_seed(0)  # the export draws random weights, and other weights would start anew

@@ -1,19 +1,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import onnxruntime
 import pytest
 
 from deploykit import create_backbone
+from deploykit.backends.runtime import machine
 from deploykit.calibration.images import calibration_set, normalize
 from deploykit.errors import DeviceUnavailable
-from deploykit.export.measure import PARITY_IMAGES, measure, parity_images, torch_outputs
-from deploykit.export.to_onnxruntime import to_onnxruntime
-from deploykit.runtimes.base import machine
+from deploykit.export.measure import PARITY_IMAGES, PROXY, measure, parity_images, torch_outputs
 from deploykit.spec import Fp32, InputSpec
-from tests.conftest_graphs import engine_of, photographs, reference, tiny_graph
+from tests.conftest_graphs import engine_of, lower, photographs, reference, tiny_graph
 
 SPEC = InputSpec(height=48, width=64)
 
@@ -67,7 +67,7 @@ def measured(manifest, folder, whole, precision=None, **changes):
         "precision": precision or Fp32(),
         "graph": tiny_graph(features_only=manifest.backbone.features_only),
         "whole": whole,
-        "lower": to_onnxruntime,
+        "lower": partial(lower, "onnxruntime"),
     }
     return measure(manifest, folder, **(arguments | changes))
 
@@ -98,8 +98,8 @@ def test_levels_inside_an_engine_of_the_head_are_probed():
 
 
 @pytest.mark.parametrize("whole", [None, tiny_graph], ids=["the engine's graph", "the whole graph"])
-def test_where_the_device_is_absent_the_same_graph_is_compared_in_onnxruntime(whole, monkeypatch):
-    from deploykit.runtimes.run_openvino import OpenVINORuntime
+def test_where_the_device_is_absent_the_same_graph_is_compared_on_the_cpu(whole, monkeypatch):
+    from deploykit.backends.openvino.adapter import OpenVINORuntime
 
     def absent(self, engine, device):
         raise DeviceUnavailable("no such device here")
@@ -108,7 +108,7 @@ def test_where_the_device_is_absent_the_same_graph_is_compared_in_onnxruntime(wh
     report, seen = measured(*engine_of("openvino"), whole=whole and whole())
     assert seen.status == "built"
     assert seen.seen_on == machine()
-    assert {level.measured_on for level in report.levels} == {"proxy: onnxruntime"}
+    assert {level.measured_on for level in report.levels} == {PROXY}
     assert [level.name for level in report.levels] == ["stem", "stage1"]
     report.raise_for_failures()
 

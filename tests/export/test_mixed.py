@@ -7,8 +7,9 @@ from deploykit import create_backbone, export_backbone, load_bundle
 from deploykit.bundle import open_bundle
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.search import SearchReport
-from deploykit.export.pipeline import SEARCH_FILE, Progress
+from deploykit.export.pipeline import SEARCH_FILE
 from deploykit.parity.report import ParityReport
+from deploykit.progress import CandidateMeasured
 from deploykit.spec import Int8
 from tests.backbones.realistic import randomize
 
@@ -31,15 +32,18 @@ def worst_db(backbone, photographs, tmp_path_factory) -> float:
 def searched(backbone, photographs, folder, runtime, **settings):
     heard = []
     metric = settings.pop("metric", None)
-    manifest = export_backbone(
+    result = export_backbone(
         *(backbone, folder),
         runtime=runtime,
         precision=Int8(mixed_precision=True, **settings),
         calibration=photographs,
         metric=metric,
-        progress=Progress(candidate=heard.append),
+        progress=lambda event: isinstance(event, CandidateMeasured) and heard.append(event.summary),
     )
-    return manifest, SearchReport.load(folder / SEARCH_FILE), heard
+    report = SearchReport.load(folder / SEARCH_FILE)
+    assert result.search == report
+    assert heard
+    return result.manifest, report, heard
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_the_engine_cache_keeps_both_forms_apart(backbone):
 
 def test_a_float_bundle_is_not_opened_as_a_pixel_engine(backbone, tmp_path):
     export_backbone(backbone, tmp_path / "floats", runtime="onnxruntime")
-    with pytest.raises(SpecError, match="normalised float32 images, and embed_preprocessing was asked for"):
+    with pytest.raises(SpecError, match="embed_preprocessing=True, and the bundle has False"):
         create_backbone(tmp_path / "floats", embed_preprocessing=True)
 
 

@@ -1,18 +1,24 @@
 from __future__ import annotations
 
+import functools
+
+import numpy as np
 import pytest
 import torch
 
 from deploykit import create_backbone, export_backbone
-from deploykit.calibration import recipes
 from deploykit.calibration.images import calibration_set
 from deploykit.calibration.plan import QuantizationPlan
-from deploykit.calibration.recipes import RECIPES, RecipeReport
+from deploykit.calibration.recipes import FAMILY_RECIPES, RECIPES, RecipeReport
 from deploykit.calibration.search import Measured
 from deploykit.errors import CalibrationError, SpecError
-from deploykit.export.pipeline import RECIPES_FILE, Progress
-from deploykit.export.recipe_trials import recipe_trials
-from deploykit.spec import Int8
+from deploykit.export import recipe_trials
+from deploykit.export.job import ExportJob
+from deploykit.export.pipeline import RECIPES_FILE
+from deploykit.export.recipe_trials import settle_recipe
+from deploykit.options import ExportOptions
+from deploykit.progress import CandidateMeasured, quiet
+from deploykit.spec import Fp16, Int8
 from tests.backbones.realistic import randomize
 
 
@@ -27,24 +33,29 @@ def backbone():
 def few_recipes(monkeypatch, tmp_path):
     """Two recipes, and a cache of its own."""
     monkeypatch.setenv("DEPLOYKIT_CACHE", str(tmp_path / "cache"))
-    for name in [name for name in RECIPES if name not in ("plain", "adaptive")]:
-        monkeypatch.delitem(recipes.RECIPES, name)
+    whole = dict(RECIPES)
+    for name in whole.keys() - {"plain", "adaptive"}:
+        del RECIPES[name]
+    yield
+    RECIPES.clear()
+    RECIPES.update(whole)  # in its order, which is that of the trials
 
 
 def exported(backbone, photographs, folder, recipe, heard=None):
     return export_backbone(
         *(backbone, folder),
         runtime="onnxruntime",
-        precision=Int8(recipe=recipe),
+        precision=Int8(recipe=recipe, recipe_budget_s=3600),
         calibration=photographs,
-        progress=Progress(candidate=heard.append if heard is not None else lambda line: None),
+        progress=lambda event: isinstance(event, CandidateMeasured) and heard is not None and heard.append(event),
     )
 
 
 def test_auto_takes_the_best_recipe_and_keeps_what_was_tried(backbone, photographs, tmp_path, few_recipes):
     heard = []
-    manifest = exported(backbone, photographs, tmp_path / "bundle", "auto", heard)
-    report = RecipeReport.load(tmp_path / "bundle" / RECIPES_FILE)
+    result = exported(backbone, photographs, tmp_path / "bundle", "auto", heard)
+    manifest, report = result.manifest, RecipeReport.load(tmp_path / "bundle" / RECIPES_FILE)
+    assert result.recipes == report
     assert RECIPES_FILE in manifest.files
     assert [trial.name for trial in report.trials] == ["adaptive", "plain"]
     assert len(heard) == 2
@@ -61,7 +72,9 @@ def test_auto_takes_the_best_recipe_and_keeps_what_was_tried(backbone, photograp
 
 
 def test_a_recipe_by_name_is_used_without_trials(backbone, photographs, tmp_path, few_recipes):
-    manifest = exported(backbone, photographs, tmp_path / "bundle", "plain")
+    result = exported(backbone, photographs, tmp_path / "bundle", "plain")
+    manifest = result.manifest
+    assert result.recipes is None
     assert RECIPES_FILE not in manifest.files
     assert manifest.precision_settings["calibrator"] == RECIPES["plain"].calibrator
     assert manifest.precision_settings["equalization"] is None
@@ -73,15 +86,94 @@ def test_an_unknown_recipe_is_refused_before_any_work(backbone, photographs, tmp
     assert not (tmp_path / "bundle").exists()
 
 
+class Clock:
+    """Seconds that pass only when a recipe is tried."""
+
+    def __init__(self, each: float) -> None:
+        self.now, self.each = 100.0, each
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@functools.cache
+def job_of(name: str = "resnet18") -> ExportJob:
+    """An INT8 export of 16 images that leaves the recipe to trials."""
+    backbone = create_backbone(name, image_size=32)
+    arrays = np.random.default_rng(0).normal(size=(16, 3, 32, 32)).astype(np.float32)
+    options = ExportOptions(runtime="onnxruntime", precision=Int8(recipe="auto"), cache=False)
+    return ExportJob(backbone=backbone, options=options, images=calibration_set(arrays, backbone.input_spec))
+
+
+def tried(
+    monkeypatch, figures: dict[str, float], *, seconds: float = 10, budget_s: float = 1000, name: str = "resnet18"
+) -> RecipeReport:
+    """The report of trials that give these figures in dB (10 where there is none) and take this long each."""
+    clock = Clock(seconds)
+    monkeypatch.setattr(recipe_trials, "time", clock)
+    job = job_of(name).with_precision(Int8(recipe="auto", recipe_budget_s=budget_s))
+    names = {recipe.applied_to(job.options.precision): name for name, recipe in RECIPES.items()}
+
+    def evaluate(trial: ExportJob, held_out) -> Measured:
+        clock.now += clock.each
+        return Measured(sqnr_db=figures.get(names[trial.options.precision], 10.0), top1_agreement=0.5)
+
+    settled, report = settle_recipe(job, quiet, evaluate)
+    assert settled.options.precision == report.recipe.applied_to(job.options.precision)
+    return report
+
+
+@pytest.mark.parametrize("best", RECIPES)
+def test_the_best_recipe_is_taken_wherever_it_stands(monkeypatch, best):
+    report = tried(monkeypatch, {best: 20.0})
+    assert (report.chosen, report.recipe) == (best, RECIPES[best])
+    assert [trial.name for trial in report.trials] == list(RECIPES)
+    assert not report.untried
+
+
+def test_a_recipe_that_would_pass_the_budget_is_not_tried_and_named(monkeypatch):
+    report = tried(monkeypatch, {list(RECIPES)[-1]: 99.0}, seconds=10, budget_s=25)
+    assert [trial.name for trial in report.trials] == list(RECIPES)[:2]
+    assert report.untried == tuple(list(RECIPES)[2:])
+    assert report.chosen in list(RECIPES)[:2]
+
+
+def test_the_first_recipe_is_tried_however_small_the_budget_is(monkeypatch):
+    assert [trial.name for trial in tried(monkeypatch, {}, budget_s=0.1).trials] == list(RECIPES)[:1]
+
+
+def test_the_familys_recipe_is_tried_first(monkeypatch):
+    report = tried(monkeypatch, {}, name="vit_tiny_patch16_224")
+    names = [trial.name for trial in report.trials]
+    assert names[0] == FAMILY_RECIPES["vit"]
+    assert sorted(names) == sorted(RECIPES)
+
+
+def test_settings_given_by_hand_stand_in_every_trial():
+    seen = []
+
+    def evaluate(trial: ExportJob, held_out) -> Measured:
+        seen.append(trial)
+        return Measured(sqnr_db=1.0)
+
+    job = job_of().with_precision(Int8(recipe="auto", calibrator="entropy"))
+    settled, _ = settle_recipe(job, quiet, evaluate)
+    assert {trial.options.precision.calibrator for trial in (*seen, settled)} == {"entropy"}
+    assert {trial.options.precision.rounding for trial in seen} == {"nearest", "adaptive"}
+    assert not any(trial.options.cache for trial in seen)
+
+
 def test_trials_measure_on_images_that_they_do_not_calibrate_with(backbone, photographs):
     images = calibration_set(photographs, backbone.input_spec)
     seen = []
 
-    def measure(settings, calibrated, held_out):
-        seen.append((calibrated, held_out))
+    def evaluate(trial: ExportJob, held_out) -> Measured:
+        seen.append((trial.images, held_out))
         return Measured(sqnr_db=1.0)
 
-    report = recipe_trials(Int8(recipe="auto"), images, measure, family="regnet", key=None)
+    options = ExportOptions(runtime="onnxruntime", precision=Int8(recipe="auto"), cache=False)
+    settled, report = settle_recipe(ExportJob(backbone=backbone, options=options, images=images), quiet, evaluate)
+    assert settled.images is images
     calibrated, held_out = seen[0]
     assert (len(calibrated), len(held_out)) == (report.calibrated, report.held_out)
     assert len(calibrated) + len(held_out) == len(images)
@@ -90,5 +182,12 @@ def test_trials_measure_on_images_that_they_do_not_calibrate_with(backbone, phot
 
 def test_too_few_images_to_hold_one_out_are_told(backbone, photographs):
     images = calibration_set(calibration_set(photographs, backbone.input_spec).sample(3), backbone.input_spec)
+    options = ExportOptions(runtime="onnxruntime", precision=Int8(recipe="auto"), cache=False)
+    job = ExportJob(backbone=backbone, options=options, images=images)
     with pytest.raises(CalibrationError, match="only 3 were given; expected at least 4"):
-        recipe_trials(Int8(recipe="auto"), images, lambda *sets: Measured(sqnr_db=1.0), family="regnet", key=None)
+        settle_recipe(job, quiet, lambda trial, held_out: Measured(sqnr_db=1.0))
+
+
+def test_a_precision_without_recipes_stays_as_it_is(backbone):
+    job = ExportJob(backbone=backbone, options=ExportOptions(runtime="onnxruntime", precision=Fp16()))
+    assert settle_recipe(job, quiet, lambda trial, held_out: Measured(sqnr_db=1.0)) == (job, None)

@@ -5,39 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from deploykit.errors import MissingDependency, ParityError
-from deploykit.export.reduce import reduce_model, with_fixed_batch
-from deploykit.export.reduce_check import FAILS, UNKNOWN, WELL, CheckRequest, compare_runs, find_problem, values_of
+from deploykit.bundle import write_manifest, writing
+from deploykit.errors import MissingDependency, SpecError
+from deploykit.export.reduce import reduce_bundle, reduce_model, with_fixed_batch
+from deploykit.export.reduce_check import FAILS, UNKNOWN, WELL, CheckRequest, find_problem
 from deploykit.export.reduce_check import main as check_main
+from deploykit.onnx_session import values_of
+from tests.test_bundle import manifest
 
 IMAGES = np.random.default_rng(0).normal(size=(1, 4, 8)).astype(np.float32)
-VALUES = {"a": np.ones(3, np.float32)}
-
-
-@pytest.mark.parametrize(
-    ("runs", "message"),
-    [
-        ({"one": VALUES}, "needs two runners; there is 1"),
-        ({}, "there is 0: none"),
-        ({"one": VALUES, "other": {}}, "a: other did not give it"),
-        ({"one": {}, "other": VALUES}, "one gave no output; a: one did not give it"),
-        ({"one": {}, "other": {}}, "one gave no output"),
-        ({"one": {"a": np.ones(0)}, "other": {"a": np.ones(0)}}, "expected two equal ones with data"),
-        ({"one": VALUES, "other": {"a": np.ones(4)}}, r"\(3,\) and \(4,\)"),
-        ({"one": VALUES, "other": {"a": np.full(3, 2.0)}}, r"0\.0 dB in other; expected at least 40"),
-        ({"one": VALUES, "other": {"a": np.full(3, np.nan)}}, "a: "),
-    ],
-)
-def test_what_polygraphys_comparator_lets_pass_fails(runs, message: str):
-    with pytest.raises(ParityError, match=message):
-        compare_runs(runs, min_sqnr_db=40)
-
-
-def test_equal_runs_pass():
-    compare_runs({"one": VALUES, "other": {"a": VALUES["a"] * 1.0001}}, min_sqnr_db=40)
 
 
 def chain(batch: int | str = 1) -> onnx.ModelProto:
@@ -65,7 +45,7 @@ def request_for(tmp_path: Path, model: onnx.ModelProto, runtime: str) -> CheckRe
 
 
 def test_a_part_is_run_on_the_values_that_the_whole_graph_gives_it():
-    values = values_of(chain(), ["images", "m2"], IMAGES)
+    values = values_of(ir.from_proto(chain()), ["images", "m2"], IMAGES)
     assert np.array_equal(values["images"], IMAGES)
     expected = IMAGES
     for tensor in chain().graph.initializer[:3]:
@@ -74,7 +54,7 @@ def test_a_part_is_run_on_the_values_that_the_whole_graph_gives_it():
 
 
 def test_a_graph_that_the_runtime_computes_as_it_is_written_is_well(tmp_path: Path):
-    assert find_problem(chain(), request_for(tmp_path, chain(), "onnxruntime")) is None
+    assert find_problem(ir.from_proto(chain()), request_for(tmp_path, chain(), "onnxruntime")) is None
 
 
 def test_a_part_that_nobody_can_run_is_no_failure_of_the_runtime(tmp_path: Path, capsys):
@@ -96,6 +76,14 @@ def test_without_polygraphy_the_pip_command_is_given(tmp_path: Path, monkeypatch
         reduce_model(
             tmp_path / "model.onnx", tmp_path / "out.onnx", images=IMAGES, runtime="onnxruntime", min_sqnr_db=60
         )
+
+
+def test_a_bundle_without_an_onnx_graph_is_refused_with_the_runtimes_that_have_one(tmp_path: Path):
+    with writing(tmp_path / "bundle", overwrite=False) as staging:
+        (staging / "model.xml").write_bytes(b"engine")
+        write_manifest(staging, manifest(runtime="openvino", engine="model.xml"))
+    with pytest.raises(SpecError, match=r"holds model\.xml.*those of onnxruntime, tensorrt \(portable ones\)"):
+        reduce_bundle(tmp_path / "bundle", tmp_path / "out.onnx")
 
 
 def unsupported(batch: int | str) -> onnx.ModelProto:

@@ -3,19 +3,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import onnx
 import pytest
 import torch
 
 from deploykit import create_backbone, export_backbone, load_bundle
 from deploykit.bundle import open_bundle
-from deploykit.calibration.dialects import onnxruntime as dialect
-from deploykit.calibration.dialects import openvino as openvino_dialect
 from deploykit.errors import ExportError
 from deploykit.export import speed
-from deploykit.export.pipeline import Progress
-from deploykit.export.speed import SpeedReport, check_speedup, left_in_onnxruntime, left_in_openvino, time_in_turns
-from deploykit.export.to_openvino import to_openvino
+from deploykit.export.speed import SpeedReport, check_speedup, time_in_turns
 from tests.backbones.realistic import randomize
 
 SLOWER = SpeedReport(
@@ -36,23 +31,19 @@ def backbone():
 
 @pytest.fixture(scope="module")
 def timed(backbone, photographs, tmp_path_factory):
-    """An INT8 bundle that was timed, and what its progress told."""
-    heard: list[SpeedReport] = []
-    folder = tmp_path_factory.mktemp("timed") / "bundle"
-    export_backbone(
-        *(backbone, folder),
+    """An INT8 bundle that was timed."""
+    return export_backbone(
+        *(backbone, tmp_path_factory.mktemp("timed") / "bundle"),
         runtime="onnxruntime",
         precision="int8",
         calibration=photographs,
         time_against_fp32=True,
-        progress=Progress(speed=heard.append),
     )
-    return folder, heard
 
 
 def test_the_ratio_is_in_the_manifest_and_told(timed):
-    folder, (report,) = timed
-    assert open_bundle(folder).speedup == round(report.speedup, 3)
+    report = timed.speed
+    assert open_bundle(timed.folder).speedup == timed.manifest.speedup == round(report.speedup, 3)
     assert report.fp32_ms > 0
     assert report.int8_ms > 0
     assert report.rounds >= speed.LEAST_ROUNDS
@@ -62,27 +53,21 @@ def test_the_ratio_is_in_the_manifest_and_told(timed):
 
 
 def test_an_export_that_was_not_asked_is_not_timed(backbone, photographs, tmp_path):
-    manifest = export_backbone(
+    result = export_backbone(
         backbone, tmp_path / "bundle", runtime="onnxruntime", precision="int8", calibration=photographs
     )
-    assert manifest.speedup is None
+    assert result.speed is None
+    assert result.manifest.speedup is None
 
 
 def test_a_float_engine_is_not_timed_against_itself(backbone, tmp_path):
-    heard = []
-    manifest = export_backbone(
-        *(backbone, tmp_path / "bundle"),
-        runtime="onnxruntime",
-        require_speedup=True,
-        progress=Progress(speed=heard.append),
-    )
-    assert manifest.speedup is None
-    assert not heard
+    result = export_backbone(backbone, tmp_path / "bundle", runtime="onnxruntime", require_speedup=True)
+    assert result.manifest.speedup is None
+    assert result.speed is None
 
 
 def test_models_are_called_in_turns_and_the_median_is_theirs(timed, monkeypatch):
-    folder, _ = timed
-    with load_bundle(folder) as one, load_bundle(folder) as other:
+    with load_bundle(timed.folder) as one, load_bundle(timed.folder) as other:
         calls = []
         for name, model in (("one", one), ("other", other)):
             run = model._run
@@ -91,48 +76,6 @@ def test_models_are_called_in_turns_and_the_median_is_theirs(timed, monkeypatch)
         medians, rounds = time_in_turns((one, other), images)
     assert calls == ["one", "other"] * 2 + ["one", "one", "other", "other"] * rounds
     assert all(0 < value < 1000 for value in medians)
-
-
-def test_what_is_left_in_float_is_read_from_the_optimized_graph(residual_case, tmp_path):
-    graph, plan = residual_case
-
-    def left(rendered) -> dict[str, int]:
-        onnx.save(rendered.model, tmp_path / "model.onnx")
-        return left_in_onnxruntime(tmp_path / "model.onnx")
-
-    in_float, quantized = left(dialect.render(graph, None)), left(dialect.render(graph, plan))
-    assert in_float["float Conv"] == 9
-    assert not [operator for operator in in_float if "Quantize" in operator]
-    assert "float Conv" not in quantized
-    nodes = list(plan.placement.weights)[2:4]
-    mixed = left(dialect.render(graph, plan.without(graph.model, dict.fromkeys(nodes, "because"))))
-    assert mixed["float Conv"] == 2
-    assert mixed["DequantizeLinear"] > quantized["DequantizeLinear"]
-
-
-def test_what_is_left_in_float_is_read_from_openvinos_compiled_graph(residual_case, tmp_path):
-    graph, plan = residual_case
-
-    def left(rendered) -> dict[str, int]:
-        return left_in_openvino(tmp_path / to_openvino(rendered, tmp_path).file)
-
-    in_float, quantized = left(openvino_dialect.render(graph, None)), left(openvino_dialect.render(graph, plan))
-    assert in_float == {"float Convolution": 9, "float FullyConnected": 1}
-    assert quantized == {"float Convolution": 2}
-    nodes = list(plan.placement.weights)[2:4]
-    mixed = left(openvino_dialect.render(graph, plan.without(graph.model, dict.fromkeys(nodes, "because"))))
-    assert mixed["float Convolution"] == 4
-
-
-@pytest.fixture(scope="module")
-def residual_case(photographs):
-    from deploykit.calibration.images import calibration_set
-    from deploykit.spec import InputSpec
-    from tests.calibration.networks import SIDE, Residual, graph_of, plan_of
-
-    images = calibration_set(photographs, InputSpec(height=SIDE, width=SIDE)).sample(4)
-    graph = graph_of(Residual, images)
-    return graph, plan_of(graph, images)
 
 
 def test_a_slower_engine_is_told_with_its_reasons():
@@ -158,7 +101,7 @@ def test_a_required_speedup_refuses_a_slower_or_untimed_engine():
 
 
 def test_a_required_speedup_that_is_missed_leaves_nothing(backbone, photographs, tmp_path, monkeypatch):
-    monkeypatch.setattr("deploykit.export.bench.time_in_turns", lambda models, images: ([1.0, 2.0], 7))
+    monkeypatch.setattr("deploykit.export.evaluate.time_in_turns", lambda models, images: ([1.0, 2.0], 7))
     with pytest.raises(ExportError, match="A speedup is required"):
         export_backbone(
             *(backbone, tmp_path / "bundle"),

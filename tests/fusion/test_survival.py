@@ -12,17 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 
 from deploykit.backbones.base import BackboneOptions
 from deploykit.backbones.registry import build_backbone
+from deploykit.backends.onnxruntime.passes import DIALECT as ONNXRUNTIME
+from deploykit.backends.openvino.passes import DIALECT as OPENVINO
 from deploykit.export.graphs import output_specs, select
 from deploykit.export.to_onnx import OPSET, to_onnx
 from deploykit.export.trace import output_names, trace
-from deploykit.fusion.onnx_passes import specialize
 from deploykit.fusion.pipeline import fuse
-from deploykit.graph import Graph
+from deploykit.graph import OnnxGraph
 from deploykit.spec import BatchRange, InputSpec
 from tests.backbones.realistic import randomize
 
@@ -59,14 +61,14 @@ families = pytest.mark.parametrize(
 
 
 @functools.cache
-def master(name: str) -> Graph:
+def master(name: str) -> OnnxGraph:
     """The logits of a small variant at a small size, fused, for any batch."""
     backbone = randomize(build_backbone(name, BackboneOptions(image_size=(FAMILIES[name], FAMILIES[name])))).eval()
     spec = InputSpec(batch=BatchRange(), height=FAMILIES[name], width=FAMILIES[name])
     images = np.random.default_rng(0).normal(size=(2, *spec.shape[1:])).astype(np.float32)
     program = fuse(trace(backbone, spec), spec, images).program
     model = to_onnx(program, spec, output_names(backbone))
-    return select(Graph(input=spec, outputs=output_specs(model), model=model), ("logits",))
+    return select(OnnxGraph(input=spec, outputs=output_specs(model), model=model), ("logits",))
 
 
 @functools.cache
@@ -74,19 +76,19 @@ def in_onnxruntime(name: str) -> Counter[str]:
     """Operators of the graph that ONNX Runtime runs."""
     graph = master(name)
     images = np.random.default_rng(0).normal(size=(2, *graph.input.shape[1:])).astype(np.float32)
-    model = specialize(graph, "onnxruntime", images).graph.model
-    assert model is not None
-    return optimized(model)
+    return optimized(ONNXRUNTIME.render(graph, None, images).graph.model)
 
 
-def optimized(model: onnx.ModelProto) -> Counter[str]:
+def optimized(model: ir.Model) -> Counter[str]:
     """Operators of what ONNX Runtime makes of a graph."""
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     with tempfile.TemporaryDirectory() as folder:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
-        onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        onnxruntime.InferenceSession(
+            ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
         return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
 
 
@@ -97,7 +99,8 @@ def in_openvino(name: str) -> Counter[str]:
     core = openvino.Core()
     graph = master(name)
     images = np.random.default_rng(0).normal(size=(2, *graph.input.shape[1:])).astype(np.float32)
-    model = core.read_model(specialize(graph, "openvino", images).graph.model.SerializeToString())
+    rendered = OPENVINO.render(graph, None, images).graph.model
+    model = core.read_model(ir.to_proto(rendered).SerializeToString())
     model.reshape([1, *graph.input.shape[1:]])
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     operations = compiled.get_runtime_model().get_ordered_ops()
@@ -135,7 +138,7 @@ def test_a_plain_network_has_no_node_that_timms_has_not(timm):
             model, (torch.zeros(1, 3, 64, 64),), dynamo=True, opset_version=OPSET, optimize=True, verbose=False
         )
     assert program is not None
-    assert in_onnxruntime("resnet18") <= optimized(program.model_proto)
+    assert in_onnxruntime("resnet18") <= optimized(ir.from_proto(program.model_proto))
 
 
 def test_attention_is_one_operator_in_onnxruntime():

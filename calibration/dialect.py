@@ -1,0 +1,115 @@
+"""How a backend writes a precision plan into its graph: ordered passes over one graph and one plan.
+
+A pass is a function in a file of its own; a backend's ``passes.py`` puts them in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import onnx_ir as ir
+
+from deploykit.arrays import FloatArray
+from deploykit.calibration.cast_to_half import cast_to_half
+from deploykit.calibration.half import HalfPlan
+from deploykit.calibration.plan import QuantizationPlan
+from deploykit.calibration.precision_plan import PrecisionPlan
+from deploykit.calibration.quantize_activations import UINT8, IntegerType
+from deploykit.fusion.onnx_passes import OnnxPass, run_onnx_passes
+from deploykit.fusion.pipeline import FusionRecord
+from deploykit.graph import Graph, OnnxGraph
+
+QuantizationPass: TypeAlias = Callable[[ir.Model, QuantizationPlan], QuantizationPlan]
+"""Rewrites a graph in place for a plan; returns the plan that the next pass goes by."""
+
+FloatChoice: TypeAlias = Callable[[ir.Model, QuantizationPlan], Mapping[str, str]]
+"""Nodes of a plan that a backend keeps in float, each with the reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendered:
+    """A graph in the precision of its plan, as a backend takes it, and what its exact passes did."""
+
+    graph: Graph
+    records: tuple[FusionRecord, ...] = ()
+
+
+class Dialect(Protocol):
+    """What planning, measuring and building ask of a backend's dialect."""
+
+    @property
+    def activations(self) -> IntegerType:
+        """The type in which integer nodes read."""
+        ...
+
+    @property
+    def dynamic_operators(self) -> frozenset[str]:
+        """The operators that take their range from each call."""
+        ...
+
+    def keep_float(self, model: ir.Model, plan: QuantizationPlan) -> QuantizationPlan:
+        """Return the part of a plan that this dialect writes in integers, the rest with the reason why not."""
+        ...
+
+    def render(self, graph: Any, plan: PrecisionPlan, probe: FloatArray) -> Rendered:
+        """Write a plan (None: FP32) into a copy of a master graph; exact passes are compared on ``probe``."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxDialect:
+    """The dialect of a backend that lowers ONNX graphs.
+
+    Args:
+        int8: the passes that write a quantization plan, in order.
+        activations: the type in which integer nodes read.
+        dynamic_operators: those that take their range from each call.
+        float_choices: what stays in float because this backend is faster so.
+        optimize: passes over graphs without integers for the backend's own operators, each proved on numbers. In a
+            graph with integers the last bit of a float decides which integer comes next, so none of them runs there.
+    """
+
+    int8: tuple[QuantizationPass, ...] = ()
+    activations: IntegerType = UINT8
+    dynamic_operators: frozenset[str] = frozenset()
+    float_choices: tuple[FloatChoice, ...] = ()
+    optimize: tuple[OnnxPass, ...] = ()
+
+    def keep_float(self, model: ir.Model, plan: QuantizationPlan) -> QuantizationPlan:
+        """Return the part of a plan that is written in integers, the rest with the reason why not."""
+        return keep_float(model, plan, self.float_choices)
+
+    def render(self, graph: OnnxGraph, plan: PrecisionPlan, probe: FloatArray) -> Rendered:
+        """Write a plan into a copy of a master graph.
+
+        BF16 leaves the graph in FP32: the adapter pins the precision in which it is computed.
+
+        Raises:
+            FusionError: a pass of ``optimize`` failed or changed the numbers.
+        """
+        if isinstance(plan, QuantizationPlan):
+            return Rendered(graph=_with_model(graph, self._quantized(graph.model, plan)))
+        model = cast_to_half(graph.model, plan) if isinstance(plan, HalfPlan) else graph.model
+        batch = graph.input.batch if isinstance(graph.input.batch, int) else 2
+        model, records = run_onnx_passes(model, probe[np.arange(batch) % len(probe)], self.optimize)
+        return Rendered(graph=_with_model(graph, model), records=records)
+
+    def _quantized(self, master: ir.Model, plan: QuantizationPlan) -> ir.Model:
+        plan = self.keep_float(master, plan)
+        model = master.clone()
+        for step in self.int8:
+            plan = step(model, plan)
+        return cast_to_half(model, HalfPlan(float_weights={})) if plan.float_dtype == "fp16" else model
+
+
+def keep_float(model: ir.Model, plan: QuantizationPlan, choices: tuple[FloatChoice, ...]) -> QuantizationPlan:
+    """Take the nodes that these choices name out of a plan."""
+    kept = {node: reason for choose in choices for node, reason in choose(model, plan).items()}
+    return plan.without(model, kept) if kept else plan
+
+
+def _with_model(graph: OnnxGraph, model: ir.Model) -> OnnxGraph:
+    return OnnxGraph(input=graph.input, outputs=graph.outputs, model=model)

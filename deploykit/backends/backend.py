@@ -1,0 +1,142 @@
+"""What deploykit knows of one runtime: the descriptor that every folder in backends/ fills in."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+
+from deploykit.optional import OptionalPackage, installed_version, require
+from deploykit.spec import DEFAULT_BUILD, BuildOptions
+
+if TYPE_CHECKING:
+    from deploykit.backends.runtime import Runtime
+
+VersionRule: TypeAlias = Literal["exact", "same_or_newer"]
+"""Which installed versions open an engine: the one that built it, or that one and newer ones."""
+
+StepListener: TypeAlias = Callable[[str, int, int], None]
+"""Hears of a phase of a build, the steps done and the steps in all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """One runtime. Code is named by dotted paths, ``module:attribute``, imported when first used.
+
+    Args:
+        name: what users call the runtime.
+        package: what must be installed to open and to build its engines.
+        precisions: those that it has.
+        int8_float_dtypes: what may stay in float beside INT8.
+        version_rule: which installed versions open an engine.
+        uses_cpu: INT8 products run on the CPU, where some processors saturate.
+        targets: what engines can be built for, by name; empty: nothing to choose.
+        source: the form that is lowered: an ONNX graph or a torch program.
+        devices: ``() -> tuple[str, ...]``: the devices of this machine; needs the package.
+        place: ``(backbone, precision, device, embed_preprocessing) -> module``, for a runtime that runs the torch
+            module itself and has no engines; None: engines.
+        adapter: the `Runtime` class that opens its engines; None with ``place``.
+        dialect: the `Dialect` that writes a precision plan into its graph; None with ``place``.
+        lower: a `Lowering`; None with ``place``.
+        portable: the lowering to an engine that the device finishes, where the runtime has such a form.
+        options: ``(BuildOptions, target) -> None``: refuse build options; None: it takes none.
+        inspect: ``(engine file) -> dict[str, int]``: what its optimized form still computes in float.
+        profile: ``(float graph, INT8 graph, nodes, batch) -> dict[str, float] | None``: milliseconds that each node
+            gains by running in integers.
+        debug: ``(part of a graph, inputs, min_sqnr_db) -> str | None``: what the runtime does wrong with it.
+        demo: the precisions that ``deploykit demo`` exports.
+    """
+
+    name: str
+    package: OptionalPackage
+    precisions: tuple[str, ...]
+    int8_float_dtypes: tuple[str, ...] = ("fp32",)
+    version_rule: VersionRule = "exact"
+    uses_cpu: bool = True
+    targets: tuple[str, ...] = ()
+    source: Literal["onnx", "torch"] = "onnx"
+    devices: str
+    place: str | None = None
+    adapter: str | None = None
+    dialect: str | None = None
+    lower: str | None = None
+    portable: str | None = None
+    options: str | None = None
+    inspect: str | None = None
+    profile: str | None = None
+    debug: str | None = None
+    demo: tuple[str, ...] = ()
+
+    @property
+    def has_engines(self) -> bool:
+        """Whether something can be exported for it."""
+        return self.lower is not None
+
+    def require(self) -> ModuleType:
+        """Import the runtime's package.
+
+        Raises:
+            MissingDependency: it is not installed; the message has the pip command.
+        """
+        return require(self.package.module, self.package)
+
+    def installed_version(self) -> str | None:
+        """Return the installed version of the package, without importing it; None when absent."""
+        return installed_version(self.package.module, self.package)
+
+    def load_adapter(self) -> type[Runtime]:
+        """Return the class that opens engines."""
+        adapter: type[Runtime] = resolve(str(self.adapter))
+        return adapter
+
+    def load_devices(self) -> Callable[[], tuple[str, ...]]:
+        """Return the function that lists this machine's devices."""
+        devices: Callable[[], tuple[str, ...]] = resolve(self.devices)
+        return devices
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowerOptions:
+    """What a lowering is told beside the graph; ``on_step`` hears of the build's own phases."""
+
+    target: str | None = None
+    build: BuildOptions = DEFAULT_BUILD
+    on_step: StepListener = lambda phase, done, total: None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """An engine file, by its name in the folder, and what it is tied to.
+
+    ``compiler`` is what its compiler chose by measuring, where it did.
+    """
+
+    file: str
+    runtime_version: str
+    requires: dict[str, str] = field(default_factory=dict)
+    tools: dict[str, str] = field(default_factory=dict)
+    compiler: dict[str, str] = field(default_factory=dict)
+
+
+class Lowering(Protocol):
+    """Write a graph into ``folder`` as an engine of one runtime.
+
+    Raises:
+        ExportError: the runtime does not take the graph; nothing is left in the folder.
+    """
+
+    def __call__(self, graph: Any, folder: Path, options: LowerOptions) -> Engine:
+        """Lower ``graph``, an `OnnxGraph` or a `TorchProgram` as the backend's ``source`` says."""
+        ...
+
+
+def resolve(path: str) -> Any:
+    """Import what a dotted path names, ``module:attribute`` or ``module:Class.attribute``."""
+    module, _, attributes = path.partition(":")
+    value: Any = importlib.import_module(module)
+    for attribute in attributes.split("."):
+        value = getattr(value, attribute)
+    return value

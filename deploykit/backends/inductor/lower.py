@@ -1,0 +1,168 @@
+"""Torch program -> AOTInductor package: machine code for this processor, weights frozen in."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploykit.backends.backend import Engine, LowerOptions
+from deploykit.backends.inductor.adapter import load_package, machine_tie
+from deploykit.backends.inductor.modes import DEFAULT_MODE, ModeChoice, ModeMemory, fastest, memory_key
+from deploykit.backends.inductor.targets import FASTEST_MODE, INDUCTOR_MODES
+from deploykit.errors import ExportError
+from deploykit.graph import TorchProgram
+from deploykit.optional import installed_version, require
+from deploykit.spec import InputSpec
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+logger = logging.getLogger(__name__)
+
+_MARCH = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}
+_COMMON = {"freezing": True, "autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
+
+
+def lower(graph: TorchProgram, folder: Path, options: LowerOptions) -> Engine:
+    """Compile the program to ``model.pt2``, for this machine; 10 to 60 s of work a mode.
+
+    Args:
+        folder: where the package goes; nothing is left there when the compilation fails.
+        graph: the program, in any precision.
+        options: its target is one of `INDUCTOR_MODES`; or `FASTEST_MODE`: all of them are compiled and timed in turns,
+            once for a network, and the choice is remembered. None: the remembered one, or else `DEFAULT_MODE`.
+
+    Raises:
+        ExportError: there is no C++ compiler, or the compilation failed.
+    """
+    require("torch")
+    target = options.target
+    _check_compiler()
+    with tempfile.TemporaryDirectory(prefix="deploykit-inductor-") as staging:
+        if target in (None, FASTEST_MODE):
+            package, choice = _chosen_package(graph, Path(staging), measure=target == FASTEST_MODE)
+        else:
+            choice = ModeChoice(mode=str(target), milliseconds={})
+            package = _compile(graph.program, Path(staging), choice.mode)
+        shutil.copyfile(package, folder / "model.pt2")
+    torch_version = installed_version("torch") or "unknown"
+    return Engine(
+        file="model.pt2",
+        runtime_version=torch_version,
+        requires=machine_tie(),
+        tools={"torch": torch_version},
+        compiler=choice.as_text(),
+    )
+
+
+def _chosen_package(graph: TorchProgram, staging: Path, *, measure: bool) -> tuple[Path, ModeChoice]:
+    """The package of the remembered mode; else of the fastest, which is then remembered, or of the default."""
+    program, memory = graph.program, ModeMemory()
+    key = memory_key(program)
+    choice = memory.recall(key)
+    if choice is None and measure:
+        packages = _compile_each(program, staging)
+        choice = fastest({mode: _call(package, graph.input) for mode, package in packages.items()})
+        memory.keep(key, choice)
+        return packages[choice.mode], choice
+    choice = choice or ModeChoice(mode=DEFAULT_MODE, milliseconds={})
+    return _compile(program, staging, choice.mode), choice
+
+
+def _compile_each(program: ExportedProgram, staging: Path) -> dict[str, Path]:
+    """The package of every mode that compiles; a log line names one that does not.
+
+    Raises:
+        ExportError: none of them compiles.
+    """
+    packages: dict[str, Path] = {}
+    failures: list[ExportError] = []
+    for mode in INDUCTOR_MODES:
+        try:
+            packages[mode] = _compile(program, staging, mode)
+        except ExportError as error:
+            logger.warning("The mode %r is left out: %s", mode, error)
+            failures.append(error)
+    if not packages:
+        raise failures[0]
+    return packages
+
+
+def _call(package: Path, spec: InputSpec) -> Callable[[], object]:
+    """A call of a package on zeros, of the batch that it is tuned for."""
+    torch = require("torch")
+    loader = load_package(package)
+    batch = spec.batch if isinstance(spec.batch, int) else spec.batch.opt
+    images = [torch.zeros((batch, *spec.shape[1:]), dtype=getattr(torch, spec.dtype))]
+    return lambda: loader.run(images)
+
+
+def _compile(program: ExportedProgram, staging: Path, mode: str) -> Path:
+    """The package of a program in one mode.
+
+    Raises:
+        ExportError: the compilation failed.
+    """
+    torch = require("torch")
+    package = staging / mode / "model.pt2"  # the file's name is also a name inside it
+    package.parent.mkdir()
+    try:
+        with _quiet(), torch.no_grad():
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(package), inductor_configs=_settings(mode)
+            )
+    except Exception as error:
+        # inductor raises what its many stages raise; none of it is a type of its own.
+        raise ExportError(
+            f"torch.compile's ahead-of-time compilation failed: {_first_lines(error)}. "
+            "Export for another runtime, or look at the error above this one."
+        ) from error
+    return package
+
+
+def _settings(mode: str) -> dict[str, Any]:
+    """Frozen weights, the mode's own, and no instruction beyond those that `machine_tie` names.
+
+    Inductor's own default, ``-march=native``, would add whatever else this processor has.
+    """
+    march = _MARCH.get(machine_tie()["cpu_capability"].partition("+")[0])
+    known = march is not None and platform.machine() == "x86_64"
+    return {**_COMMON, **({"cpp.march": march} if known else {}), **INDUCTOR_MODES[mode]}
+
+
+def _check_compiler() -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError) as error:
+        raise ExportError(
+            "torch_compile needs a C++ compiler and none was found. Install one (Debian, Ubuntu: "
+            "apt-get install g++), or name it in the environment variable CXX."
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the warnings that torch raises at its own code away from the user."""
+    log = logging.getLogger("torch._inductor")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # INT8 and templates warn at copies that torch makes of its own constants
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def _first_lines(error: Exception, count: int = 3) -> str:
+    return " ".join(str(error).strip().splitlines()[:count])

@@ -1,0 +1,119 @@
+"""Checks of what a model is called with: every message says what was seen, what was expected and what to do."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from deploykit.arrays import FloatArray, ImageArray
+from deploykit.errors import SpecError
+from deploykit.spec import InputSpec
+
+
+def check_images(images: npt.NDArray[Any], spec: InputSpec) -> ImageArray:
+    """The images as one contiguous array of the input's dtype, or an error that says what is wrong with them.
+
+    Raises:
+        SpecError: wrong rank, layout, size, dtype or batch, or NaN or infinity.
+    """
+    if images.dtype != spec.dtype:
+        raise SpecError(
+            f"the images are {images.dtype}; expected {_expected(spec)}. To mend it, {_cast_hint(images, spec)}."
+        )
+    check_shape(images.shape, spec)
+    images = np.ascontiguousarray(images)
+    if spec.dtype == "float32":
+        _check_finite(images)
+    return images
+
+
+def check_shape(shape: tuple[int, ...], spec: InputSpec) -> None:
+    """Refuse images of another shape than the input's.
+
+    Raises:
+        SpecError: wrong rank, layout, size or batch.
+    """
+    if len(shape) != 4:
+        hint = " Add the batch dimension: images[None]." if len(shape) == 3 else ""
+        raise SpecError(f"the images have shape {shape}; expected {_expected(spec)}.{hint}")
+    if shape[1:] != spec.shape[1:]:
+        raise SpecError(f"the images have shape {shape}; expected {_expected(spec)}.{_layout_hint(shape, spec)}")
+    if not spec.accepts_batch(shape[0]):
+        raise SpecError(
+            f"the batch has {shape[0]} images and the model takes {spec.batch}. "
+            "Export with batch_size='dynamic' (or a range) for other batches."
+        )
+
+
+def _expected(spec: InputSpec) -> str:
+    return f"{spec.shape} {spec.dtype} {spec.layout}"
+
+
+def _cast_hint(images: npt.NDArray[Any], spec: InputSpec) -> str:
+    """What to do with images of another dtype."""
+    if spec.dtype == "float32":
+        if images.dtype == np.uint8:
+            return "decode and normalise first: deploykit.load_images(files, model.input_spec)"
+        return "convert with .astype(np.float32)"
+    if images.dtype.kind == "f":
+        return (
+            "pass the decoded pixels, 0 to 255, without mean and std, which are inside this engine: "
+            "deploykit.load_images(files, model.input_spec)"
+        )
+    return "convert pixels from 0 to 255 with .astype(np.uint8)"
+
+
+def _layout_hint(shape: tuple[int, ...], spec: InputSpec) -> str:
+    """How to turn images that stand in the other layout; empty where they do not."""
+    other = (spec.as_pixels() if spec.layout == "NCHW" else spec.as_images()).shape
+    if shape[1:] != other[1:]:
+        return ""
+    if spec.layout == "NCHW":
+        return " These look like NHWC: use images.transpose(0, 3, 1, 2)."
+    return " These look like NCHW: use images.transpose(0, 2, 3, 1)."
+
+
+def _check_finite(images: FloatArray) -> None:
+    flat = images.reshape(-1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        # One pass without a temporary: a NaN or an infinity anywhere shows in the sum of squares.
+        energy = np.dot(flat, flat)
+    if not np.isfinite(energy) and not np.isfinite(images).all():
+        bad = [int(index) for index in np.flatnonzero(~np.isfinite(images).all(axis=(1, 2, 3)))]
+        raise SpecError(f"the images hold NaN or infinity (in batch positions {bad}); expected finite values.")
+
+
+def check_tensor(images: Any, spec: InputSpec) -> Any:
+    """Refuse what is not a dense torch tensor of the input's dtype; returns the module torch.
+
+    Raises:
+        SpecError: no tensor, a sparse one, or one of another dtype.
+    """
+    torch_module = sys.modules.get("torch")
+    if torch_module is None or not isinstance(images, torch_module.Tensor):
+        raise SpecError(
+            f"the images are a {type(images).__name__}; expected a numpy.ndarray or a torch.Tensor. "
+            "Files are read with deploykit.load_images(files, model.input_spec)."
+        )
+    if images.dtype != getattr(torch_module, spec.dtype) or images.layout != torch_module.strided:
+        remedy = (
+            "convert with .to_dense() and .float()"
+            if spec.dtype == "float32"
+            else "pass the decoded pixels, 0 to 255, without mean and std, which are inside this engine"
+        )
+        raise SpecError(
+            f"the images are a {images.layout} tensor of {images.dtype}; expected a dense tensor of "
+            f"torch.{spec.dtype}. To mend it, {remedy}."
+        )
+    return torch_module
+
+
+def from_torch(images: Any, spec: InputSpec) -> tuple[ImageArray, Callable[[FloatArray], Any]]:
+    """Return a torch tensor as an array that shares its memory, and the function that turns outputs back."""
+    torch_module = check_tensor(images, spec)
+    device = images.device
+    return images.detach().cpu().numpy(), lambda output: torch_module.from_numpy(output).to(device)

@@ -1,0 +1,1 @@
+"""ONNX Runtime: see backend.py for what the runtime can do."""

@@ -1,0 +1,118 @@
+"""ONNX Runtime: opens ``model.onnx`` with one execution provider, and only that one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from deploykit.arrays import FloatArray
+from deploykit.backends.onnxruntime.session import KEEP_FLOAT_WEIGHTS, LOG_ERRORS
+from deploykit.backends.runtime import Runtime
+from deploykit.errors import BundleError, DeviceUnavailable, IncompatibleEngine
+from deploykit.optional import require
+
+PROVIDERS: dict[str, str] = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
+}
+"""The execution provider behind each device; ``auto`` is the CPU. ``cuda:1`` is the second GPU."""
+
+PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"cuda": {"use_tf32": "0"}}
+"""What a provider must be told to compute in the graph's types."""
+
+SESSION_SETTINGS = {
+    KEEP_FLOAT_WEIGHTS[0]: KEEP_FLOAT_WEIGHTS[1],
+    "session.force_spinning_stop": "1",
+}
+"""What every session is told: its threads spin during a call, where that saves their waking up, and sleep
+after it. By default they go on for a while and take the cores from whatever else the process does."""
+_UNREADABLE = ("InvalidProtobuf", "NoSuchFile", "NoModel")
+_CPU_NODES = "fallback to CPU EP has been explicitly disabled"
+_NO_GRAPH = "No graph was found in the protobuf"  # how onnxruntime reports an empty file
+
+
+class OnnxRuntime(Runtime):
+    """An ONNX file in ONNX Runtime.
+
+    The session uses onnxruntime's own thread count. It is shared by all callers: onnxruntime runs
+    one session from several threads at once, and allocates new outputs for every run.
+    """
+
+    def _open(self, engine: Path, device: str) -> str:
+        ort = require("onnxruntime")
+        name, _, ordinal = ("cpu" if device == "auto" else device.lower()).partition(":")
+        if name not in self.devices() or not (ordinal.isdecimal() or not ordinal) or (ordinal and name == "cpu"):
+            raise DeviceUnavailable(
+                f"onnxruntime has no device {device!r} here; it has {', '.join(self.devices())} "
+                f"(providers: {', '.join(ort.get_available_providers())}). Choose one of these, or for cuda "
+                "install onnxruntime-gpu in place of onnxruntime."
+            )
+        session = _create_session(ort, engine, name, ordinal)
+        active = session.get_providers()[0]
+        if active != PROVIDERS[name]:
+            raise DeviceUnavailable(_fell_back(PROVIDERS[name], active))
+        _check_outputs(session, self._output_names, engine)
+        self._session: Any = session
+        self._input_name = self.input_spec.name
+        self._names = list(self._output_names)
+        return f"{name}:{ordinal}" if ordinal else name
+
+    def _run(self, images: FloatArray) -> list[FloatArray]:
+        outputs: list[FloatArray] = self._session.run(self._names, {self._input_name: images})
+        return outputs
+
+    def _close(self) -> None:
+        self._session = None
+
+    @classmethod
+    def devices(cls) -> tuple[str, ...]:
+        """The devices whose execution provider this build of onnxruntime carries."""
+        available = require("onnxruntime").get_available_providers()
+        return tuple(device for device, provider in PROVIDERS.items() if provider in available)
+
+
+def _create_session(ort: Any, engine: Path, device: str, ordinal: str) -> Any:
+    """A session on a device's provider, with onnxruntime's fallbacks to the CPU, whole or by node, switched off."""
+    options = ort.SessionOptions()
+    options.log_severity_level = LOG_ERRORS
+    for key, value in SESSION_SETTINGS.items():
+        options.add_session_config_entry(key, value)
+    settings = dict(PROVIDER_OPTIONS.get(device, {}))
+    if device != "cpu":
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    if ordinal:
+        settings["device_id"] = ordinal
+    provider = (PROVIDERS[device], settings)
+    try:
+        return ort.InferenceSession(str(engine), options, providers=[provider], enable_fallback=0)
+    except Exception as error:
+        if _CPU_NODES in str(error):
+            raise DeviceUnavailable(_fell_back(PROVIDERS[device], PROVIDERS["cpu"])) from error
+        # onnxruntime's exceptions share no base class but Exception.
+        if type(error).__name__ in _UNREADABLE or _NO_GRAPH in str(error):
+            raise BundleError(
+                f"{engine.name} is not a readable ONNX file ({error}). Export the bundle again, or copy it again."
+            ) from error
+        raise IncompatibleEngine(
+            f"onnxruntime {ort.__version__} refuses {engine.name}: {error}. "
+            "Install the onnxruntime that the manifest names, or export the bundle again here."
+        ) from error
+
+
+def _fell_back(wanted: str, active: str) -> str:
+    return (
+        f"onnxruntime was asked for {wanted} and made a session on {active}, for all nodes or for some. "
+        f"Check the driver and libraries that {wanted} needs and the operators that it has, or use device='cpu'."
+    )
+
+
+def _check_outputs(session: Any, expected: tuple[str, ...], engine: Path) -> None:
+    found = [output.name for output in session.get_outputs()]
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise BundleError(
+            f"{engine.name} has the outputs {', '.join(found)}; the manifest names also {', '.join(missing)}. "
+            "The engine is not the one that the manifest describes: export the bundle again."
+        )

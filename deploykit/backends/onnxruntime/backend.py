@@ -1,0 +1,23 @@
+"""ONNX Runtime: ONNX files, on the CPU and on the execution providers that its build carries."""
+
+from deploykit.backends.backend import Backend
+from deploykit.optional import OptionalPackage
+from deploykit.processor import PROCESSOR_TARGETS
+
+BACKEND = Backend(
+    name="onnxruntime",
+    package=OptionalPackage(
+        module="onnxruntime", distribution="onnxruntime", extra="onnxruntime", feature="the onnxruntime runtime"
+    ),
+    precisions=("fp32", "fp16", "int8"),
+    version_rule="same_or_newer",
+    targets=tuple(PROCESSOR_TARGETS),
+    devices="deploykit.backends.onnxruntime.adapter:OnnxRuntime.devices",
+    adapter="deploykit.backends.onnxruntime.adapter:OnnxRuntime",
+    dialect="deploykit.backends.onnxruntime.passes:DIALECT",
+    lower="deploykit.backends.onnxruntime.lower:lower",
+    inspect="deploykit.backends.onnxruntime.inspect:left_in_float",
+    profile="deploykit.backends.onnxruntime.profile:integer_savings",
+    debug="deploykit.backends.onnxruntime.debug:find_problem",
+    demo=("int8",),
+)

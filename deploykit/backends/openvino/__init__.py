@@ -1,0 +1,1 @@
+"""OpenVINO: see backend.py for what the runtime can do."""

@@ -1,0 +1,128 @@
+"""OpenVINO: opens ``model.xml`` on the one device asked for, with the inference precision pinned."""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from deploykit.arrays import FloatArray
+from deploykit.backends.runtime import Runtime
+from deploykit.errors import BundleError, DeviceUnavailable, IncompatibleEngine
+from deploykit.optional import require
+
+
+class OpenVINORuntime(Runtime):
+    """An OpenVINO IR, compiled for latency.
+
+    A call takes an idle infer request, or makes one more, so the number of requests grows to the
+    number of threads that ever called at once. The images are read where they are, without a
+    copy; outputs are copied out of the request, so the caller owns them.
+    """
+
+    def _open(self, engine: Path, device: str) -> str:
+        openvino = require("openvino")
+        core = openvino.Core()
+        target = "CPU" if device == "auto" else device.upper()
+        if f"{target}.0" in core.available_devices:
+            target = f"{target}.0"  # with two GPUs OpenVINO lists GPU.0 and GPU.1, and no GPU
+        if target not in core.available_devices:
+            raise DeviceUnavailable(
+                f"OpenVINO has no device {device!r} here; it has {', '.join(self.devices()) or 'none'}. "
+                "Choose one of these, or install the driver of the device."
+            )
+        config = {
+            "INFERENCE_PRECISION_HINT": _pinned_precision(core, target, self.precision.name),
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        model = _read(core, engine)
+        try:
+            compiled = core.compile_model(model, target, config)
+        except RuntimeError as error:
+            raise IncompatibleEngine(
+                f"OpenVINO {openvino.__version__} does not compile {engine.name} for {target}: {error}. "
+                "Install the openvino that the manifest names, or export the bundle again here."
+            ) from error
+        _check_device(compiled, target)
+        self._outputs = _output_positions(compiled, self._output_names, engine)
+        self._compiled: Any = compiled
+        self._idle: deque[Any] = deque([compiled.create_infer_request()])
+        return target.lower()
+
+    def _run(self, images: FloatArray) -> list[FloatArray]:
+        try:
+            request = self._idle.pop()
+        except IndexError:
+            request = self._compiled.create_infer_request()
+        # OpenVINO wraps only writeable memory; it does not write to an input.
+        results = request.infer([images], share_inputs=images.flags.writeable)
+        outputs: list[FloatArray] = [results[position] for position in self._outputs]
+        self._idle.append(request)
+        return outputs
+
+    def _close(self) -> None:
+        self._compiled = None
+        self._idle.clear()
+
+    @classmethod
+    def devices(cls) -> tuple[str, ...]:
+        """OpenVINO's devices on this machine: ``cpu``, ``gpu``, ``gpu.1``, ``npu``."""
+        return tuple(name.lower() for name in require("openvino").Core().available_devices)
+
+
+def _pinned_precision(core: Any, target: str, precision: str) -> str:
+    """The inference precision: that of the graph, which OpenVINO would otherwise choose by itself."""
+    if precision == "bf16":
+        capabilities = core.get_property(target, "OPTIMIZATION_CAPABILITIES")
+        if "BF16" not in capabilities:
+            raise DeviceUnavailable(
+                f"OpenVINO's {target} lists {', '.join(capabilities)} and not BF16, which this engine needs. "
+                "Export it with precision='fp32' or 'int8' for this device."
+            )
+        return "bf16"
+    if precision == "fp16" and target != "CPU":
+        return "f16"
+    return "f32"
+
+
+def _check_device(compiled: Any, target: str) -> None:
+    """Refuse a model that OpenVINO put on another device than the one asked for."""
+    used = [str(name).strip("()") for name in compiled.get_property("EXECUTION_DEVICES")]
+    if used != [target]:
+        raise DeviceUnavailable(
+            f"OpenVINO was asked for {target} and compiled the model for {', '.join(used)}. "
+            "Check the driver of the device, or name another with device=."
+        )
+
+
+def _read(core: Any, engine: Path) -> Any:
+    """The IR as a model.
+
+    Raises:
+        BundleError: no IR, or its weights are missing or too short.
+    """
+    try:
+        with engine.open("rb") as file:
+            head = file.read(64).lstrip()
+        if not head.startswith((b"<?xml", b"<net")):
+            raise BundleError(
+                f"{engine.name} is not an OpenVINO IR: it does not start with an XML declaration. "
+                "Export the bundle again, or copy it again."
+            )
+        return core.read_model(str(engine))
+    except (OSError, RuntimeError) as error:
+        raise BundleError(
+            f"{engine.name} is not a readable OpenVINO IR ({error}). Export the bundle again, or copy it again."
+        ) from error
+
+
+def _output_positions(compiled: Any, expected: tuple[str, ...], engine: Path) -> tuple[int, ...]:
+    """Where each output of the manifest stands among the engine's."""
+    found = [set(output.names) for output in compiled.outputs]
+    missing = [name for name in expected if not any(name in names for names in found)]
+    if missing:
+        raise BundleError(
+            f"{engine.name} has the outputs {', '.join(sorted(set().union(*found)))}; the manifest names also "
+            f"{', '.join(missing)}. The engine is not the one that the manifest describes: export the bundle again."
+        )
+    return tuple(next(i for i, names in enumerate(found) if name in names) for name in expected)

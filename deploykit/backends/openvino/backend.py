@@ -1,0 +1,21 @@
+"""OpenVINO: its IR, on the CPU, GPUs and NPUs that it has a plugin for."""
+
+from deploykit.backends.backend import Backend
+from deploykit.optional import OptionalPackage
+from deploykit.processor import PROCESSOR_TARGETS
+
+BACKEND = Backend(
+    name="openvino",
+    package=OptionalPackage(
+        module="openvino", distribution="openvino", extra="openvino", feature="the openvino runtime"
+    ),
+    precisions=("fp32", "fp16", "bf16", "int8"),
+    version_rule="same_or_newer",
+    targets=tuple(PROCESSOR_TARGETS),
+    devices="deploykit.backends.openvino.adapter:OpenVINORuntime.devices",
+    adapter="deploykit.backends.openvino.adapter:OpenVINORuntime",
+    dialect="deploykit.backends.openvino.passes:DIALECT",
+    lower="deploykit.backends.openvino.lower:lower",
+    inspect="deploykit.backends.openvino.inspect:left_in_float",
+    demo=("int8", "fp16"),
+)

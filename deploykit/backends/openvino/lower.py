@@ -1,0 +1,67 @@
+"""ONNX graph -> OpenVINO IR: ``model.xml`` and ``model.bin``."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploykit.backends.backend import Engine, LowerOptions
+from deploykit.backends.onnx_file import write_onnx
+from deploykit.errors import ExportError
+from deploykit.graph import OnnxGraph
+from deploykit.optional import installed_version, require
+from deploykit.spec import BatchRange, InputSpec
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+_COUNTED_NAME = re.compile(r"[A-Z][A-Za-z0-9]*_\d+")  # such as ShapeOf_13
+
+
+def lower(graph: OnnxGraph, folder: Path, options: LowerOptions) -> Engine:
+    """Convert the ONNX model to an IR, weights uncompressed, batch bounded. The target decides nothing here.
+
+    The same graph gives the same bytes.
+
+    Raises:
+        ExportError: ONNX's checker refuses the graph, or OpenVINO cannot convert it.
+    """
+    openvino = require("openvino")
+    with tempfile.TemporaryDirectory(prefix="deploykit-openvino-") as staging:
+        path = Path(staging) / "model.onnx"
+        write_onnx(graph.model, path)
+        try:
+            model = openvino.Core().read_model(str(path))
+            model.reshape({graph.input.name: _input_shape(openvino, graph.input)})
+            _name_nodes_in_order(model, graph.model)
+            openvino.save_model(model, str(folder / "model.xml"), compress_to_fp16=False)
+        except RuntimeError as error:
+            raise ExportError(
+                f"OpenVINO {openvino.__version__} cannot convert the graph: {error}. "
+                "Export for another runtime, or with a newer openvino."
+            ) from error
+    return Engine(
+        file="model.xml",
+        runtime_version=installed_version("openvino") or "unknown",
+        tools={"onnx": installed_version("onnx") or "unknown", "openvino": str(openvino.__version__)},
+    )
+
+
+def _input_shape(openvino: Any, spec: InputSpec) -> Any:
+    """The input's shape, with the bounds of a dynamic batch."""
+    batch = spec.batch
+    first = openvino.Dimension(batch.min, batch.max) if isinstance(batch, BatchRange) else openvino.Dimension(batch)
+    return openvino.PartialShape([first, *(openvino.Dimension(side) for side in spec.shape[1:])])
+
+
+def _name_nodes_in_order(model: Any, source: ir.Model) -> None:
+    """Number the nodes that OpenVINO named from a counter of the process, so that the IR is reproducible."""
+    given = {name for node in source.graph for name in (node.name, *(value.name for value in node.outputs))}
+    given.update(source.graph.initializers)
+    model.set_friendly_name("deploykit")
+    for position, node in enumerate(model.get_ordered_ops()):
+        name = node.get_friendly_name()
+        if name not in given and _COUNTED_NAME.fullmatch(name):
+            node.set_friendly_name(f"{node.get_type_name()}/{position}")

@@ -1,0 +1,186 @@
+"""What every adapter shares: checks on the way in, copies on the way out, closing, threads.
+
+An adapter is one class in one file with the methods `_open`, `_run`, `_close` and `devices`.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import warnings
+from abc import ABC, abstractmethod
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from deploykit.arrays import FloatArray, ImageArray, Images
+from deploykit.backends.backend import Backend
+from deploykit.backends.input_checks import check_images, from_torch
+from deploykit.backends.table import load_backend
+from deploykit.errors import DeployKitError, IncompatibleEngine, SaturationWarning, SpecError
+from deploykit.feature_dict import Features
+from deploykit.processor import read_processor, this_processor
+from deploykit.spec import FeatureInfo, InputSpec, Int8, Precision, parse_precision
+
+if TYPE_CHECKING:
+    from deploykit.bundle import Manifest
+
+
+class Runtime(ABC):
+    """A backbone behind one runtime, called like the torch module.
+
+    ``model(images)`` takes ``(N, C, H, W)`` float32, normalised as ``input_spec.preprocessing``
+    says; or ``(N, H, W, C)`` uint8 pixels where ``input_spec.embeds_preprocessing``. NumPy in gives
+    NumPy out, torch in gives torch out (on the CPU). With ``features_only``
+    the result is a dict from level name to ``(N, C, H/stride, W/stride)`` (`Features`); otherwise
+    ``(N, num_classes)`` logits, or the ``(N, D)`` embedding. The caller owns every returned
+    buffer. Calls are safe from several threads.
+
+    Raises:
+        DeviceUnavailable: the device asked for is not here.
+        IncompatibleEngine: the engine was built by a runtime version that this one cannot read.
+    """
+
+    def __init__(self, manifest: Manifest, folder: Path, *, device: str = "auto") -> None:
+        self.backend: Backend = load_backend(manifest.runtime)
+        self.backend.require()
+        self.runtime = manifest.runtime
+        self.manifest = manifest
+        self.input_spec: InputSpec = manifest.input
+        self.feature_info = FeatureInfo(manifest.backbone.levels)
+        self.precision: Precision = parse_precision(manifest.precision, manifest.precision_settings)
+        self._output_names = tuple(output.name for output in manifest.outputs)
+        self._features_only = manifest.backbone.features_only
+        self._sample_shape = self.input_spec.shape[1:]
+        self._closed = False
+        self._check_version()
+        self.device = self._open(folder / manifest.engine, device)
+        self._warn_of_saturation()
+
+    @abstractmethod
+    def _open(self, engine: Path, device: str) -> str:
+        """Load the engine file; return the device that it runs on."""
+
+    @abstractmethod
+    def _run(self, images: ImageArray) -> list[FloatArray]:
+        """Run once, from any thread; new arrays in the order of the manifest's outputs."""
+
+    @abstractmethod
+    def _close(self) -> None:
+        """Give the engine's memory back."""
+
+    @classmethod
+    @abstractmethod
+    def devices(cls) -> tuple[str, ...]:
+        """The devices of this machine that the runtime can use; needs the package."""
+
+    def __call__(self, images: Images) -> Any:
+        """Run the engine; see the class for shapes.
+
+        Raises:
+            SpecError: wrong type, rank, layout, size, dtype or batch, NaN or infinity in the
+                images, or the model is closed.
+            DeployKitError: the runtime itself failed; its error is chained.
+        """
+        if self._closed:
+            raise self._closed_error()
+        array, to_caller = (images, None) if isinstance(images, np.ndarray) else from_torch(images, self.input_spec)
+        array = check_images(array, self.input_spec)
+        try:
+            outputs: list[Any] = self._run(array)
+        except (DeployKitError, MemoryError):
+            raise
+        except Exception as error:
+            # Runtimes raise classes of their own, which share no base.
+            if self._closed:
+                raise self._closed_error() from error
+            raise DeployKitError(
+                f"{self.backend.package.module} failed to run the engine on {self.device}: {error}. "
+                "Export the bundle again; deploykit verify says whether the engine ever ran."
+            ) from error
+        if to_caller is not None:
+            outputs = [to_caller(output) for output in outputs]
+        if self._features_only:
+            return Features(zip(self._output_names, outputs, strict=True), self.feature_info.by_index())
+        return outputs[0]
+
+    def seen_on(self) -> dict[str, str]:
+        """The machine, the device and the versions that run this engine, for a bundle's manifest."""
+        version = self.backend.installed_version() or "unknown"
+        return machine() | {"device": self.device, self.backend.package.module: version}
+
+    def close(self) -> None:
+        """Give the engine's memory back; calling twice is harmless."""
+        if not self._closed:
+            self._closed = True
+            self._close()
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return (
+            f"<{self.manifest.backbone.name} in {self.runtime} {self.manifest.precision} on {self.device}, "
+            f"images {self.input_spec.shape}>"
+        )
+
+    def _closed_error(self) -> SpecError:
+        return SpecError(f"this {self.runtime} model is closed. Open the bundle again with load_bundle().")
+
+    def _warn_of_saturation(self) -> None:
+        """Say so where this processor may not give the numbers that the engine was compared with."""
+        exact = not isinstance(self.precision, Int8) or self.precision.reduce_range
+        if exact or not self.device.startswith("cpu") or not this_processor().saturates:
+            return
+        warnings.warn(
+            f"this int8 engine has weights whose products can saturate on this processor "
+            f"({this_processor().model}, without VNNI), so its outputs may differ from those it was compared with. "
+            "Run deploykit verify here, or export it again for this processor: target='x86-avx2'.",
+            SaturationWarning,
+            stacklevel=4,
+        )
+
+    def _check_version(self) -> None:
+        built, here = self.manifest.runtime_version, self.backend.installed_version() or "unknown"
+        exact, package = self.backend.version_rule == "exact", self.backend.package.module
+        usable = built == here if exact else version_key(here) >= version_key(built)
+        if not usable:
+            relation = "exactly" if exact else "at least"
+            raise IncompatibleEngine(
+                f"this engine was built with {package} {built} and {here} is installed here; it needs {relation} "
+                f"{built}. Install {package}=={built.partition('+')[0]}, or export the bundle again here."
+            )
+
+
+def machine() -> dict[str, str]:
+    """The operating system and the processor of this machine."""
+    return {"system": f"{platform.system()} {platform.machine()}", "processor": read_processor().model}
+
+
+def run_in_batches(model: Runtime, images: ImageArray) -> dict[str, FloatArray]:
+    """Run a model over any number of images in batches that it takes; every output by name.
+
+    A last partial batch is filled up by repeating its images, and the surplus is cut off.
+    """
+    batch = model.input_spec.batch
+    size = batch if isinstance(batch, int) else min(batch.max, max(batch.min, 4))
+    parts: list[dict[str, FloatArray]] = []
+    for start in range(0, len(images), size):
+        piece = images[start : start + size]
+        filled = piece[np.arange(size) % len(piece)]
+        outputs = model(filled)
+        named = outputs if isinstance(outputs, dict) else {model.manifest.outputs[0].name: outputs}
+        parts.append({name: output[: len(piece)] for name, output in named.items()})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def version_key(version: str) -> tuple[int, ...]:
+    """``"2026.4.1+cpu"`` to ``(2026, 4, 1)``, for ordering; a part that is no number ends it."""
+    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])

@@ -1,0 +1,1 @@
+"""TensorRT: see backend.py for what the runtime can do."""

@@ -1,0 +1,38 @@
+"""TensorRT: plans for NVIDIA GPUs, by TensorRT-RTX or full TensorRT, whichever is installed."""
+
+from deploykit.backends.backend import Backend
+from deploykit.backends.tensorrt.api import FLAVOURS, default_flavour
+from deploykit.backends.tensorrt.targets import TARGETS
+from deploykit.errors import SpecError
+from deploykit.optional import OptionalPackage
+
+PACKAGES = {
+    flavour: OptionalPackage(module=flavour, distribution=flavour, extra="tensorrt", feature="the tensorrt runtime")
+    for flavour in FLAVOURS
+}
+
+
+def _package() -> OptionalPackage:
+    """Return the package to use here; a wrong name in the environment is refused where TensorRT is used."""
+    try:
+        return PACKAGES[default_flavour()]
+    except SpecError:
+        return PACKAGES[FLAVOURS[0]]
+
+
+BACKEND = Backend(
+    name="tensorrt",
+    package=_package(),
+    precisions=("fp32", "fp16", "int8"),
+    int8_float_dtypes=("fp32", "fp16"),
+    uses_cpu=False,
+    targets=TARGETS,
+    devices="deploykit.backends.tensorrt.adapter:TensorRTRuntime.devices",
+    adapter="deploykit.backends.tensorrt.adapter:TensorRTRuntime",
+    dialect="deploykit.backends.tensorrt.passes:DIALECT",
+    lower="deploykit.backends.tensorrt.lower:lower",
+    portable="deploykit.backends.tensorrt.lower:lower_portable",
+    options="deploykit.backends.tensorrt.api:check_build_options",
+    debug="deploykit.backends.tensorrt.debug:find_problem",
+    demo=("int8",),
+)

@@ -1,0 +1,107 @@
+"""Portable TensorRT bundles: the device builds its own plan when it first opens one, and keeps it in the cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from deploykit.backends.tensorrt import api
+from deploykit.backends.tensorrt.build import SETTINGS_FILE, BuildSettings, build_plan, requirements
+from deploykit.bundle import sha256_of, write_manifest, writing
+from deploykit.cache import EngineCache
+from deploykit.errors import BundleError
+
+if TYPE_CHECKING:
+    from deploykit.bundle import Manifest
+
+PLAN_FILE = "model.plan"
+TIMING_CACHE = "tensorrt-timing.cache"
+"""Beside the plans, where the package measures kernels when it builds."""
+
+logger = logging.getLogger(__name__)
+
+
+def is_portable(manifest: Manifest) -> bool:
+    """Whether a bundle holds the graph instead of a plan."""
+    return manifest.engine.endswith(".onnx")
+
+
+def local_plan(manifest: Manifest, folder: Path, identity: dict[str, str]) -> tuple[Manifest, Path]:
+    """The manifest and the folder of the plan for this GPU, from the cache or built into it.
+
+    Args:
+        manifest: of the portable bundle.
+        folder: where its files are.
+        identity: the GPU and its driver, from `deploykit.backends.tensorrt.cuda_driver.gpu_identity`.
+
+    Raises:
+        BundleError: the settings of the build are missing or not readable.
+        ExportError: the build failed, with the end of its log.
+    """
+    settings = _settings(manifest, folder, identity["compute_capability"])
+    version = api.flavour_version(settings.flavour)
+    files = [manifest.engine, f"{manifest.engine}.data"]
+    engines = EngineCache()
+    key = engines.key(
+        {
+            "kind": "portable tensorrt",
+            "files": {name: sha256_of(folder / name) for name in files if (folder / name).is_file()},
+            "settings": settings,
+            "identity": identity,
+            "version": version,
+        }
+    )
+
+    def build(entry: Path) -> None:
+        logger.warning(
+            "Building the TensorRT plan of %s for %s with %s %s, once; it can take minutes. It is kept in %s.",
+            manifest.backbone.name,
+            identity["gpu"] or identity["compute_capability"],
+            settings.flavour,
+            version,
+            entry.parent,
+        )
+        with writing(entry) as staging:
+            build_plan(
+                folder / manifest.engine,
+                staging / PLAN_FILE,
+                settings,
+                progress=_log_step,
+                timing_cache=None if settings.flavour == api.RTX else entry.parent / TIMING_CACHE,
+            )
+            write_manifest(staging, _plan_manifest(manifest, settings, version))
+
+    entry = engines.get_or_build(key, build)
+    return _plan_manifest(manifest, settings, version), entry
+
+
+def _settings(manifest: Manifest, folder: Path, capability: str) -> BuildSettings:
+    """The build's settings in the bundle, with the package and the GPU of this machine."""
+    try:
+        carried = msgspec.json.decode((folder / SETTINGS_FILE).read_bytes(), type=BuildSettings)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise BundleError(
+            f"{SETTINGS_FILE}, which says how to build {manifest.engine}, is not readable ({error}). "
+            "Copy the bundle again, or export it again with portable=True."
+        ) from error
+    flavour = api.default_flavour()
+    return dataclasses.replace(carried, flavour=flavour, capability=capability)
+
+
+def _plan_manifest(manifest: Manifest, settings: BuildSettings, version: str) -> Manifest:
+    return dataclasses.replace(
+        manifest,
+        engine=PLAN_FILE,
+        runtime_version=version,
+        requires=requirements(settings),
+        files={},
+        status="built",
+    )
+
+
+def _log_step(phase: str, step: int, steps: int) -> None:
+    logger.info("TensorRT: %s, %d of %d", phase, step, steps)

@@ -1,0 +1,46 @@
+"""What an export is asked for: one frozen object, built at the doors (Python, command line) and passed whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from deploykit.spec import DEFAULT_BUILD, Batch, BuildOptions, Fp32, Precision
+
+if TYPE_CHECKING:
+    from deploykit.backends.runtime import Runtime
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What engine to make of a backbone, and how to prove it.
+
+    Args:
+        runtime: a name of `deploykit.backends.table`.
+        precision: with its settings and its budget.
+        batch: a number of images, or a range of them.
+        embed_preprocessing: the engine takes uint8 pixels ``(N, H, W, C)`` and normalises them itself.
+        target: what the engine is built for, where the runtime has targets.
+        portable: the device that opens the engine finishes it, where the runtime has such a form.
+        build: what its build is told beside the target, where the runtime takes build options.
+        probe_levels: also compare the levels inside an engine that returns only the head.
+        time_against_fp32: time an INT8 engine beside FP32 of its runtime; the ratio, which differs from run to run,
+            goes into the manifest.
+        require_speedup: fail where an INT8 engine is slower than a float one.
+        metric: the user's own figure of a model, higher is better, for the mixed-precision search.
+        cache: use what was planned and measured before, and keep what is.
+    """
+
+    runtime: str
+    precision: Precision = Fp32()
+    batch: Batch = 1
+    embed_preprocessing: bool = False
+    target: str | None = None
+    portable: bool = False
+    build: BuildOptions = DEFAULT_BUILD
+    probe_levels: bool = True
+    time_against_fp32: bool = False
+    require_speedup: bool = False
+    metric: Callable[[Runtime], float] | None = None
+    cache: bool = True

@@ -1,1 +1,0 @@
-"""One adapter a runtime, all of the same shape."""

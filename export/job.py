@@ -1,0 +1,168 @@
+"""One export: a backbone, the images, and the options; checked before any work."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+
+import deploykit
+from deploykit.backbones.base import BaseBackbone
+from deploykit.backbones.weights import weights_digest
+from deploykit.backends.backend import Backend, resolve
+from deploykit.backends.table import EVALUATOR, engine_names, load_backend
+from deploykit.calibration.images import CalibrationSet
+from deploykit.calibration.precision import check_images_given
+from deploykit.calibration.recipes import with_recipe
+from deploykit.errors import SpecError, nearest
+from deploykit.export.network_digest import network_digest
+from deploykit.optional import installed_version
+from deploykit.options import ExportOptions
+from deploykit.processor import saturates
+from deploykit.spec import DEFAULT_BUILD, InputSpec, Int8
+
+_TOOLS = ("torch", "onnx", "onnx_ir", "onnxscript")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportJob:
+    """What to export; `checked` gives the job with what its options leave to the target decided.
+
+    ``labels`` are the class names that the bundle carries, in the order of the logits; None: those of the backbone.
+    """
+
+    backbone: BaseBackbone
+    options: ExportOptions
+    images: CalibrationSet | None = None
+    labels: tuple[str, ...] | None = None
+
+    @property
+    def backend(self) -> Backend:
+        """The descriptor of the engine's runtime."""
+        return load_backend(self.options.runtime)
+
+    @property
+    def input(self) -> InputSpec:
+        """The engine's input: the backbone's with the batch asked for, as pixels where it embeds preprocessing."""
+        spec = replace(self.backbone.input_spec, batch=self.options.batch)
+        return spec.as_pixels() if self.options.embed_preprocessing else spec
+
+    def with_precision(self, precision: Int8, images: CalibrationSet | None = None) -> ExportJob:
+        """Return the job with other INT8 settings, and other images where some are given."""
+        return replace(self, options=replace(self.options, precision=precision), images=images or self.images)
+
+    def without_cache(self) -> ExportJob:
+        """Return the job that neither uses nor keeps plans."""
+        return replace(self, options=replace(self.options, cache=False))
+
+    def cache_parts(self) -> dict[str, object]:
+        """Return all that decides an engine's bytes, for the key of the engine cache."""
+        options = self.options
+        return {
+            "backbone": asdict(self.backbone.spec),
+            "weights": weights_digest(self.backbone),
+            "network": network_digest(self.backbone, self.input.as_images()),
+            "input": asdict(self.input),
+            "runtime": options.runtime,
+            "runtime_version": self.backend.installed_version(),
+            "precision": [options.precision.name, {k: str(v) for k, v in asdict(options.precision).items()}],
+            "batch": options.batch if isinstance(options.batch, int) else asdict(options.batch),
+            "calibration": self.images.digest if self.images is not None else None,
+            "target": options.target,
+            "labels": self.labels,
+            "portable": options.portable,
+            "build_options": options.build,
+            "tools": tool_versions(),
+            "deploykit": deploykit.__version__,
+        }
+
+
+def checked(job: ExportJob) -> ExportJob:
+    """Refuse what the runtime cannot make, before any work; settle what the options leave to the target.
+
+    Raises:
+        SpecError: an unknown runtime, one that has no engines, or an option or precision that it lacks.
+        CalibrationError: INT8 without images.
+        MissingDependency: the runtime's package is not installed.
+    """
+    options, backend = job.options, job.backend
+    if not backend.has_engines:
+        raise SpecError(
+            f"the {backend.name} runtime is the module itself and has no engine to export. "
+            f"Choose a runtime: {', '.join(engine_names())}."
+        )
+    backend.require()
+    _check_target(backend, options)
+    _check_build(backend, options)
+    job = replace(job, options=_settled(options, backend))
+    _check_precision(backend, job)
+    check_images_given(job.options.precision, job.images)
+    return job
+
+
+def tool_versions() -> dict[str, str]:
+    """Return the packages that a master graph depends on, with their versions."""
+    names = (*_TOOLS, load_backend(EVALUATOR).package.module)
+    return {name: version for name in names if (version := installed_version(name))}
+
+
+def _settled(options: ExportOptions, backend: Backend) -> ExportOptions:
+    """Decide whether 8-bit weights would saturate on the target, where the options leave that open."""
+    precision = options.precision
+    if not isinstance(precision, Int8) or precision.reduce_range is not None:
+        return options
+    return replace(options, precision=replace(precision, reduce_range=backend.uses_cpu and saturates(options.target)))
+
+
+def _check_target(backend: Backend, options: ExportOptions) -> None:
+    target = options.target
+    if target is None or target in backend.targets:
+        return
+    if not backend.targets:
+        raise SpecError(f"the {backend.name} runtime has no targets, and target={target!r} was given. Leave it out.")
+    raise SpecError(f"unknown {backend.name} target {target!r}. {nearest(target, backend.targets)}")
+
+
+def _check_build(backend: Backend, options: ExportOptions) -> None:
+    if options.portable:
+        _check_portable(backend, options)
+    if options.build == DEFAULT_BUILD:
+        return
+    if backend.options is None:
+        raise SpecError(f"{options.build} was given, and builds for {backend.name} take no such options. Leave it out.")
+    resolve(backend.options)(options.build, options.target)
+
+
+def _check_portable(backend: Backend, options: ExportOptions) -> None:
+    if backend.portable is None:
+        having = [name for name in engine_names() if load_backend(name).portable is not None]
+        raise SpecError(
+            f"portable=True was given, and {backend.name} has no portable form; {', '.join(having)} has one. "
+            "Leave it out."
+        )
+    if options.target is not None:
+        raise SpecError(
+            f"portable=True and target={options.target!r} were both given; a portable engine is finished on the "
+            "device that opens it, whichever it is. Leave one out."
+        )
+    if options.build != DEFAULT_BUILD:
+        raise SpecError(
+            f"portable=True and {options.build} were both given; the device that opens a portable engine builds it "
+            "for itself. Leave one out."
+        )
+
+
+def _check_precision(backend: Backend, job: ExportJob) -> None:
+    precision, spec = job.options.precision, job.backbone.spec
+    if precision.name not in backend.precisions:
+        raise SpecError(f"the {backend.name} runtime has no {precision.name}; it has {', '.join(backend.precisions)}.")
+    if isinstance(precision, Int8):
+        if precision.float_dtype not in backend.int8_float_dtypes:
+            raise SpecError(
+                f"the {backend.name} runtime has no int8 with {precision.float_dtype} beside it; it has "
+                f"{', '.join(backend.int8_float_dtypes)}. Leave float_dtype out."
+            )
+        with_recipe(precision, job.backbone.family)
+    if precision.min_top1_agreement is not None and (spec.features_only or spec.num_classes == 0):
+        raise SpecError(
+            f"min_top1_agreement needs logits, and this engine gives {', '.join(spec.output_names)}. "
+            "Leave it out for features and embeddings."
+        )

@@ -1,0 +1,69 @@
+"""Every family is built by the real TensorRT-RTX, with no warning about a type; without a GPU none is run."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+
+pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+
+from deploykit.backbones.registry import FAMILIES
+from deploykit.backends.backend import LowerOptions
+from deploykit.backends.tensorrt.legalize import quantize_layers
+from deploykit.backends.tensorrt.lower import lower
+from deploykit.errors import ExportError
+from tests.backends.tensorrt.families import PRECISIONS, SMALL, family
+
+CAPABILITIES = ("sm86", "sm89", "sm120")
+BATCHES = ("static", "dynamic")
+OUTPUTS = ("logits", "features")
+EVERY = tuple(product(SMALL, PRECISIONS, CAPABILITIES, BATCHES, OUTPUTS))
+"""The whole matrix; benchmarks/tensorrt_builds.py prints it with times and sizes."""
+
+
+def _one_a_family() -> tuple[tuple[str, ...], ...]:
+    """One case a family, in which every precision, GPU, batch and kind of output comes at least twice."""
+    precisions = list(PRECISIONS)
+    return tuple(
+        (name, precisions[i % 4], CAPABILITIES[i % 3], BATCHES[i // 2 % 2], OUTPUTS[i % 2])
+        for i, name in enumerate(SMALL)
+    )
+
+
+QUICK = _one_a_family()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_turing_is_built_for_in_half_precision_or_explains_itself(precision: str, photographs: Path, tmp_path: Path):
+    graph = family("mobilenet", photographs, dynamic=False).graph(precision, features=False)
+    if "fp16" in precision:
+        assert lower(graph, tmp_path, LowerOptions(target="t4")).requires["compute_capability"] == "sm75"
+        return
+    with pytest.raises(ExportError, match=r"no FP32 matrix product for sm75 \(Turing\).*float_dtype='fp16'"):
+        lower(graph, tmp_path, LowerOptions(target="t4"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_family_is_here_and_every_choice_is_made_in_the_quick_cases():
+    assert list(SMALL) == list(FAMILIES)
+    chosen = [set(choices) for choices in zip(*QUICK, strict=True)]
+    assert chosen == [set(SMALL), set(PRECISIONS), set(CAPABILITIES), set(BATCHES), set(OUTPUTS)]
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "capability", "batch", "outputs"),
+    [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in EVERY],
+)
+def test_a_family_is_built(
+    name: str, precision: str, capability: str, batch: str, outputs: str, photographs: Path, tmp_path: Path
+):
+    case = family(name, photographs, dynamic=batch == "dynamic")
+    graph = case.graph(precision, features=outputs == "features")
+    if precision.startswith("int8"):
+        assert quantize_layers(ir.to_proto(graph.model))["QuantizeLinear INT8"] > 3
+    engine = lower(graph, tmp_path, LowerOptions(target=capability), time_limit=300)
+    assert (tmp_path / engine.file).stat().st_size > 100_000
+    assert engine.requires["compute_capability"] == capability

@@ -1,1 +1,0 @@
-"""Tests of deploykit.runtimes."""
