@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from deploykit.backbones.base import BaseBackbone
-from deploykit.backbones.registry import build_requested, describe
+from deploykit.backbones.registry import build_requested, describe, is_known
 from deploykit.backbones.request import BackboneRequest, is_module
 from deploykit.backbones.timm_models import build_requested_timm
 from deploykit.backbones.user_module import wrap_module
@@ -38,7 +38,7 @@ def build_any(name: Any, asked: BackboneRequest) -> BaseBackbone:
     text = os.fspath(name)
     if text.startswith("timm/"):
         return build_requested_timm(text, asked)
-    if os.sep in text or Path(text).exists():
+    if os.sep in text or (Path(text).exists() and not is_known(text)):
         raise BundleError(
             f"{text}: a path, but not a bundle (no manifest.json in it). Export one with deploykit export."
         )
