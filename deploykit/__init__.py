@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from deploykit.backbones.base import BaseBackbone
     from deploykit.backbones.feature_cache import FeatureCache
     from deploykit.backbones.memory_efficient import memory_efficient
-    from deploykit.backbones.necks import FeaturePyramid, FeatureSelector, PathAggregation, WithNeck
+    from deploykit.backbones.necks import FeaturePyramid, FeatureSelector, PathAggregation, WithNeck, build_fpn
     from deploykit.backbones.registry import backbone_names, register_backbone
     from deploykit.calibration.images import CalibrationSet, load_images
     from deploykit.errors import (
@@ -60,6 +60,7 @@ _PUBLIC = {
     "FeaturePyramid": "backbones.necks",
     "PathAggregation": "backbones.necks",
     "WithNeck": "backbones.necks",
+    "build_fpn": "backbones.necks",
     "FeatureCache": "backbones.feature_cache",
     "Features": "feature_dict",
     "compressed_activations": "backbones.activation_compression",
@@ -123,6 +124,7 @@ __all__ = [
     "WithNeck",
     "__version__",
     "backbone_names",
+    "build_fpn",
     "compressed_activations",
     "create_backbone",
     "export_backbone",

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deploykit.backbones.feature_tree import register_features
 from deploykit.backbones.module_copy import copy_module, detached
+from deploykit.backbones.own_forward import to_numpy, to_tensor, with_indices
 from deploykit.backends.input_checks import check_images
 from deploykit.errors import SpecError, nearest
 from deploykit.feature_dict import Features
@@ -98,13 +99,17 @@ class BaseBackbone(nn.Module):
     ``(N, num_classes)`` logits, or the pooled ``(N, D)`` embedding when ``num_classes=0``. NumPy in gives NumPy
     out, without autograd.
 
-    To make a family of your own: subclass, fill ``variants`` (name to a dataclass that has a
-    ``pretrained: PretrainedSource | None``), and decorate with
-    `deploykit.backbones.registry.register_backbone`.
+    To make a backbone of your own: subclass, call ``super().__init__()`` and ``self.build_backbone(config)``, and
+    define ``forward``, which returns a dict of maps, a list of them, or logits. `create_backbone` takes it, and finds
+    its levels by running it once.
+
+    To make a family of your own, whose variants are built by name: fill ``variants`` (name to a dataclass that has a
+    ``pretrained: PretrainedSource | None``), take ``(name, options)``, define `forward_levels`, `forward_head` and
+    `stage_modules` instead of ``forward``, and decorate with `deploykit.backbones.registry.register_backbone`.
     """
 
-    family: ClassVar[str]
-    variants: ClassVar[Mapping[str, Any]]
+    family: ClassVar[str] = "custom"
+    variants: ClassVar[Mapping[str, Any]] = {}
     output_strides: ClassVar[tuple[int, ...]] = (32,)
     """The values of ``output_stride`` that the family can make."""
     why_not_output_stride: ClassVar[str] = "its stages cannot be dilated"
@@ -127,8 +132,9 @@ class BaseBackbone(nn.Module):
     guesses_preprocessing: bool = False
     """Whether ``input_spec.preprocessing`` is the variant's, with weights of the user's own that say nothing of it."""
 
-    def __init__(self, name: str, options: BackboneOptions) -> None:
+    def __init__(self, name: str | None = None, options: BackboneOptions | None = None) -> None:
         super().__init__()
+        name, options = name or type(self).__name__.lower(), options or BackboneOptions()
         if options.output_stride not in self.output_strides:
             raise SpecError(
                 f"{name} cannot make output_stride={options.output_stride}: {self.why_not_output_stride}. "
@@ -149,6 +155,22 @@ class BaseBackbone(nn.Module):
         self.precision = Fp32()
         self.grad_checkpointing = False
         self._frozen_stages: tuple[str, ...] = ()
+
+    def build_backbone(self, config: Any) -> None:
+        """Make the modules of a backbone of your own; a subclass defines it, and calls it in ``__init__``.
+
+        Raises:
+            SpecError: the subclass has none.
+        """
+        raise SpecError(
+            f"{type(self).__name__} has no build_backbone(config). Define it, and make the modules there; or build one "
+            "by name with create_backbone."
+        )
+
+    @property
+    def is_described(self) -> bool:
+        """Whether the levels and the input are known; not so where `forward` alone was defined (see `wrap_module`)."""
+        return "spec" in self.__dict__
 
     def finish(self, levels: Sequence[FeatureLevel], *, pretrained: PretrainedSource | None) -> None:
         """Record the levels that the family has; a subclass calls it at the end of ``__init__``.
@@ -239,17 +261,29 @@ class BaseBackbone(nn.Module):
         Raises:
             SpecError: wrong type, rank, channels, size or dtype, or NaN or infinity in the images.
         """
+        if not self.is_described:
+            return self._run_own_forward(images, *args, **kwargs)
         if torch.compiler.is_compiling() or isinstance(images, torch.fx.Proxy):
             return super().__call__(images, *args, **kwargs)
         if isinstance(images, np.ndarray):
             with torch.inference_mode():
                 # A copy: torch warns at memory that it may not write, and a module may write into its input.
                 checked = torch.tensor(check_images(images, self._spec_for(images.shape)))
-                return _to_numpy(self(checked.to(computes_in(self).device)))
+                return to_numpy(self(checked.to(computes_in(self).device)))
         self._check_tensor(images)
         dtype = computes_in(self).dtype
         outputs = super().__call__(images.to(dtype), *args, **kwargs)
         return outputs if dtype == torch.float32 else _to_float(outputs)
+
+    def _run_own_forward(self, images: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the ``forward`` of a subclass that defines nothing else."""
+        if type(self).forward is BaseBackbone.forward:
+            raise SpecError(f"{self.name} defines no forward(images). Define it, or call self.finish(levels).")
+        if isinstance(images, Tensor):
+            return with_indices(super().__call__(images, *args, **kwargs), images)
+        anchor = computes_in(self)
+        with torch.inference_mode():
+            return to_numpy(self(to_tensor(images, anchor.device).to(anchor.dtype), *args, **kwargs))
 
     @property
     def device(self) -> str:
@@ -399,12 +433,6 @@ class _StatisticsKept:
             for name, buffer in buffers.items():
                 setattr(norm, name, buffer)
         self._kept = []
-
-
-def _to_numpy(outputs: Any) -> Any:
-    if isinstance(outputs, Features):
-        return outputs.map(_to_numpy)
-    return outputs.float().cpu().numpy()
 
 
 def _to_float(outputs: Any) -> Any:

@@ -7,14 +7,17 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from deploykit.backbones.base import BaseBackbone
+from deploykit.backbones.necks import FeaturePyramid
 from deploykit.backbones.registry import build_requested, describe, is_known
 from deploykit.backbones.request import BackboneRequest, is_module
 from deploykit.backbones.timm_models import build_requested_timm
 from deploykit.backbones.user_module import wrap_module
-from deploykit.errors import BundleError, SpecError
+from deploykit.errors import BundleError, DeployKitError, SpecError
+from deploykit.spec import InputSpec
 from deploykit.unset import UNSET
 
 
@@ -31,7 +34,7 @@ def build_any(name: Any, asked: BackboneRequest) -> BaseBackbone:
             f"{name!r} embeds its preprocessing already; expected the backbone inside it. "
             "Give model.backbone, and embed_preprocessing=True."
         )
-    if isinstance(name, BaseBackbone):
+    if isinstance(name, BaseBackbone) and name.is_described:
         return _as_built(name, asked)
     if is_module(name):
         return _wrap(name, asked)
@@ -67,18 +70,48 @@ def _as_built(backbone: BaseBackbone, asked: BackboneRequest) -> BaseBackbone:
 
 
 def _wrap(module: nn.Module, asked: BackboneRequest) -> BaseBackbone:
-    """A user's own module, which decides everything but the size, the channels and the levels returned."""
+    """A user's own module, which decides everything but the size, the channels and the levels returned.
+
+    Around one of deploykit's backbones it takes that one's images, where nothing else was asked for.
+    """
     taken = {"image_size", "in_channels", "output_indices", "features_only", "labels", "preprocessing"}
     if refused := sorted(asked.given() - taken):
         raise SpecError(
             "a module of your own comes with its weights and its head; expected image_size, in_channels, "
             f"output_indices, labels and preprocessing beside it, and got {', '.join(refused)} too. Leave out the rest."
         )
+    inside = next((part for part in module.modules() if isinstance(part, BaseBackbone) and part.is_described), None)
+    taken_by = InputSpec() if inside is None else inside.input_spec
+    size = asked.image_size or (taken_by.height, taken_by.width)
+    channels = taken_by.channels if asked.in_channels is UNSET else asked.in_channels
+    _make_pyramids(module, (1, channels, *size))
     backbone = wrap_module(
         module,
-        image_size=asked.image_size or (224, 224),
-        in_channels=3 if asked.in_channels is UNSET else asked.in_channels,
+        image_size=size,
+        in_channels=channels,
         output_indices=asked.output_indices,
+        preprocessing=taken_by.preprocessing,
     )
     describe(backbone, asked)
     return backbone
+
+
+def _make_pyramids(module: nn.Module, shape: tuple[int, ...]) -> None:
+    """Run a module once where a feature pyramid in it has still to make its convolutions."""
+    if all(part.is_built for part in module.modules() if isinstance(part, FeaturePyramid)):
+        return
+    training = {part: part.training for part in module.modules()}
+    anchor = next(module.parameters(), torch.zeros(()))
+    try:
+        with torch.no_grad():
+            module.eval()(torch.zeros(shape, dtype=anchor.dtype, device=anchor.device))
+    except DeployKitError:
+        raise
+    except Exception as error:  # the user's own code
+        raise SpecError(
+            f"{type(module).__name__} fails on images {shape} ({type(error).__name__}). "
+            "Check image_size and in_channels."
+        ) from error
+    finally:
+        for part, mode in training.items():
+            part.training = mode

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from deploykit.backbones.base import BaseBackbone
+from deploykit.backbones.user_module import described
 from deploykit.backbones.weights import weights_digest
 from deploykit.errors import SpecError
 from deploykit.feature_dict import Features
@@ -62,7 +63,7 @@ class FeatureCache:
     ) -> None:
         if max_bytes < 0 or max_folder_bytes < 0:
             raise SpecError(f"max_bytes={max_bytes}, max_folder_bytes={max_folder_bytes}; expected 0 or more.")
-        self.backbone = backbone
+        self.backbone = backbone = described(backbone)
         self.max_bytes = max_bytes
         self.hits = 0
         self.misses = 0

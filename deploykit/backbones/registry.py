@@ -32,15 +32,25 @@ FAMILIES: dict[str, str] = {
 
 ALIASES: dict[str, str] = {
     "resnet": "resnet50",
+    "res_net": "resnet50",
+    "efficient": "efficientnet_b0",
     "efficient_net": "efficientnet_b0",
     "efficientnet": "efficientnet_b0",
     "regnet": "regnety_008",
+    "reg_net": "regnety_008",
     "mobilenet": "mobilenetv3_large_100",
+    "mobile_net": "mobilenetv3_large_100",
     "vit": "vit_small_patch16_224",
+    "vision_transformer": "vit_small_patch16_224",
     "hybrid": "mobilevit_s",
+    "mobilevit": "mobilevit_s",
+    "mobile_vit": "mobilevit_s",
+    "coatnet": "coatnet_0_rw_224",
     "coatnet_0": "coatnet_0_rw_224",
     "convnext": "convnext_tiny",
+    "conv_next": "convnext_tiny",
     "swin": "swin_tiny_patch4_window7_224",
+    "swin_transformer": "swin_tiny_patch4_window7_224",
 }
 """Short names to the variant that they stand for."""
 

@@ -78,6 +78,11 @@ class ModuleBackbone(BaseBackbone):
         return {**dict.fromkeys(names[:-1], ()), names[-1]: (self.module,)}
 
 
+def described(backbone: BaseBackbone) -> BaseBackbone:
+    """A backbone with its levels: itself, or wrapped where it defines ``forward`` alone; see `wrap_module`."""
+    return backbone if backbone.is_described else wrap_module(backbone, (224, 224))
+
+
 def wrap_module(
     module: nn.Module,
     image_size: int | tuple[int, int],
@@ -107,7 +112,7 @@ def wrap_module(
         SpecError: the module fails on zeros, has no weights, takes more than the images, is quantized, or
             gives something else; the message names what is at fault.
     """
-    if isinstance(module, BaseBackbone):
+    if isinstance(module, BaseBackbone) and module.is_described:
         return module
     size = parse_image_size(image_size)
     module = unwrapped(module)
