@@ -17,10 +17,10 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
 from deploykit.backbones.feature_tree import register_features
+from deploykit.backbones.kept_statistics import KeptStatistics
 from deploykit.backbones.module_copy import copy_module, detached
 from deploykit.backbones.own_forward import to_numpy, to_tensor, with_indices
 from deploykit.backends.input_checks import check_images
@@ -328,7 +328,7 @@ class BaseBackbone(nn.Module):
         elif torch.compiler.is_compiling():  # the compiler refuses contexts, and leaves statistics alone itself
             output = checkpoint(stage, features, use_reentrant=False)
         else:
-            contexts = (nullcontext(), _StatisticsKept(stage))
+            contexts = (nullcontext(), KeptStatistics(stage))
             output = checkpoint(stage, features, use_reentrant=False, context_fn=lambda: contexts)
         return output
 
@@ -411,28 +411,6 @@ def computes_in(module: nn.Module) -> Tensor:
     """The tensor whose dtype and device a module computes in: its first parameter, or buffer, in floating point."""
     tensors = chain(module.parameters(), module.buffers())
     return next((tensor for tensor in tensors if tensor.dtype in FLOATS), torch.zeros(()))
-
-
-class _StatisticsKept:
-    """Within it, the stage's norms in training mode move copies of their running statistics, which are then dropped."""
-
-    def __init__(self, stage: nn.Module) -> None:
-        self._stage = stage
-        self._kept: list[tuple[nn.Module, dict[str, Tensor]]] = []
-
-    def __enter__(self) -> None:
-        norms = [module for module in self._stage.modules() if isinstance(module, _NormBase) and module.training]
-        self._kept = [(norm, dict(norm.named_buffers(recurse=False))) for norm in norms]
-        # Copies and not None: autograd saves the statistics, and a checkpoint wants as many tensors saved again.
-        for norm, buffers in self._kept:
-            for name, buffer in buffers.items():
-                setattr(norm, name, buffer.clone())
-
-    def __exit__(self, *raised: object) -> None:
-        for norm, buffers in self._kept:
-            for name, buffer in buffers.items():
-                setattr(norm, name, buffer)
-        self._kept = []
 
 
 def _to_float(outputs: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from deploykit.backbones.base import BaseBackbone
+from deploykit.backbones.module_copy import copy_module, share
 from deploykit.backbones.necks import FeaturePyramid
 from deploykit.backbones.registry import build_requested, describe, is_known
 from deploykit.backbones.request import BackboneRequest, is_module
@@ -64,7 +64,8 @@ def _as_built(backbone: BaseBackbone, asked: BackboneRequest) -> BaseBackbone:
         )
     if not asked.given() & described:
         return backbone
-    other = copy.copy(backbone)  # shares the weights; the caller's own stays as it is
+    other = copy_module(backbone, share)
+    assert isinstance(other, BaseBackbone)  # noqa: S101  (a copy has its original's type)
     describe(other, asked)
     return other
 
