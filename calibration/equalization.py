@@ -40,8 +40,7 @@ def equalization_passes(
     if not isinstance(alpha, float | int):
         return ()
     size = spec.batch if isinstance(spec.batch, int) else 4
-    starts = range(0, max(len(images) - size, 0) + 1, size)
-    batches = [images[np.arange(start, start + size) % len(images)] for start in starts]
+    batches = [images[np.arange(start, start + size) % len(images)] for start in range(0, len(images), size)]
 
     def rewrite(module: GraphModule) -> int:
         return equalize(module, batches, alpha=alpha)

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from deploykit.arrays import FloatArray
 from deploykit.calibration.placement import Placement, place, without
-from deploykit.calibration.ranges import ActivationRange, TensorStatistics, quantize_weight
+from deploykit.calibration.ranges import STATISTICS_VERSION, ActivationRange, TensorStatistics, quantize_weight
 from deploykit.calibration.rounded_weight import RoundedWeight
 from deploykit.calibration.statistics import Statistics
 from deploykit.errors import CalibrationError
@@ -151,7 +151,8 @@ def constants_digest(model: ir.Model) -> str:
 def plan_key(weights_digest: str, images_digest: str, settings: Int8) -> str:
     """Return the key of a plan: equal keys give equal plans."""
     settings = settings.filled()
-    text = "\n".join((weights_digest, images_digest, str(settings.calibrator), str(settings.percentile)))
+    statistics = f"statistics {STATISTICS_VERSION}"
+    text = "\n".join((weights_digest, images_digest, statistics, str(settings.calibrator), str(settings.percentile)))
     parts = (settings.bias_correction, settings.equalization, settings.float_dtype, bool(settings.reduce_range))
     switches = "\n".join(map(str, (*parts, settings.rounding, settings.weight_scales)))
     return hashlib.sha256(f"{text}\n{switches}".encode()).hexdigest()

@@ -1,7 +1,8 @@
 """Streaming statistics of activations, and the range that each calibrator picks from them.
 
 Memory is constant in the number of images: a tensor keeps its exact minimum and maximum and a
-histogram of evenly spaced samples, whose bins double in width whenever a value falls outside.
+histogram, whose bins double in width whenever a value falls outside. A large tensor's outer values are all
+counted, and its inner ones by a sample that favours no row, column, channel or token.
 """
 
 from __future__ import annotations
@@ -14,12 +15,21 @@ import numpy.typing as npt
 
 from deploykit.errors import CalibrationError
 from deploykit.parity.report import MAX_SQNR_DB
+from deploykit.sampling import sample_positions
 from deploykit.spec import Int8
 
+STATISTICS_VERSION = 2
+"""Part of the keys of cached plans and engines: raise it where equal images give other statistics."""
 BINS = 2048
 _FACTS = 6
 """How many numbers a histogram's state holds before its counts."""
 SAMPLES_PER_IMAGE = 16384
+MOST_SAMPLES = 2**20
+"""How many values of one batch are sampled at most: the first axis may be tokens or windows, and not images."""
+TAIL_SHARE = 128
+"""One of so many sampled values lies beyond each of the two limits outside which every value is counted."""
+TAIL_CHUNK = 2**18
+"""How many values are compared with the limits at once."""
 ENTROPY_LEVELS = 128
 """What TensorRT's calibrator rounds magnitudes to: 8 bits less the sign."""
 ENTROPY_STEP = 8
@@ -48,7 +58,7 @@ class ActivationRange:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorStatistics:
-    """What calibration saw of one tensor: exact ends, mean and standard deviation of its sampled values.
+    """What calibration saw of one tensor: exact ends, estimated mean and standard deviation of all its values.
 
     ``sqnr_db`` is the signal over the noise that rounding to the chosen uint8 range makes, in dB.
     """
@@ -67,15 +77,15 @@ class Histogram:
         self.low = np.inf
         self.high = -np.inf
         self._edge = 0.0  # the bins cover -edge..edge
-        self._counts = np.zeros(BINS, np.int64)
-        self._samples = 0
+        self._counts = np.zeros(BINS, np.float64)
+        self._seen = 0  # values, sampled or not
         self._sum = 0.0
         self._squares = 0.0
 
     def state(self) -> npt.NDArray[np.float64]:
-        """All that it holds, exactly, as one vector: counts stay below 2**53."""
-        facts = (self.low, self.high, self._edge, self._samples, self._sum, self._squares)
-        return np.concatenate([np.array(facts, np.float64), self._counts.astype(np.float64)])
+        """All that it holds, exactly, as one vector: the number of values stays below 2**53."""
+        facts = (self.low, self.high, self._edge, self._seen, self._sum, self._squares)
+        return np.concatenate([np.array(facts, np.float64), self._counts])
 
     @classmethod
     def of(cls, state: Array) -> Histogram:
@@ -88,32 +98,44 @@ class Histogram:
             raise ValueError(f"a histogram's state is {state.shape} {state.dtype}, not ({_FACTS + BINS},) float64")
         histogram = cls()
         histogram.low, histogram.high, histogram._edge = (float(value) for value in state[:3])
-        histogram._samples, histogram._sum, histogram._squares = int(state[3]), float(state[4]), float(state[5])
-        histogram._counts = state[_FACTS:].astype(np.int64)
+        histogram._seen, histogram._sum, histogram._squares = int(state[3]), float(state[4]), float(state[5])
+        histogram._counts = state[_FACTS:].copy()
         return histogram
 
     def update(self, values: Array) -> None:
-        """Add one batch of the tensor, of any shape.
+        """Add one batch of the tensor, of any shape and layout; images along its first axis, if it has any.
 
         Raises:
-            CalibrationError: NaN or infinity in the values.
+            CalibrationError: no values, or NaN or infinity among them.
         """
+        if not values.size:
+            raise CalibrationError(f"an activation has shape {values.shape}, which holds no values. Check the images.")
         low, high = float(values.min()), float(values.max())
         if not np.isfinite(low) or not np.isfinite(high):
             raise CalibrationError("an activation is NaN or infinite in FP32. Check the images and the weights.")
         self.low, self.high = min(self.low, low), max(self.high, high)
         self._widen(max(abs(low), abs(high)))
         flat = values.reshape(-1)
-        step = max(1, flat.size // (SAMPLES_PER_IMAGE * values.shape[0]))
-        samples = flat[::step].astype(np.float64)  # float32 has no 2048 bins below its least normal number
-        self._samples += samples.size
-        self._sum += float(samples.sum())
-        self._squares += float(np.square(samples).sum())
+        count = min(SAMPLES_PER_IMAGE * (len(values) if values.ndim else 1), MOST_SAMPLES)
+        if flat.size < 2 * count:
+            self._count(flat, 1.0)
+        else:
+            # The number of values seen so far gives other positions in each batch, also after a stop.
+            tails, inner = _split(flat, flat[sample_positions(flat.size, count, first=self._seen)])
+            self._count(tails, 1.0)
+            self._count(inner, (flat.size - tails.size) / inner.size)
+        self._seen += flat.size
+
+    def _count(self, values: Array, weight: float) -> None:
+        """Add values, each of which stands for ``weight`` values of the tensor."""
+        samples = values.astype(np.float64)  # float32 has no 2048 bins below its least normal number
+        self._sum += weight * float(samples.sum())
+        self._squares += weight * float(np.square(samples).sum())
         if self._edge > 0:
             samples += self._edge
             samples *= BINS / 2 / self._edge
             bins = samples.astype(np.int64)
-            self._counts += np.bincount(np.minimum(bins, BINS - 1), minlength=BINS)
+            self._counts += weight * np.bincount(np.minimum(bins, BINS - 1), minlength=BINS)
 
     def _widen(self, magnitude: float) -> None:
         if self._edge == 0.0:
@@ -125,9 +147,9 @@ class Histogram:
 
     def statistics(self, chosen: ActivationRange) -> TensorStatistics:
         """What was seen, and how well a range rounds it."""
-        mean = self._sum / self._samples
+        mean = self._sum / self._seen
         used = np.flatnonzero(self._counts)
-        signal = self._squares / self._samples
+        signal = self._squares / self._seen
         noise = 0.0
         if len(used):
             counts = self._counts[used]
@@ -163,7 +185,8 @@ class Histogram:
         return ActivationRange(low=low, high=high, amax=amax)
 
     def _percentile(self, low: float, high: float, percent: float) -> tuple[float, float]:
-        share = np.cumsum(self._counts) / self._counts.sum()
+        share = np.cumsum(self._counts)
+        share /= share[-1]
         edges = np.linspace(-self._edge, self._edge, BINS + 1)
         tail = (1 - percent / 100) / (2 if low < 0 < high else 1)
         lower = edges[np.searchsorted(share, tail, side="right")] if low < 0 else 0.0
@@ -176,7 +199,7 @@ class Histogram:
         After Migacz 2017, "8-bit Inference with TensorRT", over the histogram of magnitudes. The bin
         at 0 counts as much as its neighbour: every rounding keeps the zeros that a ReLU leaves.
         """
-        counts = (self._counts[BINS // 2 :] + self._counts[: BINS // 2][::-1]).astype(np.float64)
+        counts = self._counts[BINS // 2 :] + self._counts[: BINS // 2][::-1]
         counts[0] = counts[1]
         if not counts.any():
             return self._edge
@@ -199,6 +222,19 @@ class Histogram:
             best = min(shares, key=lambda share: _error(centres, counts, low * share, high, levels))
             low *= best
         return float(low), float(high)
+
+
+def _split(flat: Array, sampled: Array) -> tuple[Array, Array]:
+    """Every value beyond the sample's outermost ones, and the samples that are not.
+
+    A corner or a class token is too few values for a sample to count, and may be what a range depends on.
+    """
+    beyond = sampled.size // TAIL_SHARE
+    ordered = np.partition(sampled, (beyond, sampled.size - 1 - beyond))
+    low, high = ordered[beyond], ordered[-1 - beyond]
+    chunks = (flat[start : start + TAIL_CHUNK] for start in range(0, flat.size, TAIL_CHUNK))
+    tails = np.concatenate([chunk[(chunk < low) | (chunk > high)] for chunk in chunks])
+    return tails, sampled[(sampled >= low) & (sampled <= high)]
 
 
 def _error(centres: Array, counts: Array, low: float, high: float, levels: int) -> float:

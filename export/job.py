@@ -11,6 +11,7 @@ from deploykit.backends.backend import Backend, resolve
 from deploykit.backends.table import EVALUATOR, engine_names, load_backend
 from deploykit.calibration.images import CalibrationSet
 from deploykit.calibration.precision import check_images_given
+from deploykit.calibration.ranges import STATISTICS_VERSION
 from deploykit.calibration.recipes import with_recipe
 from deploykit.errors import SpecError, nearest
 from deploykit.export.network_digest import network_digest
@@ -71,6 +72,7 @@ class ExportJob:
             "portable": options.portable,
             "build_options": options.build,
             "tools": tool_versions(),
+            "statistics": STATISTICS_VERSION,
             "deploykit": deploykit.__version__,
         }
 

@@ -13,13 +13,12 @@ import numpy.typing as npt
 from deploykit.errors import BundleError, DeployKitError, ParityError, SpecError
 from deploykit.npz import read_npz
 from deploykit.parity.compare import LOGITS, check_levels
+from deploykit.sampling import hashed_fractions
 
 MAX_VALUES = 16384
 """How many values of each output are kept an image; logits are kept whole."""
 
 FloatArray: TypeAlias = npt.NDArray[np.float32]
-
-_GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -150,14 +149,14 @@ def capture(images: FloatArray, outputs: Mapping[str, npt.NDArray[Any]]) -> Pari
 def choose_positions(size: int, *, whole: bool = False) -> npt.NDArray[np.int64]:
     """Ascending positions in a flat output of ``size`` values: all, or one in each of `MAX_VALUES` equal cells.
 
-    Where in its cell follows the golden ratio: a fixed step would divide the width of most maps and
-    see only a few of their columns.
+    Where in its cell follows a hash (see `deploykit.sampling`): a fixed step divides the width of most maps and
+    sees only a few of their columns.
     """
     if whole or size <= MAX_VALUES:
         return np.arange(size, dtype=np.int64)
     cells = np.arange(MAX_VALUES, dtype=np.int64)
     starts, ends = cells * size // MAX_VALUES, (cells + 1) * size // MAX_VALUES
-    return starts + np.floor((cells * _GOLDEN) % 1.0 * (ends - starts)).astype(np.int64)
+    return starts + np.floor(hashed_fractions(0, MAX_VALUES) * (ends - starts)).astype(np.int64)
 
 
 def _take(output: npt.NDArray[Any], positions: npt.NDArray[np.int64]) -> FloatArray:

@@ -9,6 +9,7 @@ from torch import nn
 
 from deploykit.backends.onnxruntime import passes as onnxruntime
 from deploykit.backends.openvino import passes as openvino
+from deploykit.calibration import equalization
 from deploykit.calibration.equalization import equalization_passes, equalize
 from deploykit.calibration.images import calibration_set
 from deploykit.export.graphs import output_specs
@@ -140,3 +141,16 @@ def test_only_int8_with_images_is_equalized(images):
     assert equalization_passes(Int8(equalization=None), calibration, SPEC) == ()
     (step,) = equalization_passes(Int8(), calibration, SPEC)
     assert step.name == "equalize-channels"
+
+
+@pytest.mark.parametrize("batch", [1, 3, 5, 12, 16, 20])
+def test_every_sampled_image_is_measured_whatever_the_batch(batch, monkeypatch):
+    """A last partial batch is filled up, and not left out."""
+    images = np.random.default_rng(0).normal(size=(16, 3, SIDE, SIDE)).astype(np.float32)
+    measured = []
+    monkeypatch.setattr(equalization, "equalize", lambda module, batches, *, alpha: measured.extend(batches) or 0)
+    spec = InputSpec(batch=batch, height=SIDE, width=SIDE)
+    (step,) = equalization_passes(Int8(), calibration_set(images, spec), spec)
+    step.rewrite(None)
+    assert {len(each) for each in measured} == {batch}
+    assert {image.tobytes() for image in np.concatenate(measured)} == {image.tobytes() for image in images}
