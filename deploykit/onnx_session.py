@@ -48,9 +48,9 @@ def graph_batch(model: ir.Model) -> int:
 
 
 def batches_of(images: npt.NDArray[np.float32], size: int, count: int) -> list[npt.NDArray[np.float32]]:
-    """Cut ``count`` images, repeated where there are fewer, into whole batches of ``size``."""
-    chosen = images[np.arange(max(size, count)) % len(images)]
-    return [chosen[start : start + size] for start in range(0, len(chosen) - size + 1, size)]
+    """Cut at least ``count`` images, repeated where there are fewer, into whole batches of ``size``."""
+    chosen = images[np.arange(-(-count // size) * size) % len(images)]
+    return [chosen[start : start + size] for start in range(0, len(chosen), size)]
 
 
 def values_of(whole: ir.Model, names: Sequence[str], images: npt.NDArray[Any]) -> Arrays:

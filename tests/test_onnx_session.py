@@ -46,6 +46,13 @@ def test_images_are_repeated_to_whole_batches(size, count, rows):
         np.testing.assert_array_equal(batch, IMAGES[chosen])
 
 
+@pytest.mark.parametrize(("size", "count"), [(3, 4), (4, 10), (7, 10), (12, 10)])
+def test_no_image_is_left_out_where_the_batch_does_not_divide_their_number(size, count):
+    found = batches_of(np.arange(10), size, count)
+    assert {len(batch) for batch in found} == {size}
+    assert set(np.concatenate(found)) >= set(range(count))
+
+
 def test_inner_tensors_are_computed_and_the_graph_stays():
     model = model_of(1)
     found = values_of(model, ["images", "added"], IMAGES)
