@@ -12,6 +12,9 @@ from typing import Any, TypeAlias
 
 from deploykit.errors import SpecError
 
+LABELS_FILE = "labels.txt"
+"""The class names in a bundle, one a line."""
+
 LABEL_FILES: dict[str, str] = {"imagenet-1k": "imagenet_labels.txt"}
 """Label set to its file in deploykit/data: one name a line, in the order of the class index."""
 

@@ -31,6 +31,7 @@ from deploykit.export.to_onnx import to_onnx
 from deploykit.export.trace import output_names, trace
 from deploykit.fusion.pipeline import FusionRecord, export_passes, fuse
 from deploykit.graph import Master, OnnxGraph, TorchProgram
+from deploykit.labels import LABELS_FILE
 from deploykit.parity.reference import capture
 from deploykit.parity.report import ParityReport
 from deploykit.progress import ImagesCalibrated, Progress, StageStarted, quiet
@@ -40,7 +41,6 @@ SEARCH_FILE = "mixed-precision.json"
 RECIPES_FILE = "recipes.json"
 PARITY_FILE = "parity.json"
 REFERENCE_FILE = "reference.npz"
-LABELS_FILE = "labels.txt"
 
 
 @dataclass(frozen=True, kw_only=True)

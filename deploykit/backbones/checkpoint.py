@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from deploykit.backbones.checkpoint_names import (
+    IN_FOLDERS,
+    INDEX,
+    SAFETENSORS,
+    SUFFIXES,
+    checkpoint_in,
+    is_checkpoint_name,
+)
 from deploykit.backbones.pickle_allowlist import allowed_globals
 from deploykit.errors import WeightsError
 from deploykit.optional import require
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-SAFETENSORS = ".safetensors"
-INDEX = ".index.json"
-SUFFIXES = (SAFETENSORS, ".pth", ".pt", ".bin", ".ckpt", ".tar", INDEX)
-"""What a checkpoint file ends with; all but safetensors are read with ``torch.load(weights_only=True)``."""
-
-IN_FOLDERS = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}")
-"""The checkpoint of a folder that was written for the model hub, the first that is there."""
 
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _REFUSED_GLOBAL = re.compile(r"(?:Unsupported global|unsupported GLOBAL|Unsupported class):? *(?:GLOBAL )?([\w.]+)")
@@ -41,16 +41,6 @@ class CheckpointFile:
     path: Path
     content: Mapping[Any, Any]
     metadata: Mapping[str, str] = field(default_factory=dict)
-
-
-def is_checkpoint_name(name: str) -> bool:
-    """Whether a file's name ends as a checkpoint's does."""
-    return name.lower().endswith(SUFFIXES)
-
-
-def checkpoint_in(folder: Path) -> Path | None:
-    """The checkpoint in a folder of the model hub's layout; None where there is none."""
-    return next((folder / name for name in IN_FOLDERS if (folder / name).is_file()), None)
 
 
 def read_checkpoint(path: Path) -> CheckpointFile:

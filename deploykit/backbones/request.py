@@ -120,16 +120,29 @@ def _indices(given: Any) -> tuple[int, ...] | None:
 def completed(given: Preprocessing | Mapping[str, Any], spec: InputSpec) -> Preprocessing:
     """A preprocessing, with the fields that were not given from what the model has.
 
+    One number as ``mean`` or ``std`` is that of every channel.
+
     Raises:
-        SpecError: a mean and standard deviation for other channels than the model's.
+        SpecError: a mean and standard deviation for other channels than the model's, or values that cannot be.
     """
-    whole = given if isinstance(given, Preprocessing) else replace(spec.preprocessing, **given)
+    whole = given if isinstance(given, Preprocessing) else _changed(spec.preprocessing, given, spec.channels)
     if len(whole.mean) != spec.channels:
         raise SpecError(
             f"the preprocessing has mean and std for {len(whole.mean)} channels, and the backbone takes "
             f"{spec.channels}. Give one value for each channel."
         )
     return whole
+
+
+def _changed(preprocessing: Preprocessing, given: Mapping[str, Any], channels: int) -> Preprocessing:
+    values = dict(given)
+    try:
+        for name in values.keys() & {"mean", "std"}:
+            listed = (values[name],) if isinstance(values[name], (int, float)) else tuple(values[name])
+            values[name] = tuple(map(float, listed * channels if len(listed) == 1 else listed))
+        return replace(preprocessing, **values)
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"the preprocessing {dict(given)} cannot be: {error}") from error
 
 
 def _check_preprocessing(given: Any) -> None:

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from deploykit.backbones.base import BaseBackbone, PretrainedSource
-from deploykit.backbones.checkpoint import SUFFIXES, checkpoint_in, is_checkpoint_name, read_checkpoint
+from deploykit.backbones.checkpoint import read_checkpoint
 from deploykit.backbones.checkpoint_config import CheckpointConfig, read_config
 from deploykit.backbones.checkpoint_layout import FoundState, Place, find_state
+from deploykit.backbones.checkpoint_names import SUFFIXES, checkpoint_in, is_checkpoint_name
 from deploykit.backbones.fit import TensorLayout, fit_state, layout_of, settle_channels, settle_classes, warn_of_rest
 from deploykit.backbones.request import BackboneRequest, Pretrained
 from deploykit.backbones.weight_packages import installed_offers
@@ -219,6 +220,20 @@ def check_config(config: CheckpointConfig, name: str, classes: int | None, sourc
             f"{config.source} says num_classes={config.num_classes}, and the classifier in {source} has {classes} "
             f"classes. Fix: correct what it says{away}."
         )
+
+
+def architecture_of(path: Path) -> str | None:
+    """The name of the network in a checkpoint file, where the file says it: a variant, or ``timm/<name>``.
+
+    Raises:
+        WeightsError: the file cannot be read.
+    """
+    from deploykit.backbones.registry import backbone_names
+
+    file = read_checkpoint(path)
+    said = (read_config(file.path, file.content, file.metadata).architecture or "").removeprefix("timm/")
+    base = said.partition(".")[0]
+    return base if base in backbone_names() else f"timm/{base}" if base else None
 
 
 def load_pretrained(

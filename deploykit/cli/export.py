@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from deploykit.backends.table import EVALUATOR
 from deploykit.cli import export_options as opt
+from deploykit.cli.backbone_options import BackboneChoice, takes_backbone
 from deploykit.cli.output import JsonFlag, input_text, show, show_json, size_text
+from deploykit.labels import LABELS_FILE
 from deploykit.options import ExportOptions
 from deploykit.spec import DEFAULT_BUILD, BuildOptions, parse_precision
 
@@ -15,23 +17,16 @@ if TYPE_CHECKING:
     from deploykit.cli.export_check import ExportPlan
     from deploykit.export.pipeline import ExportResult
 
+SHOWN_LABELS = 10
+"""How many class names of the user's own are printed."""
+
 EXAMPLE = f"Example: deploykit export resnet18 --runtime {EVALUATOR}"
 
 
+@takes_backbone
 def export(
-    name: opt.NameArgument,
+    backbone: BackboneChoice,
     *,
-    backbone: opt.BackboneOption = None,
-    pretrained: opt.PretrainedFlag = False,
-    weights: opt.WeightsOption = None,
-    features_only: opt.FeaturesFlag = False,
-    output_indices: opt.IndicesOption = None,
-    output_stride: opt.StrideOption = None,
-    num_classes: opt.ClassesOption = None,
-    in_channels: opt.ChannelsOption = None,
-    image_size: opt.SizeOption = None,
-    patch_size: opt.PatchOption = None,
-    hierarchical: opt.HierarchicalFlag = False,
     runtime: opt.RuntimeOption,
     precision: opt.PrecisionOption = opt.DEFAULTS.precision.name,
     batch_size: opt.BatchOption = str(opt.DEFAULTS.batch),
@@ -59,7 +54,6 @@ def export(
     json: JsonFlag = False,
 ) -> None:
     """Compile a backbone for a runtime, quantize it where asked, compare it with torch, and write a bundle."""
-    chosen, source = opt.choose_weights(name, backbone=backbone, pretrained=pretrained, weights=weights)
     settings = opt.settings_of(
         calibrator=calibrator,
         recipe=recipe,
@@ -71,8 +65,7 @@ def export(
         mixed_precision=mixed_precision or None,
     )
     choice = opt.ExportChoice(
-        name=chosen,
-        pretrained=source,
+        backbone=backbone,
         options=ExportOptions(
             runtime=runtime,
             precision=parse_precision(precision, settings),
@@ -90,18 +83,8 @@ def export(
         ),
         calibration=tuple(calibration or ()),
         skip_corrupt=skip_corrupt,
-        output=Path(output) if output is not None else opt.default_output(chosen, runtime, precision),
+        output=Path(output) if output is not None else opt.default_output(backbone.name, runtime, precision),
         overwrite=overwrite,
-        shape=opt.given(
-            features_only=features_only or None,
-            output_indices=None if output_indices is None else opt.integers_of(output_indices, "--output-indices"),
-            output_stride=output_stride,
-            num_classes=num_classes,
-            in_channels=in_channels,
-            image_size=opt.image_size_of(image_size),
-            patch_size=patch_size,
-            hierarchical=hierarchical or None,
-        ),
     )
     _check_and_export(choice, dry_run=dry_run, json=json)
 
@@ -123,10 +106,10 @@ def _export(choice: opt.ExportChoice) -> ExportResult:
 
     with export_progress() as progress:
         return export_asked(
-            choice.name,
+            choice.backbone.name,
             choice.output,
             choice.options,
-            backbone=choice.shape | {"pretrained": choice.pretrained},
+            backbone=choice.backbone.options,
             calibration=calibration_source(choice.calibration),
             skip_corrupt=choice.skip_corrupt,
             overwrite=choice.overwrite,
@@ -169,6 +152,9 @@ def _report(result: ExportResult, *, json: bool) -> None:
         show(speed.sentence())
         if speed.slower:
             show("It is slower than a float engine. What is against it:", *(f"  {line}" for line in speed.reasons()))
+    if LABELS_FILE in manifest.files and manifest.backbone.label_set is None:
+        names = (folder / LABELS_FILE).read_text(encoding="utf-8").splitlines()
+        show(f"Class names: {', '.join(names[:SHOWN_LABELS])}{', ...' if len(names) > SHOWN_LABELS else ''}.")
     show(f"Wrote {folder}: {len(manifest.files)} files, {size}, status {manifest.status}.")
     if manifest.status == "built":
         show(

@@ -48,8 +48,10 @@ def check_export(choice: ExportChoice) -> ExportPlan:
         SpecError, WeightsError, CalibrationError, BundleError, MissingDependency: what is wrong.
     """
     check_output(choice.output, overwrite=choice.overwrite)
-    if is_bundle(Path(choice.name)):
-        raise SpecError(f"{choice.name} is a bundle already. Give a backbone's name: `deploykit list` shows them.")
+    if is_bundle(Path(choice.backbone.name)):
+        raise SpecError(
+            f"{choice.backbone.name} is a bundle already. Give a backbone's name: `deploykit list` shows them."
+        )
     for package in BUILD_PACKAGES:
         require(package)
     load_backend(EVALUATOR).require()
@@ -112,16 +114,16 @@ def _without_memory(choice: ExportChoice) -> tuple[BaseBackbone, str]:
     from deploykit.backbones.request import make_request
     from deploykit.backbones.weights import default_source, is_path, resolve_source
 
-    asked = make_request(**choice.shape, pretrained=choice.pretrained)
-    is_file = isinstance(choice.pretrained, str) and is_path(choice.pretrained)
-    if choice.name.startswith("timm/") or is_file:
-        built = build_any(choice.name, asked if is_file else replace(asked, pretrained=False))
-        return built, str(choice.pretrained) if choice.pretrained else "random"
-    if os.sep in choice.name:
-        raise SpecError(f"{choice.name} is a path, and neither a checkpoint file nor there. Check the path.")
-    name = resolve_name(choice.name)
+    given, asked = choice.backbone.name, make_request(**choice.backbone.options)
+    is_file = isinstance(asked.pretrained, str) and is_path(asked.pretrained)
+    if given.startswith("timm/") or is_file:
+        built = build_any(given, asked if is_file else replace(asked, pretrained=False))
+        return built, str(asked.pretrained) if asked.pretrained else "random"
+    if os.sep in given:
+        raise SpecError(f"{given} is a path, and neither a checkpoint file nor there. Check the path.")
+    name = resolve_name(given)
     published = default_source(backbone_class(name), name)
-    found = resolve_source(name, choice.pretrained, published)
+    found = resolve_source(name, asked.pretrained, published)
     if found is not None and published is not None and asked.num_classes is UNSET:
         asked = replace(asked, num_classes=published.num_classes)
     backbone = shape_of(name, open_options(asked, found.architecture if found is not None else ()))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-import typer
-
 from deploykit.backends.table import engine_names
+from deploykit.cli.backbone_options import BackboneChoice, integers_of, option
 from deploykit.errors import SpecError
 from deploykit.options import ExportOptions
 from deploykit.spec import (
@@ -20,10 +19,7 @@ from deploykit.spec import (
     HardwareCompatibility,
     Int8,
     parse_batch,
-    parse_image_size,
 )
-
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".index.json")
 
 DEFAULTS = ExportOptions(runtime="")
 """The command's defaults are those of the options' class."""
@@ -32,94 +28,15 @@ _BUDGETS = ", ".join(
     f"{name} {next(entry.default for entry in fields(kind) if entry.name == 'min_sqnr_db'):g}"
     for name, kind in PRECISIONS.items()
 )
-_BACKBONE, _ENGINE, _NUMBERS, _BUNDLE = "Backbone", "Engine", "Calibration and budget", "Output"
+_ENGINE, _NUMBERS, _BUNDLE = "Engine", "Calibration and budget", "Output"
 
-
-def _option(*names: str, panel: str, help: str, metavar: str | None = None, default: str | None = None) -> Any:
-    return typer.Option(
-        *names, rich_help_panel=panel, help=help, metavar=metavar, show_default=default if default else True
-    )
-
-
-NameArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="NAME_OR_WEIGHTS",
-        help="A backbone that `deploykit list` shows, timm/NAME, or a checkpoint file (then with --backbone).",
-    ),
-]
-BackboneOption = Annotated[
-    str | None, _option("--backbone", panel=_BACKBONE, metavar="NAME", help="Whose weights a checkpoint file holds.")
-]
-PretrainedFlag = Annotated[
-    bool, _option("--pretrained", panel=_BACKBONE, help="Load the default weights instead of random ones.")
-]
-WeightsOption = Annotated[
-    str | None,
-    _option("--weights", panel=_BACKBONE, metavar="FILE|TAG", help="Load a .safetensors or .pth file, or a hub tag."),
-]
-FeaturesFlag = Annotated[
-    bool, _option("--features-only", panel=_BACKBONE, help="Return feature maps by level instead of logits.")
-]
-IndicesOption = Annotated[
-    str | None,
-    _option(
-        "--output-indices",
-        panel=_BACKBONE,
-        metavar="I,J,...",
-        default="all levels",
-        help="Which levels: index i has stride 2**(i+1) pixels, so 2,3,4 is strides 8, 16, 32.",
-    ),
-]
-StrideOption = Annotated[
-    int | None,
-    _option(
-        "--output-stride",
-        panel=_BACKBONE,
-        metavar="8|16|32",
-        default="32",
-        help="Stride of the last level, in pixels.",
-    ),
-]
-ClassesOption = Annotated[
-    int | None,
-    _option(
-        "--num-classes",
-        panel=_BACKBONE,
-        default="those of the weights, else 1000",
-        help="Outputs of the classifier; 0 for the pooled embedding.",
-    ),
-]
-ChannelsOption = Annotated[
-    int | None,
-    _option("--in-channels", panel=_BACKBONE, default="those of the weights, else 3", help="Channels of the images."),
-]
-SizeOption = Annotated[
-    str | None,
-    _option(
-        "--image-size",
-        panel=_BACKBONE,
-        metavar="S|HxW",
-        default="the size of the weights",
-        help="In pixels: 224, or height x width as 256x320.",
-    ),
-]
-PatchOption = Annotated[
-    int | None,
-    _option("--patch-size", panel=_BACKBONE, default="the variant's", help="Another patch for a plain ViT, in pixels."),
-]
-HierarchicalFlag = Annotated[
-    bool, _option("--hierarchical", panel=_BACKBONE, help="A pyramid of strides 4 to 32 from a plain ViT.")
-]
 RuntimeOption = Annotated[
     str,
-    _option(
-        "--runtime", panel=_ENGINE, metavar="|".join(engine_names()), help="The runtime that will open the engine."
-    ),
+    option("--runtime", panel=_ENGINE, metavar="|".join(engine_names()), help="The runtime that will open the engine."),
 ]
 PrecisionOption = Annotated[
     str,
-    _option(
+    option(
         "--precision",
         panel=_ENGINE,
         metavar="|".join(PRECISIONS),
@@ -128,7 +45,7 @@ PrecisionOption = Annotated[
 ]
 BatchOption = Annotated[
     str,
-    _option(
+    option(
         "--batch-size",
         panel=_ENGINE,
         metavar="N|dynamic|MIN,OPT,MAX",
@@ -137,7 +54,7 @@ BatchOption = Annotated[
 ]
 EmbedFlag = Annotated[
     bool,
-    _option(
+    option(
         "--embed-preprocessing",
         panel=_ENGINE,
         help="The engine takes decoded uint8 pixels, N x H x W x C, and does mean and std itself.",
@@ -145,7 +62,7 @@ EmbedFlag = Annotated[
 ]
 TargetOption = Annotated[
     str | None,
-    _option(
+    option(
         "--target",
         panel=_ENGINE,
         default="the runtime's own",
@@ -154,7 +71,7 @@ TargetOption = Annotated[
 ]
 PortableFlag = Annotated[
     bool,
-    _option(
+    option(
         "--portable",
         panel=_ENGINE,
         help="The device that opens the bundle finishes the engine, where the runtime has such a form.",
@@ -162,7 +79,7 @@ PortableFlag = Annotated[
 ]
 HardwareOption = Annotated[
     str,
-    _option(
+    option(
         "--hardware-compatibility",
         panel=_ENGINE,
         metavar="|".join(get_args(HardwareCompatibility)),
@@ -171,7 +88,7 @@ HardwareOption = Annotated[
 ]
 VersionFlag = Annotated[
     bool,
-    _option(
+    option(
         "--version-compatible",
         panel=_ENGINE,
         help="Newer versions of the runtime open the engine too, where engines are tied to one.",
@@ -179,7 +96,7 @@ VersionFlag = Annotated[
 ]
 TimingOption = Annotated[
     str | None,
-    _option(
+    option(
         "--timing-cache",
         panel=_ENGINE,
         metavar="FILE",
@@ -189,7 +106,7 @@ TimingOption = Annotated[
 ]
 FloatOption = Annotated[
     str | None,
-    _option(
+    option(
         "--float-dtype",
         panel=_ENGINE,
         metavar="fp32|fp16",
@@ -199,19 +116,17 @@ FloatOption = Annotated[
 ]
 CalibrationOption = Annotated[
     list[str] | None,
-    _option(
+    option(
         "--calibration",
         panel=_NUMBERS,
         metavar="PATH",
         help="Images for int8: a folder, a file, or one .npy/.npz array. Give it again for more.",
     ),
 ]
-SkipFlag = Annotated[
-    bool, _option("--skip-corrupt", panel=_NUMBERS, help="Leave unreadable images out with a warning.")
-]
+SkipFlag = Annotated[bool, option("--skip-corrupt", panel=_NUMBERS, help="Leave unreadable images out with a warning.")]
 CalibratorOption = Annotated[
     str | None,
-    _option(
+    option(
         "--calibrator",
         panel=_NUMBERS,
         metavar="|".join(get_args(Calibrator)),
@@ -221,7 +136,7 @@ CalibratorOption = Annotated[
 ]
 RecipeOption = Annotated[
     str | None,
-    _option(
+    option(
         "--recipe",
         panel=_NUMBERS,
         metavar="NAME|family|auto",
@@ -232,7 +147,7 @@ RecipeOption = Annotated[
 ]
 RecipeBudgetOption = Annotated[
     float | None,
-    _option(
+    option(
         "--recipe-budget",
         panel=_NUMBERS,
         metavar="SECONDS",
@@ -242,7 +157,7 @@ RecipeBudgetOption = Annotated[
 ]
 ReduceRangeFlag = Annotated[
     bool | None,
-    _option(
+    option(
         "--reduce-range/--full-range",
         panel=_NUMBERS,
         default="by the target",
@@ -251,7 +166,7 @@ ReduceRangeFlag = Annotated[
 ]
 SqnrOption = Annotated[
     float | None,
-    _option(
+    option(
         "--min-sqnr-db",
         panel=_NUMBERS,
         default=_BUDGETS,
@@ -260,7 +175,7 @@ SqnrOption = Annotated[
 ]
 AgreementOption = Annotated[
     float | None,
-    _option(
+    option(
         "--min-top1-agreement",
         panel=_NUMBERS,
         default="no gate",
@@ -269,7 +184,7 @@ AgreementOption = Annotated[
 ]
 MixedFlag = Annotated[
     bool,
-    _option(
+    option(
         "--mixed-precision",
         panel=_NUMBERS,
         help="int8: search the layers to keep in float so that the engine is within its budget. Resumable.",
@@ -277,14 +192,14 @@ MixedFlag = Annotated[
 ]
 SpeedFlag = Annotated[
     bool,
-    _option("--speed/--no-speed", panel=_NUMBERS, help="Time an int8 engine in turns with fp32 of its runtime."),
+    option("--speed/--no-speed", panel=_NUMBERS, help="Time an int8 engine in turns with fp32 of its runtime."),
 ]
 RequireSpeedupFlag = Annotated[
-    bool, _option("--require-speedup", panel=_NUMBERS, help="Fail where an int8 engine is slower than fp32.")
+    bool, option("--require-speedup", panel=_NUMBERS, help="Fail where an int8 engine is slower than fp32.")
 ]
 OutputOption = Annotated[
     str | None,
-    _option(
+    option(
         "--output",
         "-o",
         panel=_BUNDLE,
@@ -294,51 +209,24 @@ OutputOption = Annotated[
     ),
 ]
 OverwriteFlag = Annotated[
-    bool, _option("--overwrite", panel=_BUNDLE, help="Replace an existing bundle, once the new one is whole.")
+    bool, option("--overwrite", panel=_BUNDLE, help="Replace an existing bundle, once the new one is whole.")
 ]
 DryRunFlag = Annotated[
-    bool, _option("--dry-run", panel=_BUNDLE, help="Check every option and print what would be made; build nothing.")
+    bool,
+    option("--dry-run", panel=_BUNDLE, help="Check every option and print what would be made; build nothing."),
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportChoice:
-    """What the user asked for; ``shape`` are the options of `create_backbone` that shape the module."""
+    """What the user asked for."""
 
-    name: str
-    pretrained: bool | str
+    backbone: BackboneChoice
     options: ExportOptions
     calibration: tuple[str, ...]
     skip_corrupt: bool
     output: Path
     overwrite: bool
-    shape: dict[str, Any] = field(default_factory=dict)
-
-
-def choose_weights(name: str, *, backbone: str | None, pretrained: bool, weights: str | None) -> tuple[str, bool | str]:
-    """The backbone's name, and what `create_backbone` takes as ``pretrained``.
-
-    Raises:
-        SpecError: a checkpoint without the backbone's name, or options that exclude each other.
-    """
-    if weights is not None and pretrained:
-        raise SpecError("--pretrained and --weights were both given. Leave out --pretrained, or the file or tag.")
-    is_checkpoint = name.endswith(WEIGHT_SUFFIXES) or Path(name).is_file()
-    if not is_checkpoint:
-        if backbone is not None:
-            raise SpecError(
-                f"--backbone {backbone} was given, and {name!r} is no checkpoint file ({', '.join(WEIGHT_SUFFIXES)}). "
-                f"Leave out --backbone, or write: deploykit export {backbone} --weights FILE."
-            )
-        return name, weights if weights is not None else pretrained
-    if backbone is None:
-        raise SpecError(
-            f"{name} is a checkpoint, and a checkpoint does not say which backbone it belongs to. "
-            "Add --backbone NAME (`deploykit list` shows the names)."
-        )
-    if weights is not None or pretrained:
-        raise SpecError(f"{name} is a checkpoint already. Leave out {'--weights' if weights else '--pretrained'}.")
-    return backbone, name
 
 
 def batch_of(text: str) -> Batch:
@@ -353,37 +241,6 @@ def batch_of(text: str) -> Batch:
     if len(sizes) != 3:
         raise SpecError(f"--batch-size is {text!r}; expected N, dynamic, or the three numbers MIN,OPT,MAX.")
     return BatchRange(min=sizes[0], opt=sizes[1], max=sizes[2])
-
-
-def image_size_of(text: str | None) -> tuple[int, int] | None:
-    """``"224"`` or ``"256x320"`` to (height, width) in pixels.
-
-    Raises:
-        SpecError: anything else.
-    """
-    if text is None:
-        return None
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
-        raise SpecError(f"--image-size is {text!r}; expected one number of pixels (224), or height x width (256x320).")
-    return parse_image_size((int(sides[0]), int(sides[-1])))
-
-
-def integers_of(text: str, option: str) -> tuple[int, ...]:
-    """``"2,3,4"`` to ints.
-
-    Raises:
-        SpecError: a part is not an int.
-    """
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise SpecError(f"{option} is {text!r}; expected whole numbers with commas between, as in 2,3,4.") from error
-
-
-def given(**options: Any) -> dict[str, Any]:
-    """Keep the options that were given: those whose value is not None."""
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def settings_of(**settings: Any) -> dict[str, Any]:

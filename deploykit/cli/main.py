@@ -14,23 +14,13 @@ import typer
 import deploykit
 from deploykit.cli import demo, doctor, export, inspect, list, run, sensitivity, verify
 from deploykit.cli.output import show, show_error, shown_warnings
+from deploykit.cli.spellings import as_options
 from deploykit.errors import CalibrationError, DeployKitError, MissingDependency, SpecError
 from deploykit.optional import PACKAGES
 
 BAD_USAGE = 2
 FAILED = 1
 INTERRUPTED = 130
-
-_SPELLINGS = {
-    "calibration=FOLDER": "--calibration FOLDER",
-    "skip_corrupt=True": "--skip-corrupt",
-    "leave require_speedup out": "leave out --require-speedup",
-    "overwrite=True": "--overwrite",
-    "pretrained=<file>": "--weights FILE",
-    "batch_size='dynamic'": "--batch-size dynamic",
-    "device='cpu'": "--device cpu",
-}
-"""What a message calls an option of the Python interface, and what the command calls it."""
 
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 
@@ -111,10 +101,7 @@ def _stopped_like_interrupted() -> Iterator[None]:
 def _report(error: Exception) -> int:
     """Print an error as one message, and choose the exit code."""
     if isinstance(error, DeployKitError):
-        message = str(error)
-        for spelling, option in _SPELLINGS.items():
-            message = message.replace(spelling, option)
-        show_error(message)
+        show_error(as_options(str(error)))
         return BAD_USAGE if isinstance(error, (SpecError, CalibrationError)) else FAILED
     # Newer releases of typer carry their own click, so usage errors share no base that can be imported.
     describe = getattr(error, "format_message", None)

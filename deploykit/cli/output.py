@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from deploykit.cli.spellings import as_options
 from deploykit.errors import DeployKitWarning
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def shown_warnings() -> Iterator[None]:
     def print_once(message: Warning | str, *_: Any, **__: Any) -> None:
         if str(message) not in seen:
             seen.add(str(message))
-            show_warning(str(message))
+            show_warning(as_options(str(message)))
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

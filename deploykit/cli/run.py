@@ -12,6 +12,7 @@ import typer
 from deploykit.backends.table import EVALUATOR
 from deploykit.cli.output import BundleArgument, DeviceOption, JsonFlag, show, show_json, table
 from deploykit.errors import BundleError, SpecError
+from deploykit.labels import LABELS_FILE
 
 if TYPE_CHECKING:
     from deploykit.arrays import FloatArray
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 EXAMPLE = f"Example: deploykit run resnet18-{EVALUATOR}-fp32 photo.jpg"
 CHUNK = 64
 """Images decoded at a time, which bounds the memory."""
-
-LABELS_FILE = "labels.txt"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import typer
 
 from deploykit.backends.table import EVALUATOR
 from deploykit.cli import export_options as opt
+from deploykit.cli.backbone_options import BackboneChoice, takes_backbone
 from deploykit.cli.output import JsonFlag, show, show_json, table
 from deploykit.options import ExportOptions
 from deploykit.spec import Int8, parse_precision
@@ -21,13 +22,10 @@ EXAMPLE = "Example: deploykit sensitivity resnet18 --calibration photos"
 SHOWN_NODES = 12
 
 
+@takes_backbone
 def sensitivity(
-    name: opt.NameArgument,
+    backbone: BackboneChoice,
     *,
-    backbone: opt.BackboneOption = None,
-    pretrained: opt.PretrainedFlag = False,
-    weights: opt.WeightsOption = None,
-    image_size: opt.SizeOption = None,
     runtime: opt.RuntimeOption = EVALUATOR,
     calibration: opt.CalibrationOption = None,
     skip_corrupt: opt.SkipFlag = False,
@@ -42,16 +40,13 @@ def sensitivity(
     json: JsonFlag = False,
 ) -> None:
     """Quantize one layer at a time to int8 and show what each costs the outputs, in dB against fp32."""
-    chosen, source = opt.choose_weights(name, backbone=backbone, pretrained=pretrained, weights=weights)
     settings = opt.settings_of(calibrator=calibrator, recipe=recipe)
     if plot is not None:
         from deploykit.optional import require
 
         require("matplotlib.figure")
     found = _measure(
-        chosen,
-        source,
-        image_size=opt.image_size_of(image_size),
+        backbone,
         runtime=runtime,
         precision=parse_precision("int8", settings),
         calibration=tuple(calibration or ()),
@@ -63,14 +58,13 @@ def sensitivity(
         show_json({"sensitivity": found, "shares": found.shares()})
         return
     _show(found, shown)
-    show(f"Next: deploykit export {name} --runtime {runtime} --precision int8 --mixed-precision --calibration ...")
+    words = f"{backbone.name} --runtime {runtime} --precision int8 --mixed-precision --calibration ..."
+    show(f"Next: deploykit export {words}")
 
 
 def _measure(
-    name: str,
-    pretrained: bool | str,
+    chosen: BackboneChoice,
     *,
-    image_size: tuple[int, int] | None,
     runtime: str,
     precision: object,
     calibration: tuple[str, ...],
@@ -85,7 +79,7 @@ def _measure(
 
     assert isinstance(precision, Int8)  # noqa: S101  (the caller parsed "int8"; narrows the type)
     with export_progress() as progress:
-        backbone: Any = create_backbone(name, pretrained=pretrained, image_size=image_size)
+        backbone: Any = create_backbone(chosen.name, **chosen.options)
         source = calibration_source(calibration)
         images = None
         if source is not None:

@@ -18,7 +18,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from deploykit.backbones.checkpoint import is_checkpoint_name, read_checkpoint
+from deploykit.backbones.checkpoint import read_checkpoint
+from deploykit.backbones.checkpoint_names import is_checkpoint_name
 from deploykit.backbones.pickle_allowlist import ALLOWED, allowed_globals
 from deploykit.errors import WeightsError
 
