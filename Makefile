@@ -6,7 +6,14 @@ READY := $(VENV)/.ready
 # One thread a test process: two processes with two threads each slow each other down tenfold.
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
 
-.PHONY: help demo test test-all lint format bench clean
+# What the API reference describes: what docs/stability.md promises, and what a runtime, a pass or a dialect is made of.
+REFERENCE := deploykit deploykit.errors deploykit.spec deploykit.progress deploykit.bundle deploykit.export.pipeline \
+	deploykit.parity.report deploykit.parity.compare deploykit.parity.metrics deploykit.parity.reference \
+	deploykit.backbones.base deploykit.backbones.necks deploykit.calibration.images deploykit.calibration.plan \
+	deploykit.calibration.recipes deploykit.calibration.search deploykit.calibration.dialect \
+	deploykit.fusion.pipeline deploykit.fusion.program deploykit.backends.backend deploykit.backends.runtime
+
+.PHONY: help demo test test-all lint format docs bench clean
 
 help:
 	@echo "make demo      export EfficientNet-Lite0 to four engines and prove the numbers"
@@ -14,6 +21,7 @@ help:
 	@echo "make test-all  every test"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    let ruff format the code"
+	@echo "make docs      the API reference, from the docstrings, in build/docs"
 	@echo "make bench     the benchmarks, one after the other (hours); each runs alone too, see its --help"
 
 demo: $(READY)
@@ -33,6 +41,10 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(READY)
+	$(BIN)/python -m pdoc --docformat google --no-show-source --output-directory build/docs $(REFERENCE)
+	@echo "deploykit: open build/docs/index.html"
 
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"

@@ -1,4 +1,7 @@
-"""Every Python block of README.md and docs/ runs, in order, and prints what stands below it."""
+"""Every Python block of README.md and docs/ runs, in order, and prints what stands below it.
+
+``sh`` blocks run too: each line is a deploykit command, which must exit with 0 or with what ``# exit code N`` says.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +20,39 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+LINKED = (*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "examples" / "README.md")
 SLOW_MARK = "<!-- slow -->"
 BLOCK = re.compile(
-    r"(?P<slow><!-- slow -->\n+)?^```python\n(?P<code>.*?)^```\n(?:\n*^```(?:text)?\n(?P<printed>.*?)^```\n)?",
+    r"(?P<slow><!-- slow -->\n+)?^```(?P<language>python|sh)\n(?P<code>.*?)^```\n"
+    r"(?:\n*^```(?:text)?\n(?P<printed>.*?)^```\n)?",
     re.DOTALL | re.MULTILINE,
 )
 LINK = re.compile(r"!?\[[^\]]*\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)")
+REPOSITORY = re.search(r'^Source = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+OWN_LINK = re.compile(rf"\]\({re.escape(REPOSITORY)}/(?:blob|tree)/main/([^)#\s]*)#?([^)\s]*)\)")
+"""A link that also works on a package index's page, which knows no other file of the repository."""
 
 RUNNER = """
-import contextlib, io, json, sys
+import contextlib, io, json, re, shlex, sys
+
+def run_commands(code):
+    from deploykit.cli.main import main
+    for line in code.replace("\\\\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        said = re.search("# exit code ([0-9]+)", line)
+        assert words[0] == "deploykit", line
+        code = main(words[1:])
+        assert code == (int(said[1]) if said else 0), f"{line} ends with {code}"
+
 blocks = json.loads(sys.stdin.read())
 namespace, answers = {"__name__": "page"}, []
-for line, code in blocks:
+for line, language, code in blocks:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        exec(compile("\\n" * line + code, sys.argv[1], "exec"), namespace)
+        if language == "sh":
+            run_commands(code)
+        else:
+            exec(compile("\\n" * line + code, sys.argv[1], "exec"), namespace)
     answers.append(out.getvalue())
 print(json.dumps(answers))
 """
@@ -40,9 +61,10 @@ print(json.dumps(answers))
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """One Python block: ``line`` is that of its fence, ``printed`` what the page says below it, or None."""
+    """One block: ``line`` is that of its fence, ``printed`` what the page says below it, or None."""
 
     line: int
+    language: str
     code: str
     printed: str | None
     slow: bool
@@ -53,6 +75,7 @@ def blocks_of(page: Path) -> list[Block]:
     return [
         Block(
             line=text.count("\n", 0, match.start("code")),
+            language=match["language"],
             code=match["code"],
             printed=match["printed"],
             slow=match["slow"] is not None,
@@ -66,7 +89,7 @@ def run(page: Path, blocks: list[Block], folder: Path) -> list[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(folder / "hub")}
     done = subprocess.run(
         [sys.executable, "-c", RUNNER, page.name],
-        input=json.dumps([(block.line, block.code) for block in blocks]),
+        input=json.dumps([(block.line, block.language, block.code) for block in blocks]),
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -111,7 +134,7 @@ def check(page: Path, *, slow: bool, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=lambda page: page.name)
-def test_python_blocks_run_and_print_what_the_page_says(page, folder, request):
+def test_blocks_run_and_print_what_the_page_says(page, folder, request):
     if page.name == "contract.md":
         (folder / "hub").symlink_to(request.getfixturevalue("hub"))
     check(page, slow=False, folder=folder)
@@ -121,13 +144,14 @@ def test_python_blocks_run_and_print_what_the_page_says(page, folder, request):
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if any(block.slow for block in blocks_of(page))], ids=lambda page: page.name
 )
-def test_slow_python_blocks_run_and_print_what_the_page_says(page, folder):
+def test_slow_blocks_run_and_print_what_the_page_says(page, folder):
     check(page, slow=True, folder=folder)
 
 
-def test_every_python_block_of_the_pages_is_found():
+def test_every_block_of_the_pages_is_found():
     for page in PAGES:
-        assert len(blocks_of(page)) == page.read_text(encoding="utf-8").count("```python"), page.name
+        fences = re.findall(r"^ *```(?:python|sh)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        assert len(blocks_of(page)) == len(fences), page.name
 
 
 SNIPPETS = (
@@ -172,6 +196,23 @@ def test_a_block_that_prints_something_else_is_noticed(folder):
         check(page, slow=False, folder=folder)
 
 
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [("deploykit inspect nowhere", "ends with 1"), ("deploykit --version  # exit code 2", "ends with 0"), ("ls", "ls")],
+)
+def test_a_command_that_ends_otherwise_is_noticed(folder, line, complaint):
+    page = folder / "page.md"
+    page.write_text(f"```sh\n{line}\n```\n")
+    with pytest.raises(AssertionError, match=complaint):
+        check(page, slow=False, folder=folder)
+
+
+def test_a_command_that_ends_as_the_page_says_passes(folder):
+    page = folder / "page.md"
+    page.write_text("```sh\ndeploykit inspect \\\n    nowhere  # exit code 1\n```\n")
+    check(page, slow=False, folder=folder)
+
+
 def test_slow_blocks_wait_for_the_slow_run(folder):
     page = folder / "page.md"
     page.write_text(f"{SLOW_MARK}\n```python\nraise ValueError\n```\n")
@@ -180,19 +221,26 @@ def test_slow_blocks_wait_for_the_slow_run(folder):
         check(page, slow=True, folder=folder)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_between_the_pages_lead_somewhere(page):
-    for target, heading in LINK.findall(page.read_text(encoding="utf-8")):
-        path = page.parent / target if target else page
-        assert path.exists(), f"{page.name} links {target}"
+    text = page.read_text(encoding="utf-8")
+    targets = [(page.parent / target if target else page, heading) for target, heading in LINK.findall(text)]
+    targets += [(ROOT / target, heading) for target, heading in OWN_LINK.findall(text)]
+    for path, heading in targets:
+        assert path.exists(), f"{page.name} links {path.relative_to(ROOT)}"
         if heading:
-            lines = path.read_text(encoding="utf-8").splitlines()
-            anchors = {
-                re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-")
-                for line in lines
-                if line.startswith("#")
-            }
-            assert heading in anchors, f"{page.name} links {target}#{heading}"
+            assert heading in anchors_of(path), f"{page.name} links {path.relative_to(ROOT)}#{heading}"
+
+
+def anchors_of(page: Path) -> set[str]:
+    headings = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    return {re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in headings}
+
+
+def test_the_readme_links_as_a_package_index_needs_it():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not LINK.findall(text)
+    assert len(re.findall(r"\]\(https?:", text)) == len(OWN_LINK.findall(text)), "a link into another repository"
 
 
 @pytest.mark.parametrize("drawing", sorted((ROOT / "docs").rglob("*.svg")), ids=lambda path: path.name)
@@ -204,3 +252,10 @@ def test_drawings_are_svg_with_a_background_of_their_own(drawing):
     assert root.find(f"{namespace}title") is not None
     first = next(child for child in root if child.tag == f"{namespace}rect")
     assert (float(first.attrib["width"]), float(first.attrib["height"])) == (width, height)
+
+
+@pytest.mark.parametrize("drawing", sorted((ROOT / "docs").glob("*.svg")), ids=lambda path: path.name)
+def test_drawings_name_rooms_that_are_there(drawing):
+    texts = re.findall(r'class="room"[^>]*>([^<]*)<', drawing.read_text(encoding="utf-8"))
+    for room in [text for text in texts if "/" in text or text in ("export", "calibration")]:
+        assert (ROOT / room).exists(), room

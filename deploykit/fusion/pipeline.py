@@ -75,7 +75,7 @@ _FOLDS: tuple[FusionPass, ...] = (
 
 
 def export_passes(*scaling: FusionPass) -> tuple[FusionPass, ...]:
-    """What an export runs, in its order; what one runtime alone gets is in `onnx_passes.ONNX_PASSES`.
+    """What an export runs, in its order; what one runtime alone gets is in its dialect's ``optimize``.
 
     Args:
         scaling: passes that move scales between the layers as the folds leave them.
