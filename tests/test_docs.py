@@ -254,7 +254,7 @@ def test_drawings_are_svg_with_a_background_of_their_own(drawing):
     assert (float(first.attrib["width"]), float(first.attrib["height"])) == (width, height)
 
 
-@pytest.mark.parametrize("drawing", sorted((ROOT / "docs").glob("*.svg")), ids=lambda path: path.name)
+@pytest.mark.parametrize("drawing", sorted((ROOT / "docs").rglob("*.svg")), ids=lambda path: path.name)
 def test_drawings_name_rooms_that_are_there(drawing):
     texts = re.findall(r'class="room"[^>]*>([^<]*)<', drawing.read_text(encoding="utf-8"))
     for room in [text for text in texts if "/" in text or text in ("export", "calibration")]:
