@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import deploykit
-from deploykit.backends.backend import LowerOptions, resolve
+from deploykit.backends.backend import resolve
 from deploykit.backends.table import load_backend
 from deploykit.calibration.images import calibration_set
+from deploykit.calibration.plan import QuantizationPlan
 from deploykit.export.trace import Everything, output_names
+from deploykit.graph import OnnxGraph
 from tests.backbones.realistic import randomize
-from tests.calibration.networks import master_graph, plan_of, written
+from tests.calibration.networks import master_graph, plan_of
+from tests.conftest_graphs import lower
 
 FAMILIES = {
     "resnet18": 64,
@@ -41,26 +45,24 @@ def family(request, photographs):
     return graph, plan_of(graph, images)
 
 
-def floats(left: dict[str, int]) -> int:
-    return sum(count for operator, count in left.items() if operator.startswith("float "))
-
-
-def left_in_float(runtime, graph, plan, folder) -> tuple[int, dict[str, str]]:
-    """How many weighted nodes a runtime computes in float, and those that its dialect keeps so, with the reasons."""
+def left_in_float(runtime: str, graph: OnnxGraph, plan: QuantizationPlan, folder: Path) -> tuple[int, dict[str, str]]:
+    """How many nodes with weights the runtime's engine runs in float, and those that its dialect keeps there."""
     backend = load_backend(runtime)
     dialect = resolve(backend.dialect)
-    engine = resolve(backend.lower)(replace(graph, model=written(dialect, graph, plan)), folder, LowerOptions())
-    kept = dialect.keep_float(graph.model, plan).placement.float_nodes
-    return floats(resolve(backend.inspect)(folder / engine.file)), kept
+    no_probe = np.zeros((1, *graph.input.shape[1:]), np.float32)
+    engine = lower(runtime, dialect.render(graph, plan, no_probe).graph, folder)
+    left = resolve(backend.inspect)(folder / engine.file)
+    floats = sum(count for operator, count in left.items() if operator.startswith("float "))
+    return floats, dialect.keep_float(graph.model, plan).placement.float_nodes
 
 
 def test_onnxruntime_runs_the_plan_in_integers(family, tmp_path):
-    left, kept = left_in_float("onnxruntime", *family, tmp_path)
-    assert left == len(kept)
-    assert len(kept) <= 5
+    found, float_nodes = left_in_float("onnxruntime", *family, tmp_path)
+    assert found == len(float_nodes)
+    assert len(float_nodes) <= 5
 
 
 def test_openvino_runs_the_plan_in_integers(family, tmp_path):
-    left, kept = left_in_float("openvino", *family, tmp_path)
-    assert left == len(kept)
-    assert all("1x1 map" in reason for reason in kept.values())
+    found, float_nodes = left_in_float("openvino", *family, tmp_path)
+    assert found == len(float_nodes)
+    assert all("1x1 map" in reason for reason in float_nodes.values())

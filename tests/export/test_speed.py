@@ -9,8 +9,8 @@ import torch
 from deploykit import create_backbone, export_backbone, load_bundle
 from deploykit.bundle import open_bundle
 from deploykit.errors import ExportError
-from deploykit.export import speed
 from deploykit.export.speed import SpeedReport, check_speedup, time_in_turns
+from deploykit.timing import LEAST_ROUNDS
 from tests.backbones.realistic import randomize
 
 SLOWER = SpeedReport(
@@ -46,7 +46,7 @@ def test_the_ratio_is_in_the_manifest_and_told(timed):
     assert open_bundle(timed.folder).speedup == timed.manifest.speedup == round(report.speedup, 3)
     assert report.fp32_ms > 0
     assert report.int8_ms > 0
-    assert report.rounds >= speed.LEAST_ROUNDS
+    assert report.rounds >= LEAST_ROUNDS
     assert report.fp16_ms > 0
     assert report.float_nodes == {}
     assert not [operator for operator in report.left if "Conv" in operator]

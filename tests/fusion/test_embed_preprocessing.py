@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -11,10 +12,10 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from deploykit.calibration.images import normalize
-from deploykit.calibration.plan import onnx_session
 from deploykit.fusion.embed_preprocessing import embed_preprocessing
 from deploykit.fusion.program import export_program
-from deploykit.graph import Graph
+from deploykit.graph import OnnxGraph, TorchProgram
+from deploykit.onnx_session import onnx_session
 from deploykit.parity.metrics import sqnr_db
 from deploykit.spec import BatchRange, InputSpec, Preprocessing, TensorSpec
 
@@ -27,7 +28,7 @@ def pixels(spec: InputSpec = SPEC, seed: int = 0, count: int = 2) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
-def graph_of(nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray], spec: InputSpec = SPEC) -> Graph:
+def graph_of(nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray], spec: InputSpec = SPEC) -> OnnxGraph:
     """A graph from ``images`` to ``y`` in FP32."""
     made = helper.make_graph(
         nodes,
@@ -37,12 +38,12 @@ def graph_of(nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray], spec
         [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    return Graph(input=spec, outputs=(TensorSpec(name="y", shape=("batch", 1)),), model=model)
+    return OnnxGraph(input=spec, outputs=(TensorSpec(name="y", shape=("batch", 1)),), model=ir.from_proto(model))
 
 
 def stem_of(
     *, spec: InputSpec = SPEC, kernel: int = 3, bias: bool = True, group: int = 1, seed: int = 0, **attributes: object
-) -> Graph:
+) -> OnnxGraph:
     """One convolution of six outputs."""
     generator = np.random.default_rng(seed)
     weight = generator.normal(size=(6, spec.channels // group, kernel, kernel)).astype(np.float32)
@@ -51,16 +52,16 @@ def stem_of(
     return graph_of(nodes, constants, spec)
 
 
-def embedded_numbers(graph: Graph, given: np.ndarray) -> float:
+def embedded_numbers(graph: OnnxGraph, given: np.ndarray) -> float:
     """The SQNR in dB of an embedded graph against the float graph on normalised images."""
     expected = onnx_session(graph.model).run(["y"], {"images": normalize(given, graph.input.preprocessing)})[0]
     embedded = embed_preprocessing(graph, graph.input.as_pixels())
-    onnx.checker.check_model(embedded.model, full_check=True)
+    onnx.checker.check_model(ir.to_proto(embedded.model), full_check=True)
     return sqnr_db(expected, onnx_session(embedded.model).run(["y"], {"images": given})[0])
 
 
-def operators(graph: Graph) -> list[str]:
-    return [node.op_type for node in embed_preprocessing(graph, graph.input.as_pixels()).model.graph.node]
+def operators(graph: OnnxGraph) -> list[str]:
+    return [node.op_type for node in embed_preprocessing(graph, graph.input.as_pixels()).model.graph]
 
 
 @settings(max_examples=40, deadline=None)
@@ -139,7 +140,7 @@ NEAR_MISSES = {
 def test_where_the_stem_cannot_take_the_scale_it_is_written_out(case):
     graph = NEAR_MISSES[case]()
     assert embedded_numbers(graph, pixels()) >= EXACT_DB
-    original = [node.op_type for node in graph.model.graph.node]
+    original = [node.op_type for node in graph.model.graph]
     assert operators(graph) == ["Cast", "Mul", "Add", "Transpose", *original]
 
 
@@ -154,9 +155,9 @@ def test_a_shared_weight_keeps_its_values_for_the_other_reader():
 
 def test_the_graph_given_stays_as_it_is_and_a_float_input_asks_for_nothing():
     graph = stem_of()
-    before = graph.model.SerializeToString()
+    before = ir.to_proto(graph.model).SerializeToString()
     embedded = embed_preprocessing(graph, SPEC.as_pixels())
-    assert graph.model.SerializeToString() == before
+    assert ir.to_proto(graph.model).SerializeToString() == before
     assert embedded.input == SPEC.as_pixels()
     assert embedded.outputs == graph.outputs
     assert embed_preprocessing(graph, SPEC) is graph
@@ -165,9 +166,8 @@ def test_the_graph_given_stays_as_it_is_and_a_float_input_asks_for_nothing():
 def test_a_dynamic_batch_stays_dynamic():
     spec = InputSpec(batch=BatchRange(), height=10, width=12)
     graph = stem_of(spec=spec, pads=[1, 1, 1, 1])
-    session = onnxruntime.InferenceSession(
-        embed_preprocessing(graph, spec.as_pixels()).model.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
+    embedded = ir.to_proto(embed_preprocessing(graph, spec.as_pixels()).model)
+    session = onnxruntime.InferenceSession(embedded.SerializeToString(), providers=["CPUExecutionProvider"])
     (given,) = session.get_inputs()
     assert (given.name, given.type, given.shape) == ("images", "tensor(uint8)", ["batch", 10, 12, 3])
     for count in (1, 5):
@@ -183,9 +183,9 @@ class Stem(nn.Sequential):
 def test_a_torch_program_takes_pixels(batch):
     spec = InputSpec(batch=batch, height=10, width=12)
     module = Stem(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU()).eval()
-    graph = Graph(input=spec, outputs=(TensorSpec(name="y", shape=(2, 6)),), program=export_program(module, spec))
+    outputs = (TensorSpec(name="y", shape=(2, 6)),)
+    graph = TorchProgram(input=spec, outputs=outputs, program=export_program(module, spec))
     embedded = embed_preprocessing(graph, spec.as_pixels())
-    assert embedded.model is None
     for count in (2,) if isinstance(batch, int) else (1, 5):
         given = pixels(count=count)
         with torch.no_grad():

@@ -11,6 +11,9 @@ import onnx
 import onnx_ir as ir
 import openvino
 import torch
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+from onnx.reference.ops.op_conv import Conv as ReferenceConv
 
 import deploykit
 from deploykit.arrays import FloatArray
@@ -139,6 +142,32 @@ def in_onnxruntime(model: onnx.ModelProto, images: FloatArray) -> list[FloatArra
     session = onnx_session(whole, optimize=False)
     name, size = model.graph.input[0].name, graph_batch(whole)
     runs = [session.run(None, {name: images[start : start + size]}) for start in range(0, len(images), size)]
+    return [np.concatenate(parts) for parts in zip(*runs, strict=True)]
+
+
+class MatMul(OpRun):
+    """The product of ONNX's own implementation, accumulated in FP32 as GPUs and runtimes do."""
+
+    op_domain = ""
+
+    def _run(self, a, b):
+        return (np.matmul(a.astype(np.float32), b.astype(np.float32)).astype(a.dtype),)
+
+
+class Conv(ReferenceConv):
+    """The convolution of ONNX's own implementation, accumulated in FP32."""
+
+    op_domain = ""
+
+    def _run(self, *operands, **attributes):
+        (found,) = super()._run(*(operand.astype(np.float32) for operand in operands), **attributes)
+        return (found.astype(operands[0].dtype),)
+
+
+def in_reference(model: onnx.ModelProto, images: FloatArray) -> list[FloatArray]:
+    """Every output of a graph of fixed batch 1, by ONNX's own implementation in NumPy: no kernel of a processor."""
+    evaluator = ReferenceEvaluator(model, new_ops=[MatMul, Conv])
+    runs = [evaluator.run(None, {model.graph.input[0].name: image[None]}) for image in images]
     return [np.concatenate(parts) for parts in zip(*runs, strict=True)]
 
 

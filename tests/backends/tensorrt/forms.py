@@ -7,8 +7,11 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import tensorrt_rtx as trt
 from onnx import TensorProto, helper, numpy_helper
+
+from deploykit.onnx_session import onnx_session
 
 SIDE = 32
 OUT = (1, 8, SIDE - 2, SIDE - 2)
@@ -144,9 +147,5 @@ class Parsed:
 
 def outputs_of(model: onnx.ModelProto, images: np.ndarray) -> np.ndarray:
     """The graph's output in ONNX Runtime, node by node."""
-    import onnx_ir as ir
-
-    from deploykit.onnx_session import onnx_session
-
     found: np.ndarray = onnx_session(ir.from_proto(model), optimize=False).run(None, {"images": images})[0]
     return found

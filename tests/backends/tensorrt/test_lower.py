@@ -12,7 +12,6 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from onnx import helper
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
 
@@ -23,6 +22,7 @@ from deploykit.backends.tensorrt.cuda_driver import cuda_capabilities
 from deploykit.backends.tensorrt.lower import lower, lower_portable
 from deploykit.bundle import open_bundle
 from deploykit.errors import DeviceUnavailable, ExportError, SpecError
+from deploykit.export.measure import PROXY
 from deploykit.graph import OnnxGraph
 from deploykit.parity.report import ParityReport
 from deploykit.spec import BuildOptions, InputSpec, Int8, TensorSpec
@@ -68,7 +68,7 @@ def test_quantization_without_one_is_refused_before_the_build(model: onnx.ModelP
 @pytest.fixture
 def unprepared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs reach the parser as they are."""
-    monkeypatch.setattr("deploykit.backends.tensorrt.lower.prepare", lambda model: model)
+    monkeypatch.setattr("deploykit.backends.tensorrt.lower.prepare", ir.to_proto)
 
 
 @pytest.mark.usefixtures("unprepared")
@@ -93,14 +93,13 @@ def test_the_phases_of_a_build_are_heard(tmp_path: Path):
 
 
 def test_what_the_parser_refuses_is_named(tmp_path: Path):
-    model = onnx.ModelProto()
-    model.CopyFrom(ir.to_proto(tiny_graph().model))
-    model.graph.node[0].op_type = "Strange"
-    model.graph.node[0].domain = "nobody.knows"
-    model.graph.node[0].name = "strange_node"
-    model.opset_import.append(helper.make_opsetid("nobody.knows", 1))
+    model = tiny_graph().model.clone()
+    model.graph[0].op_type = "Strange"
+    model.graph[0].domain = "nobody.knows"
+    model.graph[0].name = "strange_node"
+    model.graph.opset_imports["nobody.knows"] = 1
     with pytest.raises(ExportError, match=r"(?s)build for sm86 failed.*strange_node"):
-        lower(dataclasses.replace(tiny_graph(), model=ir.from_proto(model)), tmp_path, LowerOptions())
+        lower(dataclasses.replace(tiny_graph(), model=model), tmp_path, LowerOptions())
     assert not list(tmp_path.iterdir())
 
 
@@ -184,10 +183,10 @@ EXPORTING = """
 import sys
 from pathlib import Path
 from deploykit.backends.backend import LowerOptions
+from deploykit.backends.tensorrt import build
 from deploykit.backends.tensorrt.lower import lower
-from deploykit.backends.tensorrt import build as tensorrt_build
 from tests.conftest_graphs import tiny_graph
-popen = tensorrt_build.subprocess.Popen
+popen = build.subprocess.Popen
 def told(command, **options):
     process = popen([command[0], "-c", "import sys; sys.argv[1:] = [" + repr(command[-1]) + "];"
         "from deploykit.backends.tensorrt import builder as b; b._die_with_parent(int(sys.argv[1]));"
@@ -195,14 +194,14 @@ def told(command, **options):
         **options)
     print(process.pid, flush=True)
     return process
-tensorrt_build.subprocess.Popen = told
+build.subprocess.Popen = told
 lower(tiny_graph(), Path(sys.argv[1]), LowerOptions())
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's parent-death signal")
 def test_a_killed_export_takes_its_builder_with_it(tmp_path: Path):
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     command = [sys.executable, "-c", EXPORTING, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as process:
         builder = int(process.stdout.readline())
@@ -215,7 +214,7 @@ def test_a_killed_export_takes_its_builder_with_it(tmp_path: Path):
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's parent-death signal")
 def test_a_builder_whose_parent_died_before_it_began_ends(tmp_path: Path):
     command = [sys.executable, "-m", "deploykit.backends.tensorrt.builder", str(tmp_path / "absent.json"), "1"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, "")  # it did not get as far as the request
 
 
@@ -308,7 +307,7 @@ def test_a_portable_bundle_claims_no_more_than_was_seen(portable_bundle: Path):
     else:
         assert manifest.status == "built"
         assert "device" not in manifest.seen_on
-        assert measured_on == {"proxy: onnxruntime"}
+        assert measured_on == {PROXY}
 
 
 @pytest.mark.skipif(bool(cuda_capabilities()), reason="there is a CUDA device")
@@ -320,11 +319,11 @@ def test_a_portable_bundle_does_not_open_without_a_gpu(portable_bundle: Path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"runtime": "openvino", "portable": True}, "openvino has no portable form, which tensorrt has"),
+        ({"runtime": "openvino", "portable": True}, "openvino has no portable form; tensorrt has one"),
         ({"runtime": "tensorrt", "portable": True, "target": "sm89"}, r"portable=True and target='sm89' were both"),
         ({"runtime": "onnxruntime", "precision": Int8(float_dtype="fp16")}, "no int8 with fp16 beside it; it has fp32"),
         ({"runtime": "tensorrt", "target": "rtx-4091"}, "Did you mean 'rtx-4090'"),
-        ({"runtime": "openvino", "build_options": AMPERE_PLUS}, "builds for openvino have no such options"),
+        ({"runtime": "openvino", "build_options": AMPERE_PLUS}, "builds for openvino take no such options"),
         ({"runtime": "tensorrt", "build_options": AMPERE_PLUS, "portable": True}, "portable=True and BuildOptions"),
         ({"runtime": "tensorrt", "build_options": AMPERE_PLUS, "target": "sm89"}, "'ampere_plus' and target='sm89'"),
         ({"runtime": "tensorrt", "build_options": BuildOptions(version_compatible=True)}, "no lean runtime"),
