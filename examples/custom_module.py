@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for level in engine.feature_info:
             worst = (found[level.name] - expected[level.name]).abs().max().item()
             print(f"{level.name}: stride {level.stride}, {level.channels} channels, max-abs against torch {worst:.1e}")
-    print(f"{options.output}: {result.status}, nodes rewritten by fusion: {sum(result.manifest.fusions.values())}")
+    print(f"{options.output}: {result.status}, BatchNorms folded: {result.manifest.fusions['fold-batchnorm']}")
 
 
 if __name__ == "__main__":

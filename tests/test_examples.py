@@ -108,4 +108,4 @@ def test_custom_module_keeps_its_names_and_its_numbers(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert re.findall(r"^(\w+): stride (\d)", printed, re.MULTILINE) == [("fine", "4"), ("coarse", "8")]
     assert all(float(figure) < 1e-4 for figure in re.findall(r"torch ([\d.e+-]+)", printed))
-    assert "parity_checked, nodes rewritten by fusion: 2" in printed
+    assert "parity_checked, BatchNorms folded: 2" in printed
