@@ -67,9 +67,10 @@ def place(model: ir.Model, keep_float: Mapping[str, str] | None = None) -> Place
     between: dict[str, None] = {}
     same_range: dict[str, str] = {}
     float_nodes: dict[str, str] = {}
+    computed_once = _constants(model.graph)
     for node in model.graph:
         if node.op_type in ("Conv", "Gemm", "MatMul") and _constant(node.inputs[1]):
-            reason = kept.get(_name(node)) or _why_float(node)
+            reason = kept.get(_name(node)) or _why_float(node, computed_once)
             if reason:
                 float_nodes[_name(node)] = reason
                 continue
@@ -186,11 +187,26 @@ def _added_bias(value: ir.Value) -> ir.Value | None:
     return None
 
 
-def _why_float(node: ir.Node) -> str | None:
-    rank = len(node.inputs[1].shape or ()) if node.inputs[1] is not None else 0
+def _why_float(node: ir.Node, constants: frozenset[ir.Value]) -> str | None:
+    weight, bias = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
+    rank = len(weight.shape or ()) if weight is not None else 0
+    if node.inputs[0] in constants:
+        return "it reads constants alone, and is computed once"
     if node.op_type == "MatMul" and rank != 2:
         return f"its weight has rank {rank}, and integer kernels take matrices"
+    if bias is not None and not _constant(bias):
+        return "its bias is computed, and integer kernels take constants"
     return None
+
+
+def _constants(graph: ir.Graph) -> frozenset[ir.Value]:
+    """Every value that is the same for all images: initializers, and what is computed from nothing else."""
+    found = set(graph.initializers.values())
+    for node in graph:
+        inputs = [value for value in node.inputs if value is not None]
+        if node.op_type == "Constant" or (inputs and all(value in found for value in inputs)):
+            found.update(node.outputs)
+    return frozenset(found)
 
 
 def _constant(value: ir.Value | None) -> bool:

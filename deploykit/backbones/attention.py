@@ -60,7 +60,8 @@ def onnx_translations() -> dict[Any, Any]:
             raise NotImplementedError("attention with is_causal, enable_gqa or dropout has no ONNX form in deploykit")
         factor = query.shape[-1] ** -0.5 if scale is None else scale
         scaled = query if factor == 1.0 else op.Mul(query, op.Constant(value_float=factor))
-        scores = op.MatMul(scaled, op.Transpose(key, perm=[0, 1, 3, 2]))
+        rank = len(key.shape)
+        scores = op.MatMul(scaled, op.Transpose(key, perm=[*range(rank - 2), rank - 1, rank - 2]))
         if attn_mask is not None and attn_mask.dtype.name == "BOOL":
             scores = op.Where(attn_mask, scores, op.Constant(value_float=float("-inf")))
         elif attn_mask is not None:

@@ -77,7 +77,7 @@ def check_outputs(outputs: Mapping[str, Any], module: str, shape: tuple[int, ...
 
 
 def check_follows_batch(outputs: Mapping[str, Tensor], module: str, batch: int) -> None:
-    """Refuse an output that stays the same size when the batch grows: a constant, and not a feature of the images.
+    """Refuse an output that stays the same size when the batch grows: a constant, or the first image's alone.
 
     Raises:
         SpecError: names the output.
@@ -86,7 +86,7 @@ def check_follows_batch(outputs: Mapping[str, Tensor], module: str, batch: int) 
         if output.shape[:1] != (batch,):
             raise SpecError(
                 f"output {name!r} of {module} has shape {tuple(output.shape)} for {batch} images; expected "
-                f"({batch}, ...): it looks like a constant. Fix: leave it out of what the module returns."
+                f"({batch}, ...): it is a constant, or of one image alone. Fix: leave it out, or compute one for each."
             )
 
 

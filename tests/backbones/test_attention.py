@@ -38,21 +38,46 @@ def test_group_norm_keeps_its_numbers(tmp_path, shape, groups, weight, bias, any
     torch.manual_seed(0)
     model, features = Normed(groups, weight=weight, bias=bias).eval(), 3 + 2 * torch.randn(shape)
     dynamic = {0: torch.export.Dim("batch"), **({2: torch.export.Dim("side")} if any_side else {})}
-    path = tmp_path / "norm.onnx"
+    session = exported(model, (features,), (dynamic,), tmp_path / "norm.onnx")
+    for images in (features, features[:2], features[:, :, :4] if any_side else features):
+        (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        with torch.no_grad():
+            assert sqnr_db(torch.from_numpy(found), model(images)) >= 110
+
+
+class Attention(nn.Module):
+    """torch's attention, without or with a mask of one kind."""
+
+    def forward(self, query, key, value, mask=None):
+        return nn.functional.scaled_dot_product_attention(query, key, value, mask)
+
+
+@pytest.mark.parametrize(
+    ("lead", "mask"),
+    [((2,), None), ((2,), torch.rand(5, 7) > 0.3), ((2, 4), torch.rand(5, 7)), ((2, 1, 4), None)],
+    ids=["tokens", "boolean mask", "added mask", "five axes"],
+)
+def test_attention_of_any_rank_keeps_its_numbers(tmp_path, lead, mask):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(*lead, 5, 8), torch.randn(*lead, 7, 8), torch.randn(*lead, 7, 6)
+    given = (query, key, value) if mask is None else (query, key, value, mask)
+    session = exported(Attention(), given, None, tmp_path / "attention.onnx")
+    names = [each.name for each in session.get_inputs()]
+    (found,) = session.run(None, dict(zip(names, map(torch.Tensor.numpy, given), strict=True)))
+    assert sqnr_db(torch.from_numpy(found), Attention()(*given)) >= 110
+
+
+def exported(model, inputs, dynamic_shapes, path):
     with warnings.catch_warnings():
         # torch.onnx warns through its own dependencies.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             model,
-            (features,),
+            inputs,
             path,
-            dynamic_shapes=(dynamic,),
+            dynamic_shapes=dynamic_shapes,
             opset_version=21,
             custom_translation_table=onnx_translations(),
             verbose=False,
         )
-    session = require("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    for images in (features, features[:2], features[:, :, :4] if any_side else features):
-        (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-        with torch.no_grad():
-            assert sqnr_db(torch.from_numpy(found), model(images)) >= 110
+    return require("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])

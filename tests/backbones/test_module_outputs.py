@@ -79,7 +79,7 @@ def test_maps_or_one_row_are_taken():
 
 def test_an_output_that_does_not_follow_the_batch_is_named():
     check_follows_batch({"a": torch.zeros(2, 8, 4, 4)}, "net", 2)
-    with pytest.raises(SpecError, match=r"'position' of net .* looks like a constant"):
+    with pytest.raises(SpecError, match=r"'position' of net .* is a constant"):
         check_follows_batch({"a": torch.zeros(2, 8, 4, 4), "position": MAP}, "net", 2)
 
 

@@ -1,16 +1,23 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
 
 from deploykit.backends.onnxruntime import passes as onnxruntime
+from deploykit.backends.openvino import passes as openvino
+from deploykit.backends.tensorrt import passes as tensorrt
 from deploykit.calibration.placement import place, without
 from deploykit.errors import CalibrationError
+from deploykit.export.graphs import output_specs
+from deploykit.graph import OnnxGraph
 from deploykit.onnx_session import onnx_session
 from deploykit.parity.metrics import sqnr_db
-from tests.calibration.networks import master_graph, written
+from deploykit.spec import InputSpec
+from tests.calibration.networks import master_graph, plan_of, written
 
 IMAGES = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
 
@@ -182,3 +189,82 @@ def test_a_float_convolution_between_integers_stays_in_float_in_onnx_runtime(res
     as_written = [session.run(None, {"images": image[None]}) for image in residual.images]
     expected = [np.concatenate(parts) for parts in zip(*as_written, strict=True)]
     assert min(sqnr_db(one, other) for one, other in zip(expected, residual.run(model), strict=True)) > 60
+
+
+CONSTANT_OPERANDS = {
+    "a convolution of a constant": """
+        conv = Conv <kernel_shape = [1, 1]> (images, kernel)
+        fixed = Conv <kernel_shape = [1, 1]> (map, kernel)
+        maps = Add (conv, fixed)
+    """,
+    "a product of two constants": """
+        conv = Conv <kernel_shape = [1, 1]> (images, kernel)
+        fixed = MatMul (map, square)
+        maps = Add (conv, fixed)
+    """,
+    "a product of an expanded constant": """
+        conv = Conv <kernel_shape = [1, 1]> (images, kernel)
+        sizes = Shape (conv)
+        wide = Expand (map, sizes)
+        fixed = MatMul (wide, square)
+        maps = Add (conv, fixed)
+    """,
+    "a table that is gathered": """
+        conv = Conv <kernel_shape = [1, 1]> (images, kernel)
+        order = Constant <value_ints = [3, 2, 1, 0]> ()
+        rows = Gather <axis = 2> (map, order)
+        fixed = MatMul (rows, square)
+        maps = MatMul (conv, square)
+        sum = Add (maps, fixed)
+        last = Identity (sum)
+    """,
+    "a constant on the left": """
+        conv = Conv <kernel_shape = [1, 1]> (images, kernel)
+        mixed = MatMul (square, conv)
+        maps = MatMul (mixed, square)
+    """,
+    "a bias that is computed": """
+        conv = Conv <kernel_shape = [1, 1]> (images, kernel)
+        axes = Constant <value_ints = [0, 2, 3]> ()
+        total = ReduceSum <keepdims = 0> (conv, axes)
+        maps = Conv <kernel_shape = [1, 1]> (conv, kernel, total)
+    """,
+}
+
+
+@pytest.mark.parametrize("body", CONSTANT_OPERANDS.values(), ids=CONSTANT_OPERANDS)
+@pytest.mark.parametrize("dialect", [onnxruntime.DIALECT, openvino.DIALECT, tensorrt.DIALECT], ids=["ort", "ov", "trt"])
+def test_constants_are_operands_and_need_no_range(body, dialect):
+    graph = graph_from_text(body)
+    constants = set(graph.model.graph.initializers)
+    placement = place(graph.model)
+    assert placement.weights
+    assert not constants & set(placement.tensors)
+    plan = plan_of(graph, np.random.default_rng(1).normal(size=(8, 4, 4, 4)).astype(np.float32))
+    images = np.random.default_rng(2).normal(size=(1, 4, 4, 4)).astype(np.float32)
+    (expected,) = onnx_session(graph.model).run(None, {"images": images})
+    (found,) = onnx_session(written(dialect, graph, plan)).run(None, {"images": images})
+    assert sqnr_db(expected, found) > 20
+
+
+def graph_from_text(body: str) -> OnnxGraph:
+    """A graph of the images ``(1, 4, 4, 4)`` to what the last line of ``body`` gives, with its constants."""
+    lines = [line.strip() for line in body.strip().splitlines()]
+    output = lines[-1].partition(" ")[0]
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 21]>\n'
+        f"backbone (float[1,4,4,4] images) => (float[1,4,4,4] {output}) {{\n" + "\n".join(lines) + "\n}"
+    )
+    generator = np.random.default_rng(0)
+    shapes = {"kernel": (4, 4, 1, 1), "map": (1, 4, 4, 4), "square": (4, 4)}
+    used = {name for node in model.graph.node for name in node.input}
+    model.graph.initializer.extend(
+        onnx.numpy_helper.from_array(generator.normal(size=shape).astype(np.float32), name)
+        for name, shape in shapes.items()
+        if name in used
+    )
+    for position, node in enumerate(model.graph.node):
+        node.name = f"{node.op_type}_{position}"
+    inferred = ir.from_proto(onnx.shape_inference.infer_shapes(model))
+    spec = InputSpec(channels=4, height=4, width=4)
+    return OnnxGraph(input=spec, outputs=output_specs(inferred), model=inferred)
