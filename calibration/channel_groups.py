@@ -58,7 +58,7 @@ class ChannelGroup:
 
 
 def channel_groups(module: GraphModule) -> list[ChannelGroup]:
-    """Every group of a flat inference graph that can be scaled and that a layer reads, in the graph's order."""
+    """Return every group of a flat inference graph that can be scaled and that a layer reads, in the graph's order."""
     finder = _Finder(module)
     for node in module.graph.nodes:
         finder.visit(node)
@@ -136,7 +136,7 @@ class _Finder:
         return True
 
     def _adds_alike(self, node: Node, axis: int) -> bool:
-        """Whether every operand of a sum or concatenation is scaled too: it is in a group, or a constant."""
+        """Return whether every operand of a sum or concatenation is scaled too: it is in a group, or a constant."""
         operands = list(node.all_input_nodes)
         if any(not isinstance(value, Node) for value in node.args[:2]) and node.target in _ADDS:
             return False
@@ -162,7 +162,7 @@ class _Finder:
         return True
 
     def _kept_axis(self, node: Node) -> int | None:
-        """Where an operator that commutes with a factor a channel leaves the channels; None for any other."""
+        """Return where an operator that commutes with a factor a channel leaves the channels; None for any other."""
         source = next((value for value in node.all_input_nodes if value in self.members), None)
         follow = _FOLLOWS.get(node.target)
         if source is None or follow is None:
@@ -199,7 +199,7 @@ def _permuted(node: Node, before: tuple[int, ...], axis: int) -> int | None:
 
 
 def _reshaped(node: Node, before: tuple[int, ...], axis: int) -> int | None:
-    """Where a reshape leaves an axis, when it neither splits nor merges it."""
+    """Return where a reshape leaves an axis, when it neither splits nor merges it."""
     after = sizes(node)
     for position, size in enumerate(after):
         if size == before[axis] and math.prod(after[:position]) == math.prod(before[:axis]):
@@ -216,7 +216,7 @@ def _averaged(node: Node, before: tuple[int, ...], axis: int) -> int | None:
 
 
 def _along_one(node: Node, before: tuple[int, ...], axis: int) -> int | None:
-    """A slice or a concatenation: along any other axis the channels stay."""
+    """Return a slice or a concatenation: along any other axis the channels stay."""
     return axis if int(argument(node, 1, "dim", 0)) % len(before) != axis else None
 
 

@@ -33,7 +33,7 @@ MEASURED_IMAGES = 16
 def equalization_passes(
     precision: Precision, calibration: CalibrationSet | None, spec: InputSpec
 ) -> tuple[FusionPass, ...]:
-    """The pass that INT8 adds to a pipeline, with the images that it measures on; none for other precisions."""
+    """Return the pass that INT8 adds to a pipeline, with the images that it measures on; none for other precisions."""
     if not isinstance(precision, Int8) or calibration is None:
         return ()
     images, alpha = calibration.sample(MEASURED_IMAGES), precision.filled().equalization
@@ -69,7 +69,7 @@ def equalize(module: GraphModule, batches: Iterable[FloatArray], *, alpha: float
 
 
 def _measure(module: GraphModule, groups: list[ChannelGroup], batches: Iterable[FloatArray]) -> list[Tensor]:
-    """The largest magnitude of each channel of each group, ``(C,)``, in what its readers read."""
+    """Return the largest magnitude of each channel of each group, ``(C,)``, in what its readers read."""
     wanted = {source: (index, axis) for index, group in enumerate(groups) for source, axis in group.sources.items()}
     found = [torch.zeros(group.channels) for group in groups]
 
@@ -90,7 +90,7 @@ def _measure(module: GraphModule, groups: list[ChannelGroup], batches: Iterable[
 
 
 def _factors(module: GraphModule, group: ChannelGroup, amax: Tensor, alpha: float) -> Tensor:
-    """``s`` a channel, ``(C,)`` in double, with a geometric mean of 1."""
+    """Return ``s`` a channel, ``(C,)`` in double, with a geometric mean of 1."""
     activation = _floored(amax.double())
     weights = [weight for reader in group.readers if (weight := _input_amax(module, reader)) is not None]
     if weights:
@@ -107,7 +107,7 @@ def _floored(amax: Tensor) -> Tensor:
 
 
 def _input_amax(module: GraphModule, reader: Node) -> Tensor | None:
-    """The largest weight that each input channel meets, ``(C,)``; None for a depthwise convolution."""
+    """Return the largest weight that each input channel meets, ``(C,)``; None for a depthwise convolution."""
     weight = constant(module, reader.args[1])
     assert weight is not None  # noqa: S101  (a reader has a constant weight; narrows the type)
     if weight.dim() == 4 and weight.shape[1] == 1 and int(argument(reader, 6, "groups", 1)) > 1:

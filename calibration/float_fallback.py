@@ -63,7 +63,7 @@ def keep_image_side(model: ir.Model, plan: QuantizationPlan) -> Mapping[str, str
 
 
 def _is_thin(node: ir.Node) -> bool:
-    """Whether a convolution of few channels is depthwise, or 1x1 and no wider than what it reads."""
+    """Return whether a convolution of few channels is depthwise, or 1x1 and no wider than what it reads."""
     shape = node.inputs[1].shape  # type: ignore[union-attr]
     assert shape is not None  # noqa: S101  (an initializer has a shape; narrows the type)
     outputs, width, *kernel = (int(size) for size in shape)  # type: ignore[arg-type]

@@ -70,7 +70,7 @@ def plan_half(model: ir.Model, images: FloatArray, *, min_sqnr_db: float) -> Hal
 
 
 def _open_weights(model: ir.Model, names: Iterable[str]) -> tuple[GraphSession, dict[str, npt.NDArray[np.float32]]]:
-    """A session whose weights are inputs, so that one session measures every weight."""
+    """Return a session whose weights are inputs, so that one session measures every weight."""
     opened = model.clone()
     weights = {}
     for name in names:

@@ -45,7 +45,7 @@ class ImageChecks:
             self._values += image.size
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """All that was seen, exactly."""
+        """Return all that was seen, exactly."""
         return {
             "digests": np.frombuffer(b"".join(sorted(self._different)), np.uint8),
             "counts": np.array([self._seen, self._constant, self._values]),
@@ -61,7 +61,7 @@ class ImageChecks:
         self._squares, self._least, self._most = (float(figure) for figure in state["figures"])
 
     def problems(self) -> tuple[str, ...]:
-        """One message a fault: what was seen, what was expected, and what to do."""
+        """Return one message a fault: what was seen, what was expected, and what to do."""
         found = (self._too_few(), self._too_flat(), self._not_normalised())
         return tuple(message for message in found if message is not None)
 

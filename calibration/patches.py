@@ -33,7 +33,7 @@ class LayerShape:
 
     @classmethod
     def of(cls, node: ir.Node, shape: tuple[int, ...], axis: int) -> LayerShape:
-        """The shape of a Conv, Gemm or MatMul of a master graph.
+        """Return the shape of a Conv, Gemm or MatMul of a master graph.
 
         Raises:
             CalibrationError: a convolution that is not over images, or whose padding is not written out.
@@ -65,12 +65,12 @@ class LayerShape:
         return int(np.prod(self.shape)) // channels * self.groups
 
     def matrix(self, weight: npt.NDArray[Any]) -> Tensor:
-        """The weight as ``(groups, channels, K)``."""
+        """Return the weight as ``(groups, channels, K)``."""
         turned = weight if self.axis == 0 else weight.T
         return torch.from_numpy(turned.copy().reshape(self.groups, turned.shape[0] // self.groups, -1))
 
     def restore(self, matrix: Tensor) -> npt.NDArray[Any]:
-        """``(groups, channels, K)`` in the weight's own shape."""
+        """Return ``(groups, channels, K)`` in the weight's own shape."""
         rows = matrix.reshape(self.shape[self.axis], -1).numpy()
         return np.ascontiguousarray(rows.reshape(self.shape) if self.axis == 0 else rows.T)
 

@@ -101,7 +101,7 @@ def _integer_bias(
 def _dequantized(
     graph: ir.Graph, name: str, integers: npt.NDArray[Any], scales: npt.NDArray[Any], *, axis: int
 ) -> ir.Value:
-    """Integers with zero point 0 behind a DequantizeLinear."""
+    """Return Integers with zero point 0 behind a DequantizeLinear."""
     zeros = np.zeros(len(scales), integers.dtype)
     parts = [
         add_constant(graph, f"{name}/{part}", array)

@@ -83,13 +83,13 @@ class Histogram:
         self._squares = 0.0
 
     def state(self) -> npt.NDArray[np.float64]:
-        """All that it holds, exactly, as one vector: the number of values stays below 2**53."""
+        """Return all that it holds, exactly, as one vector: the number of values stays below 2**53."""
         facts = (self.low, self.high, self._edge, self._seen, self._sum, self._squares)
         return np.concatenate([np.array(facts, np.float64), self._counts])
 
     @classmethod
     def of(cls, state: Array) -> Histogram:
-        """The histogram whose `state` this is.
+        """Return the histogram whose `state` this is.
 
         Raises:
             ValueError: it is none's.
@@ -146,7 +146,7 @@ class Histogram:
             self._edge *= 2
 
     def statistics(self, chosen: ActivationRange) -> TensorStatistics:
-        """What was seen, and how well a range rounds it."""
+        """Return what was seen, and how well a range rounds it."""
         mean = self._sum / self._seen
         used = np.flatnonzero(self._counts)
         signal = self._squares / self._seen
@@ -164,11 +164,11 @@ class Histogram:
         )
 
     def _centres(self) -> npt.NDArray[np.float64]:
-        """The middle of each bin."""
+        """Return the middle of each bin."""
         return np.linspace(-self._edge, self._edge, BINS + 1)[:-1] + self._edge / BINS
 
     def choose(self, settings: Int8) -> ActivationRange:
-        """The range that a calibrator picks; it always holds 0, so that padding is exact."""
+        """Return the range that a calibrator picks; it always holds 0, so that padding is exact."""
         if not np.isfinite(self.low):
             raise CalibrationError("no batch was seen, so there is no range. Give at least one image.")
         low, high = min(self.low, 0.0), max(self.high, 0.0)
@@ -194,7 +194,7 @@ class Histogram:
         return max(low, min(float(lower), 0.0)), min(high, max(float(upper), 0.0))
 
     def _least_divergence(self) -> float:
-        """The magnitude to clip at, with the least divergence between the histogram and its rounding.
+        """Return the magnitude to clip at, with the least divergence between the histogram and its rounding.
 
         After Migacz 2017, "8-bit Inference with TensorRT", over the histogram of magnitudes. The bin
         at 0 counts as much as its neighbour: every rounding keeps the zeros that a ReLU leaves.
@@ -225,7 +225,7 @@ class Histogram:
 
 
 def _split(flat: Array, sampled: Array) -> tuple[Array, Array]:
-    """Every value beyond the sample's outermost ones, and the samples that are not.
+    """Return every value beyond the sample's outermost ones, and the samples that are not.
 
     A corner or a class token is too few values for a sample to count, and may be what a range depends on.
     """
@@ -264,7 +264,7 @@ def _divergence(counts: Array, size: int) -> float:
 def quantize_weight(
     weight: Array, axis: int, least: Array | None = None, *, reduce_range: bool = False
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """A weight to int8 in -127..127 with one scale a channel of ``axis``, and those scales.
+    """Return a weight to int8 in -127..127 with one scale a channel of ``axis``, and those scales.
 
     ``least`` is the smallest scale that each channel may have, ``(channels,)``. With ``reduce_range`` no two
     weights of one sign in a channel add up to more than 128: 255 times that fits 16 bits, where x86
@@ -285,6 +285,6 @@ def quantize_weight(
 
 
 def _largest_pairs(channels: Array) -> Array:
-    """The largest sum of two values of one sign in each row, ``(rows,)``; of the one value in rows of one."""
+    """Return the largest sum of two values of one sign in each row, ``(rows,)``; of the one value in rows of one."""
     sums = [np.sort(np.maximum(one_sign, 0), axis=1)[:, -2:].sum(axis=1) for one_sign in (channels, -channels)]
     return np.asarray(np.maximum(*sums))

@@ -73,7 +73,7 @@ def with_recipe(settings: Int8, family: str) -> Int8:
 
 
 def default_recipe(family: str) -> str:
-    """The name of a family's recipe; of a family that is not known here, the first of the table."""
+    """Return the name of a family's recipe; of a family that is not known here, the first of the table."""
     return FAMILY_RECIPES.get(family, next(iter(RECIPES)))
 
 
@@ -116,7 +116,7 @@ class RecipeReport:
         return next(trial.recipe for trial in self.trials if trial.name == self.chosen)
 
     def render(self) -> Table:
-        """A table for a terminal, one row a recipe."""
+        """Return a table for a terminal, one row a recipe."""
         from rich.table import Table
 
         title = f"Recipes, calibrated with {self.calibrated} images and measured on {self.held_out} others"

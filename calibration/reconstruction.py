@@ -37,13 +37,13 @@ HELD_BYTES = 2**29
 
 
 def needs_reconstruction(settings: Int8) -> bool:
-    """Whether settings ask for more than one pass over the images finds."""
+    """Return whether settings ask for more than one pass over the images finds."""
     settings = settings.filled()
     return settings.rounding != "nearest" or settings.weight_scales != "max" or settings.bias_correction == "full"
 
 
 def reconstruct(model: ir.Model, plan: QuantizationPlan, images: FloatArray, settings: Int8) -> QuantizationPlan:
-    """The plan with every weight rounded, and every bias shifted, as the settings ask.
+    """Return the plan with every weight rounded, and every bias shifted, as the settings ask.
 
     Args:
         model: the FP32 master graph.
@@ -116,7 +116,7 @@ def _chunks(layers: dict[str, _Layer], *, sequential: bool) -> Iterator[list[str
 def _rows(
     simulation: Simulation, layers: dict[str, _Layer], names: Sequence[str], *, quantized: Sequence[str]
 ) -> dict[str, Tensor]:
-    """``(groups, rows, K)`` of what each node reads, the same positions whatever is quantized."""
+    """Return ``(groups, rows, K)`` of what each node reads, the same positions whatever is quantized."""
     pieces: dict[str, list[FloatArray]] = {name: [] for name in names}
     for seed, batch in enumerate(simulation.batches):
         found = simulation.read_by(names, batch, quantized)
@@ -131,7 +131,7 @@ def _row_count(shape: LayerShape) -> int:
 
 
 def _round(layer: _Layer, read: Tensor, settings: Int8, *, reduce_range: bool) -> tuple[Tensor, Tensor]:
-    """Integers ``(groups, channels, K)`` and scales ``(groups, channels)`` of a weight."""
+    """Return Integers ``(groups, channels, K)`` and scales ``(groups, channels)`` of a weight."""
     axis, matrix = layer.shape.axis, layer.shape.matrix(layer.weight)
     if settings.rounding == "nearest" and settings.weight_scales == "max":
         integers, nearest = quantize_weight(layer.weight, axis, reduce_range=reduce_range)
@@ -148,7 +148,7 @@ def _round(layer: _Layer, read: Tensor, settings: Int8, *, reduce_range: bool) -
 
 
 def _shift(layer: _Layer, exact: Tensor, rounded: Tensor, read: Tensor) -> npt.NDArray[np.float32]:
-    """The mean of what a node gives in FP32 less that of what it gives rounded, ``(channels,)``."""
+    """Return the mean of what a node gives in FP32 less that of what it gives rounded, ``(channels,)``."""
     before = layer.shape.matrix(layer.weight) @ exact.mean(1).unsqueeze(2)
     after = rounded @ read.mean(1).unsqueeze(2)
     return (before - after).reshape(-1).numpy()

@@ -25,7 +25,7 @@ class RoundedWeight:
     def of(
         cls, weight: npt.NDArray[np.float32], axis: int, integers: npt.NDArray[np.int8], scales: npt.NDArray[np.float32]
     ) -> RoundedWeight:
-        """What brings ``integers`` back from the weight."""
+        """Return what brings ``integers`` back from the weight."""
         nearest = _nearest(weight, axis, scales)
         return cls(steps=(integers.astype(np.int16) - nearest).astype(np.int8), scales=scales)
 
@@ -37,7 +37,7 @@ class RoundedWeight:
         *,
         reduce_range: bool = False,
     ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-        """The integers and scales; a channel whose scale is below the ``least`` is rounded to the nearest."""
+        """Return the integers and scales; a channel whose scale is below the ``least`` is rounded to the nearest."""
         integers = (_nearest(weight, axis, self.scales) + self.steps).astype(np.int8)
         if least is None or not np.any(self.scales < least):
             return integers, self.scales

@@ -22,7 +22,7 @@ CLIPPINGS = tuple(1 - step / 40 for step in range(21))
 
 
 def round_with_feedback(weight: Tensor, scales: Tensor, moments: Tensor, top: int = 127) -> Tensor:
-    """Integers whose products with what a layer reads are close to the weight's.
+    """Return Integers whose products with what a layer reads are close to the weight's.
 
     Args:
         weight: ``(groups, channels, K)`` in float, the weights of each group's output channels.

@@ -68,7 +68,7 @@ class Sensitivity:
     together_db: dict[str, float]
 
     def shares(self) -> dict[str, float]:
-        """Each node's part, 0 to 1, of the noise that all of them make when each works alone."""
+        """Return each node's part, 0 to 1, of the noise that all of them make when each works alone."""
         total = math.fsum(entry.noise for entry in self.nodes) or 1.0
         return {entry.node: entry.noise / total for entry in self.nodes}
 
@@ -222,7 +222,7 @@ class Simulation:
     def _feed(
         self, graph: ir.Graph, node: str, name: str, exact: npt.NDArray[Any], rounded: npt.NDArray[Any]
     ) -> ir.Value:
-        """An input of the graph with two values: one in float and one for the node in integers."""
+        """Return an input of the graph with two values: one in float and one for the node in integers."""
         exact = np.require(exact, requirements="C")
         self._exact[name], self._rounded[node][name] = exact, rounded
         dtype = ir.DataType.from_numpy(exact.dtype)
@@ -246,7 +246,7 @@ def _read_name(node: str) -> str:
 
 
 def _switched(graph: ir.Graph, node: ir.Node, flag: ir.Value, parameters: tuple[ir.Value, ir.Value] | None) -> ir.Value:
-    """What a node reads behind ``If(flag)``: rounded, or as it is."""
+    """Return what a node reads behind ``If(flag)``: rounded, or as it is."""
     source = node.inputs[0]
     assert source is not None  # noqa: S101  (ONNX requires it; narrows the type)
     if parameters is None:

@@ -54,7 +54,7 @@ class Statistics:
         self.batches += 1
 
     def mean(self, probe: str) -> npt.NDArray[np.float32]:
-        """The mean of a probe over all batches."""
+        """Return the mean of a probe over all batches."""
         return (self._sums[probe] / self.batches).astype(np.float32)
 
     def save(self, path: Path) -> None:

@@ -59,7 +59,7 @@ def _held(manifest: Manifest) -> dict[str, Any]:
 
 
 def _normal(name: str, value: Any, held: Any) -> Any:
-    """The value as the manifest spells it; what stands for "the default" is what the bundle holds."""
+    """Return the value as the manifest spells it; what stands for "the default" is what the bundle holds."""
     if name == "precision":
         return parse_precision(value).name
     if name == "batch_size":

@@ -48,18 +48,18 @@ class Features(dict[str, T]):
     @overload
     def get(self, key: str | int, default: S) -> T | S: ...
     def get(self, key: str | int, default: Any = None) -> Any:
-        """The map of a level's name or index, or ``default``."""
+        """Return the map of a level's name or index, or ``default``."""
         return self[key] if key in self else default  # noqa: SIM401  (this is get)
 
     def copy(self) -> Features[T]:
-        """A shallow copy that takes indices too."""
+        """Return a shallow copy that takes indices too."""
         return Features(self, self.indices)
 
     def map(self, change: Callable[[T], S]) -> Features[S]:
-        """The same levels, each map changed by ``change``."""
+        """Return the same levels, each map changed by ``change``."""
         return Features({name: change(feature) for name, feature in self.items()}, self.indices)
 
     def _name_of(self, key: object) -> str | None:
-        """The name of the level with this index, where its map is here."""
+        """Return the name of the level with this index, where its map is here."""
         name = self.indices.get(key)  # type: ignore[call-overload]
         return name if name is not None and super().__contains__(name) else None

@@ -51,7 +51,7 @@ class Processor:
 
 
 def read_processor(cpuinfo: Path = CPUINFO) -> Processor:
-    """The processor as Linux describes it; without that file, only what Python knows."""
+    """Return the processor as Linux describes it; without that file, only what Python knows."""
     try:
         fields = _fields(cpuinfo.read_text(encoding="utf-8", errors="replace"))
     except OSError:
@@ -69,17 +69,17 @@ def read_processor(cpuinfo: Path = CPUINFO) -> Processor:
 
 @cache
 def this_processor() -> Processor:
-    """`read_processor` of this machine, read once."""
+    """Return `read_processor` of this machine, read once."""
     return read_processor()
 
 
 def saturates(target: str | None) -> bool:
-    """Whether products of 8-bit weights saturate on one of `PROCESSOR_TARGETS`; None: on this machine."""
+    """Return whether products of 8-bit weights saturate on one of `PROCESSOR_TARGETS`; None: on this machine."""
     return PROCESSOR_TARGETS[target] if target in PROCESSOR_TARGETS else this_processor().saturates
 
 
 def _fields(text: str) -> dict[str, str]:
-    """The first value of each ``name : value`` line."""
+    """Return the first value of each ``name : value`` line."""
     fields: dict[str, str] = {}
     for line in text.splitlines():
         name, separator, value = line.partition(":")

@@ -71,19 +71,19 @@ class FeatureInfo(tuple[FeatureLevel, ...]):
     __slots__ = ()
 
     def names(self) -> list[str]:
-        """The key of each level in the dict of features."""
+        """Return the key of each level in the dict of features."""
         return [level.name for level in self]
 
     def channels(self) -> list[int]:
-        """The number of channels of each level."""
+        """Return the number of channels of each level."""
         return [level.channels for level in self]
 
     def reduction(self) -> list[int]:
-        """The stride of each level, in input pixels."""
+        """Return the stride of each level, in input pixels."""
         return [level.stride for level in self]
 
     def by_index(self) -> dict[int, str]:
-        """Each level's index, to its name."""
+        """Return each level's index, to its name."""
         return {level.index: level.name for level in self}
 
 
@@ -168,7 +168,7 @@ class InputSpec:
         return self.dtype == "uint8"
 
     def as_pixels(self) -> InputSpec:
-        """The same images as decoded: ``(N, H, W, C)`` uint8, RGB from 0 to 255."""
+        """Return the same images as decoded: ``(N, H, W, C)`` uint8, RGB from 0 to 255."""
         return dataclasses.replace(self, dtype="uint8", layout="NHWC")
 
     def as_images(self) -> InputSpec:
@@ -176,7 +176,7 @@ class InputSpec:
         return dataclasses.replace(self, dtype="float32", layout="NCHW")
 
     def accepts_batch(self, count: int) -> bool:
-        """Whether a call with ``count`` images is within the engine's batch."""
+        """Return whether a call with ``count`` images is within the engine's batch."""
         if isinstance(self.batch, int):
             return count == self.batch
         return self.batch.min <= count <= self.batch.max
@@ -379,7 +379,7 @@ def parse_precision(precision: str | Precision, settings: Mapping[str, Any] | No
 
 
 def parse_batch(batch_size: int | str | tuple[int, int, int] | BatchRange) -> Batch:
-    """An int, ``"dynamic"``, ``(min, opt, max)`` or a `BatchRange`, checked.
+    """Return an int, ``"dynamic"``, ``(min, opt, max)`` or a `BatchRange`, checked.
 
     Raises:
         SpecError: anything else, or sizes out of order.
@@ -403,7 +403,7 @@ def parse_batch(batch_size: int | str | tuple[int, int, int] | BatchRange) -> Ba
 
 
 def parse_image_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
-    """An int or ``(height, width)`` in pixels to ``(height, width)``.
+    """Return an int or ``(height, width)`` in pixels to ``(height, width)``.
 
     Raises:
         SpecError: not one or two positive ints.

@@ -15,7 +15,7 @@ PAUSE = 0.02
 
 
 def time_calls(calls: Sequence[Callable[[], object]]) -> tuple[list[float], int]:
-    """The median milliseconds of each call, made in turns, and the rounds it took.
+    """Return the median milliseconds of each call, made in turns, and the rounds it took.
 
     Before each call there is a pause, and a call that is not timed: a runtime's threads wait actively for a
     while after a call, and would take a core from the next model.

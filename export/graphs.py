@@ -52,6 +52,6 @@ class _Part(nn.Module):
         self.positions = tuple(positions)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """``(N, C, H, W)`` to the chosen outputs."""
+        """Map ``(N, C, H, W)`` to the chosen outputs."""
         outputs = self.whole(images)
         return tuple(outputs[position] for position in self.positions)

@@ -17,7 +17,7 @@ _OWN_CODE = ("deploykit.", "timm.")
 
 
 def network_digest(backbone: BaseBackbone, spec: InputSpec) -> str:
-    """SHA-256 over the layers and their settings; for code of the user's own over its traced program too.
+    """Return SHA-256 over the layers and their settings; for code of the user's own over its traced program too.
 
     Raises:
         SpecError, ExportError: a network of the user's own that cannot be exported; see `trace`.

@@ -36,7 +36,7 @@ def name_outputs(model: ir.Model, names: Sequence[str]) -> None:
 
 
 def _copied(graph: ir.Graph, value: ir.Value) -> ir.Value:
-    """The value again, computed by an Identity: of an input, a constant, or what is an output already."""
+    """Return the value again, computed by an Identity: of an input, a constant, or what is an output already."""
     node = ir.node("Identity", [value])
     node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
     graph.append(node)
@@ -44,7 +44,7 @@ def _copied(graph: ir.Graph, value: ir.Value) -> ir.Value:
 
 
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:
-    """Every value of a graph and of the subgraphs in it."""
+    """Yield every value of a graph and of the subgraphs in it."""
     yield from graph.inputs
     yield from graph.initializers.values()
     for node in graph:

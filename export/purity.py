@@ -85,7 +85,7 @@ def check_repeatable(backbone: BaseBackbone) -> None:
 
 
 def _nodes_of_outputs(module: GraphModule) -> Iterator[Node]:
-    """Every call that an output depends on, those of subgraphs included."""
+    """Yield every call that an output depends on, those of subgraphs included."""
     needed: set[Node] = set()
     pending = [node for node in module.graph.nodes if node.op == "output"]
     while pending:
@@ -103,7 +103,7 @@ def _nodes_of_outputs(module: GraphModule) -> Iterator[Node]:
 
 
 def _is_random(node: Node) -> bool:
-    """Whether a call draws random numbers with the arguments that it has."""
+    """Return whether a call draws random numbers with the arguments that it has."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
         return False
@@ -119,7 +119,7 @@ def _is_random(node: Node) -> bool:
 
 
 def _run(backbone: BaseBackbone, images: Tensor, seed: int) -> tuple[list[Tensor], bool]:
-    """What a backbone gives, and whether it drew random numbers; the caller's generators stay as they were."""
+    """Return what a backbone gives, and whether it drew random numbers; the caller's generators stay as they were."""
     with kept_random_states(seed), torch.no_grad():
         before = random_states()
         outputs = list(backbone.forward_everything(images.clone()).values())
@@ -127,7 +127,7 @@ def _run(backbone: BaseBackbone, images: Tensor, seed: int) -> tuple[list[Tensor
 
 
 def _agree(one: list[Tensor], other: list[Tensor]) -> bool:
-    """Whether outputs are equal but for the order of additions, which threads may change."""
+    """Return whether outputs are equal but for the order of additions, which threads may change."""
     if [output.shape for output in one] != [output.shape for output in other]:
         return False
     budget = Fp32().min_sqnr_db
@@ -135,7 +135,7 @@ def _agree(one: list[Tensor], other: list[Tensor]) -> bool:
 
 
 def _first_difference(backbone: BaseBackbone, images: Tensor, seed: int) -> str:
-    """Where two runs part: in a submodule, or before it in the code of its parent."""
+    """Return where two runs part: in a submodule, or before it in the code of its parent."""
     one, other = (_events(backbone, images, each) for each in (0, seed))
     for (path, what, value), (_, _, again) in zip(one, other, strict=False):
         if value != again and path:
@@ -144,7 +144,7 @@ def _first_difference(backbone: BaseBackbone, images: Tensor, seed: int) -> str:
 
 
 def _events(backbone: BaseBackbone, images: Tensor, seed: int) -> list[tuple[str, str, float]]:
-    """A number for the input and the output of each submodule, in the order in which they run."""
+    """Return a number for the input and the output of each submodule, in the order in which they run."""
     events: list[tuple[str, str, float]] = []
 
     def note(path: str, what: str, value: Any) -> None:

@@ -40,13 +40,13 @@ class SpeedReport:
         return self.int8_ms > min(self.fp32_ms, self.fp16_ms or self.fp32_ms)
 
     def sentence(self) -> str:
-        """One line: how much faster or slower."""
+        """Return one line: how much faster or slower."""
         times = f"{'slower; ' if self.slower else ''}median of {self.rounds} rounds in turns, one run"
         half = "" if self.fp16_ms is None else f", {self.fp16_ms / self.int8_ms:.2f} times as fast as fp16,"
         return f"int8 is {self.speedup:.2f} times as fast as fp32{half} in this runtime here ({times})."
 
     def reasons(self) -> list[str]:
-        """What keeps the engine from being faster, as lines."""
+        """Return what keeps the engine from being faster, as lines."""
         lines = [f"stays in float: {node}: {reason}" for node, reason in list(self.float_nodes.items())[:SHOWN]]
         if len(self.float_nodes) > SHOWN:
             lines.append(f"and {len(self.float_nodes) - SHOWN} more nodes stay in float: see quantization-plan.json")
@@ -76,7 +76,7 @@ def check_speedup(report: SpeedReport | None, runtime: str) -> None:
 
 
 def time_in_turns(models: Sequence[Runtime], images: ImageArray) -> tuple[list[float], int]:
-    """The median milliseconds of a call of each model, called in turns on one batch, and the rounds it took."""
+    """Return the median milliseconds of a call of each model, called in turns on one batch, and the rounds it took."""
     return time_calls([_call(model, images) for model in models])
 
 

@@ -73,7 +73,7 @@ def _name_weights(model: ir.Model, program: torch.export.ExportedProgram) -> Non
 
 
 def _tidy(model: ir.Model, spec: InputSpec) -> ir.Model:
-    """Name the batch, drop stack traces and folder names, and sort: equal exports give equal bytes."""
+    """Return Name the batch, drop stack traces and folder names, and sort: equal exports give equal bytes."""
     passes.ClearMetadataAndDocStringPass()(model)
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.metadata_props.clear()
@@ -99,7 +99,7 @@ def _rename_batch(model: ir.Model) -> None:
 
 
 def _why(error: BaseException, program: torch.export.ExportedProgram) -> str:
-    """The operator that the exporter could not write, where it stands, and its reason."""
+    """Return the operator that the exporter could not write, where it stands, and its reason."""
     chain = [error]
     while (cause := chain[-1].__cause__) is not None:
         chain.append(cause)

@@ -23,12 +23,12 @@ class Everything(nn.Module):
         self.backbone = backbone
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """``(N, C, H, W)`` to the tuple of `output_names`."""
+        """Map ``(N, C, H, W)`` to the tuple of `output_names`."""
         return tuple(self.backbone.forward_everything(images).values())
 
 
 def output_names(backbone: BaseBackbone) -> tuple[str, ...]:
-    """The names of the outputs of a traced backbone: its levels, then the head where it has one."""
+    """Return the names of the outputs of a traced backbone: its levels, then the head where it has one."""
     levels = tuple(level.name for level in backbone.feature_info)
     return levels if backbone.spec.features_only else (*levels, backbone.spec.head_name)
 

@@ -28,7 +28,18 @@ EXECUTION_PROVIDERS = {
 PREFIXES = {"deploykit": "deploykit", "export": "deploykit.export", "calibration": "deploykit.calibration"}
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("unset", "errors", "arrays", "npz", "processor", "feature_dict", "labels", "timing", "torchvision_operators"),
+    (
+        "unset",
+        "errors",
+        "arrays",
+        "npz",
+        "processor",
+        "feature_dict",
+        "labels",
+        "timing",
+        "sampling",
+        "torchvision_operators",
+    ),
     ("spec", "progress", "optional"),
     ("options", "graph"),
     ("parity",),

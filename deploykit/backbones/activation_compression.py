@@ -34,7 +34,7 @@ class Saved(Protocol):
     """What stands in autograd's graph for a saved tensor."""
 
     def value(self) -> Tensor:
-        """The tensor that was saved, or its approximation."""
+        """Return the tensor that was saved, or its approximation."""
 
 
 class Kept:
@@ -47,7 +47,7 @@ class Kept:
         self._storage = storage_reference(tensor)
 
     def value(self) -> Tensor:
-        """The tensor itself.
+        """Return the tensor itself.
 
         Raises:
             DeployKitError: it was modified in place after it had been saved.
@@ -78,7 +78,7 @@ class Packed8:
         self._storage = storage_reference(tensor)
 
     def value(self) -> Tensor:
-        """The tensor in its own type, within the bound that the class states."""
+        """Return the tensor in its own type, within the bound that the class states."""
         return self._codes.to(self._step.dtype).add_(self._lowest).mul_(self._step).to(self._dtype)
 
 
@@ -95,7 +95,7 @@ class Packed16:
         self._storage = storage_reference(tensor)
 
     def value(self) -> Tensor:
-        """The tensor in float32, within the bound that the class states."""
+        """Return the tensor in float32, within the bound that the class states."""
         return self._half.float().mul_(self._scale)
 
 
@@ -139,13 +139,13 @@ def compressed_activations(bits: Literal[8, 16] = 8, min_size: int = 4096) -> It
 
 
 def compression_depth() -> int:
-    """How many `compressed_activations` blocks this thread is in."""
+    """Return how many `compressed_activations` blocks this thread is in."""
     depth: int = getattr(_state, "depth", 0)
     return depth
 
 
 def unpack(saved: Saved) -> Tensor:
-    """The hook that gives autograd the tensor back."""
+    """Return the hook that gives autograd the tensor back."""
     return saved.value()
 
 
@@ -162,7 +162,7 @@ def tensor_key(tensor: Tensor) -> TensorKey:
 
 
 def is_parameter(tensor: Tensor) -> bool:
-    """Whether the tensor is a parameter or a view of one."""
+    """Return whether the tensor is a parameter or a view of one."""
     base = tensor._base
     return isinstance(tensor if base is None else base, nn.Parameter)
 

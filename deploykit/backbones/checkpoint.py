@@ -120,7 +120,7 @@ def _read_torch(path: Path) -> CheckpointFile:
 
 
 def _refused_globals(path: Path, error: Exception) -> list[str]:
-    """The names of classes and functions in a file that are not allowed."""
+    """Return the names of classes and functions in a file that are not allowed."""
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
     except Exception:  # an old format, or a damaged file: the error names the first one
@@ -168,7 +168,7 @@ def _is_shard(name: str) -> bool:
 
 
 def _read_shards(path: Path) -> CheckpointFile:
-    """The tensors of an index and its shards, which lie beside it."""
+    """Return the tensors of an index and its shards, which lie beside it."""
     try:
         places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         shards = {str(key): str(shard) for key, shard in places.items()}

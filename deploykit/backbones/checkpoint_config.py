@@ -103,7 +103,7 @@ def _of_torch(path: Path, content: Mapping[Any, Any]) -> CheckpointConfig | None
 
 
 def _of_mapping(said: Mapping[str, Any], source: str, *, trusted: bool = True) -> CheckpointConfig | None:
-    """A configuration of timm's, nested or flat; None where it is none.
+    """Return a configuration of timm's, nested or flat; None where it is none.
 
     ``trusted``: a value that cannot be is an error; otherwise it was meant for something else.
     """
@@ -148,7 +148,7 @@ def _count(value: Any, source: str) -> int | None:
 
 
 def _size(inner: Mapping[str, Any]) -> tuple[int, int] | None:
-    """``input_size`` (C, H, W) or ``img_size``, in pixels."""
+    """Return ``input_size`` (C, H, W) or ``img_size``, in pixels."""
     size = inner.get("input_size") or (3, inner.get("img_size"), inner.get("img_size"))
     if isinstance(size, Sequence) and len(size) == 3 and all(isinstance(side, int) and side > 0 for side in size):
         return size[1], size[2]

@@ -88,7 +88,7 @@ def find_state(content: Mapping[Any, Any], wanted: Collection[str], *, source: s
 
 
 def _mappings(content: Mapping[Any, Any], keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every mapping in a checkpoint, with the keys that lead to it."""
+    """Yield every mapping in a checkpoint, with the keys that lead to it."""
     yield keys, content
     if len(keys) < _DEPTH:
         for key, value in content.items():
@@ -97,7 +97,7 @@ def _mappings(content: Mapping[Any, Any], keys: tuple[str, ...] = ()) -> Iterato
 
 
 def _tensors(mapping: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """The tensors of a mapping by the names that they have in an unwrapped network."""
+    """Return the tensors of a mapping by the names that they have in an unwrapped network."""
     found: dict[str, Tensor] = {}
     for key, value in mapping.items():
         tensor = torch.from_numpy(value.value.copy()) if isinstance(value, PlainArray) else value
@@ -140,7 +140,7 @@ def _choose(content: Mapping[Any, Any], rivals: list[Place], source: str) -> Pla
 
 
 def _different(content: Mapping[Any, Any], places: list[Place]) -> list[Place]:
-    """The places that match best, without those whose tensors are the ones of a place before them."""
+    """Return the places that match best, without those whose tensors are the ones of a place before them."""
     best = max((place.matched for place in places), default=0)
     kept: list[tuple[Place, dict[str, Tensor]]] = []
     for place in places:
@@ -175,7 +175,7 @@ def _mapping_of(content: Mapping[Any, Any], place: Place) -> Mapping[Any, Any]:
 
 
 def _under(content: Mapping[Any, Any], place: Place) -> dict[str, Tensor]:
-    """The tensors of a place by the names behind its prefix."""
+    """Return the tensors of a place by the names behind its prefix."""
     prefix = place.prefix
     tensors = _tensors(_mapping_of(content, place))
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}

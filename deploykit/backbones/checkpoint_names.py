@@ -14,10 +14,10 @@ IN_FOLDERS = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.b
 
 
 def is_checkpoint_name(name: str) -> bool:
-    """Whether a file's name ends as a checkpoint's does."""
+    """Return whether a file's name ends as a checkpoint's does."""
     return name.lower().endswith(SUFFIXES)
 
 
 def checkpoint_in(folder: Path) -> Path | None:
-    """The checkpoint in a folder of the model hub's layout; None where there is none."""
+    """Return the checkpoint in a folder of the model hub's layout; None where there is none."""
     return next((folder / name for name in IN_FOLDERS if (folder / name).is_file()), None)

@@ -53,7 +53,7 @@ class NormAct(nn.BatchNorm2d):
     """BatchNorm and SiLU, with the norm's parameters directly under its name."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to the same."""
+        """Map ``(N, C, H, W)`` to the same."""
         return F.silu(super().forward(input))
 
 
@@ -64,7 +64,7 @@ class ChannelNorm(nn.LayerNorm):
         super().__init__(channels, eps=1e-6)
 
     def forward(self, input: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to the same."""
+        """Map ``(N, C, H, W)`` to the same."""
         return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
@@ -77,7 +77,7 @@ class Downsample(nn.Module):
         self.expand = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1, bias=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, D, H/2, W/2)``."""
+        """Map ``(N, C, H, W)`` to ``(N, D, H/2, W/2)``."""
         return self.expand(F.avg_pool2d(features, 2))  # type: ignore[no-any-return]
 
 
@@ -90,7 +90,7 @@ class SqueezeExcite(nn.Module):
         self.fc2 = nn.Conv2d(reduced, channels, 1)
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to the same."""
+        """Map ``(N, C, H, W)`` to the same."""
         gate: Tensor = self.fc2(F.relu(self.fc1(features.mean((2, 3), keepdim=True))))
         return features * gate.sigmoid()
 
@@ -112,7 +112,7 @@ class ConvBlock(nn.Module):
         self.conv3_1x1 = nn.Conv2d(middle, out_channels, 1, bias=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, D, H/stride, W/stride)``."""
+        """Map ``(N, C, H, W)`` to ``(N, D, H/stride, W/stride)``."""
         residual = self.norm1(self.conv1_1x1(self.down(self.pre_norm(features))))
         residual = self.norm2(self.se_early(self.conv2_kxk(residual)))
         return self.conv3_1x1(residual) + self.shortcut(features)  # type: ignore[no-any-return]
@@ -144,13 +144,13 @@ class MapAttention(GraphConstants):
         self.keep_constants()
 
     def graph_constants(self) -> dict[str, Tensor]:
-        """The bias of each head and pair of places, ``(1, heads, H*W, H*W)``."""
+        """Return the bias of each head and pair of places, ``(1, heads, H*W, H*W)``."""
         area = self.rel_pos.size[0] * self.rel_pos.size[1]
         bias = self.rel_pos.relative_position_bias_table[self.index]
         return {"position_bias": bias.reshape(area, area, self.heads).permute(2, 0, 1)[None]}
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, D, H, W)``; timm keeps each head's query, key and value side by side."""
+        """Map ``(N, C, H, W)`` to ``(N, D, H, W)``; timm keeps each head's query, key and value side by side."""
         height, width = self.rel_pos.size
         parts = self.qkv(features).reshape(-1, self.heads, 3 * _HEAD_WIDTH, height * width).chunk(3, dim=2)
         query, key, value = (part.transpose(2, 3) for part in parts)
@@ -168,7 +168,7 @@ class ConvMlp(nn.Module):
         self.fc2 = nn.Conv2d(4 * channels, channels, 1)
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to the same."""
+        """Map ``(N, C, H, W)`` to the same."""
         return self.fc2(F.gelu(self.fc1(features)))  # type: ignore[no-any-return]
 
 
@@ -188,7 +188,7 @@ class AttentionBlock(nn.Module):
         self.mlp = ConvMlp(out_channels)
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, D, H/stride, W/stride)``."""
+        """Map ``(N, C, H, W)`` to ``(N, D, H/stride, W/stride)``."""
         features = self.shortcut(features) + self.attn(self.norm1(features))
         return features + self.mlp(self.norm2(features))  # type: ignore[no-any-return]
 
@@ -203,7 +203,7 @@ class Stem(nn.Module):
         self.conv2 = nn.Conv2d(widths[0], widths[1], 3, padding=1, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, D, H/2, W/2)``."""
+        """Map ``(N, C, H, W)`` to ``(N, D, H/2, W/2)``."""
         return self.conv2(self.norm1(self.conv1(images)))  # type: ignore[no-any-return]
 
 
@@ -223,7 +223,7 @@ class Head(nn.Module):
         self.fc = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, num_classes)`` or ``(N, C)``."""
+        """Map ``(N, C, H, W)`` to ``(N, num_classes)`` or ``(N, C)``."""
         return self.fc(features.mean((2, 3)))  # type: ignore[no-any-return]
 
 

@@ -82,7 +82,7 @@ class ChannelNorm(nn.LayerNorm):
         super().__init__(channels, eps=_EPS)
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to the same shape."""
+        """Map ``(N, C, H, W)`` to the same shape."""
         normed: Tensor = super().forward(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         # torch 2.13 limits a dynamic batch to the example's when a convolution reads a permuted map of one image.
         return normed.contiguous() if torch.onnx.is_in_onnx_export() else normed
@@ -103,7 +103,7 @@ class GlobalResponseNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, features: Tensor) -> Tensor:
-        """``features * (1 + weight * relative energy) + bias``, in the same layout."""
+        """Return ``features * (1 + weight * relative energy) + bias``, in the same layout."""
         space, channel, shape = ((1, 2), -1, (-1,)) if self.channels_last else ((2, 3), 1, (-1, 1, 1))
         energy: Tensor = torch.linalg.vector_norm(features, dim=space, keepdim=True)
         relative = energy / (energy.mean(dim=channel, keepdim=True) + _EPS)
@@ -122,7 +122,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Conv2d(hidden, channels, 1) if conv else nn.Linear(hidden, channels)
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` if ``conv``, else ``(N, H, W, C)``, to the same shape."""
+        """Return ``(N, C, H, W)`` if ``conv``, else ``(N, H, W, C)``, to the same shape."""
         mapped: Tensor = self.fc2(self.grn(self.act(self.fc1(features))))
         return mapped
 
@@ -140,7 +140,7 @@ class Block(nn.Module):
         self.gamma = None if response_norm else nn.Parameter(torch.full((channels,), 1e-6))
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to the same shape."""
+        """Map ``(N, C, H, W)`` to the same shape."""
         mixed: Tensor = self.conv_dw(features)
         if self.conv_mlp:
             mixed = self.mlp(self.norm(mixed))
@@ -160,7 +160,7 @@ class DownsampleConv(nn.Conv2d):
         self.before, self.after = total // 2, total - total // 2
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, D, H // stride, W // stride)``."""
+        """Map ``(N, C, H, W)`` to ``(N, D, H // stride, W // stride)``."""
         if self.after:
             features = F.pad(features, (self.before, self.after, self.before, self.after))
         return super().forward(features)
@@ -195,7 +195,7 @@ class Head(nn.Module):
         self.fc = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, num_classes)``, or ``(N, C)`` when there are no classes."""
+        """Map ``(N, C, H, W)`` to ``(N, num_classes)``, or ``(N, C)`` when there are no classes."""
         logits: Tensor = self.fc(self.norm(features.mean((2, 3))))
         return logits
 
@@ -256,12 +256,12 @@ class ConvNeXt(BaseBackbone):
         return maps, features
 
     def forward_head(self, trunk: Tensor) -> Tensor:
-        """``(N, C, H/32, W/32)`` to ``(N, num_classes)`` logits, or the normed ``(N, C)`` mean."""
+        """Map ``(N, C, H/32, W/32)`` to ``(N, num_classes)`` logits, or the normed ``(N, C)`` mean."""
         output: Tensor = self.head(trunk)
         return output
 
     def stage_modules(self) -> dict[str, tuple[nn.Module, ...]]:
-        """The four stages; the stem belongs to the first."""
+        """Return the four stages; the stem belongs to the first."""
         first, *others = self.stages
         return {"stage1": (self.stem, first), **{f"stage{i}": (stage,) for i, stage in enumerate(others, 2)}}
 

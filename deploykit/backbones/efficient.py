@@ -251,7 +251,7 @@ class EfficientNet(BaseBackbone):
     def _build(
         self, variant: EfficientNetVariant, channels: int
     ) -> tuple[nn.Sequential, list[FeatureLevel], tuple[int, ...]]:
-        """The stacks, the levels, and the number of stacks before the end of each level."""
+        """Return the stacks, the levels, and the number of stacks before the end of each level."""
         field = ReceptiveField().conv(3, 2)
         plan = DilationPlan(output_stride=self.options.output_stride, stride=2)
         stacks, ends = nn.Sequential(), []
@@ -295,7 +295,7 @@ class EfficientNet(BaseBackbone):
         return maps, features
 
     def forward_head(self, trunk: Tensor) -> Tensor:
-        """1x1 convolution, mean over the map, classifier."""
+        """Return 1x1 convolution, mean over the map, classifier."""
         features = self.bn2(self.conv_head(trunk))
         output: Tensor = self.classifier(features.mean((2, 3)))
         return output

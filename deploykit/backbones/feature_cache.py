@@ -82,7 +82,7 @@ class FeatureCache:
         return self._bytes
 
     def __call__(self, images: npt.NDArray[Any] | Tensor) -> Any:
-        """The backbone's answer to ``(N, C, H, W)`` images, in the caller's kind of array and without autograd.
+        """Return the backbone's answer to ``(N, C, H, W)`` images, in the caller's kind of array and without autograd.
 
         Raises:
             SpecError: images that the backbone does not take, or a backbone in training mode.
@@ -127,7 +127,7 @@ class FeatureCache:
         return keys
 
     def _digest_of_model(self) -> str:
-        """The digest of weights and options; taken again when a weight was replaced or changed in place."""
+        """Return the digest of weights and options; taken again when a weight was replaced or changed in place."""
         backbone = self.backbone
         state = tuple((tensor.data_ptr(), tensor._version) for tensor in backbone.state_dict().values())
         with self._lock:
@@ -139,7 +139,7 @@ class FeatureCache:
 
     @staticmethod
     def _positions(keys: list[str], found: dict[str, Entry]) -> dict[str, int]:
-        """Each key that is not there, with the first position of its image in the batch."""
+        """Return each key that is not there, with the first position of its image in the batch."""
         missing: dict[str, int] = {}
         for position, key in enumerate(keys):
             if key not in found:

@@ -48,7 +48,7 @@ class DilationPlan:
     dilation: int = 1
 
     def next(self, stride: int) -> tuple[DilationPlan, int, int]:
-        """The plan after a stage of this stride, and the stride and dilation that the stage is built with."""
+        """Return the plan after a stage of this stride, and the stride and dilation that the stage is built with."""
         if self.stride * stride > self.output_stride:
             after = replace(self, dilation=self.dilation * stride)
             return after, 1, after.dilation
@@ -56,7 +56,7 @@ class DilationPlan:
 
 
 def levels_by_stride(strides: Sequence[int], channels: Sequence[int]) -> list[FeatureLevel]:
-    """Name and index levels by deploykit's convention, from strides in the order in which the maps are made."""
+    """Return Name and index levels by deploykit's convention, from strides in the order in which the maps are made."""
     if len(strides) > 1 and len(set(strides)) == 1:
         indices = list(range(len(strides)))
         names = [f"block{index}" for index in indices]

@@ -45,11 +45,11 @@ class TensorLayout:
         return tuple(name for name in self.shapes if name not in self.classifier and not name.endswith(COUNTERS))
 
     def classes_in(self, state: Mapping[str, Tensor]) -> int | None:
-        """The number of classes of a state dict; None where it has no classifier."""
+        """Return the number of classes of a state dict; None where it has no classifier."""
         return next((state[name].shape[0] for name in self.classifier if name in state and state[name].dim()), None)
 
     def channels_in(self, state: Mapping[str, Tensor]) -> int | None:
-        """The number of image channels of a state dict; None where it has no stem of the variant's kind."""
+        """Return the number of image channels of a state dict; None where it has no stem of the variant's kind."""
         found = (state[name].shape for name in self.stem if name in state)
         return next((shape[1] for shape in found if len(shape) == 4), None)
 
@@ -95,7 +95,7 @@ def settle_classes(request: BackboneRequest, found: FoundState, layout: TensorLa
 
 
 def _without_classifier(request: BackboneRequest, found: FoundState, layout: TensorLayout, source: str) -> int:
-    """The classes of a checkpoint that has the trunk alone."""
+    """Return the classes of a checkpoint that has the trunk alone."""
     names = " and ".join(layout.classifier) or "a classifier"
     heads = [f"{name} {tuple(tensor.shape)}" for name, tensor in found.outside.items() if tensor.dim() == 2]
     beside = f" Beside it stands {heads[0]}, which may be the head of the network around it." if heads else ""
@@ -201,7 +201,7 @@ def fit_state(
 
 
 def _is_leftover(model: nn.Module, own: Mapping[str, Tensor], name: str, tensor: Tensor) -> bool:
-    """Whether a tensor that the model does not load is provably without effect."""
+    """Return whether a tensor that the model does not load is provably without effect."""
     if name in own:
         return False
     if name.endswith(COUNTERS) and tensor.numel() == 1:
@@ -269,13 +269,13 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _readable(value: Tensor, expected: Tensor) -> bool:
-    """Whether the values are there, dense, and of the kind (float or integer) that the model has."""
+    """Return whether the values are there, dense, and of the kind (float or integer) that the model has."""
     plain = value.layout == torch.strided and not value.is_meta and not value.is_quantized
     return plain and value.is_floating_point() == expected.is_floating_point() and not value.is_complex()
 
 
 def _finite(value: Tensor, expected: Tensor) -> bool:
-    """Whether all values are finite as the model will hold them: a double may overflow float32."""
+    """Return whether all values are finite as the model will hold them: a double may overflow float32."""
     return not value.is_floating_point() or bool(torch.isfinite(value.to(expected.dtype)).all())
 
 

@@ -17,7 +17,7 @@ class GraphConstants(nn.Module):
     """
 
     def graph_constants(self) -> dict[str, Tensor]:
-        """The tensors by the name of the buffer that stands in for each."""
+        """Return the tensors by the name of the buffer that stands in for each."""
         raise NotImplementedError
 
     def keep_constants(self) -> None:
@@ -26,7 +26,7 @@ class GraphConstants(nn.Module):
         self.update_constants()
 
     def constants(self) -> dict[str, Tensor]:
-        """The tensors for this call."""
+        """Return the tensors for this call."""
         if self.training or not torch.compiler.is_compiling():
             return self.graph_constants()
         return {name: self.get_buffer(name) for name in self._constant_names}

@@ -59,12 +59,12 @@ class StandardisedConv(GraphConstants, nn.Conv2d):
         self.keep_constants()
 
     def graph_constants(self) -> dict[str, Tensor]:
-        """The standardised filters."""
+        """Return the standardised filters."""
         variance, mean = torch.var_mean(self.weight, (1, 2, 3), correction=0, keepdim=True)
         return {"filters": (self.weight - mean) / (variance + 1e-8).sqrt()}
 
     def forward(self, input: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, D, ceil(H/stride), ceil(W/stride))``."""
+        """Map ``(N, C, H, W)`` to ``(N, D, ceil(H/stride), ceil(W/stride))``."""
         filters = self.constants()["filters"]
         top, bottom = same_padding(input.shape[2], self.kernel_size[0], self.stride[0], 1)
         left, right = same_padding(input.shape[3], self.kernel_size[1], self.stride[1], 1)
@@ -77,7 +77,7 @@ class MaxPoolSame(nn.Module):
     """A 3x3 max-pooling of stride 2 with SAME padding; ``(N, C, H, W)`` to half the size, rounded up."""
 
     def forward(self, features: Tensor) -> Tensor:
-        """The padding is 0: the map is what a ReLU gave."""
+        """Return the padding is 0: the map is what a ReLU gave."""
         top, bottom = same_padding(features.shape[2], 3, 2, 1)
         left, right = same_padding(features.shape[3], 3, 2, 1)
         return F.max_pool2d(F.pad(features, (left, right, top, bottom)), 3, 2)
@@ -92,7 +92,7 @@ class Downsample(nn.Module):
         self.norm = nn.GroupNorm(32, out_channels)
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, D, ceil(H/stride), ceil(W/stride))``."""
+        """Map ``(N, C, H, W)`` to ``(N, D, ceil(H/stride), ceil(W/stride))``."""
         return self.norm(self.conv(features))  # type: ignore[no-any-return]
 
 
@@ -111,7 +111,7 @@ class Bottleneck(nn.Module):
         self.norm3 = nn.GroupNorm(32, out_channels)
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, D, ceil(H/stride), ceil(W/stride))``."""
+        """Map ``(N, C, H, W)`` to ``(N, D, ceil(H/stride), ceil(W/stride))``."""
         shortcut = features if self.downsample is None else self.downsample(features)
         residual = F.relu(self.norm1(self.conv1(features)))
         residual = F.relu(self.norm2(self.conv2(residual)))
@@ -129,7 +129,7 @@ class Stage(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, D, ceil(H/stride), ceil(W/stride))``."""
+        """Map ``(N, C, H, W)`` to ``(N, D, ceil(H/stride), ceil(W/stride))``."""
         return self.blocks(features)  # type: ignore[no-any-return]
 
 
@@ -153,7 +153,7 @@ class ResNetStem(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, width, ceil(H/stride), ceil(W/stride))``."""
+        """Map ``(N, C, H, W)`` to ``(N, width, ceil(H/stride), ceil(W/stride))``."""
         return self.stages(self.stem(images))  # type: ignore[no-any-return]
 
 
@@ -169,7 +169,7 @@ class HybridEmbed(PatchEmbed):
         self.stride = stride
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, T, dim)``."""
+        """Map ``(N, C, H, W)`` to ``(N, T, dim)``."""
         return super().forward(self.backbone(images))
 
 

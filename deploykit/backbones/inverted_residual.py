@@ -22,17 +22,17 @@ ModuleFactory: TypeAlias = Callable[[], nn.Module]
 
 
 def relu() -> nn.Module:
-    """``max(x, 0)``."""
+    """Return ``max(x, 0)``."""
     return nn.ReLU(inplace=True)
 
 
 def relu6() -> nn.Module:
-    """``min(max(x, 0), 6)``."""
+    """Return ``min(max(x, 0), 6)``."""
     return nn.ReLU6(inplace=True)
 
 
 def silu() -> nn.Module:
-    """``x * sigmoid(x)``, also called swish."""
+    """Return ``x * sigmoid(x)``, also called swish."""
     return nn.SiLU(inplace=True)
 
 
@@ -56,7 +56,7 @@ class Conv2dSame(nn.Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, D, ceil(H / stride), ceil(W / stride))``."""
+        """Map ``(N, C, H, W)`` to ``(N, D, ceil(H / stride), ceil(W / stride))``."""
         height, width = input.shape[2:]
         top, bottom = same_padding(height, self.kernel_size[0], self.stride[0], self.dilation[0])
         left, right = same_padding(width, self.kernel_size[1], self.stride[1], self.dilation[1])
@@ -68,7 +68,7 @@ class Conv2dSame(nn.Conv2d):
 
 
 def same_padding(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
-    """The pixels to add before and after a side: the odd one comes after."""
+    """Return the pixels to add before and after a side: the odd one comes after."""
     total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
     return total // 2, total - total // 2
 
@@ -84,7 +84,7 @@ def conv2d(
     padding: Padding = "symmetric",
     bias: bool = False,
 ) -> nn.Conv2d:
-    """A convolution that keeps ``ceil(size / stride)`` pixels a side under either padding."""
+    """Return a convolution that keeps ``ceil(size / stride)`` pixels a side under either padding."""
     span = dilation * (kernel - 1)
     static = padding == "symmetric" or (stride == 1 and span % 2 == 0)
     kind = nn.Conv2d if static else Conv2dSame
@@ -108,7 +108,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
         self.act = style.activation() if activate else nn.Identity()
 
     def forward(self, input: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to the same shape."""
+        """Map ``(N, C, H, W)`` to the same shape."""
         output: Tensor = self.act(super().forward(input))
         return output
 
@@ -155,12 +155,12 @@ class ConvBnAct(nn.Module):
         self.bn1 = BatchNormAct2d(out_channels, style)
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, D, H/stride, W/stride)``."""
+        """Map ``(N, C, H, W)`` to ``(N, D, H/stride, W/stride)``."""
         output: Tensor = self.bn1(self.conv(features))
         return output + features if self.has_skip else output
 
     def receptive_field(self, field: ReceptiveField) -> ReceptiveField:
-        """The field after this block."""
+        """Return the field after this block."""
         return _after(field, self.conv)
 
 
@@ -197,13 +197,13 @@ class DepthwiseSeparable(nn.Module):
         self.bn2 = BatchNormAct2d(out_channels, style, activate=pointwise_activation)
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, D, H/stride, W/stride)``."""
+        """Map ``(N, C, H, W)`` to ``(N, D, H/stride, W/stride)``."""
         output = self.se(self.bn1(self.conv_dw(features)))
         projected: Tensor = self.bn2(self.conv_pw(output))
         return projected + features if self.has_skip else projected
 
     def receptive_field(self, field: ReceptiveField) -> ReceptiveField:
-        """The field after this block."""
+        """Return the field after this block."""
         return _after(field, self.conv_dw, self.se)
 
 
@@ -242,14 +242,14 @@ class InvertedResidual(nn.Module):
         self.bn3 = BatchNormAct2d(out_channels, style, activate=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, D, H/stride, W/stride)``."""
+        """Map ``(N, C, H, W)`` to ``(N, D, H/stride, W/stride)``."""
         output = self.bn1(self.conv_pw(features))
         output = self.se(self.bn2(self.conv_dw(output)))
         projected: Tensor = self.bn3(self.conv_pwl(output))
         return projected + features if self.has_skip else projected
 
     def receptive_field(self, field: ReceptiveField) -> ReceptiveField:
-        """The field after this block."""
+        """Return the field after this block."""
         return _after(field, self.conv_dw, self.se)
 
 
@@ -280,13 +280,13 @@ class EdgeResidual(nn.Module):
         self.bn2 = BatchNormAct2d(out_channels, style, activate=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, D, H/stride, W/stride)``."""
+        """Map ``(N, C, H, W)`` to ``(N, D, H/stride, W/stride)``."""
         output = self.se(self.bn1(self.conv_exp(features)))
         projected: Tensor = self.bn2(self.conv_pwl(output))
         return projected + features if self.has_skip else projected
 
     def receptive_field(self, field: ReceptiveField) -> ReceptiveField:
-        """The field after this block."""
+        """Return the field after this block."""
         return _after(field, self.conv_exp, self.se)
 
 
@@ -296,7 +296,7 @@ def _after(field: ReceptiveField, conv: nn.Conv2d, se: nn.Module | None = None) 
 
 
 def make_divisible(channels: float, divisor: int = 8, round_limit: float = 0.9) -> int:
-    """The nearest multiple of ``divisor`` that is not below ``round_limit`` of ``channels``."""
+    """Return the nearest multiple of ``divisor`` that is not below ``round_limit`` of ``channels``."""
     rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < round_limit * channels else rounded
 

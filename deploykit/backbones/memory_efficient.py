@@ -40,7 +40,7 @@ class RecomputedReLU(nn.ReLU):
     """ReLU that keeps its input where that can be computed again, and its output elsewhere."""
 
     def forward(self, features: Tensor) -> Tensor:
-        """Any shape to the same."""
+        """Return any shape to the same."""
         tape = None if torch.compiler.is_compiling() else _active_tape()
         if tape is None or not isinstance(tape.find(features), _View):
             return F.relu(features)
@@ -152,7 +152,7 @@ class _Tape:
         self._memo = _Memo()
 
     def find(self, tensor: Tensor) -> Saved | None:
-        """How the tensor comes back in the backward pass, if it is known to."""
+        """Return how the tensor comes back in the backward pass, if it is known to."""
         recipe = self._recipes.get((tensor.untyped_storage()._cdata, tensor._version))
         return _View(recipe, tensor) if recipe is not None else self._kept.get(tensor_key(tensor))
 
@@ -228,7 +228,7 @@ def _record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 
 
 def _state_versions(module: nn.Module) -> tuple[tuple[int, int], ...]:
-    """What changes when a tensor that the recomputation reads changes."""
+    """Return what changes when a tensor that the recomputation reads changes."""
     read: list[Tensor] = list(module.parameters(recurse=False))
     if not module.training:
         read += module.buffers(recurse=False)

@@ -44,7 +44,7 @@ Block: TypeAlias = ConvBnAct | DepthwiseSeparable | InvertedResidual | EdgeResid
 
 
 def hardswish() -> nn.Module:
-    """``x * min(max(x + 3, 0), 6) / 6``."""
+    """Return ``x * min(max(x + 3, 0), 6) / 6``."""
     return nn.Hardswish(inplace=True)
 
 
@@ -330,7 +330,7 @@ class MobileNet(BaseBackbone):
         return maps, features
 
     def forward_head(self, trunk: Tensor) -> Tensor:
-        """``(N, C, H/32, W/32)`` to ``(N, num_classes)`` logits, or the ``(N, features)`` embedding."""
+        """Map ``(N, C, H/32, W/32)`` to ``(N, num_classes)`` logits, or the ``(N, features)`` embedding."""
         if self.variants[self.name].generation == 2:
             pooled = self.bn2(self.conv_head(trunk)).mean((2, 3))
         else:
@@ -340,7 +340,7 @@ class MobileNet(BaseBackbone):
         return output
 
     def stage_modules(self) -> dict[str, tuple[nn.Module, ...]]:
-        """The stem with its convolution and norm, and the stacks of blocks of each level."""
+        """Return the stem with its convolution and norm, and the stacks of blocks of each level."""
         stacks = [tuple(self.blocks[index] for index in indices) for indices in self._level_stacks]
         stages = {f"stage{index}": modules for index, modules in enumerate(stacks[1:], 1)}
         return {"stem": (self.conv_stem, self.bn1, *stacks[0]), **stages}
@@ -360,7 +360,7 @@ def _build_stack(
     plan: DilationPlan,
     field: ReceptiveField,
 ) -> tuple[nn.Sequential, int, DilationPlan, ReceptiveField]:
-    """The blocks of one stack, and channels, plan and field after it."""
+    """Return the blocks of one stack, and channels, plan and field after it."""
     blocks = nn.Sequential()
     for spec in stack:
         out_channels = make_divisible(spec.channels * width)

@@ -101,7 +101,7 @@ class InvertedResidual(nn.Module):
         self.conv3_1x1 = ConvNormAct(middle, out_channels, 1, act=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, D, ceil(H/stride), ceil(W/stride))``."""
+        """Map ``(N, C, H, W)`` to ``(N, D, ceil(H/stride), ceil(W/stride))``."""
         output: Tensor = self.conv3_1x1(self.conv2_kxk(self.conv1_1x1(features)))
         return features + output if self.residual else output
 
@@ -146,7 +146,7 @@ class SeparableAttention(nn.Module):
         self.out_proj = nn.Conv2d(dim, dim, 1)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """``(N, dim, P, T)``, P places in each of T patches, to the same."""
+        """Return ``(N, dim, P, T)``, P places in each of T patches, to the same."""
         query, key, value = self.qkv_proj(tokens).split([1, self.dim, self.dim], dim=1)
         context = (key * query.softmax(dim=-1)).sum(dim=-1, keepdim=True)
         return self.out_proj(F.relu(value) * context)  # type: ignore[no-any-return]
@@ -162,7 +162,7 @@ class ConvMlp(nn.Module):
         self.fc2 = nn.Conv2d(hidden, dim, 1)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """``(N, dim, P, T)`` to the same."""
+        """Map ``(N, dim, P, T)`` to the same."""
         return self.fc2(self.act(self.fc1(tokens)))  # type: ignore[no-any-return]
 
 
@@ -177,7 +177,7 @@ class SeparableBlock(nn.Module):
         self.mlp = ConvMlp(dim, 2 * dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """``(N, dim, P, T)`` to the same."""
+        """Map ``(N, dim, P, T)`` to the same."""
         tokens = tokens + self.attn(self.norm1(tokens))
         return tokens + self.mlp(self.norm2(tokens))  # type: ignore[no-any-return]
 
@@ -194,7 +194,7 @@ class MobileVitV2Block(nn.Module):
         self.conv_proj = ConvNormAct(dim, channels, 1, act=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to the same; an odd side grows by one pixel, as in timm."""
+        """Map ``(N, C, H, W)`` to the same; an odd side grows by one pixel, as in timm."""
         size, even = _sizes(features)
         if even != size:
             features = F.interpolate(features, size=even, mode="bilinear", align_corners=True)
@@ -214,7 +214,7 @@ class Head(nn.Module):
         self.fc = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, num_classes)`` or ``(N, C)``."""
+        """Map ``(N, C, H, W)`` to ``(N, num_classes)`` or ``(N, C)``."""
         return self.fc(features.mean(dim=(2, 3)))  # type: ignore[no-any-return]
 
 
@@ -309,6 +309,6 @@ class MobileViT(BaseBackbone):
 
 
 def _sizes(features: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The map's size, and that size rounded up to whole patches."""
+    """Return the map's size, and that size rounded up to whole patches."""
     height, width = features.shape[2], features.shape[3]
     return (height, width), (-(-height // _PATCH) * _PATCH, -(-width // _PATCH) * _PATCH)

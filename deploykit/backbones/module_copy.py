@@ -90,7 +90,7 @@ class _Copier:
         return self._callable(value) if callable(value) else self._container(value)
 
     def _callable(self, value: Any) -> Any:
-        """A method of a module in the tree becomes that of its copy, also within a partial."""
+        """Return a method of a module in the tree becomes that of its copy, also within a partial."""
         if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
             return types.MethodType(value.__func__, self.copy(value.__self__))
         if type(value) is functools.partial:

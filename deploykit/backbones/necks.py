@@ -304,7 +304,7 @@ class WithNeck(BaseBackbone):
         return features[:depth], features[-1]
 
     def forward_head(self, trunk: Tensor) -> Tensor:
-        """A backbone with a neck has no head.
+        """Return a backbone with a neck has no head.
 
         Raises:
             SpecError: always.
@@ -312,7 +312,7 @@ class WithNeck(BaseBackbone):
         raise SpecError(f"{self.name} gives features only. Call its .backbone for logits.")
 
     def stage_modules(self) -> dict[str, tuple[nn.Module, ...]]:
-        """The backbone's stages by the backbone's level names; the neck counts as head."""
+        """Return the backbone's stages by the backbone's level names; the neck counts as head."""
         return self.backbone.stage_modules()
 
     def freeze(self, up_to: str | None) -> None:
@@ -329,7 +329,7 @@ class WithNeck(BaseBackbone):
 
 
 def _described_levels(source: Any) -> FeatureInfo | None:
-    """The levels that a backbone or an engine gives; None where that shows in a call only.
+    """Return the levels that a backbone or an engine gives; None where that shows in a call only.
 
     Raises:
         SpecError: it gives no features.
@@ -367,7 +367,7 @@ def _levels_of(maps: Mapping[str, Tensor]) -> list[FeatureLevel]:
 
 
 def _factors(levels: Sequence[FeatureLevel]) -> tuple[int, ...]:
-    """How much coarser each level is than the one before it."""
+    """Return how much coarser each level is than the one before it."""
     strides = [level.stride for level in levels]
     pairs = list(itertools.pairwise(strides))
     if not strides or any(not finer or coarser % finer for finer, coarser in pairs):
@@ -397,7 +397,7 @@ def _widest(one: int, other: int) -> int:
 
 
 def _grown(field: int, stride: int) -> int:
-    """The receptive field after a 3x3 convolution on values ``stride`` pixels apart."""
+    """Return the receptive field after a 3x3 convolution on values ``stride`` pixels apart."""
     return field if field == WHOLE_IMAGE else field + 2 * stride
 
 

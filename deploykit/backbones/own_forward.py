@@ -39,7 +39,7 @@ def to_tensor(images: Any, device: torch.device) -> Tensor:
 
 
 def to_numpy(outputs: Any) -> Any:
-    """The tensors of an answer, nested as they are, as float32 arrays."""
+    """Return the tensors of an answer, nested as they are, as float32 arrays."""
     if isinstance(outputs, Features):
         return outputs.map(to_numpy)
     if isinstance(outputs, Mapping):

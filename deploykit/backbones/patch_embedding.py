@@ -33,12 +33,12 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, dim, patch, stride=patch)
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, T, dim)``."""
+        """Map ``(N, C, H, W)`` to ``(N, T, dim)``."""
         return self.proj(images).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
 
 
 def resample_patch_weight(weight: Tensor, patch: tuple[int, int]) -> Tensor:
-    """A patch projection ``(dim, C, h, w)`` for patches of another size, ``(dim, C, *patch)``.
+    """Return a patch projection ``(dim, C, h, w)`` for patches of another size, ``(dim, C, *patch)``.
 
     FlexiViT's PI-resize (Beyer et al. 2023, section 3.4): the pseudo-inverse of the bicubic resize,
     so that a resized patch gives the token that the patch gave.
@@ -69,7 +69,7 @@ def resample_position_embedding(
 
 
 def source_grid(tokens: int, *, native: tuple[int, int] | None, target: tuple[int, int]) -> tuple[int, int] | None:
-    """The grid that a checkpoint's ``tokens`` position embeddings stand on, or None if it can't be told.
+    """Return the grid that a checkpoint's ``tokens`` position embeddings stand on, or None if it can't be told.
 
     As in timm: the variant's native grid where the count fits it, else the module's own grid, else a
     square. A checkpoint saved on a rectangular grid with the native count is thus read as native.

@@ -42,7 +42,7 @@ class PlainDtype:
         self.order = str(state[1])
 
     def dtype(self) -> np.dtype[Any]:
-        """The dtype; raises ValueError where it is not one of numbers or strings."""
+        """Return the dtype; raises ValueError where it is not one of numbers or strings."""
         found: np.dtype[Any] = np.dtype(f"{self.order}{self.code}")
         if found.kind not in _NUMPY_KINDS or found.hasobject:
             raise ValueError(f"a NumPy array of {found}")

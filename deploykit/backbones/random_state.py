@@ -31,11 +31,11 @@ def kept_random_states(seed: int | None = None) -> Iterator[None]:
 
 
 def random_states() -> States:
-    """Where the three generators are; torch's is the CPU's."""
+    """Return where the three generators are; torch's is the CPU's."""
     return random.getstate(), np.random.get_state(legacy=True), torch.get_rng_state()
 
 
 def same_states(one: States, other: States) -> bool:
-    """Whether nothing was drawn between two states."""
+    """Return whether nothing was drawn between two states."""
     numpy_same = all(map(np.array_equal, one[1], other[1]))
     return bool(one[0] == other[0]) and numpy_same and torch.equal(one[2], other[2])

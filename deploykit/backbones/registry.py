@@ -74,17 +74,17 @@ def register_backbone(backbone: BackboneClass) -> BackboneClass:
 
 
 def backbone_names() -> tuple[str, ...]:
-    """Every variant, grouped by family, in the order of its table."""
+    """Return every variant, grouped by family, in the order of its table."""
     return tuple(_classes())
 
 
 def is_known(name: str) -> bool:
-    """Whether a name is a variant's or an alias."""
+    """Return whether a name is a variant's or an alias."""
     return name in ALIASES or name in _classes()
 
 
 def resolve_name(name: str) -> str:
-    """An alias or a variant to the variant.
+    """Return an alias or a variant to the variant.
 
     Raises:
         SpecError: unknown, with the nearest names.
@@ -96,7 +96,7 @@ def resolve_name(name: str) -> str:
 
 
 def backbone_class(name: str) -> type[BaseBackbone]:
-    """The class that builds a variant.
+    """Return the class that builds a variant.
 
     Raises:
         SpecError: unknown, with the nearest names.
@@ -105,7 +105,7 @@ def backbone_class(name: str) -> type[BaseBackbone]:
 
 
 def build(name: str, options: BackboneOptions) -> BaseBackbone:
-    """A backbone with random weights, in eval mode.
+    """Return a backbone with random weights, in eval mode.
 
     Raises:
         SpecError: an unknown name, or options that the family cannot make.
@@ -115,7 +115,7 @@ def build(name: str, options: BackboneOptions) -> BaseBackbone:
 
 
 def build_backbone(name: str, options: BackboneOptions, pretrained: Pretrained = False) -> BaseBackbone:
-    """A backbone in eval mode, with random weights, or with pretrained ones.
+    """Return a backbone in eval mode, with random weights, or with pretrained ones.
 
     Args:
         name: a variant or an alias.
@@ -168,7 +168,7 @@ def build_requested(
 
 
 def open_options(request: BackboneRequest, architecture: tuple[tuple[str, Any], ...] = ()) -> BackboneOptions:
-    """The options of a module, with the defaults where they were left open."""
+    """Return the options of a module, with the defaults where they were left open."""
     given = {"num_classes": request.num_classes, "in_channels": request.in_channels}
     return BackboneOptions(
         features_only=request.gives_features,

@@ -109,7 +109,7 @@ class ConvNorm(nn.Module):
         self.act = nn.ReLU(inplace=True) if act else nn.Identity()
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, D, H/stride, W/stride)``."""
+        """Map ``(N, C, H, W)`` to ``(N, D, H/stride, W/stride)``."""
         normed: Tensor = self.act(self.bn(self.conv(features)))
         return normed
 
@@ -125,7 +125,7 @@ class SqueezeExcite(nn.Module):
         self.gate = nn.Sigmoid()
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to the same shape."""
+        """Map ``(N, C, H, W)`` to the same shape."""
         pooled = features.mean((2, 3), keepdim=True)
         gated: Tensor = features * self.gate(self.fc2(self.act(self.fc1(pooled))))
         return gated
@@ -150,7 +150,7 @@ class Bottleneck(nn.Module):
         self.act3 = nn.ReLU(inplace=True)
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, D, H/stride, W/stride)``."""
+        """Map ``(N, C, H, W)`` to ``(N, D, H/stride, W/stride)``."""
         residual = self.conv3(self.se(self.conv2(self.conv1(features))))
         output: Tensor = self.act3(residual + self.downsample(features))
         return output
@@ -164,7 +164,7 @@ class Head(nn.Module):
         self.fc = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, num_classes)``, or ``(N, C)`` when there are no classes."""
+        """Map ``(N, C, H, W)`` to ``(N, num_classes)``, or ``(N, C)`` when there are no classes."""
         logits: Tensor = self.fc(features.mean((2, 3)))
         return logits
 
@@ -237,12 +237,12 @@ class RegNet(BaseBackbone):
         return maps, features
 
     def forward_head(self, trunk: Tensor) -> Tensor:
-        """``(N, C, H/32, W/32)`` to ``(N, num_classes)`` logits, or the ``(N, C)`` mean."""
+        """Map ``(N, C, H/32, W/32)`` to ``(N, num_classes)`` logits, or the ``(N, C)`` mean."""
         output: Tensor = self.head(trunk)
         return output
 
     def stage_modules(self) -> dict[str, tuple[nn.Module, ...]]:
-        """The stem and the four stages, one module each."""
+        """Return the stem and the four stages, one module each."""
         stages = {f"stage{index}": (self.get_submodule(f"s{index}"),) for index in range(1, 5)}
         return {"stem": (self.stem,), **stages}
 

@@ -18,7 +18,7 @@ def pair_index(size: tuple[int, int]) -> Tensor:
 
 
 def resize_table(table: Tensor, size: tuple[int, int]) -> Tensor:
-    """A table ``(rows, heads)`` that was trained on a square map, for a map of another ``(height, width)``.
+    """Return a table ``(rows, heads)`` that was trained on a square map, for a map of another ``(height, width)``.
 
     As BEiT and timm do: the trained distances are spread by a geometric progression, denser near 0,
     and values between them are linear. A table of rows that fit no square stays as it is.
@@ -34,7 +34,7 @@ def resize_table(table: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _resize_matrix(source: int, target: int) -> Tensor:
-    """``(target, source)``: linear interpolation from geometrically spaced distances to whole ones."""
+    """Return ``(target, source)``: linear interpolation from geometrically spaced distances to whole ones."""
     positions = torch.tensor(_distances(source, target))
     wanted = torch.arange(-(target // 2), target // 2 + 1, dtype=torch.float32)
     right = torch.searchsorted(positions, wanted).clamp(1, source - 1)

@@ -81,12 +81,12 @@ class BackboneRequest:
         return bool(self.hierarchical) if self.features_only is UNSET else self.features_only
 
     def given(self) -> set[str]:
-        """The options whose value differs from their default."""
+        """Return the options whose value differs from their default."""
         return {field.name for field in fields(self) if getattr(self, field.name) != field.default}
 
 
 def make_request(**options: Any) -> BackboneRequest:
-    """A request from keyword arguments.
+    """Return a request from keyword arguments.
 
     Raises:
         SpecError: an option that there is not, with the nearest; or a value that it cannot have.
@@ -99,7 +99,7 @@ def make_request(**options: Any) -> BackboneRequest:
 
 
 def is_module(name: object) -> bool:
-    """Whether a backbone was given as a torch module; torch itself is not needed to tell."""
+    """Return whether a backbone was given as a torch module; torch itself is not needed to tell."""
     return hasattr(name, "state_dict")
 
 
@@ -118,7 +118,7 @@ def _indices(given: Any) -> tuple[int, ...] | None:
 
 
 def completed(given: Preprocessing | Mapping[str, Any], spec: InputSpec) -> Preprocessing:
-    """A preprocessing, with the fields that were not given from what the model has.
+    """Return a preprocessing, with the fields that were not given from what the model has.
 
     One number as ``mean`` or ``std`` is that of every channel.
 

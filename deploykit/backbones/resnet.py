@@ -79,7 +79,7 @@ class SqueezeExcite(nn.Module):
         self.fc2 = nn.Conv2d(reduced, channels, 1)
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to the same shape."""
+        """Map ``(N, C, H, W)`` to the same shape."""
         gate = F.relu(self.fc1(features.mean((2, 3), keepdim=True)))
         scale: Tensor = self.fc2(gate).sigmoid()
         return features * scale
@@ -93,7 +93,7 @@ class ShortcutPool(nn.Module):
         self.stride = stride
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, C, ceil(H / stride), ceil(W / stride))``."""
+        """Map ``(N, C, H, W)`` to ``(N, C, ceil(H / stride), ceil(W / stride))``."""
         if self.stride == 1:
             return F.avg_pool2d(F.pad(features, (0, 1, 0, 1)), 2, 1)
         odd = any(side % 2 for side in features.shape[2:])
@@ -143,7 +143,7 @@ class BasicBlock(nn.Module):
         nn.init.zeros_(self.bn2.weight)
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, planes, H/stride, W/stride)``."""
+        """Map ``(N, C, H, W)`` to ``(N, planes, H/stride, W/stride)``."""
         shortcut = features if self.downsample is None else self.downsample(features)
         output = self.act1(self.bn1(self.conv1(features)))
         output = self.bn2(self.conv2(output))
@@ -153,7 +153,7 @@ class BasicBlock(nn.Module):
         return result
 
     def receptive_field(self, field: ReceptiveField) -> ReceptiveField:
-        """The field after this block."""
+        """Return the field after this block."""
         field = _after(_after(field, self.conv1), self.conv2)
         return field if self.se is None else field.everywhere()
 
@@ -181,7 +181,7 @@ class Bottleneck(nn.Module):
         nn.init.zeros_(self.bn3.weight)
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, 4 * planes, H/stride, W/stride)``."""
+        """Map ``(N, C, H, W)`` to ``(N, 4 * planes, H/stride, W/stride)``."""
         shortcut = features if self.downsample is None else self.downsample(features)
         output = self.act1(self.bn1(self.conv1(features)))
         output = self.act2(self.bn2(self.conv2(output)))
@@ -192,7 +192,7 @@ class Bottleneck(nn.Module):
         return result
 
     def receptive_field(self, field: ReceptiveField) -> ReceptiveField:
-        """The field after this block."""
+        """Return the field after this block."""
         field = _after(field, self.conv2)
         return field if self.se is None else field.everywhere()
 

@@ -28,7 +28,7 @@ class ConvFactory(Protocol):
     def __call__(
         self, in_channels: int, out_channels: int, kernel: int, *, stride: int = 1, dilation: int = 1
     ) -> nn.Module:
-        """A convolution without bias."""
+        """Return a convolution without bias."""
 
 
 NormFactory: TypeAlias = Callable[[int, bool], nn.Module]
@@ -75,7 +75,7 @@ class MaxPool2dSame(nn.Module):
     """3x3 stride-2 max pooling with TensorFlow's SAME padding."""
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, C, ceil(H / 2), ceil(W / 2))``."""
+        """Map ``(N, C, H, W)`` to ``(N, C, ceil(H / 2), ceil(W / 2))``."""
         height, width = features.shape[2:]
         top, bottom = same_padding(height, 3, 2, 1)
         left, right = same_padding(width, 3, 2, 1)
@@ -83,7 +83,7 @@ class MaxPool2dSame(nn.Module):
 
 
 def make_stem(in_channels: int, out_channels: int, stem_type: StemType, layers: LayerTypes) -> nn.Sequential:
-    """The stem as timm names its parts: ``(N, C, H, W)`` to ``(N, out_channels, H/4, W/4)``."""
+    """Return the stem as timm names its parts: ``(N, C, H, W)`` to ``(N, out_channels, H/4, W/4)``."""
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     if stem_type.startswith("deep"):
         half = out_channels // 2
@@ -103,7 +103,7 @@ def make_stem(in_channels: int, out_channels: int, stem_type: StemType, layers: 
 
 
 def stem_field(stem_type: StemType) -> ReceptiveField:
-    """The receptive field before the stem's pooling."""
+    """Return the receptive field before the stem's pooling."""
     if stem_type.startswith("deep"):
         return ReceptiveField().conv(3, 2).conv(3).conv(3)
     return ReceptiveField().conv(7, 2)
@@ -134,7 +134,7 @@ class Downsample(nn.Module):
         self.norm = nn.Identity() if layers.preactivated else layers.norm(block.out_channels, False)
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, D, H/stride, W/stride)``."""
+        """Map ``(N, C, H, W)`` to ``(N, D, H/stride, W/stride)``."""
         output: Tensor = self.norm(self.conv(self.pool(features)))
         return output
 
@@ -154,7 +154,7 @@ class PreActBottleneck(nn.Module):
         self.conv3 = layers.conv(width, block.out_channels, 1)
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, D, H/stride, W/stride)``."""
+        """Map ``(N, C, H, W)`` to ``(N, D, H/stride, W/stride)``."""
         normed = self.norm1(features)
         shortcut = features if self.downsample is None else self.downsample(normed)
         output = self.conv2(self.norm2(self.conv1(normed)))
@@ -179,7 +179,7 @@ class Bottleneck(nn.Module):
         self.act3 = nn.ReLU(inplace=True)
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, D, H/stride, W/stride)``."""
+        """Map ``(N, C, H, W)`` to ``(N, D, H/stride, W/stride)``."""
         shortcut = features if self.downsample is None else self.downsample(features)
         output = self.norm2(self.conv2(self.norm1(self.conv1(features))))
         output = self.norm3(self.conv3(output))
@@ -201,12 +201,12 @@ class Stage(nn.Module):
         self.plan, self.depth = first, depth
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, D, H/stride, W/stride)``."""
+        """Map ``(N, C, H, W)`` to ``(N, D, H/stride, W/stride)``."""
         output: Tensor = self.blocks(features)
         return output
 
     def receptive_field(self, field: ReceptiveField) -> ReceptiveField:
-        """The field after this stage."""
+        """Return the field after this stage."""
         field = field.conv(3, self.plan.stride, self.plan.first_dilation)
         for _ in range(self.depth - 1):
             field = field.conv(3, 1, self.plan.dilation)
@@ -222,7 +222,7 @@ def make_stages(
     avg_down: bool = False,
     output_stride: int = 32,
 ) -> tuple[nn.Sequential, tuple[int, ...]]:
-    """The stages after a stride-4 stem, and their strides in input pixels."""
+    """Return the stages after a stride-4 stem, and their strides in input pixels."""
     plan = DilationPlan(output_stride=output_stride, stride=4)
     stages, strides = nn.Sequential(), []
     for index, (width, depth) in enumerate(zip(channels, depths, strict=True)):
@@ -254,7 +254,7 @@ class _Head(nn.Module):
             nn.init.normal_(self.fc.weight, std=0.01)
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, num_classes)``, or ``(N, C)`` without classifier."""
+        """Map ``(N, C, H, W)`` to ``(N, num_classes)``, or ``(N, C)`` without classifier."""
         output: Tensor = self.fc(features.mean((2, 3), keepdim=True))
         return output.flatten(1)
 
@@ -321,7 +321,7 @@ class ResNetV2(BaseBackbone):
         return maps, features
 
     def forward_head(self, trunk: Tensor) -> Tensor:
-        """The last norm, the mean over the map, then the classifier."""
+        """Return the last norm, the mean over the map, then the classifier."""
         output: Tensor = self.head(self.norm(trunk))
         return output
 

@@ -76,7 +76,7 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, H // 4, W // 4, width)``."""
+        """Map ``(N, C, H, W)`` to ``(N, H // 4, W // 4, width)``."""
         tokens: Tensor = self.norm(self.proj(images).permute(0, 2, 3, 1))
         return tokens
 
@@ -97,7 +97,7 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(2 * dim if norm_last else 4 * dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """``(N, H, W, dim)`` to ``(N, ceil(H / 2), ceil(W / 2), 2 * dim)``."""
+        """Map ``(N, H, W, dim)`` to ``(N, ceil(H / 2), ceil(W / 2), 2 * dim)``."""
         height, width = self.size
         if height % 2 or width % 2:
             tokens = F.pad(tokens, (0, 0, 0, width % 2, 0, height % 2))
@@ -127,7 +127,7 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, 4 * dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """``(N, H, W, dim)`` to the same shape."""
+        """Map ``(N, H, W, dim)`` to the same shape."""
         if self.v2:
             tokens = tokens + self.norm1(self.attn(tokens))
             tokens = tokens + self.norm2(self.mlp(tokens))
@@ -161,7 +161,7 @@ class Head(nn.Module):
         self.fc = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """``(N, H, W, dim)`` to ``(N, num_classes)``, or ``(N, dim)`` when there are no classes."""
+        """Map ``(N, H, W, dim)`` to ``(N, num_classes)``, or ``(N, dim)`` when there are no classes."""
         logits: Tensor = self.fc(tokens.mean((1, 2)))
         return logits
 
@@ -220,7 +220,7 @@ class Swin(BaseBackbone):
         return maps, tokens
 
     def forward_head(self, trunk: Tensor) -> Tensor:
-        """``(N, H/32, W/32, C)`` to ``(N, num_classes)`` logits, or the ``(N, C)`` mean of normed tokens."""
+        """Map ``(N, H/32, W/32, C)`` to ``(N, num_classes)`` logits, or the ``(N, C)`` mean of normed tokens."""
         output: Tensor = self.head(self.norm(trunk))
         return output
 
@@ -237,7 +237,7 @@ class Swin(BaseBackbone):
         return adapted
 
     def stage_modules(self) -> dict[str, tuple[nn.Module, ...]]:
-        """The four stages; the patch embedding belongs to the first."""
+        """Return the four stages; the patch embedding belongs to the first."""
         first, *others = self.layers
         return {"stage1": (self.patch_embed, first), **{f"stage{i}": (stage,) for i, stage in enumerate(others, 2)}}
 
@@ -247,7 +247,7 @@ def _halved(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _receptive_fields(image_size: tuple[int, int], stages: list[Stage]) -> list[int]:
-    """The widest interval of pixels that a token of each stage sees on either axis, or `WHOLE_IMAGE`.
+    """Return the widest interval of pixels that a token of each stage sees on either axis, or `WHOLE_IMAGE`.
 
     Windows do not slide, so what tokens see differs from one to the next: each is followed through
     the windows of all blocks. The whole image is one that every token sees.
@@ -266,7 +266,7 @@ def _receptive_fields(image_size: tuple[int, int], stages: list[Stage]) -> list[
 
 
 def _merged(seen: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """What pairs of neighbours see together; the last token of an odd axis has no neighbour."""
+    """Return what pairs of neighbours see together; the last token of an odd axis has no neighbour."""
     pairs = [seen[start : start + 2] for start in range(0, len(seen), 2)]
     return [(min(low for low, _ in pair), max(high for _, high in pair)) for pair in pairs]
 

@@ -15,7 +15,7 @@ from deploykit.errors import WeightsError
 
 
 def timm_layout(model: nn.Module) -> TensorLayout:
-    """The layout of a model that has its classifier, as timm's configuration of it names the parts."""
+    """Return the layout of a model that has its classifier, as timm's configuration of it names the parts."""
     config: Any = model.pretrained_cfg
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     classifier = [f"{part}.{kind}" for part in _parts(config.get("classifier")) for kind in ("weight", "bias")]
@@ -33,7 +33,7 @@ def _parts(named: object) -> Iterable[str]:
 
 
 def _image_size_in(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[int, int] | None:
-    """The side in pixels of a square grid of position embeddings that is not the model's; else None."""
+    """Return the side in pixels of a square grid of position embeddings that is not the model's; else None."""
     own, found = getattr(model, "pos_embed", None), state.get("pos_embed")
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     if not isinstance(own, Tensor) or found is None or patch is None or found.dim() != 3 or found.shape == own.shape:

@@ -162,7 +162,7 @@ def build_requested_timm(name: str, request: BackboneRequest) -> BaseBackbone:
 
 
 def _from_timm(timm: Any, own: str, request: BackboneRequest) -> BaseBackbone:
-    """A model with timm's own weights, or random ones."""
+    """Return a model with timm's own weights, or random ones."""
     base, pretrained = own.partition(".")[0], request.pretrained
     model_name = f"{base}.{pretrained}" if isinstance(pretrained, str) else own
     config = _config(timm, model_name, str(pretrained or own))
@@ -188,7 +188,7 @@ def _from_timm(timm: Any, own: str, request: BackboneRequest) -> BaseBackbone:
 
 
 def _from_file(timm: Any, own: str, request: BackboneRequest, path: Path) -> BaseBackbone:
-    """A model with the weights of a checkpoint file."""
+    """Return a model with the weights of a checkpoint file."""
     resolved = resolve_source(own, path)
     if resolved is None:
         raise WeightsError(f"there is no file {path}; expected a checkpoint. Check the path.")
@@ -224,7 +224,7 @@ def _from_file(timm: Any, own: str, request: BackboneRequest, path: Path) -> Bas
 
 
 def _config(timm: Any, model_name: str, asked: str) -> Any:
-    """What timm knows of the weights of a model.
+    """Return what timm knows of the weights of a model.
 
     Raises:
         SpecError: no weights of that tag.
@@ -269,7 +269,7 @@ def _create(timm: Any, arguments: dict[str, Any], pretrained: bool, fixed_size: 
 
 
 def _builds(timm: Any, arguments: dict[str, Any]) -> bool:
-    """Whether the model itself can be built, so that only its weights fail."""
+    """Return whether the model itself can be built, so that only its weights fail."""
     try:
         timm.create_model(**arguments, pretrained=False)
     except Exception:  # as above: any failure is the answer
@@ -278,7 +278,7 @@ def _builds(timm: Any, arguments: dict[str, Any]) -> bool:
 
 
 def _source(timm: Any, model: nn.Module) -> PretrainedSource:
-    """What timm says of the weights: their preprocessing, size and classes."""
+    """Return what timm says of the weights: their preprocessing, size and classes."""
     data = timm.data.resolve_model_data_config(model)
     config: Any = model.pretrained_cfg
     classes = int(config.get("num_classes") or 0)
@@ -298,7 +298,7 @@ def _source(timm: Any, model: nn.Module) -> PretrainedSource:
 
 
 def _feature_infos(model: nn.Module) -> list[dict[str, Any]]:
-    """The ``feature_info`` of timm as dicts; empty where the model cannot give intermediate maps."""
+    """Return the ``feature_info`` of timm as dicts; empty where the model cannot give intermediate maps."""
     if not hasattr(model, "forward_intermediates"):
         return []
     info: Any = getattr(model, "feature_info", [])
@@ -306,7 +306,7 @@ def _feature_infos(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _pieces(module: nn.Module, path: str, ends: Sequence[str]) -> list[tuple[str, nn.Module]]:
-    """The modules below ``module`` in order, taken apart only where a level ends inside one."""
+    """Return the modules below ``module`` in order, taken apart only where a level ends inside one."""
     pieces: list[tuple[str, nn.Module]] = []
     for name, child in module.named_children():
         own = f"{path}.{name}" if path else name

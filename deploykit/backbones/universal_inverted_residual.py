@@ -36,7 +36,7 @@ class ConvNorm(nn.Module):
         self.bn = BatchNormAct2d(out_channels, style, activate=activate)
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, D, H/stride, W/stride)``."""
+        """Map ``(N, C, H, W)`` to ``(N, D, H/stride, W/stride)``."""
         output: Tensor = self.bn(self.conv(features))
         return output
 
@@ -87,12 +87,12 @@ class UniversalInvertedResidual(nn.Module):
         self.pw_proj = ConvNorm(mid_channels, out_channels, 1, style=style, activate=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, D, H/stride, W/stride)``."""
+        """Map ``(N, C, H, W)`` to ``(N, D, H/stride, W/stride)``."""
         output: Tensor = self.pw_proj(self.dw_mid(self.pw_exp(self.dw_start(features))))
         return output + features if self.has_skip else output
 
     def receptive_field(self, field: ReceptiveField) -> ReceptiveField:
-        """The field after this block."""
+        """Return the field after this block."""
         for depthwise in (self.dw_start, self.dw_mid):
             if isinstance(depthwise, ConvNorm):
                 conv = depthwise.conv

@@ -63,7 +63,7 @@ class ModuleBackbone(BaseBackbone):
         return maps, maps[-1]
 
     def forward_head(self, trunk: Tensor) -> Tensor:
-        """The module's ``(N, D)`` output, as it is.
+        """Return the module's ``(N, D)`` output, as it is.
 
         Raises:
             SpecError: the module gives feature maps.
@@ -79,7 +79,7 @@ class ModuleBackbone(BaseBackbone):
 
 
 def described(backbone: BaseBackbone) -> BaseBackbone:
-    """A backbone with its levels: itself, or wrapped where it defines ``forward`` alone; see `wrap_module`."""
+    """Return a backbone with its levels: itself, or wrapped where it defines ``forward`` alone; see `wrap_module`."""
     return backbone if backbone.is_described else wrap_module(backbone, (224, 224))
 
 
@@ -167,7 +167,7 @@ def _devices(module: nn.Module) -> str:
 
 
 def _levels_of_maps(outputs: Mapping[str, Tensor], size: tuple[int, int]) -> tuple[list[int], list[FeatureLevel]]:
-    """The order of the outputs from shallow to deep, and their levels in that order."""
+    """Return the order of the outputs from shallow to deep, and their levels in that order."""
     strides = [max(1, round(size[0] / output.shape[2])) for output in outputs.values()]
     order = sorted(range(len(strides)), key=lambda position: strides[position])
     channels = [list(outputs.values())[position].shape[1] for position in order]

@@ -208,7 +208,7 @@ class VisionTransformer(GraphConstants, BaseBackbone):
         ]
 
     def _sources(self) -> list[int]:
-        """The block from which each of ``all_levels`` comes."""
+        """Return the block from which each of ``all_levels`` comes."""
         depth = self.variant.depth
         if self.pyramid is None:
             return list(range(depth))
@@ -288,17 +288,17 @@ class VisionTransformer(GraphConstants, BaseBackbone):
         return round(grid[0] * weight.shape[2] * scale), round(grid[1] * weight.shape[3] * scale)
 
     def _native_grid(self, patch_weight: Tensor) -> tuple[int, int]:
-        """The grid on which the variant was trained, with patches as in the checkpoint."""
+        """Return the grid on which the variant was trained, with patches as in the checkpoint."""
         height, width = self.variant.pretrained.image_size
         return height // patch_weight.shape[2], width // patch_weight.shape[3]
 
     def _embed(self, images: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, prefix + T, dim)`` tokens with their positions added."""
+        """Map ``(N, C, H, W)`` to ``(N, prefix + T, dim)`` tokens with their positions added."""
         # Padding instead of joining an expanded class token: the graph needs no batch size.
         return F.pad(self.patch_embed(images), (0, 0, self.prefix, 0)) + self.constants()["places"]
 
     def graph_constants(self) -> dict[str, Tensor]:
-        """The position embeddings with the class token and the registers, ``(1, prefix + T, dim)``."""
+        """Return the position embeddings with the class token and the registers, ``(1, prefix + T, dim)``."""
         prefix: Tensor = self.cls_token
         if self.reg_token is not None:
             prefix = torch.cat([prefix, self.reg_token], dim=1)
@@ -309,13 +309,13 @@ class VisionTransformer(GraphConstants, BaseBackbone):
         return {"places": torch.cat([prefix, positions], dim=1)}
 
     def _to_levels(self, maps: Mapping[int, Tensor], depth: int) -> list[Tensor]:
-        """The first ``depth`` levels, from the maps of the blocks that they come from."""
+        """Return the first ``depth`` levels, from the maps of the blocks that they come from."""
         ordered = [maps[number] for number in sorted(maps)]
         if self.pyramid is None:
             return ordered
         return [self.pyramid(position, ordered) for position in range(depth)]
 
     def _to_map(self, tokens: Tensor) -> Tensor:
-        """``(N, prefix + T, dim)`` to ``(N, dim, H/patch, W/patch)``."""
+        """Map ``(N, prefix + T, dim)`` to ``(N, dim, H/patch, W/patch)``."""
         height, width = self.patch_embed.grid
         return tokens[:, self.prefix :].transpose(1, 2).reshape(-1, self.variant.dim, height, width)

@@ -20,7 +20,7 @@ class Pyramid(Protocol):
     channels: int
 
     def __call__(self, position: int, maps: Sequence[Tensor]) -> Tensor:
-        """The level at ``position`` (0 to 3), from the blocks' maps, shallow to deep, that are there so far."""
+        """Return the level at ``position`` (0 to 3), from the blocks' maps, shallow to deep, that are there so far."""
 
 
 class ResamplePyramid(nn.Module):
@@ -45,7 +45,7 @@ class ResamplePyramid(nn.Module):
         self.patch = patch
 
     def forward(self, position: int, maps: Sequence[Tensor]) -> Tensor:
-        """``(N, D, H/patch, W/patch)`` to ``(N, D, ceil(H/stride), ceil(W/stride))``."""
+        """Map ``(N, D, H/patch, W/patch)`` to ``(N, D, ceil(H/stride), ceil(W/stride))``."""
         features, stride = maps[position], PYRAMID_STRIDES[position]
         if stride < self.patch:
             return F.interpolate(features, scale_factor=float(self.patch // stride), mode="bilinear")
@@ -60,7 +60,7 @@ class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of ``(N, C, H, W)``."""
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to the same."""
+        """Map ``(N, C, H, W)`` to the same."""
         return super().forward(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
@@ -106,5 +106,5 @@ class SimpleFeaturePyramid(nn.Module):
         )
 
     def forward(self, position: int, maps: Sequence[Tensor]) -> Tensor:
-        """``(N, D, H/16, W/16)`` to ``(N, 256, ceil(H/stride), ceil(W/stride))``."""
+        """Map ``(N, D, H/16, W/16)`` to ``(N, 256, ceil(H/stride), ceil(W/stride))``."""
         return self.levels[position](maps[-1])  # type: ignore[no-any-return]

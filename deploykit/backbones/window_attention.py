@@ -63,7 +63,7 @@ class WindowGrid:
         return [(place >= length - window) + (place >= length - shift) for place in range(length)]
 
     def mask(self) -> Tensor | None:
-        """``(windows, area, area)``: 0 where two tokens may attend, -100 elsewhere; None without a shift."""
+        """Return ``(windows, area, area)``: 0 where two tokens may attend, -100 elsewhere; None without a shift."""
         if not any(self.shift):
             return None
         rows, columns = torch.tensor(self.regions(0)), torch.tensor(self.regions(1))
@@ -73,7 +73,7 @@ class WindowGrid:
         return torch.where(windows[:, :, None] == windows[:, None], 0.0, _MASKED)
 
     def spread(self, seen: list[tuple[int, int]], axis: int) -> list[tuple[int, int]]:
-        """The interval that each token of an axis sees after the block, from those that it saw before."""
+        """Return the interval that each token of an axis sees after the block, from those that it saw before."""
         regions = self.regions(axis)
         places = [(token - self.shift[axis]) % self.size[axis] for token in range(self.size[axis])]
         groups = [(place // self.window[axis], regions[place]) for place in places]
@@ -84,7 +84,7 @@ class WindowGrid:
         return [wholes[group] for group in groups]
 
     def pair_index(self) -> Tensor:
-        """``(area * area,)`` int64: for each pair of tokens its row in a table of relative positions."""
+        """Return ``(area * area,)`` int64: for each pair of tokens its row in a table of relative positions."""
         high, wide = self.window
         rows, columns = torch.arange(high).repeat_interleave(wide), torch.arange(wide).repeat(high)
         down = rows[:, None] - rows + high - 1
@@ -117,18 +117,18 @@ class BaseWindowAttention(nn.Module):
 
     @abstractmethod
     def graph_constants(self) -> dict[str, Tensor]:
-        """What the parameters alone decide, by `constant_names`; ``score_bias`` is ``(groups, area, area)``."""
+        """Return what the parameters alone decide, by `constant_names`; ``score_bias`` is ``(groups, area, area)``."""
 
     @abstractmethod
     def project(self, tokens: Tensor, constants: dict[str, Tensor]) -> Tensor:
-        """``(N, H, W, dim)`` to queries, keys and values ``(N, H, W, 3 * dim)``."""
+        """Map ``(N, H, W, dim)`` to queries, keys and values ``(N, H, W, 3 * dim)``."""
 
     @abstractmethod
     def score(self, query: Tensor, key: Tensor, value: Tensor, constants: dict[str, Tensor]) -> Tensor:
         """Attention of ``(M, groups, area, D)`` tensors, to the same shape."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """``(N, H, W, dim)`` to the same shape; H and W are the grid's."""
+        """Map ``(N, H, W, dim)`` to the same shape; H and W are the grid's."""
         constants = self._constants(tokens)
         grid, depth = self.grid, self.dim // self.heads
         (down, across), (high, wide) = grid.counts, grid.window
@@ -177,7 +177,7 @@ class WindowAttention(BaseWindowAttention):
         self.update_constants()
 
     def graph_constants(self) -> dict[str, Tensor]:
-        """The position bias with the mask."""
+        """Return the position bias with the mask."""
         area = self.grid.area
         bias = self.relative_position_bias_table[self.pair_index].reshape(area, area, -1).permute(2, 0, 1)
         return {"score_bias": self.with_mask(bias)}
@@ -208,7 +208,7 @@ class CosineWindowAttention(BaseWindowAttention):
         self.update_constants()
 
     def graph_constants(self) -> dict[str, Tensor]:
-        """The position bias with the mask, the factor of the cosines, and the joint bias of qkv."""
+        """Return the position bias with the mask, the factor of the cosines, and the joint bias of qkv."""
         area = self.grid.area
         bias = self.cpb_mlp(self.coordinates)[self.pair_index].reshape(area, area, -1).permute(2, 0, 1)
         factor = self.logit_scale.clamp(max=math.log(100.0)).exp()
@@ -229,7 +229,7 @@ class CosineWindowAttention(BaseWindowAttention):
 
 
 def crop_position_bias(table: Tensor, window: tuple[int, int]) -> Tensor:
-    """The middle of a square window's ``(positions, heads)`` table: the positions of a smaller window.
+    """Return the middle of a square window's ``(positions, heads)`` table: the positions of a smaller window.
 
     Returned as it is when it is no table of a square window at least as large.
     """
@@ -247,7 +247,7 @@ def _update_constants(attention: nn.Module, _: object) -> None:
 
 
 def _per_image(bias: Tensor) -> Tensor:
-    """``(groups, area, area)`` with a batch axis of 1, without which torch's fused CPU kernel is not taken."""
+    """Return ``(groups, area, area)`` with a batch axis of 1, without which torch's fused CPU kernel is not taken."""
     # torch 2.13 takes the batch axis for the batch's own when it exports from one image, and fixes it to 1.
     return bias if torch.onnx.is_in_onnx_export() else bias[None]
 
@@ -259,14 +259,14 @@ def _unit(vectors: Tensor) -> Tensor:
 
 
 def _log_coordinates(window: tuple[int, int]) -> Tensor:
-    """``((2 * high - 1) * (2 * wide - 1), 2)`` relative positions, -1 to 1, spaced by logarithm."""
+    """Return ``((2 * high - 1) * (2 * wide - 1), 2)`` relative positions, -1 to 1, spaced by logarithm."""
     axes = [torch.arange(1 - side, side) * (8.0 / max(side - 1, 1)) for side in window]
     grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
     return grid.sign() * torch.log2(grid.abs() + 1.0) / math.log2(8)
 
 
 def _roll_and_pad(tokens: Tensor, grid: WindowGrid) -> Tensor:
-    """``(N, H, W, C)`` to whole windows; torch.roll would leave shape arithmetic in the graph."""
+    """Map ``(N, H, W, C)`` to whole windows; torch.roll would leave shape arithmetic in the graph."""
     for axis, shift in enumerate(grid.shift, start=1):
         if shift:
             tokens = torch.cat(

@@ -15,7 +15,7 @@ from deploykit.spec import InputSpec
 
 
 def check_images(images: npt.NDArray[Any], spec: InputSpec) -> ImageArray:
-    """The images as one contiguous array of the input's dtype, or an error that says what is wrong with them.
+    """Return the images as one contiguous array of the input's dtype, or an error that says what is wrong with them.
 
     Raises:
         SpecError: wrong rank, layout, size, dtype or batch, or NaN or infinity.
@@ -54,7 +54,7 @@ def _expected(spec: InputSpec) -> str:
 
 
 def _cast_hint(images: npt.NDArray[Any], spec: InputSpec) -> str:
-    """What to do with images of another dtype."""
+    """Return what to do with images of another dtype."""
     if spec.dtype == "float32":
         if images.dtype == np.uint8:
             return "decode and normalise first: deploykit.load_images(files, model.input_spec)"
@@ -68,7 +68,7 @@ def _cast_hint(images: npt.NDArray[Any], spec: InputSpec) -> str:
 
 
 def _layout_hint(shape: tuple[int, ...], spec: InputSpec) -> str:
-    """How to turn images that stand in the other layout; empty where they do not."""
+    """Return how to turn images that stand in the other layout; empty where they do not."""
     other = (spec.as_pixels() if spec.layout == "NCHW" else spec.as_images()).shape
     if shape[1:] != other[1:]:
         return ""

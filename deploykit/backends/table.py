@@ -32,12 +32,12 @@ HALF_CONVERTER = f"deploykit.backends.{EVALUATOR}.session:float16_converter"
 
 
 def backend_names() -> tuple[str, ...]:
-    """Name every runtime: those of the table, then those of other packages."""
+    """Return Name every runtime: those of the table, then those of other packages."""
     return (*BACKENDS, *_entry_points())
 
 
 def engine_names() -> tuple[str, ...]:
-    """Name the runtimes that something can be exported for."""
+    """Return Name the runtimes that something can be exported for."""
     return tuple(name for name in backend_names() if load_backend(name).has_engines)
 
 

@@ -20,7 +20,7 @@ _OWN_WEIGHTS = "Weights of your own"
 
 
 def option(*names: str, panel: str, help: str, metavar: str | None = None, default: str | None = None) -> Any:
-    """An option in a panel of the help; ``default`` says what stands where it is not given."""
+    """Return an option in a panel of the help; ``default`` says what stands where it is not given."""
     return typer.Option(
         *names, rich_help_panel=panel, help=help, metavar=metavar, show_default=default if default else True
     )
@@ -259,7 +259,7 @@ def takes_backbone(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def choose_weights(name: str, *, backbone: str | None, pretrained: bool, weights: str | None) -> tuple[str, bool | str]:
-    """The backbone's name, and what `create_backbone` takes as ``pretrained``.
+    """Return the backbone's name, and what `create_backbone` takes as ``pretrained``.
 
     Raises:
         SpecError: a checkpoint that does not say whose it is, or options that exclude each other.
@@ -281,7 +281,7 @@ def choose_weights(name: str, *, backbone: str | None, pretrained: bool, weights
 
 
 def _architecture_of(name: str) -> str:
-    """Whose weights a checkpoint holds, as it says itself."""
+    """Return whose weights a checkpoint holds, as it says itself."""
     said = None
     if Path(name).is_file():
         from deploykit.backbones.weights import architecture_of
@@ -296,7 +296,7 @@ def _architecture_of(name: str) -> str:
 
 
 def image_size_of(text: str | None) -> tuple[int, int] | None:
-    """``"224"`` or ``"256x320"`` to (height, width) in pixels.
+    """Return ``"224"`` or ``"256x320"`` to (height, width) in pixels.
 
     Raises:
         SpecError: anything else.
@@ -310,7 +310,7 @@ def image_size_of(text: str | None) -> tuple[int, int] | None:
 
 
 def integers_of(text: str, option: str) -> tuple[int, ...]:
-    """``"2,3,4"`` to ints.
+    """Turn ``"2,3,4"`` into ints.
 
     Raises:
         SpecError: a part is not an int.
@@ -322,7 +322,7 @@ def integers_of(text: str, option: str) -> tuple[int, ...]:
 
 
 def numbers_of(text: str, option: str) -> tuple[float, ...]:
-    """``"0.5"`` or ``"0.485,0.456,0.406"`` to floats.
+    """Return ``"0.5"`` or ``"0.485,0.456,0.406"`` to floats.
 
     Raises:
         SpecError: a part is not a number.

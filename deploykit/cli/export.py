@@ -118,7 +118,7 @@ def _export(choice: opt.ExportChoice) -> ExportResult:
 
 
 def _planned(plan: ExportPlan) -> list[str]:
-    """What a dry run prints."""
+    """Return what a dry run prints."""
     spec = plan.input
     settings = ", ".join(f"{name} {value}" for name, value in plan.settings.items() if value is not None)
     rows: dict[str, Any] = {

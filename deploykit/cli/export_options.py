@@ -230,7 +230,7 @@ class ExportChoice:
 
 
 def batch_of(text: str) -> Batch:
-    """``"4"``, ``"dynamic"`` or ``"1,4,8"`` to a batch.
+    """Return ``"4"``, ``"dynamic"`` or ``"1,4,8"`` to a batch.
 
     Raises:
         SpecError: anything else, or sizes out of order.
@@ -244,7 +244,7 @@ def batch_of(text: str) -> Batch:
 
 
 def settings_of(**settings: Any) -> dict[str, Any]:
-    """The precision's settings that were given.
+    """Return the precision's settings that were given.
 
     Raises:
         SpecError: a top-1 agreement outside 0 to 1.
@@ -256,5 +256,5 @@ def settings_of(**settings: Any) -> dict[str, Any]:
 
 
 def default_output(name: str, runtime: str, precision: str) -> Path:
-    """``NAME-RUNTIME-PRECISION`` in the current folder."""
+    """Return ``NAME-RUNTIME-PRECISION`` in the current folder."""
     return Path(f"{name.replace('/', '-').replace(os.sep, '-')}-{runtime}-{precision}")

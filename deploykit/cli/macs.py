@@ -73,5 +73,5 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _adds_alike(packet: Any, args: tuple[Any, ...]) -> bool:
-    """Whether it is an addition or a product of two tensors of one shape."""
+    """Return whether it is an addition or a product of two tensors of one shape."""
     return packet in (_aten.add, _aten.mul) and isinstance(args[1], torch.Tensor) and args[0].shape == args[1].shape

@@ -112,7 +112,7 @@ def fold_forward(module: GraphModule, node: Node, affine: Affine) -> bool:
 
 
 def is_layer(module: GraphModule, node: Node) -> bool:
-    """Whether a node is a linear layer or a convolution of a batch with constants that nothing else reads."""
+    """Return whether a node is a linear layer or a convolution of a batch with constants that nothing else reads."""
     if node.target not in LAYERS or not used_once(module, node.args[1]):
         return False
     weight = constant(module, node.args[1])
@@ -130,7 +130,7 @@ def channel_axis(node: Node) -> int:
 
 
 def is_padded(node: Node) -> bool:
-    """Whether a convolution sees zeros beyond the border."""
+    """Return whether a convolution sees zeros beyond the border."""
     if node.target == LINEAR:
         return False
     padding = argument(node, 4, "padding", 0)
@@ -142,7 +142,7 @@ def is_padded(node: Node) -> bool:
 
 
 def scale_outputs(module: GraphModule, layer: Node, factor: Tensor, shift: Tensor) -> bool:
-    """``layer(x) * factor + shift`` in the layer's own weight and bias; False where a number would overflow.
+    """Return ``layer(x) * factor + shift`` in the layer's own weight and bias; False where a number would overflow.
 
     Args:
         module: the graph.
@@ -169,7 +169,7 @@ def scale_outputs(module: GraphModule, layer: Node, factor: Tensor, shift: Tenso
 
 
 def channel_vector(value: Tensor, rank: int, shape: tuple[Any, ...]) -> tuple[Tensor, int | None] | None:
-    """A tensor that broadcasts to ``shape`` as one value a channel: ``(C,)`` and its axis, or ``()`` and None.
+    """Return a tensor that broadcasts to ``shape`` as one value a channel: ``(C,)`` and its axis, or ``()`` and None.
 
     None where it varies along more than one axis, or would itself widen the shape.
     """
@@ -185,7 +185,7 @@ def channel_vector(value: Tensor, rank: int, shape: tuple[Any, ...]) -> tuple[Te
 
 
 def permutation(node: Node) -> list[int]:
-    """The order of the input's axes in what a permuting call gives, counted from the front."""
+    """Return the order of the input's axes in what a permuting call gives, counted from the front."""
     sides = range(2, 2 + len(shape_of(node)))
     moved = node.target(torch.empty(*sides, device="meta"), *node.args[1:], **node.kwargs)  # type: ignore[operator]
     return [side - 2 for side in moved.shape]

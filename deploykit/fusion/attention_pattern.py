@@ -109,7 +109,7 @@ def replace_attentions(
 
 
 def match_attention(softmax: ir.Node) -> SelfAttention | None:
-    """The attention of a joint projection, whole or in windows, whose probabilities a node gives.
+    """Return the attention of a joint projection, whole or in windows, whose probabilities a node gives.
 
     Where the parts lie is found by moving each number's position through the nodes between. None for
     anything but a softmax, half precision and Q/DQ graphs, separate projections, queries of fewer
@@ -175,7 +175,7 @@ def _scores(softmax: ir.Node) -> tuple[ir.Value, ir.Value, float, Array | None] 
 
 
 def _projection(result: ir.Value) -> JointProjection | None:
-    """The linear layer that gives a value ``(N, ..., 3 * H * D)`` of static size but for the batch."""
+    """Return the linear layer that gives a value ``(N, ..., 3 * H * D)`` of static size but for the batch."""
     add, shape = producer(result), result.shape
     if add is None or add.op_type != "Add" or result.dtype != ir.DataType.FLOAT or shape is None or len(shape) < 3:
         return None
@@ -251,7 +251,7 @@ def _joined(attended: ir.Value, batch: int, heads: int, order: Array) -> tuple[i
 
 
 def _moved_on(value: ir.Value) -> ir.Value | None:
-    """What becomes of a value whose numbers are moved and read by nothing else."""
+    """Return what becomes of a value whose numbers are moved and read by nothing else."""
     reader = only_reader(value)
     if reader is not None and reader.op_type in ("Reshape", "Transpose", "Slice"):
         return reader.outputs[0]
@@ -259,7 +259,7 @@ def _moved_on(value: ir.Value) -> ir.Value | None:
 
 
 def _unrolled(projection: JointProjection, order: Array) -> tuple[ir.Value, Array]:
-    """The tokens before whole ones are moved, ``(N, ..., C)``, and what ``order`` then is."""
+    """Return the tokens before whole ones are moved, ``(N, ..., C)``, and what ``order`` then is."""
     tokens, batch, channels = projection.tokens, projection.batch, sizes(projection.tokens)[-1]
     origin = source(tokens)
     if len(order) == 1 or not is_static(origin) or sizes(origin)[-1:] != (channels,):

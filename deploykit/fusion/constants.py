@@ -16,7 +16,7 @@ ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
 def constant(module: GraphModule, node: object) -> Tensor | None:
-    """The tensor behind a ``get_attr`` node; None for anything else."""
+    """Return the tensor behind a ``get_attr`` node; None for anything else."""
     if not isinstance(node, Node) or node.op != "get_attr":
         return None
     owner, _, name = str(node.target).rpartition(".")
@@ -25,7 +25,7 @@ def constant(module: GraphModule, node: object) -> Tensor | None:
 
 
 def used_once(module: GraphModule, node: object) -> bool:
-    """Whether a ``get_attr`` node is the only reading of its constant: nothing shares it."""
+    """Return whether a ``get_attr`` node is the only reading of its constant: nothing shares it."""
     if constant(module, node) is None:
         return False
     assert isinstance(node, Node)  # noqa: S101  (a constant is a node; narrows the type)
@@ -71,7 +71,7 @@ def add_constant(module: GraphModule, name: str, value: Tensor) -> Node:
 
 
 def add_call(before: Node, target: Any, *arguments: Any, **settings: Any) -> Node:
-    """A call of an operator before a node, with its shape known to the passes that follow."""
+    """Return a call of an operator before a node, with its shape known to the passes that follow."""
     with before.graph.inserting_before(before):
         node = before.graph.call_function(target, arguments, settings)
     set_value(node)
@@ -87,22 +87,22 @@ def set_value(node: Node) -> None:
 
 
 def shape_of(node: Node) -> tuple[Any, ...]:
-    """The sizes of a node's tensor, ints or symbols; empty where it gives none."""
+    """Return the sizes of a node's tensor, ints or symbols; empty where it gives none."""
     return tuple(getattr(node.meta.get("val"), "shape", ()))
 
 
 def sizes(node: Node) -> tuple[int, ...]:
-    """The sizes of a node's tensor when the graph runs on the images that it was traced with."""
+    """Return the sizes of a node's tensor when the graph runs on the images that it was traced with."""
     return tuple(hint(size) for size in shape_of(node))
 
 
 def hint(size: Any) -> int:
-    """A symbolic size as it was when the graph was traced."""
+    """Return a symbolic size as it was when the graph was traced."""
     return size if isinstance(size, int) else int(size.node.hint)
 
 
 def alike(one: Node, other: Node) -> bool:
-    """Whether two nodes have the same shape, whatever the batch is, and the same type."""
+    """Return whether two nodes have the same shape, whatever the batch is, and the same type."""
     first, second = shape_of(one), shape_of(other)
     types = {getattr(node.meta.get("val"), "dtype", None) for node in (one, other)}
     if len(types) != 1 or None in types:
@@ -111,14 +111,14 @@ def alike(one: Node, other: Node) -> bool:
 
 
 def same_size(one: Any, other: Any) -> bool:
-    """Whether two sizes are equal whatever the batch is."""
+    """Return whether two sizes are equal whatever the batch is."""
     if isinstance(one, int) and isinstance(other, int):
         return one == other
     return str(one) == str(other)
 
 
 def scalar(module: GraphModule, value: object) -> float | None:
-    """A number, or the one element of a constant tensor; None for anything else."""
+    """Return a number, or the one element of a constant tensor; None for anything else."""
     if isinstance(value, bool):
         return None
     if isinstance(value, (int, float)):
@@ -128,7 +128,7 @@ def scalar(module: GraphModule, value: object) -> float | None:
 
 
 def argument(node: Node, position: int, name: str, default: Any) -> Any:
-    """An operator's argument, given by position or by name, or its default."""
+    """Return an operator's argument, given by position or by name, or its default."""
     if len(node.args) > position:
         return node.args[position]
     return node.kwargs.get(name, default)

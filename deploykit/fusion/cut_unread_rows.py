@@ -81,7 +81,7 @@ def _cut(source: Node) -> int:
 
 
 def _rows_of(node: Node) -> _Rows | None:
-    """What a call cuts out of its first argument; None for anything but neighbouring rows of a known number."""
+    """Return what a call cuts out of its first argument; None for anything but neighbouring rows of a known number."""
     if node.target not in (_SELECT, _SLICE):
         return None
     shape = shape_of(node.args[0])  # type: ignore[arg-type]
@@ -96,7 +96,7 @@ def _rows_of(node: Node) -> _Rows | None:
 
 
 def _narrow(source: Node, axis: int, cuts: Collection[Node]) -> dict[Node, int]:
-    """Every operator of which the rows of the cuts will do, and which axis they lie along."""
+    """Return every operator of which the rows of the cuts will do, and which axis they lie along."""
     needed = _needed_with(cuts)
     narrow: dict[Node, int] = {}
     for node in reversed(source.graph.nodes):
@@ -113,7 +113,7 @@ def _narrow(source: Node, axis: int, cuts: Collection[Node]) -> dict[Node, int]:
 
 
 def _needed_with(cuts: Collection[Node]) -> set[Node]:
-    """Every operator on a way to an output that the cuts lead to."""
+    """Return every operator on a way to an output that the cuts lead to."""
     reached = set(cuts)
     for node in next(iter(cuts)).graph.nodes:
         if node.op != "output" and any(source in reached for source in node.all_input_nodes):
@@ -147,14 +147,14 @@ def _operand_axes(node: Node, axis: int) -> dict[Node, int | None] | None:
 
 
 def _broadcast(operand: Node, axis: int, rank: int) -> int | None:
-    """Where an axis of a result of so many axes lies in an operand; None where that is the same along it."""
+    """Return where an axis of a result of so many axes lies in an operand; None where that is the same along it."""
     shape = shape_of(operand)
     place = axis - (rank - len(shape))
     return place if place >= 0 and shape[place] != 1 else None
 
 
 def _computed(node: Node, rows: _Rows, made: dict[tuple[Node, int], Node]) -> Node:
-    """The rows of a call, computed from rows of its operands: those that are ``made``, or cut here."""
+    """Return the rows of a call, computed from rows of its operands: those that are ``made``, or cut here."""
     axes = _operand_axes(node, rows.axis) or {}
 
     def narrowed(operand: Node) -> Node:

@@ -19,35 +19,35 @@ _CUTS = ("Split", "Slice")
 
 
 def constant(value: ir.Value | None) -> Array | None:
-    """The numbers of a constant; None where a value is computed."""
+    """Return the numbers of a constant; None where a value is computed."""
     tensor = ir.convenience.get_const_tensor(value) if value is not None else None
     return None if tensor is None else tensor.numpy()
 
 
 def is_static(value: ir.Value | None) -> bool:
-    """Whether every size of a value but the first, its batch, is known."""
+    """Return whether every size of a value but the first, its batch, is known."""
     return value is not None and value.shape is not None and len(sizes(value)) == len(value.shape) - 1
 
 
 def sizes(value: ir.Value | None) -> tuple[int, ...]:
-    """The sizes of a static value but the first, its batch."""
+    """Return the sizes of a static value but the first, its batch."""
     shape = value.shape if value is not None else None
     return () if shape is None else tuple(side for side in shape[1:] if isinstance(side, int))
 
 
 def producer(value: ir.Value | None) -> ir.Node | None:
-    """The node that gives a value, unless the value is an output of the graph."""
+    """Return the node that gives a value, unless the value is an output of the graph."""
     return value.producer() if value is not None and not value.is_graph_output() else None
 
 
 def only_reader(value: ir.Value) -> ir.Node | None:
-    """The one node that reads a value, and that once; None where several do or the graph gives it out."""
+    """Return the one node that reads a value, and that once; None where several do or the graph gives it out."""
     uses = list(value.uses())
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
 
 
 def source(value: ir.Value) -> ir.Value:
-    """What a value gets all its numbers from, as far back as only moves lie between."""
+    """Return what a value gets all its numbers from, as far back as only moves lie between."""
     while (node := producer(value)) is not None and node.op_type in _MOVES and node.inputs[0] is not None:
         before = node.inputs[0] if node.op_type != "Concat" else _cut_from(node.inputs)
         if before is None:
@@ -57,7 +57,7 @@ def source(value: ir.Value) -> ir.Value:
 
 
 def moved(value: ir.Value, origin: ir.Value, numbers: Array) -> Array | None:
-    """What ``value`` is when ``origin`` is ``numbers``; None where anything but a move is between."""
+    """Return what ``value`` is when ``origin`` is ``numbers``; None where anything but a move is between."""
     if value is origin:
         return numbers
     node = producer(value)
@@ -75,7 +75,7 @@ def moved(value: ir.Value, origin: ir.Value, numbers: Array) -> Array | None:
 
 
 def joined_again(value: ir.Value) -> ir.Value | None:
-    """What the parts that a value is cut into are joined to, where nothing else reads the value or a part."""
+    """Return what the parts that a value is cut into are joined to, where nothing else reads the value or a part."""
     joins: set[ir.Node | None] = set()
     for cut, _ in value.uses():
         if cut.op_type not in _CUTS or cut.inputs[0] is not value:
@@ -88,7 +88,7 @@ def joined_again(value: ir.Value) -> ir.Value | None:
 
 
 def _cut_from(parts: Sequence[ir.Value | None]) -> ir.Value | None:
-    """The one value that all parts are cut from."""
+    """Return the one value that all parts are cut from."""
     whole: ir.Value | None = None
     for part in parts:
         node = producer(part)

@@ -73,12 +73,12 @@ def drop_identities(module: GraphModule) -> int:
 
 
 def mutates(node: Node) -> bool:
-    """Whether a call writes into one of its arguments."""
+    """Return whether a call writes into one of its arguments."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def drop_in_place(graph: Graph) -> int:
-    """``add_(x, y)`` -> ``add(x, y)`` where nothing else can see the difference; returns how many."""
+    """Return ``add_(x, y)`` -> ``add(x, y)`` where nothing else can see the difference; returns how many."""
     count = 0
     for node in graph.nodes:
         plain = _out_of_place(node)
@@ -114,7 +114,7 @@ def _out_of_place(node: Node) -> Any:
 
 
 def _is_fresh(node: Node) -> bool:
-    """Whether a call surely gives memory of its own."""
+    """Return whether a call surely gives memory of its own."""
     if not isinstance(node.target, torch._ops.OpOverload) or mutates(node):
         return False
     views = any(value.alias_info is not None for value in node.target._schema.arguments)
@@ -122,7 +122,7 @@ def _is_fresh(node: Node) -> bool:
 
 
 def _infer_batch(node: Node) -> bool:
-    """``reshape(x, [n * 4, 3])`` -> ``reshape(x, [-1, 3])``."""
+    """Return ``reshape(x, [n * 4, 3])`` -> ``reshape(x, [-1, 3])``."""
     shape = shape_of(node)
     symbolic = [axis for axis, size in enumerate(shape) if not isinstance(size, int)]
     if len(symbolic) != 1 or not any(isinstance(size, Node) for size in node.args[1]):  # type: ignore[union-attr]
@@ -143,7 +143,7 @@ def _is_identity(module: GraphModule, node: Node, copies: tuple[Any, ...]) -> bo
 
 
 def _changes_nothing(module: GraphModule, node: Node, copies: tuple[Any, ...]) -> bool:
-    """Whether a call gives its first argument, when the two are known to have one shape and type."""
+    """Return whether a call gives its first argument, when the two are known to have one shape and type."""
     if node.target in PERMUTATIONS:
         return permutation(node) == sorted(permutation(node))
     if node.target in _PADS:

@@ -35,7 +35,7 @@ FloatArray = npt.NDArray[np.float32]
 
 
 def embed_preprocessing(graph: Graph, spec: InputSpec) -> Graph:
-    """A graph that takes the input of ``spec``: the same graph, or one called with uint8 pixels.
+    """Return a graph that takes the input of ``spec``: the same graph, or one called with uint8 pixels.
 
     Args:
         graph: in any precision, called with normalised images; it stays as it is.
@@ -101,7 +101,7 @@ def _embed_in_model(model: ir.Model, spec: InputSpec) -> ir.Model:
 
 
 def _normalise(graph: ir.Graph, images: ir.Value, pixels: ir.Value, spec: InputSpec) -> list[ir.Node]:
-    """The arithmetic on the pixels, less what the graph's first convolution can take over."""
+    """Return the arithmetic on the pixels, less what the graph's first convolution can take over."""
     scale, shift = scale_and_shift(spec.preprocessing)
     stem = _foldable_stem(graph, images)
     if stem is None:
@@ -122,7 +122,7 @@ def _mean_pixel(spec: InputSpec) -> FloatArray:
 
 
 def _foldable_stem(graph: ir.Graph, images: ir.Value) -> ir.Node | None:
-    """The FP32 convolution over all channels that alone reads the images, with constants of its own."""
+    """Return the FP32 convolution over all channels that alone reads the images, with constants of its own."""
     readers = list(images.uses())
     stem = readers[0].node if len(readers) == 1 else None
     if stem is None or stem.op_type != "Conv" or stem.attributes.get_int("group", 1) != 1:
@@ -143,7 +143,7 @@ def _with_row(graph: ir.Graph, operator: str, value: ir.Value, name: str, row: F
 
 
 def _row(channels: FloatArray, spec: InputSpec) -> FloatArray:
-    """One value a channel, written out for a row of pixels: ``(1, 1, W, C)``."""
+    """Return one value a channel, written out for a row of pixels: ``(1, 1, W, C)``."""
     return np.tile(channels, (1, 1, spec.width, 1))
 
 

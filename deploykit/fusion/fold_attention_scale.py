@@ -28,7 +28,7 @@ def fold_attention_scale(module: GraphModule) -> int:
 
 
 def scale_of(attention: Node) -> float:
-    """The factor of the scores: as given, else D ** -0.5."""
+    """Return the factor of the scores: as given, else D ** -0.5."""
     scale = argument(attention, 6, "scale", None)
     return float(scale) if scale is not None else sizes(attention.args[0])[-1] ** -0.5  # type: ignore[arg-type]
 

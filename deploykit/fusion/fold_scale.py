@@ -37,7 +37,7 @@ def fold_scale(module: GraphModule) -> int:
 
 
 def _affine(module: GraphModule, node: Node) -> tuple[Node, Affine] | None:
-    """What the node scales and shifts, and by how much; None where it is no affine map of a channel."""
+    """Return what the node scales and shifts, and by how much; None where it is no affine map of a channel."""
     left, right = node.args[:2]
     swapped = not isinstance(left, Node) or constant(module, left) is not None
     source, value = (right, left) if swapped else (left, right)

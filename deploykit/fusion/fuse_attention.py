@@ -99,7 +99,7 @@ def _parts(module: GraphModule, scores: object) -> _Scores | None:
 
 
 def _mask(module: GraphModule, node: Node, found: _Scores) -> tuple[object, _Scores] | None:
-    """A constant mask, before any bias or scale; true where a score is kept."""
+    """Return a constant mask, before any bias or scale; true where a score is kept."""
     if found.bias is not None or found.mask is not None or found.scale != 1.0:
         return None
     if node.target in _FILLS:
@@ -144,7 +144,7 @@ def _leads_to_product(module: GraphModule, node: Node) -> bool:
 
 
 def _unscaled(module: GraphModule, node: object) -> tuple[Node, float]:
-    """A node without the number that multiplies or divides it, and that number as a factor."""
+    """Return a node without the number that multiplies or divides it, and that number as a factor."""
     assert isinstance(node, Node)  # noqa: S101  (an operand of a matrix product)
     if node.target == _aten.mul.Tensor:
         for source, number in (node.args[:2], node.args[1::-1]):

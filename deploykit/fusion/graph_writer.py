@@ -30,7 +30,7 @@ class GraphWriter:
         attributes: Mapping[str, Any] | None = None,
         domain: str = "",
     ) -> ir.Value:
-        """The result of a new node."""
+        """Return the result of a new node."""
         node = ir.node(op_type, inputs, attributes, domain=domain, name=f"{self.name}/{part}")
         self.model.graph.insert_before(self.before, node)
         (result,) = node.outputs
@@ -39,7 +39,7 @@ class GraphWriter:
         return result
 
     def constant(self, numbers: Array, part: str) -> ir.Value:
-        """A new initializer."""
+        """Return a new initializer."""
         name = f"{self.name}_{part}"
         tensor = ir.tensor(np.ascontiguousarray(numbers), name=name)
         value = ir.Value(name=name, shape=ir.Shape(numbers.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
@@ -47,7 +47,7 @@ class GraphWriter:
         return value
 
     def shaped(self, value: ir.Value, shape: tuple[int, ...], part: str) -> ir.Value:
-        """A value in another shape, whose first axis takes what the others leave."""
+        """Return a value in another shape, whose first axis takes what the others leave."""
         if value.shape is not None and tuple(value.shape[1:]) == shape:
             return value
         target = self.constant(np.array([-1, *shape]), f"{part}_shape")

@@ -22,24 +22,24 @@ _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in \w+\n\s*(?P
 
 
 def describe_node(node: Node) -> str:
-    """``aten.dropout at 'layer1.drop' (Noise), net.py:12: y = F.dropout(x)``, as far as it is known."""
+    """Return ``aten.dropout at 'layer1.drop' (Noise), net.py:12: y = F.dropout(x)``, as far as it is known."""
     return f"{operator_name(node)} {_where(node)}"
 
 
 def operator_name(node: Node) -> str:
-    """The name of the operator that a node calls, such as ``aten.dropout``."""
+    """Return the name of the operator that a node calls, such as ``aten.dropout``."""
     return str(node.target).removesuffix(".default") if node.op == "call_function" else str(node.target)
 
 
 def module_path(path: str) -> str:
-    """A path below the traced module, as the user's module knows it; empty for that module itself."""
+    """Return a path below the traced module, as the user's module knows it; empty for that module itself."""
     for owner in _OWN:
         path = "" if path == owner else path.removeprefix(f"{owner}.")
     return path
 
 
 def describe_error(error: BaseException, root: nn.Module) -> str | None:
-    """Where in the user's code an error was raised: ``in 'layer1.act' (Act), net.py:6: if x.sum() > 0``.
+    """Return where in the user's code an error was raised: ``in 'layer1.act' (Act), net.py:6: if x.sum() > 0``.
 
     None where no frame of its traceback is the user's.
     """
@@ -58,7 +58,7 @@ def describe_error(error: BaseException, root: nn.Module) -> str | None:
 
 
 def _is_users(frame: types.FrameType) -> bool:
-    """Whether a frame runs neither torch's code nor deploykit's."""
+    """Return whether a frame runs neither torch's code nor deploykit's."""
     return not frame.f_code.co_filename.startswith((*_LIBRARIES, "<"))
 
 

@@ -104,7 +104,7 @@ def _spell_out(model: ir.Model, norm: _GroupNorm) -> bool:
     last = graph.constant(np.array([2]), "members")
 
     def shared(value: ir.Value, part: str) -> ir.Value:
-        """The mean over the channels of each group, ``(N, groups, 1)``."""
+        """Return the mean over the channels of each group, ``(N, groups, 1)``."""
         grouped = graph.shaped(value, group, f"{part}_groups")
         return graph.node("ReduceMean", [grouped, last], (norm.groups, 1), f"{part}_shared")
 

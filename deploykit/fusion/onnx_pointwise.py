@@ -80,7 +80,7 @@ def _is_large(maps: ir.Value) -> bool:
 
 
 def _steps(value: ir.Value | None, layers: int) -> list[_Step] | None:
-    """The layers and activations that end in a value ``(N, H, W, C)``, first to last; None for fewer layers."""
+    """Return the layers and activations that end in a value ``(N, H, W, C)``, first to last; None for fewer layers."""
     steps: list[_Step] = []
     while sum(step.weight is not None for step in steps) < layers:
         step = _step(value) if value is not None else None

@@ -75,7 +75,7 @@ _FOLDS: tuple[FusionPass, ...] = (
 
 
 def export_passes(*scaling: FusionPass) -> tuple[FusionPass, ...]:
-    """What an export runs, in its order; what one runtime alone gets is in its dialect's ``optimize``.
+    """Return what an export runs, in its order; what one runtime alone gets is in its dialect's ``optimize``.
 
     Args:
         scaling: passes that move scales between the layers as the folds leave them.
@@ -156,7 +156,7 @@ def run_passes(
 def _outputs(
     module: GraphModule, example: torch.Tensor, dtype: torch.dtype = torch.double
 ) -> list[npt.NDArray[np.floating]]:
-    """What the graph gives with its parameters and its input in ``dtype``, or in FP32 where it cannot run so."""
+    """Return what the graph gives with its parameters and its input in ``dtype``, or in FP32 where it cannot run so."""
     tensors = dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)))
     converted = {name: tensor.to(dtype) for name, tensor in tensors.items() if tensor.is_floating_point()}
     with torch.no_grad():

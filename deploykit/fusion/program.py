@@ -15,7 +15,7 @@ from deploykit.spec import BATCH_DIM, InputSpec
 
 
 def export_program(module: nn.Module, spec: InputSpec) -> torch.export.ExportedProgram:
-    """`torch.export` of a module called with one image tensor.
+    """Return `torch.export` of a module called with one image tensor.
 
     A dynamic batch is traced from two images, since torch takes a size of one for a constant.
 

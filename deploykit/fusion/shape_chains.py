@@ -54,7 +54,7 @@ class Arrival:
 
 
 def arrivals(layer: Node) -> list[Arrival]:
-    """Every reading of what a layer gives, through any number of `MOVES`, in the graph's order.
+    """Return every reading of what a layer gives, through any number of `MOVES`, in the graph's order.
 
     ``channels`` are the sorted, distinct channels ``(K,)`` of the layer's output in what is read.
     """
@@ -76,14 +76,14 @@ def arrivals(layer: Node) -> list[Arrival]:
 
 
 def origin(node: Node) -> Node:
-    """What a node gets its numbers from, back through `MOVES`."""
+    """Return what a node gets its numbers from, back through `MOVES`."""
     while node.target in MOVES and isinstance(node.args[0], Node):
         node = node.args[0]
     return node
 
 
 def sources(module: GraphModule, target: Any) -> list[Node]:
-    """The calls of an operator, in the graph's order."""
+    """Return the calls of an operator, in the graph's order."""
     return list(module.graph.find_nodes(op="call_function", target=target))
 
 

@@ -60,7 +60,7 @@ class ParityAccumulator:
     def result(
         self, *, min_sqnr_db: float, min_top1_agreement: float | None = None, measured_on: str = "engine"
     ) -> tuple[LevelParity, ...]:
-        """Every level's figures, and whether they are within the budget.
+        """Return every level's figures, and whether they are within the budget.
 
         Args:
             min_sqnr_db: what every level must reach, in dB.
@@ -105,7 +105,7 @@ def compare(
     measured_on: str = "engine",
     logits: str | None = LOGITS,
 ) -> tuple[LevelParity, ...]:
-    """One batch of outputs, each ``(N, ...)``, against the reference's: see `ParityAccumulator`.
+    """Return one batch of outputs, each ``(N, ...)``, against the reference's: see `ParityAccumulator`.
 
     Raises:
         ParityError: a level is missing on one side, shapes differ, there are no images, or the

@@ -40,7 +40,7 @@ class ErrorSums:
 
     @classmethod
     def of(cls, reference: npt.NDArray[Any], candidate: npt.NDArray[Any]) -> ErrorSums:
-        """The sums over two arrays of one shape, of any real dtype.
+        """Return the sums over two arrays of one shape, of any real dtype.
 
         Raises:
             SpecError: different shapes, no values, or a reference that is not finite.
@@ -97,7 +97,7 @@ class ErrorSums:
 
 
 def sqnr_db(reference: npt.NDArray[Any], candidate: npt.NDArray[Any]) -> float:
-    """10 log10(sum r^2 / sum (c - r)^2) in dB; inf for equal arrays, -inf for a candidate with NaN.
+    """Return 10 log10(sum r^2 / sum (c - r)^2) in dB; inf for equal arrays, -inf for a candidate with NaN.
 
     Raises:
         SpecError: different shapes, no values, or a reference that is not finite.
@@ -106,7 +106,7 @@ def sqnr_db(reference: npt.NDArray[Any], candidate: npt.NDArray[Any]) -> float:
 
 
 def cosine(reference: npt.NDArray[Any], candidate: npt.NDArray[Any]) -> float:
-    """The cosine of the angle between the flattened arrays; 1 for two zeros, 0 for one.
+    """Return the cosine of the angle between the flattened arrays; 1 for two zeros, 0 for one.
 
     Raises:
         SpecError: different shapes, no values, or a reference that is not finite.
@@ -124,7 +124,7 @@ def relative_l2(reference: npt.NDArray[Any], candidate: npt.NDArray[Any]) -> flo
 
 
 def max_abs(reference: npt.NDArray[Any], candidate: npt.NDArray[Any]) -> float:
-    """The largest |c - r|, in the output's own unit; inf for a candidate with NaN.
+    """Return the largest |c - r|, in the output's own unit; inf for a candidate with NaN.
 
     Raises:
         SpecError: different shapes, no values, or a reference that is not finite.
@@ -133,7 +133,7 @@ def max_abs(reference: npt.NDArray[Any], candidate: npt.NDArray[Any]) -> float:
 
 
 def top1_agreement(reference: npt.NDArray[Any], candidate: npt.NDArray[Any]) -> float:
-    """The share of rows of two ``(N, K)`` arrays of logits with the same largest class.
+    """Return the share of rows of two ``(N, K)`` arrays of logits with the same largest class.
 
     Of equal logits the first counts; a row of the candidate with NaN or infinity disagrees.
 
@@ -144,7 +144,7 @@ def top1_agreement(reference: npt.NDArray[Any], candidate: npt.NDArray[Any]) -> 
 
 
 def top1_matches(reference: npt.NDArray[Any], candidate: npt.NDArray[Any]) -> int:
-    """The number of rows that `top1_agreement` is the share of."""
+    """Return the number of rows that `top1_agreement` is the share of."""
     check_pair(reference, candidate)
     if reference.ndim != 2:
         raise SpecError(f"the logits have shape {reference.shape}; expected (N, classes).")

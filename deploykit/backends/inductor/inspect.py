@@ -23,12 +23,12 @@ def kernels_called(package: Path) -> Counter[str]:
 
 
 def integer_kernels(package: Path) -> int:
-    """How many convolutions and matrix products of constant weights run in integers."""
+    """Return how many convolutions and matrix products of constant weights run in integers."""
     return sum(count for kernel, count in kernels_called(package).items() if _INTEGER.fullmatch(kernel))
 
 
 def left_in_float(package: Path) -> dict[str, int]:
-    """How many of them run in float, by kind; kinds that there are none of are left out."""
+    """Return how many of them run in float, by kind; kinds that there are none of are left out."""
     called = kernels_called(package)
     found = {
         kind: sum(count for kernel, count in called.items() if pattern.fullmatch(kernel))

@@ -71,7 +71,7 @@ def _render(master: TorchProgram, plan: PrecisionPlan) -> TorchProgram:
 
 
 def _copy_of(program: torch.export.ExportedProgram) -> GraphModule:
-    """The program's module with weights of its own: `module()` shares the program's."""
+    """Return the program's module with weights of its own: `module()` shares the program's."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, where it copies a graph module
         return copy.deepcopy(program.module())
@@ -86,7 +86,7 @@ class _Cast(nn.Module):
         self.dtype = dtype
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """``(N, C, H, W)`` float32 to the tuple of outputs in float32."""
+        """Return ``(N, C, H, W)`` float32 to the tuple of outputs in float32."""
         return tuple(output.float() for output in self.inner(images.to(self.dtype)))
 
 

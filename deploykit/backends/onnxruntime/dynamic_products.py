@@ -73,7 +73,7 @@ def quantize_product(
 
 
 def quantized_at_each_call(graph: ir.Graph, source: ir.Value) -> tuple[Any, ...]:
-    """The integers, scale and zero point of a tensor, quantized once for all products that read it."""
+    """Return the integers, scale and zero point of a tensor, quantized once for all products that read it."""
     for reader in source.consumers():
         if reader.op_type == "DynamicQuantizeLinear":
             return tuple(reader.outputs)

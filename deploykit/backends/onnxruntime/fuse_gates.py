@@ -60,7 +60,7 @@ def fuse_gates(model: ir.Model) -> int:
 
 
 def _is_blocked(gate: ir.Value) -> bool:
-    """Whether a gate comes from a convolution in blocks, which take whole fours of channels."""
+    """Return whether a gate comes from a convolution in blocks, which take whole fours of channels."""
     node = producer(gate)
     while node is not None and node.op_type != "Conv":
         node = producer(node.inputs[0])
@@ -83,7 +83,7 @@ def _gates(product: ir.Node) -> list[_Gate]:
 
 
 def _mean_behind(gate: ir.Value) -> ir.Node | None:
-    """The mean over all positions from which alone a value ``(N, C, 1, 1)`` is computed."""
+    """Return the mean over all positions from which alone a value ``(N, C, 1, 1)`` is computed."""
     pending, means, seen = [gate], set(), set()
     while pending:
         value = pending.pop()
@@ -105,7 +105,7 @@ def _over_positions(mean: ir.Node) -> bool:
 
 
 def _takes_gate(layer: ir.Node, gate: _Gate) -> bool:
-    """Whether a gate may stand on the weights of the layer that reads the product, and is faster there."""
+    """Return whether a gate may stand on the weights of the layer that reads the product, and is faster there."""
     if layer.op_type != "Conv" or layer.inputs[0] is not gate.product.outputs[0]:
         return False
     weight, settings, batch = constant(layer.inputs[1]), layer.attributes, gate.gated.shape[0]  # type: ignore[index]

@@ -47,13 +47,13 @@ def _is_integer(found: SelfAttention, plan: QuantizationPlan) -> bool:
 
 
 def _product_name(projection: JointProjection) -> str:
-    """The name of the product of tokens and weight."""
+    """Return the name of the product of tokens and weight."""
     add = projection.result.producer()
     return next(str(node.name) for node in projection.weight.consumers() if add in node.outputs[0].consumers())
 
 
 def _products(projected: ir.Value) -> set[ir.Node]:
-    """What reads queries, keys and values: a product for the scores and one for the values an attention."""
+    """Return what reads queries, keys and values: a product for the scores and one for the values an attention."""
     found: set[ir.Node] = set()
     for node in projected.consumers():
         found |= set().union(*map(_products, node.outputs)) if node.op_type in _MOVES else {node}

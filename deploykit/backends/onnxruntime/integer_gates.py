@@ -98,7 +98,7 @@ def _split(graph: ir.Graph, value: ir.Value) -> None:
 
 
 def _gate(graph: ir.Graph, factor: ir.Value, name: str) -> ir.Value:
-    """A sigmoid's output in integers; a HardSigmoid of integers is written by rounding alone."""
+    """Return a sigmoid's output in integers; a HardSigmoid of integers is written by rounding alone."""
     producer = factor.producer()
     assert producer is not None  # noqa: S101  (is_gate has seen it; narrows the type)
     if producer.op_type != "HardSigmoid" or len(list(factor.uses())) != 1 or factor.is_graph_output():
@@ -108,7 +108,7 @@ def _gate(graph: ir.Graph, factor: ir.Value, name: str) -> ir.Value:
 
 
 def _line(hard_sigmoid: ir.Node) -> tuple[float, float]:
-    """What a HardSigmoid adds before it clips, and where it clips: ``clip(x + offset, 0, top) / top``."""
+    """Return what a HardSigmoid adds before it clips, and where it clips: ``clip(x + offset, 0, top) / top``."""
     slope = hard_sigmoid.attributes.get_float("alpha", 0.2)
     return hard_sigmoid.attributes.get_float("beta", 0.5) / slope, 1 / slope
 
@@ -120,7 +120,7 @@ def _split_hard_swish(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _clipped(graph: ir.Graph, source: ir.Value | None, name: str, *, offset: float, top: float) -> ir.Value:
-    """``clip(source + offset, 0, top) / top`` by rounding alone."""
+    """Return ``clip(source + offset, 0, top) / top`` by rounding alone."""
     constant = _constant(graph, f"{name}/offset", np.array(255, np.uint8), offset / 255)
     shifted = ir.node("Add", [source, constant], name=f"{name}/shifted")
     graph.append(shifted)
@@ -132,7 +132,7 @@ def _replace(graph: ir.Graph, node: ir.Node, other: ir.Node) -> None:
 
 
 def _pair(graph: ir.Graph, value: ir.Value, name: str, scale: float, read_as: float | None = None) -> ir.Value:
-    """A Q/DQ pair of unsigned integers behind a value; ``read_as`` is the scale to restore with."""
+    """Return a Q/DQ pair of unsigned integers behind a value; ``read_as`` is the scale to restore with."""
     zero = add_constant(graph, f"{name}/zero_point", np.array(0, np.uint8))
     written = add_constant(graph, f"{name}/scale", np.array(scale, np.float32))
     read = written if read_as is None else add_constant(graph, f"{name}/read_as", np.array(read_as, np.float32))

@@ -59,7 +59,7 @@ def _join_groups(node: ir.Node, rounded: dict[str, RoundedWeight]) -> None:
 
 
 def _side_by_side(values: Array, groups: int, joined: int) -> Array:
-    """A weight ``(channels, width, ...)`` of groups as that of wider ones, with zeros between those joined."""
+    """Return a weight ``(channels, width, ...)`` of groups as that of wider ones, with zeros between those joined."""
     outputs, width = values.shape[0] // groups, values.shape[1]
     wide = np.zeros((values.shape[0], width * joined, *values.shape[2:]), values.dtype)
     for group in range(groups):
@@ -83,7 +83,7 @@ class _ChannelGroup:
         self._visit(depthwise.inputs[0])
 
     def can_be_padded(self, integers: Any) -> bool:
-        """Whether nothing but integer convolutions with weights of their own reads and writes the channels."""
+        """Return whether nothing but integer convolutions with weights of their own reads and writes the channels."""
         nodes = (*self.writers, *self.readers, *self.depthwise)
         alone = all(len(list(value.uses())) == 1 for node in nodes for value in node.inputs[1:] if value is not None)
         return not self.blocked and alone and all(node.name in integers for node in nodes)

@@ -87,7 +87,7 @@ class _Flattener:
         return any(flat) and all(one or other for one, other in zip(flat, vectors, strict=True))
 
     def _flat(self, source: ir.Value, shape: tuple[int, int, int], *, named: bool) -> ir.Value:
-        """The tokens of a map; ``named``: under its name, by which a plan knows what a linear layer reads."""
+        """Return the tokens of a map; ``named``: under its name, by which a plan knows what a linear layer reads."""
         tokens = self._tokens.get(source)
         if tokens is None:
             sizes = add_constant(self.graph, f"{source.name}/token_shape", np.array([0, shape[0] * shape[1], shape[2]]))

@@ -51,14 +51,14 @@ def _rewrite(graph: ir.Graph, node: ir.Node, source: ir.Node, weight: ir.Node) -
 
 
 def _kernel(graph: ir.Graph, name: str, weight: ir.Node) -> ir.Node:
-    """The dequantized ``(M, K, 1, 1)`` kernel of a weight ``(K, M)`` with a scale a column."""
+    """Return the dequantized ``(M, K, 1, 1)`` kernel of a weight ``(K, M)`` with a scale a column."""
     integers = weight.inputs[0].const_value.numpy()  # type: ignore[union-attr]
     kernel = add_constant(graph, f"{name}/kernel", np.ascontiguousarray(integers.T)[..., None, None])
     return ir.node("DequantizeLinear", [kernel, *weight.inputs[1:]], {"axis": 0}, name=f"{name}/kernel/dequantize")
 
 
 def _bias(node: ir.Node) -> tuple[ir.Value | None, ir.Node]:
-    """The constant vector that alone is added to a product, and the last node of the two."""
+    """Return the constant vector that alone is added to a product, and the last node of the two."""
     uses = list(node.outputs[0].uses())
     if len(uses) == 1 and uses[0].node.op_type == "Add" and not node.outputs[0].is_graph_output():
         for operand in uses[0].node.inputs:

@@ -62,7 +62,7 @@ def main(request_file: str, parent: int) -> int:
 
 
 def quantize_layers(trt: Any, network: Any) -> dict[str, int]:
-    """How many quantize and dequantize layers a parsed network has, by the type of their integers."""
+    """Return how many quantize and dequantize layers a parsed network has, by the type of their integers."""
     counts: Counter[str] = Counter()
     for index in range(network.num_layers):
         layer = network.get_layer(index)

@@ -22,7 +22,7 @@ class CudaBuffers(Protocol):
         ...
 
     def reserve(self, name: str, size: int) -> int:
-        """The address of a buffer of at least ``size`` bytes, kept for the next call."""
+        """Return the address of a buffer of at least ``size`` bytes, kept for the next call."""
         ...
 
     def upload(self, name: str, array: npt.NDArray[Any]) -> int:
@@ -62,7 +62,7 @@ def buffers_for(ordinal: int) -> CudaBuffers:
 
 
 def torch_has_cuda() -> bool:
-    """Whether torch is installed and can use a GPU here."""
+    """Return whether torch is installed and can use a GPU here."""
     return installed_version("torch") is not None and bool(require("torch").cuda.is_available())
 
 
@@ -88,7 +88,7 @@ class TorchBuffers:
         self._torch.cuda.set_device(self._device)
 
     def reserve(self, name: str, size: int) -> int:
-        """The address of a buffer of at least ``size`` bytes."""
+        """Return the address of a buffer of at least ``size`` bytes."""
         held = self._held.get(name)
         if held is None or held.numel() < size:
             with self._torch.cuda.stream(self._stream):
@@ -133,7 +133,7 @@ class CudaPythonBuffers:
         self._call("cudaSetDevice", self._ordinal)
 
     def reserve(self, name: str, size: int) -> int:
-        """The address of a buffer of at least ``size`` bytes."""
+        """Return the address of a buffer of at least ``size`` bytes."""
         address, held = self._held.get(name, (0, 0))
         if held < size:
             if address:

@@ -50,7 +50,7 @@ def prepare(model: ir.Model | onnx.ModelProto) -> onnx.ModelProto:
 
 
 def rewrite(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy with the forms rewritten that have an exact equivalent; others stay as they are."""
+    """Return a copy with the forms rewritten that have an exact equivalent; others stay as they are."""
     onnx_module = require("onnx")
     copy: onnx.ModelProto = onnx_module.ModelProto()
     copy.CopyFrom(model)
@@ -77,7 +77,7 @@ def check_quantization(model: onnx.ModelProto) -> None:
 
 
 def quantize_layers(model: onnx.ModelProto) -> dict[str, int]:
-    """How many Q and DQ nodes a graph has, by the type of their integers, as ONNX defines it."""
+    """Return how many Q and DQ nodes a graph has, by the type of their integers, as ONNX defines it."""
     onnx_module = require("onnx")
     constants = _constants(model.graph)
     counts: Counter[str] = Counter()
@@ -163,7 +163,7 @@ class _Rewriter:
         node.input.append(name)
 
     def _integers_of(self, node: onnx.NodeProto) -> int | None:
-        """The type of a pair node's integers where no zero point tells it."""
+        """Return the type of a pair node's integers where no zero point tells it."""
         if node.op_type == "QuantizeLinear":
             return _written_type(node) or int(self.onnx.TensorProto.UINT8)
         if node.input[0] in self.constants:
@@ -255,5 +255,5 @@ def _constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
 
 
 def _written_type(node: onnx.NodeProto) -> int | None:
-    """The ``output_dtype`` of a QuantizeLinear, where it is written."""
+    """Return the ``output_dtype`` of a QuantizeLinear, where it is written."""
     return next((int(each.i) for each in node.attribute if each.name == "output_dtype" and each.i), None)

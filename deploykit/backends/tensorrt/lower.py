@@ -112,7 +112,7 @@ def lower_portable(graph: OnnxGraph, folder: Path, options: LowerOptions) -> Eng
 
 
 def _capability(flavour: str, target: str | None, options: BuildOptions) -> str | None:
-    """What to build for; None is every GPU since Ampere, which TensorRT-RTX builds for when it is told none."""
+    """Return what to build for; None is every GPU since Ampere, which TensorRT-RTX builds for when it is told none."""
     capability = None if target is None else _known(target)
     if flavour != api.RTX:
         return _of_this_gpu(capability)
@@ -127,7 +127,7 @@ def _capability(flavour: str, target: str | None, options: BuildOptions) -> str 
 
 
 def _known(target: str) -> str:
-    """The compute capability of a target's name."""
+    """Return the compute capability of a target's name."""
     if target not in TARGETS:
         raise ExportError(f"unknown TensorRT target {target!r}. {nearest(target, TARGETS)}")
     return DEVICES.get(target, target)
@@ -156,7 +156,7 @@ def _of_this_gpu(capability: str | None) -> str:
 
 
 def _profile(spec: InputSpec) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
-    """The min, opt and max shape of a dynamic batch; None for a fixed one."""
+    """Return the min, opt and max shape of a dynamic batch; None for a fixed one."""
     if not isinstance(spec.batch, BatchRange):
         return None
     rest = tuple(int(side) for side in spec.shape[1:])
