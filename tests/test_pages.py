@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import re
 import subprocess
@@ -13,6 +14,7 @@ import typer
 
 import deploykit
 from deploykit import errors
+from deploykit.backends import table
 from deploykit.cli.main import app
 
 ROOT = Path(__file__).parent.parent
@@ -77,6 +79,23 @@ def test_places_in_the_repository_that_a_page_names_are_there(page):
     for place in PLACE.findall(page.read_text(encoding="utf-8")):
         if "NAME" not in place:
             assert list(ROOT.glob(place.rstrip("/"))), f"{page.name} names {place}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_modules_and_names_that_a_page_writes_out_are_there(page):
+    for dotted in set(re.findall(r"`(deploykit(?:\.\w+)+)`", page.read_text(encoding="utf-8"))):
+        assert dotted == table.ENTRY_POINTS or resolves(dotted), f"{page.name} names {dotted}"
+
+
+def resolves(dotted: str) -> bool:
+    """Whether a dotted name is a module, or an attribute of one."""
+    owner, _, name = dotted.rpartition(".")
+    try:
+        if importlib.util.find_spec(dotted):
+            return True
+    except ModuleNotFoundError:  # the owner is a module and no package
+        pass
+    return hasattr(importlib.import_module(owner), name)
 
 
 def measured() -> dict[tuple[str, str], list[str]]:
