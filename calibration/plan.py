@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,11 +22,18 @@ from deploykit.calibration.statistics import Statistics
 from deploykit.errors import CalibrationError
 from deploykit.npz import read_npz
 from deploykit.onnx_session import GraphSession, onnx_session
+from deploykit.plain_files import digest_of, open_plain, read_plain
 from deploykit.spec import FloatDtype, Int8
 
 PLAN_FILE = "quantization-plan.json"
 SHIFT_FILE = "quantization-plan.npz"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""From version 2 on a plan carries the digest of both its files; version 1 is still read, unproved."""
+
+MOST_PLAN_BYTES = 64 << 20
+MOST_ARRAY_BYTES = 1 << 30
+_DIGEST = re.compile(rb'"digest": "([0-9a-f]{64})"')
+_NO_DIGEST = "0" * 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +47,12 @@ class QuantizationPlan:
     its output, which a dialect adds to the bias. ``weights`` maps a node to how its weight was rounded,
     where that is not to the nearest. ``float_dtype`` is what the rest computes in.
     ``reduce_range``: the weights are such that no product saturates where two are added in 16 bits.
-    ``statistics`` are what was seen of each tensor: no dialect reads them, people do.
+    ``statistics`` are what was seen of each tensor: no dialect reads them, people do. ``digest`` is that of the saved
+    files, with zeros in its own place.
     """
 
     schema_version: int = SCHEMA_VERSION
+    digest: str = _NO_DIGEST
     key: str
     weights_digest: str = ""
     constants_digest: str = ""
@@ -109,34 +119,63 @@ class QuantizationPlan:
 
     def save(self, folder: Path) -> None:
         """Write the plan into ``folder``: `PLAN_FILE` to read, and bias shifts and roundings in `SHIFT_FILE`."""
-        readable = replace(self, bias_shift={}, weights={})
-        (folder / PLAN_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(readable), indent=1) + b"\n")
         arrays: dict[str, npt.NDArray[Any]] = {f"bias_shift:{node}": shift for node, shift in self.bias_shift.items()}
         for node, chosen in self.weights.items():
             arrays |= {f"steps:{node}": chosen.steps, f"scales:{node}": chosen.scales}
         np.savez_compressed(folder / SHIFT_FILE, allow_pickle=False, **arrays)
+        readable = replace(self, schema_version=SCHEMA_VERSION, digest=_NO_DIGEST, bias_shift={}, weights={})
+        text = msgspec.json.format(msgspec.json.encode(readable), indent=1) + b"\n"
+        digest = _files_digest(text, folder / SHIFT_FILE)
+        (folder / PLAN_FILE).write_bytes(text.replace(_NO_DIGEST.encode(), digest.encode(), 1))
 
     @staticmethod
     def load(folder: Path) -> QuantizationPlan:
         """Read a plan that `save` wrote.
 
         Raises:
-            CalibrationError: a file is missing, or not a plan of this schema.
+            CalibrationError: a file is missing, changed, or not a plan of this schema.
         """
         try:
-            plan = msgspec.json.decode((folder / PLAN_FILE).read_bytes(), type=QuantizationPlan)
+            text = read_plain(folder / PLAN_FILE, MOST_PLAN_BYTES)
+            _check_digest(text, folder / SHIFT_FILE)
+            plan = msgspec.json.decode(text, type=QuantizationPlan)
             kinds: dict[str, dict[str, Any]] = {"bias_shift": {}, "steps": {}, "scales": {}}
-            for name, array in read_npz(folder / SHIFT_FILE).items():
+            for name, array in read_npz(folder / SHIFT_FILE, limit=MOST_ARRAY_BYTES).items():
                 kind, _, node = name.partition(":")
                 kinds[kind][node] = array
             weights = {
                 node: RoundedWeight(steps=steps, scales=kinds["scales"][node]) for node, steps in kinds["steps"].items()
             }
-            return replace(plan, bias_shift=kinds["bias_shift"], weights=weights)
-        except (OSError, ValueError, KeyError, msgspec.MsgspecError) as error:
+            return replace(
+                plan, schema_version=SCHEMA_VERSION, digest=_NO_DIGEST, bias_shift=kinds["bias_shift"], weights=weights
+            )
+        except (OSError, ValueError, KeyError, RecursionError, msgspec.MsgspecError) as error:
             raise CalibrationError(
                 f"{folder}: {PLAN_FILE} or {SHIFT_FILE} is not readable ({error}). Calibrate again."
             ) from error
+
+
+def _check_digest(text: bytes, arrays: Path) -> None:
+    """Refuse a plan whose files are not those that were saved.
+
+    Raises:
+        ValueError: they are not, or it is of another schema.
+    """
+    raw = msgspec.json.decode(text)
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version == 1 and "digest" not in raw:
+        return
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"its schema_version is {version!r}; expected 1 to {SCHEMA_VERSION}")
+    found = _DIGEST.search(text)
+    if found is None or found[1].decode() != _files_digest(text.replace(found[1], _NO_DIGEST.encode(), 1), arrays):
+        raise ValueError("its files do not match its digest")
+
+
+def _files_digest(text: bytes, arrays: Path) -> str:
+    """SHA-256 over a plan's text, with zeros for the digest, and its arrays' file."""
+    with open_plain(arrays) as file:
+        return hashlib.sha256(text + digest_of(file).encode()).hexdigest()
 
 
 def constants_digest(model: ir.Model) -> str:

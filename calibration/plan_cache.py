@@ -3,88 +3,70 @@
 from __future__ import annotations
 
 import hashlib
-import logging
-import shutil
-import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
-from filelock import FileLock
 
 import deploykit
-from deploykit.cache import default_root
 from deploykit.calibration.checkpoint import Checkpoint
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.errors import CalibrationError
+from deploykit.store import Address, Store, address
 
-logger = logging.getLogger(__name__)
+
+@dataclass(frozen=True, kw_only=True)
+class PlanKey:
+    """What decides a plan: its own key, and the graph that it is for."""
+
+    plan: str
+    graph: str
+
+    @classmethod
+    def of(cls, plan_key: str, model: ir.Model) -> PlanKey:
+        """Return the key for a graph."""
+        graph = ir.to_proto(model).SerializeToString(deterministic=True)
+        return cls(plan=plan_key, graph=hashlib.sha256(graph).hexdigest())
+
+    def address(self, kind: str) -> Address:
+        """Return where the store has what goes by this key."""
+        return address(kind, {"plan": self.plan, "graph": self.graph, "deploykit": deploykit.__version__})
 
 
 class PlanCache:
-    """A folder of plans, one a key; safe to use from several processes at once.
+    """The plans of a store, and the calibrations under way; safe to use from several processes at once.
 
     Args:
-        root: the folder; None: ``plans`` beside the engine cache's folder.
+        store: None: the one of `deploykit.places.cache_root`.
     """
 
-    def __init__(self, root: Path | None = None) -> None:
-        self.root = root if root is not None else default_root() / "plans"
+    def __init__(self, store: Store | None = None) -> None:
+        self._store = store or Store()
 
-    def get_or_make(self, key: str, make: Callable[[], QuantizationPlan]) -> QuantizationPlan:
-        """The plan under ``key``; made once, whoever asks. A damaged one is made again.
+    def get_or_make(self, key: PlanKey, make: Callable[[], QuantizationPlan]) -> QuantizationPlan:
+        """Return the plan under ``key``; made once, whoever asks. A damaged one is made again.
 
-        Where the folder cannot be written, the plan is made and not kept, which a log line says.
+        Where the store cannot be used, the plan is made and not kept, which a log line says.
         """
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.root / f"{key}.lock")
-            lock.acquire()
-        except OSError as error:
-            logger.warning("The plan is not kept, because %s cannot be written: %s", self.root, error)
-            return make()
-        try:
-            found = self._read(key)
-            if found is not None:
-                return found
-            plan = make()
-            self._write(key, plan)
+        made: list[QuantizationPlan] = []
+
+        def build(folder: Path) -> None:
+            made.append(make())
+            made[0].save(folder)
+
+        def check_fits(folder: Path) -> str | None:
+            try:
+                return None if QuantizationPlan.load(folder).key == key.plan else "it is the plan of another key"
+            except CalibrationError as error:
+                return str(error)
+
+        with self._store.opened(key.address("plans"), build, check_fits) as folder:
+            plan = made[0] if made else QuantizationPlan.load(folder)
+        if made:
             self.checkpoint(key).remove()
-            return plan
-        finally:
-            lock.release()
-
-    def checkpoint(self, key: str) -> Checkpoint:
-        """Where the calibration for a key is kept while it runs."""
-        return Checkpoint(self.root / f"{key}.statistics")
-
-    def _read(self, key: str) -> QuantizationPlan | None:
-        entry = self.root / key
-        if not entry.is_dir():
-            return None
-        try:
-            plan = QuantizationPlan.load(entry)
-        except CalibrationError as error:
-            logger.warning("The cached plan %s is made again, because %s", entry, error)
-            shutil.rmtree(entry, ignore_errors=True)
-            return None
-        logger.info("The plan %s was made before", key[:12])
         return plan
 
-    def _write(self, key: str, plan: QuantizationPlan) -> None:
-        """Whole or not at all: into a neighbour, which is then renamed."""
-        try:
-            with tempfile.TemporaryDirectory(dir=self.root, prefix="plan-", ignore_cleanup_errors=True) as scratch:
-                written = Path(scratch) / key
-                written.mkdir()
-                plan.save(written)
-                written.rename(self.root / key)
-        except OSError as error:
-            logger.warning("The plan is not kept, because %s cannot be written: %s", self.root, error)
-
-
-def cache_key(key: str, model: ir.Model) -> str:
-    """The digest of a plan's own key, of the graph that it is for, and of what makes plans."""
-    digest = hashlib.sha256(f"{key}\n{deploykit.__version__}\n".encode())
-    digest.update(ir.to_proto(model).SerializeToString(deterministic=True))
-    return digest.hexdigest()
+    def checkpoint(self, key: PlanKey) -> Checkpoint:
+        """Return where the calibration for a key is kept while it runs."""
+        return Checkpoint(self._store, key.address("calibrations"))

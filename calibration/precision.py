@@ -12,7 +12,7 @@ from deploykit.arrays import FloatArray
 from deploykit.calibration.half import plan_half
 from deploykit.calibration.images import CalibrationSet
 from deploykit.calibration.plan import QuantizationPlan, calibrate, plan_key
-from deploykit.calibration.plan_cache import PlanCache, cache_key
+from deploykit.calibration.plan_cache import PlanCache, PlanKey
 from deploykit.calibration.precision_plan import Bf16Plan, PrecisionPlan
 from deploykit.calibration.reconstruction import RECONSTRUCTION_IMAGES, needs_reconstruction, reconstruct
 from deploykit.calibration.statistics import Statistics
@@ -76,7 +76,7 @@ def plan_precision(
     images, settings = calibration, precision.filled()
     key = plan_key(weights_digest, images.digest, settings)
 
-    kept = cache_key(key, model)
+    kept = PlanKey.of(key, model)
 
     def make() -> QuantizationPlan:
         checkpoint = cache.checkpoint(kept) if cache is not None else None

@@ -7,11 +7,11 @@ out again what turns out not to be needed. Every candidate is a real engine, mea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import onnx_ir as ir
@@ -20,6 +20,7 @@ from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.sensitivity import Sensitivity
 from deploykit.errors import CalibrationError
 from deploykit.optional import require
+from deploykit.store import Address, Store, address
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -171,36 +172,42 @@ class SearchResult:
 
 
 class SearchLog:
-    """Candidates measured so far, one JSON object a line, so that a stopped search goes on where it was.
+    """Candidates measured so far, one entry of the store each, so that a stopped search goes on where it was.
 
     Args:
-        path: the file; None keeps nothing.
-        key: the digest of all that decides a measurement; lines with another are passed over.
+        store: where they are kept; None keeps nothing.
+        decides: all that decides a measurement, beside the nodes in float.
+        title: what people call the engine.
     """
 
-    def __init__(self, path: Path | None, key: str) -> None:
-        self._path = path
-        self._key = key
+    def __init__(
+        self, store: Store | None = None, decides: Mapping[str, object] | None = None, title: str = ""
+    ) -> None:
+        self._store = store
+        self._decides = dict(decides or {})
+        self._title = title
         self._known: dict[frozenset[str], Measured] = {}
-        for line in path.read_text().splitlines() if path is not None and path.exists() else ():
-            entry = _entry(line)
-            if entry is not None and entry["key"] == key:
-                self._known[frozenset(entry["float_nodes"])] = Measured(**entry["measured"])
 
     def get(self, nodes: Iterable[str]) -> Measured | None:
-        """What a set of float nodes gave; None when it was not measured."""
-        return self._known.get(frozenset(nodes))
+        """Return what a set of float nodes gave; None when it was not measured."""
+        chosen = frozenset(nodes)
+        if chosen not in self._known and self._store is not None:
+            kept = self._store.load(self._address(chosen))
+            with suppress(msgspec.MsgspecError):
+                if kept is not None:
+                    self._known[chosen] = msgspec.json.decode(kept, type=Measured)
+        return self._known.get(chosen)
 
     def add(self, nodes: Iterable[str], measured: Measured) -> None:
         """Keep a measurement, on disk before this returns."""
         chosen = frozenset(nodes)
         self._known[chosen] = measured
-        if self._path is None:
-            return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        line = {"key": self._key, "float_nodes": sorted(chosen), "measured": asdict(measured)}
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        if self._store is not None:
+            self._store.save(self._address(chosen), msgspec.json.encode(measured))
+
+    def _address(self, nodes: frozenset[str]) -> Address:
+        title = f"{self._title}, {len(nodes)} layers in float"
+        return address("searches", self._decides | {"float_nodes": sorted(nodes)}, title=title)
 
 
 def search(
@@ -235,7 +242,7 @@ def search(
         sensitivity=sensitivity,
         measure=measure,
         budget=budget,
-        log=log or SearchLog(None, ""),
+        log=log or SearchLog(),
         on_candidate=on_candidate,
     )
     cost = _floored(savings_ms or {entry.node: float(entry.macs) for entry in sensitivity.nodes})
@@ -345,11 +352,3 @@ def _beats(one: Candidate, other: Candidate) -> bool:
         return False
     mine, its = ((entry.measured.speedup or 0.0, entry.measured.sqnr_db) for entry in (one, other))
     return mine[0] >= its[0] and mine[1] >= its[1] and mine != its
-
-
-def _entry(line: str) -> Any:
-    """A line of the log; None for one that a kill cut short."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None

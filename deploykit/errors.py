@@ -11,6 +11,7 @@
     ├── CalibrationError     images or settings from which no INT8 ranges can be had
     ├── ExportError          a graph could not be exported or lowered
     ├── BundleError          a bundle is corrupt, tampered, partial or from a newer schema
+    │   └── StorageError     a folder cannot be read or written here: disk, permissions, open files, a lock
     ├── IncompatibleEngine   an engine was built for another runtime version or device
     ├── DeviceUnavailable    the device asked for is not here
     └── ParityError          an engine's numbers are outside their budget
@@ -93,6 +94,13 @@ class ExportError(DeployKitError):
 
 class BundleError(DeployKitError):
     """A bundle is corrupt, tampered with, incomplete, or written by a newer deploykit."""
+
+
+class StorageError(BundleError):
+    """A folder cannot be read or written here: a full disk, permissions, too many open files, or a lock.
+
+    Nothing is known to be wrong with the bundle itself.
+    """
 
 
 class IncompatibleEngine(DeployKitError):

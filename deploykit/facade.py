@@ -412,8 +412,8 @@ def _open_built(job: ExportJob, *, device: str) -> Runtime:
         export(job, folder)
 
     if job.options.cache:
-        engines = EngineCache()
-        return load_bundle(engines.get_or_build(engines.key(job.cache_parts()), build), device=device)
+        with EngineCache().opened(job.cache_parts(), build, title=job.title, expected=job.differs_from) as folder:
+            return load_bundle(folder, device=device)
     scratch = Path(tempfile.mkdtemp(prefix="deploykit-engine-"))
     try:
         build(scratch / "bundle")

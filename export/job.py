@@ -9,6 +9,7 @@ from deploykit.backbones.base import BaseBackbone
 from deploykit.backbones.weights import weights_digest
 from deploykit.backends.backend import Backend, resolve
 from deploykit.backends.table import EVALUATOR, engine_names, load_backend
+from deploykit.bundle import Manifest
 from deploykit.calibration.images import CalibrationSet
 from deploykit.calibration.precision import check_images_given
 from deploykit.calibration.ranges import STATISTICS_VERSION
@@ -46,6 +47,24 @@ class ExportJob:
         spec = replace(self.backbone.input_spec, batch=self.options.batch)
         return spec.as_pixels() if self.options.embed_preprocessing else spec
 
+    @property
+    def title(self) -> str:
+        """What people call the engine: backbone, runtime, precision."""
+        return f"{self.backbone.spec.name} {self.options.runtime} {self.options.precision.name}"
+
+    def differs_from(self, manifest: Manifest) -> str | None:
+        """Say how a built engine differs from the one that is asked for; None: it does not."""
+        asked = {
+            "backbone": (self.backbone.spec, manifest.backbone),
+            "weights": (weights_digest(self.backbone), manifest.weights_digest),
+            "runtime": (self.options.runtime, manifest.runtime),
+            "precision": (self.options.precision.name, manifest.precision),
+            "input": (self.input, manifest.input),
+            "target": (self.options.target, manifest.target),
+        }
+        other = [name for name, (wanted, found) in asked.items() if wanted != found]
+        return f"it is an engine with another {' and '.join(other)}" if other else None
+
     def with_precision(self, precision: Int8, images: CalibrationSet | None = None) -> ExportJob:
         """Return the job with other INT8 settings, and other images where some are given."""
         return replace(self, options=replace(self.options, precision=precision), images=images or self.images)
@@ -64,6 +83,7 @@ class ExportJob:
             "input": asdict(self.input),
             "runtime": options.runtime,
             "runtime_version": self.backend.installed_version(),
+            "tie": self.backend.machine_tie(),
             "precision": [options.precision.name, {k: str(v) for k, v in asdict(options.precision).items()}],
             "batch": options.batch if isinstance(options.batch, int) else asdict(options.batch),
             "calibration": self.images.digest if self.images is not None else None,

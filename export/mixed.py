@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import deploykit
 from deploykit.backends.backend import resolve
-from deploykit.cache import default_root
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.search import SearchBudget, SearchLog, SearchResult, search
 from deploykit.calibration.sensitivity import measure_sensitivity
@@ -19,6 +15,7 @@ from deploykit.export.evaluate import Evaluator
 from deploykit.onnx_session import graph_batch
 from deploykit.progress import CandidateMeasured, Progress
 from deploykit.spec import Int8
+from deploykit.store import Store
 
 
 def search_mixed_precision(
@@ -66,15 +63,15 @@ def _savings(plan: QuantizationPlan, engines: Evaluator) -> dict[str, float] | N
 
 def _log(plan: QuantizationPlan, engines: Evaluator) -> SearchLog:
     job = engines.job
-    parts = (
-        plan.key,
-        plan.constants_digest,
-        job.options.runtime,
-        job.backend.installed_version(),
-        job.backbone.spec.output_names,
-        str(engines.network.input),
-        job.options.target,
-        deploykit.__version__,
-    )
-    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    return SearchLog(Path(default_root()) / "searches" / f"{key}.jsonl", key)
+    decides = {
+        "plan": plan.key,
+        "constants": plan.constants_digest,
+        "runtime": job.options.runtime,
+        "runtime_version": job.backend.installed_version(),
+        "outputs": job.backbone.spec.output_names,
+        "input": engines.network.input,
+        "target": job.options.target,
+        "tie": job.backend.machine_tie(),
+        "deploykit": deploykit.__version__,
+    }
+    return SearchLog(Store(), decides, title=job.title)

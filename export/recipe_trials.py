@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 
+import msgspec
 import numpy as np
 
-from deploykit.cache import default_root
 from deploykit.calibration.images import CalibrationSet, calibration_set
 from deploykit.calibration.recipes import AUTO_RECIPE, RECIPES, RecipeReport, Trial, default_recipe, with_recipe
 from deploykit.calibration.search import Measured
@@ -18,6 +15,7 @@ from deploykit.errors import CalibrationError
 from deploykit.export.job import ExportJob
 from deploykit.progress import CandidateMeasured, Progress, StageStarted
 from deploykit.spec import Int8
+from deploykit.store import Address, Store, address
 
 MOST_IMAGES = 64
 HELD_OUT_SHARE = 4
@@ -102,27 +100,21 @@ def _split(images: CalibrationSet) -> tuple[CalibrationSet, CalibrationSet]:
     return calibration_set(chosen[~held], spec), calibration_set(chosen[held], spec)
 
 
-def _report_file(job: ExportJob) -> Path | None:
-    if not job.options.cache:
-        return None
-    digest = hashlib.sha256(json.dumps(job.cache_parts(), sort_keys=True, default=str).encode()).hexdigest()
-    return default_root() / "plans" / f"{digest}.recipes.json"
+def _address(job: ExportJob) -> Address:
+    return address("recipes", job.cache_parts(), title=job.title)
 
 
 def _kept_report(job: ExportJob) -> RecipeReport | None:
-    """The report of the same trials made before; a damaged one is removed."""
-    path = _report_file(job)
-    if path is None or not path.exists():
+    """The report of the same trials made before."""
+    kept = Store().load(_address(job)) if job.options.cache else None
+    if kept is None:
         return None
     try:
-        return RecipeReport.load(path)
-    except CalibrationError:
-        path.unlink()
+        return msgspec.json.decode(kept, type=RecipeReport)
+    except msgspec.MsgspecError:  # whole, and of another version's form
         return None
 
 
 def _keep_report(job: ExportJob, report: RecipeReport) -> None:
-    path = _report_file(job)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        report.save(path)
+    if job.options.cache:
+        Store().save(_address(job), msgspec.json.encode(report))

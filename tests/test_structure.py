@@ -28,22 +28,13 @@ EXECUTION_PROVIDERS = {
 PREFIXES = {"deploykit": "deploykit", "export": "deploykit.export", "calibration": "deploykit.calibration"}
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    (
-        "unset",
-        "errors",
-        "arrays",
-        "npz",
-        "processor",
-        "feature_dict",
-        "labels",
-        "timing",
-        "sampling",
-        "torchvision_operators",
-    ),
-    ("spec", "progress", "optional"),
+    ("unset", "errors", "arrays", "processor", "feature_dict", "labels", "timing", "sampling", "plain_files", "torchvision_operators"),
+    ("spec", "progress", "optional", "locks", "npz"),
+    ("places",),
     ("options", "graph"),
     ("parity",),
-    ("bundle", "bundle_status", "cache", "store", "asked", "predict"),
+    ("store_entry", "store_folder", "store_upkeep", "store"),
+    ("bundle", "bundle_status", "cache", "asked", "predict"),
     ("runtime side",),
     ("onnx_session",),
     ("backbones", "fusion"),

@@ -36,6 +36,8 @@ class Backend:
         targets: what engines can be built for, by name; empty: nothing to choose.
         source: the form that is lowered: an ONNX graph or a torch program.
         devices: ``() -> tuple[str, ...]``: the devices of this machine; needs the package.
+        tie: ``() -> dict[str, str]``: what an engine that is built here is tied to beside its target and the version,
+            such as the processor's instructions; None: nothing.
         place: ``(backbone, precision, device, embed_preprocessing) -> module``, for a runtime that runs the torch
             module itself and has no engines; None: engines.
         adapter: the `Runtime` class that opens its engines; None with ``place``.
@@ -59,6 +61,7 @@ class Backend:
     targets: tuple[str, ...] = ()
     source: Literal["onnx", "torch"] = "onnx"
     devices: str
+    tie: str | None = None
     place: str | None = None
     adapter: str | None = None
     dialect: str | None = None
@@ -86,6 +89,11 @@ class Backend:
     def installed_version(self) -> str | None:
         """Return the installed version of the package, without importing it; None when absent."""
         return installed_version(self.package.module, self.package)
+
+    def machine_tie(self) -> dict[str, str]:
+        """Return what an engine that is built on this machine is tied to; needs the package."""
+        tied: dict[str, str] = resolve(self.tie)() if self.tie is not None else {}
+        return tied
 
     def load_adapter(self) -> type[Runtime]:
         """Return the class that opens engines."""

@@ -16,7 +16,9 @@ from typing import Any
 import deploykit
 from deploykit.backends.table import backend_names, engine_names, load_backend
 from deploykit.cli.output import JsonFlag, show, show_json, table
+from deploykit.errors import SpecError
 from deploykit.optional import PACKAGES, installed_version
+from deploykit.places import CACHE
 from deploykit.processor import Processor, read_processor
 
 EXAMPLE = "Example: deploykit doctor --json"
@@ -73,8 +75,6 @@ def doctor(json: JsonFlag = False) -> None:
 
 def examine() -> Health:
     """Look at everything; whatever is broken becomes a word in its row, never an error."""
-    from deploykit.cache import EngineCache
-
     return Health(
         python=f"{platform.python_version()} ({sys.executable})",
         deploykit=deploykit.__version__,
@@ -85,7 +85,7 @@ def examine() -> Health:
         compiler=find_compiler(),
         weights=_weights_packages(),
         hub_cache=_hub_cache(),
-        engine_cache=str(EngineCache().root),
+        engine_cache=_engine_cache(),
     )
 
 
@@ -163,6 +163,16 @@ def _weights_packages() -> tuple[str, ...]:
         return tuple(f"{offer.tag} for {', '.join(offer.variants)}" for offer in installed_offers())
     except WeightsError as error:
         return (f"broken: {error}",)
+
+
+def _engine_cache() -> str:
+    from deploykit.cache import EngineCache
+
+    try:
+        root = EngineCache().root
+    except SpecError as error:
+        return f"broken: {error}"
+    return str(root) if root is not None else f"none: there is no home folder; set {CACHE} to a writable folder"
 
 
 def _hub_cache() -> str:

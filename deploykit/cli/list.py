@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +16,9 @@ from deploykit.backends.table import EVALUATOR
 from deploykit.cli.output import JsonFlag, show, show_json, stderr_console, table
 from deploykit.errors import SpecError, nearest
 from deploykit.optional import installed_version, require
+
+if TYPE_CHECKING:
+    from deploykit.store import Address
 
 EXAMPLE = "Example: deploykit list --family resnet --filter '*50*'"
 
@@ -110,31 +112,31 @@ def _measured(names: dict[str, str]) -> Iterator[BackboneRow]:
     """The row of each name: remembered from an earlier call of the same code, or measured now."""
     import msgspec
 
-    memory = _memory_file()
+    from deploykit.store import Store
+
+    store, memory = Store(), _memory()
     known: dict[str, BackboneRow] = {}
-    with suppress(OSError, msgspec.MsgspecError):
-        known = msgspec.json.decode(memory.read_bytes(), type=dict[str, BackboneRow])
+    with suppress(msgspec.MsgspecError):
+        known = msgspec.json.decode(store.load(memory) or b"{}", type=dict[str, BackboneRow])
     absent = [name for name in names if name not in known]
     for name in _shown_progress(absent):
         known[name] = measure(name)
     if absent:
-        with suppress(OSError):
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            draft = memory.with_suffix(f".{os.getpid()}")
-            draft.write_bytes(msgspec.json.encode(known))
-            draft.replace(memory)
+        store.save(memory, msgspec.json.encode(known))
     yield from (known[name] for name in names)
 
 
-def _memory_file() -> Path:
-    """Where rows are kept: a name that changes with the code of the backbones and with torch."""
+def _memory() -> Address:
+    """Where rows are kept: it changes with the code of the backbones and with torch."""
     import deploykit.backbones
-    from deploykit.cache import default_root
+    from deploykit.store import address
 
-    digest = hashlib.sha256((installed_version("torch") or "").encode())
-    for source in (*Path(deploykit.backbones.__path__[0]).glob("*.py"), *Path(__file__).parent.glob("*.py")):
-        digest.update(hashlib.sha256(source.read_bytes()).digest())
-    return default_root() / "list" / f"{digest.hexdigest()[:24]}.json"
+    digest = hashlib.sha256()
+    for folder in (Path(deploykit.backbones.__path__[0]), Path(__file__).parent):
+        for source in sorted(folder.glob("*.py")):
+            digest.update(hashlib.sha256(source.read_bytes()).digest())
+    parts = {"code": digest.hexdigest(), "torch": installed_version("torch")}
+    return address("list", parts, title="sizes and work of the backbones")
 
 
 def _shown_progress(names: list[str]) -> Iterable[str]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import deploykit
-from deploykit.cli import demo, doctor, export, inspect, list, run, sensitivity, verify
+from deploykit.cli import cache, demo, doctor, export, inspect, list, run, sensitivity, verify
 from deploykit.cli.output import show, show_error, shown_warnings
 from deploykit.cli.spellings import as_options
 from deploykit.errors import CalibrationError, DeployKitError, MissingDependency, SpecError
@@ -39,6 +39,15 @@ app.command("sensitivity", epilog=sensitivity.EXAMPLE, context_settings=_SETTING
 app.command("list", epilog=list.EXAMPLE, context_settings=_SETTINGS)(list.list_backbones)
 app.command("demo", epilog=demo.EXAMPLE, context_settings=_SETTINGS)(demo.demo)
 app.command("doctor", epilog=doctor.EXAMPLE, context_settings=_SETTINGS)(doctor.doctor)
+
+cache_app = typer.Typer(
+    context_settings=_SETTINGS, epilog=cache.EXAMPLE, no_args_is_help=True, pretty_exceptions_enable=False
+)
+cache_app.command("list", epilog=cache.LIST_EXAMPLE, context_settings=_SETTINGS)(cache.list_entries)
+cache_app.command("prune", epilog=cache.PRUNE_EXAMPLE, context_settings=_SETTINGS)(cache.prune)
+cache_app.command("verify", epilog=cache.VERIFY_EXAMPLE, context_settings=_SETTINGS)(cache.verify)
+cache_app.command("clear", epilog=cache.CLEAR_EXAMPLE, context_settings=_SETTINGS)(cache.clear)
+app.add_typer(cache_app, name="cache", help="List, check and clear what is kept: engines, plans and measurements.")
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,72 +1,105 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from deploykit.calibration.plan import PLAN_FILE, QuantizationPlan
-from deploykit.calibration.plan_cache import PlanCache, cache_key
-
-KEY = "a" * 64
-
-
-class Maker:
-    def __init__(self, plan: QuantizationPlan) -> None:
-        self.plan = plan
-        self.calls = 0
-
-    def __call__(self) -> QuantizationPlan:
-        self.calls += 1
-        return self.plan
+from deploykit.calibration.plan import PLAN_FILE, SHIFT_FILE, QuantizationPlan
+from deploykit.calibration.plan_cache import PlanCache, PlanKey
+from deploykit.errors import CalibrationError
+from deploykit.store import Store
 
 
 @pytest.fixture
-def make(residual) -> Maker:
-    return Maker(residual.plan)
+def make(residual):
+    def counted():
+        counted.calls += 1
+        return residual.plan
+
+    counted.calls, counted.plan = 0, residual.plan
+    return counted
 
 
-def test_a_plan_is_made_once_and_comes_back_equal(make, tmp_path):
-    first = PlanCache(tmp_path).get_or_make(KEY, make)
-    again = PlanCache(tmp_path).get_or_make(KEY, make)
+@pytest.fixture
+def key(residual) -> PlanKey:
+    return PlanKey.of(residual.plan.key, residual.graph.model)
+
+
+def same(one: QuantizationPlan, other: QuantizationPlan) -> bool:
+    return one.ranges == other.ranges and all(
+        np.array_equal(shift, other.bias_shift[node]) for node, shift in one.bias_shift.items()
+    )
+
+
+def test_a_plan_is_made_once_and_comes_back_whole(tmp_path, make, key):
+    first = PlanCache(Store(tmp_path)).get_or_make(key, make)
+    again = PlanCache(Store(tmp_path)).get_or_make(key, make)
     assert make.calls == 1
-    assert again.placement == first.placement
-    assert again.ranges == first.ranges
-    assert PlanCache(tmp_path).get_or_make("b" * 64, make) is make.plan
+    assert same(first, again)
+    other = PlanKey(plan=make.plan.key, graph="another graph")
+    assert PlanCache(Store(tmp_path)).get_or_make(other, make) is make.plan
     assert make.calls == 2
 
 
-def test_a_damaged_plan_is_made_again(make, tmp_path, caplog):
-    PlanCache(tmp_path).get_or_make(KEY, make)
-    (tmp_path / KEY / PLAN_FILE).write_bytes(b"{")
-    with caplog.at_level(logging.WARNING):
-        assert PlanCache(tmp_path).get_or_make(KEY, make) is make.plan
-    assert "made again" in caplog.text
-    assert QuantizationPlan.load(tmp_path / KEY).key == make.plan.key
+def test_one_flipped_bit_anywhere_makes_the_plan_again(tmp_path, make, key, caplog):
+    cache = PlanCache(Store(tmp_path))
+    cache.get_or_make(key, make)
+    for name in (PLAN_FILE, SHIFT_FILE):
+        (path,) = tmp_path.rglob(name)
+        size = path.stat().st_size
+        for position in range(0, size, max(1, size // 30)):
+            calls, content = make.calls, bytearray(path.read_bytes())
+            content[position] ^= 1 << position % 8
+            path.write_bytes(content)
+            with caplog.at_level(logging.WARNING, logger="deploykit"):
+                assert cache.get_or_make(key, make) is make.plan
+            assert make.calls == calls + 1, (name, position)
+    assert "is not used and made again" in caplog.text
+    assert same(cache.get_or_make(key, make), make.plan)
 
 
-def test_a_maker_that_fails_leaves_nothing(tmp_path):
+@pytest.mark.parametrize("name", [PLAN_FILE, SHIFT_FILE])
+def test_one_flipped_bit_in_a_saved_plan_is_refused(tmp_path, residual, name):
+    """A plan proves itself, wherever it is kept."""
+    residual.plan.save(tmp_path)
+    assert same(QuantizationPlan.load(tmp_path), residual.plan)
+    good = (tmp_path / name).read_bytes()
+    for position in range(0, len(good), max(1, len(good) // 300)):
+        bad = bytearray(good)
+        bad[position] ^= 1 << position % 8
+        (tmp_path / name).write_bytes(bad)
+        with pytest.raises(CalibrationError):
+            QuantizationPlan.load(tmp_path)
+
+
+def test_a_plan_of_version_0_1_0_is_read():
+    bundles = Path(__file__).parents[1] / "data" / "bundles-0.1.0"
+    assert QuantizationPlan.load(bundles / "onnxruntime-int8").ranges
+
+
+def test_a_swapped_plan_is_not_used(tmp_path, make, key):
+    cache = PlanCache(Store(tmp_path))
+    cache.get_or_make(key, make)
+    other = PlanKey(plan="another", graph=key.graph)
+    (tmp_path / "plans" / key.address("plans").key).rename(tmp_path / "plans" / other.address("plans").key)
+    cache.get_or_make(other, make)
+    assert make.calls == 2
+
+
+def test_a_failure_leaves_no_plan_and_no_lock(tmp_path, make, key):
     def fail():
-        raise RuntimeError("no")
+        raise CalibrationError("no images")
 
-    with pytest.raises(RuntimeError):
-        PlanCache(tmp_path).get_or_make(KEY, fail)
-    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
+    cache = PlanCache(Store(tmp_path))
+    with pytest.raises(CalibrationError, match="no images"):
+        cache.get_or_make(key, fail)
+    assert cache.get_or_make(key, make) is make.plan
 
 
-def test_a_folder_that_cannot_be_written_does_not_stop_an_export(make, tmp_path, caplog):
+def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path, make, key, caplog):
     (tmp_path / "file").write_text("")
-    with caplog.at_level(logging.WARNING):
-        assert PlanCache(tmp_path / "file").get_or_make(KEY, make) is make.plan
-    assert "cannot be written" in caplog.text
-
-
-def test_the_default_folder_stands_beside_the_engines(monkeypatch, tmp_path):
-    monkeypatch.setenv("DEPLOYKIT_CACHE", str(tmp_path))
-    assert PlanCache().root == tmp_path / "plans"
-
-
-def test_the_key_changes_with_the_plans_key_and_with_the_graph(residual, tokens):
-    key = cache_key(KEY, residual.graph.model)
-    assert key == cache_key(KEY, replace(residual.graph).model)
-    assert len({key, cache_key("b" * 64, residual.graph.model), cache_key(KEY, tokens.graph.model)}) == 3
+    with caplog.at_level(logging.WARNING, logger="deploykit"):
+        assert PlanCache(Store(tmp_path / "file")).get_or_make(key, make) is make.plan
+    assert "cannot be used" in caplog.text

@@ -11,6 +11,7 @@ BACKEND = Backend(
     targets=(FASTEST_MODE, *INDUCTOR_MODES),
     source="torch",
     devices="deploykit.backends.inductor.adapter:InductorRuntime.devices",
+    tie="deploykit.backends.inductor.adapter:machine_tie",
     adapter="deploykit.backends.inductor.adapter:InductorRuntime",
     dialect="deploykit.backends.inductor.passes:DIALECT",
     lower="deploykit.backends.inductor.lower:lower",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploykit.backends.backend import Engine, LowerOptions
 from deploykit.backends.inductor.adapter import load_package, machine_tie
-from deploykit.backends.inductor.modes import DEFAULT_MODE, ModeChoice, ModeMemory, fastest, memory_key
+from deploykit.backends.inductor.modes import DEFAULT_MODE, ModeChoice, fastest, keep_mode, mode_address, recall_mode
 from deploykit.backends.inductor.targets import FASTEST_MODE, INDUCTOR_MODES
 from deploykit.errors import ExportError
 from deploykit.graph import TorchProgram
@@ -64,13 +64,13 @@ def lower(graph: TorchProgram, folder: Path, options: LowerOptions) -> Engine:
 
 def _chosen_package(graph: TorchProgram, staging: Path, *, measure: bool) -> tuple[Path, ModeChoice]:
     """The package of the remembered mode; else of the fastest, which is then remembered, or of the default."""
-    program, memory = graph.program, ModeMemory()
-    key = memory_key(program)
-    choice = memory.recall(key)
+    program = graph.program
+    remembered = mode_address(program)
+    choice = recall_mode(remembered)
     if choice is None and measure:
         packages = _compile_each(program, staging)
         choice = fastest({mode: _call(package, graph.input) for mode, package in packages.items()})
-        memory.keep(key, choice)
+        keep_mode(remembered, choice)
         return packages[choice.mode], choice
     choice = choice or ModeChoice(mode=DEFAULT_MODE, milliseconds={})
     return _compile(program, staging, choice.mode), choice

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from deploykit.backends.inductor.adapter import machine_tie
 from deploykit.backends.inductor.targets import INDUCTOR_MODES
-from deploykit.cache import default_root
 from deploykit.optional import require
+from deploykit.store import Address, Store, address
 from deploykit.timing import time_calls
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_MODE = "onednn"
 """The mode where none was asked for and none is remembered."""
@@ -40,49 +33,37 @@ class ModeChoice:
         return {"mode": self.mode} | {f"{mode}_ms": f"{taken:.3f}" for mode, taken in self.milliseconds.items()}
 
 
-class ModeMemory:
-    """Choices made before on this machine, one small file each.
-
-    Args:
-        root: the folder; None: ``inductor-modes`` beside the engine cache's folder.
-    """
-
-    def __init__(self, root: Path | None = None) -> None:
-        self.root = root if root is not None else default_root() / "inductor-modes"
-
-    def recall(self, key: str) -> ModeChoice | None:
-        """The choice under ``key``; None where there is none, or none that can be read."""
-        try:
-            choice = msgspec.json.decode((self.root / f"{key}.json").read_bytes(), type=ModeChoice)
-        except (OSError, msgspec.MsgspecError):
-            return None
-        return choice if choice.mode in INDUCTOR_MODES else None
-
-    def keep(self, key: str, choice: ModeChoice) -> None:
-        """Write a choice, whole or not at all; where the folder cannot be written, a log line says so."""
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.root, delete=False) as scratch:
-                scratch.write(msgspec.json.encode(choice))
-            Path(scratch.name).replace(self.root / f"{key}.json")
-        except OSError as error:
-            logger.warning("The mode is not remembered, because %s cannot be written: %s", self.root, error)
+def recall_mode(where: Address) -> ModeChoice | None:
+    """Return the choice made before for the same work on this machine; None where there is none."""
+    kept = Store().load(where)
+    if kept is None:
+        return None
+    try:
+        choice = msgspec.json.decode(kept, type=ModeChoice)
+    except msgspec.MsgspecError:  # whole, and of another version's form
+        return None
+    return choice if choice.mode in INDUCTOR_MODES else None
 
 
-def memory_key(program: ExportedProgram) -> str:
-    """The digest of what decides a choice: the work, torch, the processor's instructions, threads, the modes.
+def keep_mode(where: Address, choice: ModeChoice) -> None:
+    """Keep a choice; where the store cannot be used, a log line says so."""
+    Store().save(where, msgspec.json.encode(choice))
+
+
+def mode_address(program: ExportedProgram) -> Address:
+    """Return where a choice is kept, by what decides it: the work, torch, the instructions, threads, the modes.
 
     Outputs are no part of it, so a network and a part of it with the same work share one choice.
     """
     torch = require("torch")
-    parts = {
+    parts: dict[str, Any] = {
         "work": weighted_work(program),
         "torch": str(torch.__version__),
         "machine": machine_tie(),
         "threads": torch.get_num_threads(),
         "modes": INDUCTOR_MODES,
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return address("inductor-modes", parts, title=f"{len(parts['work'])} layers, torch {parts['torch']}")
 
 
 def weighted_work(program: ExportedProgram) -> list[tuple[str, ...]]:

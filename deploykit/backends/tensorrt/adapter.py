@@ -8,7 +8,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,11 +64,12 @@ class TensorRTRuntime(Runtime):
     def _open(self, engine: Path, device: str) -> str:
         self._ordinal = self._find_device(engine, device)
         manifest = self.manifest
-        if is_portable(manifest):
-            manifest, folder = local_plan(manifest, engine.parent, gpu_identity(self._ordinal))
-            engine = folder / manifest.engine
-        self._check_capability(manifest)
-        plan = _read(engine)
+        with ExitStack() as kept:
+            if is_portable(manifest):
+                manifest, folder = kept.enter_context(local_plan(manifest, engine.parent, gpu_identity(self._ordinal)))
+                engine = folder / manifest.engine
+            self._check_capability(manifest)
+            plan = _read(engine)
         _check_digest(plan, manifest)
         self._flavour = manifest.requires.get("flavour", self.backend.package.module)
         check_plan(plan, self._flavour, manifest.runtime_version)

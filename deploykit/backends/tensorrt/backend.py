@@ -28,6 +28,7 @@ BACKEND = Backend(
     uses_cpu=False,
     targets=TARGETS,
     devices="deploykit.backends.tensorrt.adapter:TensorRTRuntime.devices",
+    tie="deploykit.backends.tensorrt.cuda_driver:machine_tie",
     adapter="deploykit.backends.tensorrt.adapter:TensorRTRuntime",
     dialect="deploykit.backends.tensorrt.passes:DIALECT",
     lower="deploykit.backends.tensorrt.lower:lower",

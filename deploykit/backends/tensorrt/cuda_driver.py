@@ -52,6 +52,11 @@ def gpu_identity(ordinal: int) -> dict[str, str]:
     }
 
 
+def machine_tie() -> dict[str, str]:
+    """Return what a plan for this machine's own GPU is tied to; empty without a GPU."""
+    return gpu_identity(0) if cuda_capabilities() else {}
+
+
 def _driver() -> Any:
     try:
         return ctypes.CDLL("libcuda.so.1")

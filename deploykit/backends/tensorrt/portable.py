@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,13 +16,13 @@ from deploykit.backends.tensorrt.build import SETTINGS_FILE, BuildSettings, buil
 from deploykit.bundle import sha256_of, write_manifest, writing
 from deploykit.cache import EngineCache
 from deploykit.errors import BundleError
+from deploykit.places import scratch_folder
+from deploykit.store import Store, address
 
 if TYPE_CHECKING:
     from deploykit.bundle import Manifest
 
 PLAN_FILE = "model.plan"
-TIMING_CACHE = "tensorrt-timing.cache"
-"""Beside the plans, where the package measures kernels when it builds."""
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +32,9 @@ def is_portable(manifest: Manifest) -> bool:
     return manifest.engine.endswith(".onnx")
 
 
-def local_plan(manifest: Manifest, folder: Path, identity: dict[str, str]) -> tuple[Manifest, Path]:
-    """The manifest and the folder of the plan for this GPU, from the cache or built into it.
+@contextmanager
+def local_plan(manifest: Manifest, folder: Path, identity: dict[str, str]) -> Iterator[tuple[Manifest, Path]]:
+    """Give the manifest and the folder of the plan for this GPU, from the cache or built into it.
 
     Args:
         manifest: of the portable bundle.
@@ -45,16 +48,14 @@ def local_plan(manifest: Manifest, folder: Path, identity: dict[str, str]) -> tu
     settings = _settings(manifest, folder, identity["compute_capability"])
     version = api.flavour_version(settings.flavour)
     files = [manifest.engine, f"{manifest.engine}.data"]
-    engines = EngineCache()
-    key = engines.key(
-        {
-            "kind": "portable tensorrt",
-            "files": {name: sha256_of(folder / name) for name in files if (folder / name).is_file()},
-            "settings": settings,
-            "identity": identity,
-            "version": version,
-        }
-    )
+    parts: dict[str, object] = {
+        "portable": True,
+        "files": {name: sha256_of(folder / name) for name in files if (folder / name).is_file()},
+        "settings": settings,
+        "identity": identity,
+        "version": version,
+    }
+    store = Store()
 
     def build(entry: Path) -> None:
         logger.warning(
@@ -63,20 +64,27 @@ def local_plan(manifest: Manifest, folder: Path, identity: dict[str, str]) -> tu
             identity["gpu"] or identity["compute_capability"],
             settings.flavour,
             version,
-            entry.parent,
+            store.root or "no cache, because there is no folder for one",
         )
-        with writing(entry) as staging:
+        timings = address("tensorrt-timings", {"identity": identity, "version": version}, title=identity["gpu"])
+        with writing(entry) as staging, scratch_folder("timings") as scratch:
+            timing_cache = None if settings.flavour == api.RTX else scratch / "timing.cache"
+            if timing_cache is not None and (known := store.load(timings)) is not None:
+                timing_cache.write_bytes(known)
             build_plan(
                 folder / manifest.engine,
                 staging / PLAN_FILE,
                 settings,
                 progress=_log_step,
-                timing_cache=None if settings.flavour == api.RTX else entry.parent / TIMING_CACHE,
+                timing_cache=timing_cache,
             )
+            if timing_cache is not None and timing_cache.is_file():
+                store.save(timings, timing_cache.read_bytes())
             write_manifest(staging, _plan_manifest(manifest, settings, version))
 
-    entry = engines.get_or_build(key, build)
-    return _plan_manifest(manifest, settings, version), entry
+    title = f"{manifest.backbone.name} tensorrt {manifest.precision}, from a portable bundle"
+    with EngineCache(store).opened(parts, build, title=title) as entry:
+        yield _plan_manifest(manifest, settings, version), entry
 
 
 def _settings(manifest: Manifest, folder: Path, capability: str) -> BuildSettings:
