@@ -30,9 +30,15 @@ import difflib
 import re
 from collections.abc import Iterable
 
+from deploykit.printable import printable
+
 
 class DeployKitError(Exception):
     """Root of the tree: catch it to catch everything that deploykit raises on purpose."""
+
+    def __str__(self) -> str:
+        # A message names files and quotes manifests, which anybody may have written.
+        return printable(super().__str__())
 
 
 class SpecError(DeployKitError, ValueError):

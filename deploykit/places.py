@@ -31,8 +31,8 @@ _ENVIRONMENT = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "a limit on the size of files (ulimit -f) was reached",
     errno.EROFS: "the file system is read-only",
-    errno.EACCES: "this user may not",
-    errno.EPERM: "this user may not",
+    errno.EACCES: "this user may not do that",
+    errno.EPERM: "this user may not do that",
     errno.EMFILE: "this process has too many open files (ulimit -n)",
     errno.ENFILE: "this machine has too many open files",
     errno.EIO: "the disk reports an error",
@@ -45,7 +45,7 @@ _ENVIRONMENT = {
 _REMEDIES = {
     errno.ENOSPC: "Free some space",
     errno.EDQUOT: "Free some space",
-    errno.EFBIG: "Raise the limit",
+    errno.EFBIG: "Free some space or raise the limit",
     errno.EMFILE: "Raise the limit, or close models that are no longer used",
     errno.ENFILE: "Close programs that are no longer used",
 }
@@ -71,6 +71,13 @@ def storage_error(what: str, error: OSError, place: str = "") -> StorageError:
     remedies = [text for text in (_REMEDIES.get(error.errno or 0), place) if text]
     remedy = f" Fix: {', or '.join(remedies)}." if remedies else ""
     return StorageError(f"{what}: {f'{seen} ' if seen else ''}({error}).{remedy}")
+
+
+def read_error(path: Path, error: OSError) -> StorageError:
+    """Return the typed error of a file or folder that this machine cannot read, of which nothing else is known."""
+    forbidden = error.errno in (errno.EACCES, errno.EPERM)
+    remedy = "give this user the right to read it" if forbidden else "" if error.errno in _REMEDIES else "try again"
+    return storage_error(f"{path} cannot be read", error, remedy)
 
 
 def cache_root() -> Path | None:

@@ -64,8 +64,8 @@ def canonical(parts: Mapping[str, object]) -> str:
     """Return the text of what decides an entry: equal parts have equal texts, in every process.
 
     Args:
-        parts: str, int, float, bool, None, `UNSET`, lists, tuples, str-keyed mappings and dataclasses (whose type's name
-            counts too), nested at will. A large input is named by its own digest.
+        parts: str, int, float, bool, None, `UNSET`, lists, tuples, str-keyed mappings and dataclasses (whose type's
+            name counts too), nested at will. A large input is named by its own digest.
 
     Raises:
         SpecError: a value of another type, which has no stable text.

@@ -23,14 +23,11 @@ _UNITS = {"": 1, "B": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _SIZE = re.compile(r"(?P<number>\d+(\.\d*)?|\.\d+)\s*(?P<unit>[KMGT]?)(?P<binary>I?)B?", re.IGNORECASE)
 _KEY = re.compile(r"[0-9a-f]{64}")
 
-_OLD_NAMES = {
-    "engines": r"[0-9a-f]{64}\.lock|tensorrt-timing\.cache",
-    "plans": r"[0-9a-f]{64}(\.lock|\.statistics(\.partial)?|\.recipes\.json)|plan-\w{8}",
-    "searches": r"[0-9a-f]{64}\.jsonl",
-    "inductor-modes": r"[0-9a-f]{64}\.json|tmp\w{8}",
-    "list": r"[0-9a-f]{24}\.(json|\d+)",
-}
-"""What version 0.1.0 kept in each folder and no version reads any more, beside folders without a record."""
+_OLD_NAME = re.compile(
+    r"[0-9a-f]{64}\.(lock|jsonl?|recipes\.json|statistics(\.partial)?)"
+    r"|[0-9a-f]{24}\.(json|\d+)|(plan-|tmp)\w{8}|\w+-timing\.cache"
+)
+"""What version 0.1.0 kept beside folders without a record, and no version reads any more."""
 
 logger = logging.getLogger(__name__)
 
@@ -105,9 +102,8 @@ def leftovers(root: Path) -> list[Path]:
     found = []
     for kind in _folders(root):
         found += litter_of(kind)
-        old = re.compile(_OLD_NAMES.get(kind.name, r"(?!)"))
         with suppress(OSError):
-            found += sorted(path for path in kind.iterdir() if old.fullmatch(path.name))
+            found += sorted(path for path in kind.iterdir() if _OLD_NAME.fullmatch(path.name))
     return found
 
 

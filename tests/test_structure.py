@@ -28,12 +28,14 @@ EXECUTION_PROVIDERS = {
 PREFIXES = {"deploykit": "deploykit", "export": "deploykit.export", "calibration": "deploykit.calibration"}
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("unset", "errors", "arrays", "processor", "feature_dict", "labels", "timing", "sampling", "plain_files", "torchvision_operators"),
+    ("printable", "unset"),
+    ("errors", "arrays", "processor", "feature_dict", "labels", "timing", "sampling", "plain_files", "torchvision_operators"),
     ("spec", "progress", "optional", "locks", "npz"),
     ("places",),
     ("options", "graph"),
     ("parity",),
     ("store_entry", "store_folder", "store_upkeep", "store"),
+    ("manifest", "bundle_files"),
     ("bundle", "bundle_status", "cache", "asked", "predict"),
     ("runtime side",),
     ("onnx_session",),
