@@ -7,7 +7,6 @@ import itertools
 import math
 import mmap
 import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from deploykit.arrays import FloatArray, ImageArray
 from deploykit.backends.input_checks import check_images
 from deploykit.errors import CalibrationError, SpecError
+from deploykit.places import scratch_folder
 from deploykit.spec import InputSpec, Preprocessing
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -389,7 +389,7 @@ def _spool(batches: Iterable[Any], spec: InputSpec) -> ImageArray:
     shape: tuple[int, ...] | None = None
     dtype: np.dtype[Any] | None = None
     count = 0
-    with tempfile.NamedTemporaryFile(prefix="deploykit-calibration-") as spool:
+    with scratch_folder("calibration") as folder, (folder / "images").open("wb") as spool:
         for batch in batches:
             array = _to_array(batch)
             alike = shape is None or (array.shape[1:] == shape and array.dtype == dtype)

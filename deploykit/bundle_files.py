@@ -262,20 +262,15 @@ def _look(
         if len(found.sizes) + len(found.odd) > _MOST_NAMES:
             raise BundleError(f"{folder} holds more than {_MOST_NAMES} files. Give the folder of a bundle.")
         behind_link = linked or entry.is_symlink()
-        try:
-            status = entry.stat()
-        except OSError as error:
-            if is_environment(error) or not entry.is_symlink():
-                raise
+        if behind_link:
+            found.links.add(name)
+        status = _status(entry)
+        if status is None:
             found.odd[name] = "a link that leads to nothing"
-            continue
-        if stat.S_ISDIR(status.st_mode):
-            if _identity(status) in seen or len(seen) > _DEEPEST:
-                found.odd[name] = "a link that leads in a circle, or folders too deep"
-            elif behind_link and name not in wanted.folders:
-                found.odd[name] = "a symbolic link to a folder"
-            elif name in wanted.files:
-                found.odd[name] = "a folder"
+        elif stat.S_ISDIR(status.st_mode):
+            problem = _folder_problem(name, _identity(status), wanted, seen, linked=behind_link)
+            if problem is not None:
+                found.odd[name] = problem
             else:
                 inner = (*seen, _identity(status))
                 _look(folder / entry.name, f"{name}/", found, wanted, seen=inner, linked=behind_link)
@@ -283,8 +278,27 @@ def _look(
             found.odd[name] = kind
         else:
             found.sizes[name] = status.st_size
-        if behind_link:
-            found.links.add(name)
+
+
+def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """What a name, or the link that it is, stands for; None for a link to nothing."""
+    try:
+        return entry.stat()
+    except OSError as error:
+        if is_environment(error) or not entry.is_symlink():
+            raise
+        return None
+
+
+def _folder_problem(
+    name: str, identity: tuple[int, int], wanted: _Wanted, seen: tuple[tuple[int, int], ...], *, linked: bool
+) -> str | None:
+    """Say why a folder is not looked into; None where it is."""
+    if identity in seen or len(seen) > _DEEPEST:
+        return "a link that leads in a circle, or folders too deep"
+    if linked and name not in wanted.folders:
+        return "a symbolic link to a folder"
+    return "a folder" if name in wanted.files else None
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
-import tempfile
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -25,6 +24,7 @@ from deploykit.options import ExportOptions
 from deploykit.parity.compare import compare
 from deploykit.parity.reference import ParityReference
 from deploykit.parity.report import ParityReport
+from deploykit.places import scratch_folder
 from deploykit.progress import Progress, quiet
 from deploykit.spec import (
     DEFAULT_BUILD,
@@ -414,12 +414,9 @@ def _open_built(job: ExportJob, *, device: str) -> Runtime:
     if job.options.cache:
         with EngineCache().opened(job.cache_parts(), build, title=job.title, expected=job.differs_from) as folder:
             return load_bundle(folder, device=device)
-    scratch = Path(tempfile.mkdtemp(prefix="deploykit-engine-"))
-    try:
-        build(scratch / "bundle")
-        model = load_bundle(scratch / "bundle", device=device)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    weakref.finalize(model, shutil.rmtree, scratch, ignore_errors=True)
+    with ExitStack() as scratch:
+        folder = scratch.enter_context(scratch_folder("engine")) / "bundle"
+        build(folder)
+        model = load_bundle(folder, device=device)
+        weakref.finalize(model, scratch.pop_all().close)
     return model

@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -27,6 +26,7 @@ from deploykit.fusion.embed_preprocessing import embed_preprocessing
 from deploykit.fusion.pipeline import FusionRecord
 from deploykit.graph import Graph
 from deploykit.parity.report import ParityReport
+from deploykit.places import scratch_folder
 from deploykit.progress import BuildStep, Progress
 from deploykit.spec import Int8
 
@@ -112,8 +112,7 @@ class Evaluator:
 
         ``timed`` also times it in turns with FP32, and asks the user's metric, where its device is here.
         """
-        with TemporaryDirectory(prefix="deploykit-candidate-") as scratch:
-            folder = Path(scratch)
+        with scratch_folder("candidate") as folder:
             report, manifest = self.compare(self.build(plan, folder), folder)
             agreements = [level.top1_agreement for level in report.levels if level.top1_agreement is not None]
             found = Measured(
@@ -191,7 +190,7 @@ class Evaluator:
 
     def _float_engine(self, precision: str, plan: HalfPlan | None) -> Runtime:
         if precision not in self._float:
-            folder = Path(self._open.enter_context(TemporaryDirectory(prefix=f"deploykit-{precision}-")))
+            folder = self._open.enter_context(scratch_folder(precision))
             manifest = self.manifest(self.build(plan, folder))
             manifest = replace(manifest, precision=precision, precision_settings={})
             self._float[precision] = self._open.enter_context(self._opened(manifest, folder))

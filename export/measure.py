@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from deploykit.graph import Graph, OnnxGraph
 from deploykit.onnx_session import graph_batch, onnx_session
 from deploykit.parity.compare import LOGITS, compare
 from deploykit.parity.report import LevelParity, ParityReport
+from deploykit.places import scratch_folder
 from deploykit.spec import InputSpec, Precision
 
 PARITY_IMAGES = 16
@@ -130,8 +130,8 @@ def _compare_lowered(
     measured_on: str,
 ) -> tuple[LevelParity, ...]:
     """Lower a graph into a temporary folder and compare what it gives."""
-    with TemporaryDirectory(prefix="deploykit-probe-") as scratch:
-        engine = lower(graph, Path(scratch))
+    with scratch_folder("probe") as scratch:
+        engine = lower(graph, scratch)
         probe = replace(
             manifest,
             outputs=graph.outputs,
@@ -140,7 +140,7 @@ def _compare_lowered(
             requires=engine.requires,
             backbone=replace(manifest.backbone, features_only=True),  # a dict of every output
         )
-        return _levels_of(probe, Path(scratch), images, expected, precision, measured_on=measured_on)[0]
+        return _levels_of(probe, scratch, images, expected, precision, measured_on=measured_on)[0]
 
 
 def _levels_of(

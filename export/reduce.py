@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import msgspec
@@ -21,6 +20,7 @@ from deploykit.errors import DeployKitError, ExportError, SpecError
 from deploykit.export.reduce_check import FAILS, CheckRequest, find_problem
 from deploykit.optional import require
 from deploykit.parity.reference import ParityReference
+from deploykit.places import scratch_folder
 from deploykit.spec import parse_precision
 
 REDUCE_SECONDS = 1800.0
@@ -73,8 +73,7 @@ def reduce_model(
     """`reduce_bundle` for an ONNX file, on images ``(N, C, H, W)``; a dynamic batch is reduced with one image."""
     require("polygraphy")
     require("onnx_graphsurgeon")
-    with tempfile.TemporaryDirectory(prefix="deploykit-reduce-") as scratch:
-        work = Path(scratch)
+    with scratch_folder("reduce") as work:
         np.save(work / "images.npy", images)
         fixed = work / "whole.onnx"
         onnx.save(with_fixed_batch(onnx.load(model)), fixed)

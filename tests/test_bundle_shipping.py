@@ -207,7 +207,7 @@ def test_a_file_that_comes_while_an_export_runs_is_not_deleted_either(bundle, tm
 
 def test_a_bundle_whose_manifest_is_not_readable_is_not_replaced(bundle):
     (bundle / MANIFEST).write_text("{")
-    with pytest.raises(BundleError, match="nobody can tell which of its files deploykit wrote.*Remove the folder"):
+    with pytest.raises(BundleError, match=r"nobody can tell which of its files deploykit wrote.*Remove the folder"):
         make(bundle, overwrite=True)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from pathlib import Path
 
 from deploykit.backends.onnxruntime.session import ort_session
 from deploykit.optional import require
+from deploykit.places import scratch_folder
 
 _CONVERSIONS = ("QuantizeLinear", "DequantizeLinear")
 _WEIGHTED = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
@@ -15,8 +15,8 @@ _WEIGHTED = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
 
 def left_in_float(engine: Path) -> dict[str, int]:
     """Count conversions, and the weighted nodes that run in float, by operator."""
-    with tempfile.TemporaryDirectory(prefix="deploykit-optimized-") as folder:
-        optimized = Path(folder) / "optimized.onnx"
+    with scratch_folder("optimized") as folder:
+        optimized = folder / "optimized.onnx"
         ort_session(engine, optimized_to=optimized)
         graph = require("onnx").load(optimized, load_external_data=False).graph
     constants = {tensor.name for tensor in graph.initializer}

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections.abc import Collection
-from pathlib import Path
 from statistics import median
 
 import onnx_ir as ir
@@ -15,6 +13,7 @@ from deploykit.arrays import FloatArray
 from deploykit.backends.onnxruntime.integer_attention import PARTS
 from deploykit.backends.onnxruntime.session import ort_session
 from deploykit.calibration.placement import fused_activation
+from deploykit.places import scratch_folder
 
 RUNS = 15
 _SUFFIXES = re.compile(r"(_kernel_time|_nchwc|_token_\d+|/MatMulAddFusion|/product)+$")
@@ -54,8 +53,8 @@ def _time(times: dict[str, float], node: str, names: tuple[str, ...]) -> float |
 def kernel_times(model: ir.Model, batch: FloatArray) -> dict[str, float]:
     """The median time of each kernel in milliseconds, by the name that ONNX Runtime's fusions leave it."""
     source = str(model.graph.inputs[0].name)
-    with tempfile.TemporaryDirectory(prefix="deploykit-profile-") as folder:
-        session = ort_session(model, profile_to=Path(folder) / "profile")
+    with scratch_folder("profile") as folder:
+        session = ort_session(model, profile_to=folder / "profile")
         for _ in range(RUNS):
             session.run(None, {source: batch})
         events = json.loads(session.end_profiling().read_text())

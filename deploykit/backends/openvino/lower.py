@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from deploykit.backends.onnx_file import write_onnx
 from deploykit.errors import ExportError
 from deploykit.graph import OnnxGraph
 from deploykit.optional import installed_version, require
+from deploykit.places import scratch_folder
 from deploykit.spec import BatchRange, InputSpec
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ def lower(graph: OnnxGraph, folder: Path, options: LowerOptions) -> Engine:
         ExportError: ONNX's checker refuses the graph, or OpenVINO cannot convert it.
     """
     openvino = require("openvino")
-    with tempfile.TemporaryDirectory(prefix="deploykit-openvino-") as staging:
-        path = Path(staging) / "model.onnx"
+    with scratch_folder("openvino") as staging:
+        path = staging / "model.onnx"
         write_onnx(graph.model, path)
         try:
             model = openvino.Core().read_model(str(path))

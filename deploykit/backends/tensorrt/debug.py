@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploykit.backends.onnx_file import write_onnx
@@ -13,6 +11,7 @@ from deploykit.backends.tensorrt.legalize import quantize_layers
 from deploykit.backends.tensorrt.lower import DEFAULT_CAPABILITY
 from deploykit.errors import ExportError
 from deploykit.optional import require
+from deploykit.places import scratch_folder
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -30,11 +29,11 @@ def find_problem(part: ir.Model, inputs: Arrays, min_sqnr_db: float) -> str | No
         capability=DEFAULT_CAPABILITY if flavour == api.RTX else None,
         quantize_layers=quantize_layers(proto),
     )
-    with tempfile.TemporaryDirectory(prefix="deploykit-reduce-") as scratch:
-        file = Path(scratch) / "part.onnx"
+    with scratch_folder("reduce") as scratch:
+        file = scratch / "part.onnx"
         write_onnx(proto, file)
         try:
-            build_plan(file, Path(scratch) / "part.plan", settings)
+            build_plan(file, scratch / "part.plan", settings)
         except ExportError as error:
             return str(error)
     return None
