@@ -211,8 +211,11 @@ def left_behind(folder: Path) -> re.Pattern[str]:
 
 def why_no_bundle(folder: Path) -> str:
     """Say what is at a path that is not a bundle, and what to give instead."""
-    if folder.is_dir():
-        names = sorted(entry.name for entry in folder.iterdir())
+    if os.path.isdir(folder):  # noqa: PTH112  (pathlib raises where that cannot be told)
+        try:
+            names = sorted(entry.name for entry in folder.iterdir())
+        except OSError as error:
+            return f"{folder} is a folder that cannot be read ({error}). Give a folder that this user can read."
         inner = [name for name in names if is_manifest(folder / name / MANIFEST)]
         if len(inner) == 1:
             return f"{folder} is not a bundle, and {folder / inner[0]} in it is one. Give that folder."

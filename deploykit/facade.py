@@ -20,6 +20,7 @@ from deploykit.bundle import is_bundle, open_bundle
 from deploykit.bundle_status import record_status
 from deploykit.errors import WeightsWarning
 from deploykit.labels import LabelSource, folder_labels
+from deploykit.names import TIMM, is_bare, path_of
 from deploykit.options import ExportOptions
 from deploykit.parity.compare import compare
 from deploykit.parity.reference import ParityReference
@@ -131,7 +132,7 @@ def create_backbone(
         "embed_preprocessing": embed_preprocessing,
         "target": target,
     }
-    bundle = _bundle_path(name)
+    bundle = named_bundle(name)
     if bundle is not None:
         check_asked(
             bundle,
@@ -289,7 +290,7 @@ def load_bundle(folder: str | os.PathLike[str], *, device: str = "auto") -> Runt
         MissingDependency: the runtime's package is not installed.
         IncompatibleEngine, DeviceUnavailable: the engine cannot run here.
     """
-    path = Path(folder)
+    path = path_of(folder)
     manifest = open_bundle(path)
     return load_backend(manifest.runtime).load_adapter()(manifest, path, device=device)
 
@@ -308,7 +309,7 @@ def verify_bundle(folder: str | os.PathLike[str], *, device: str = "auto", recor
         BundleError: not a bundle, or one that is damaged, or one that cannot be written.
         IncompatibleEngine, DeviceUnavailable: the engine cannot run here.
     """
-    path = Path(folder)
+    path = path_of(folder)
     with load_bundle(path, device=device) as model:
         seen_on = model.seen_on()
         reference = ParityReference.load(path / "reference.npz")
@@ -335,19 +336,18 @@ def verify_bundle(folder: str | os.PathLike[str], *, device: str = "auto", recor
     return report
 
 
-def _bundle_path(name: Any) -> Path | None:
+def named_bundle(name: Any) -> Path | None:
     """The folder of a bundle that a name stands for; None: it names a backbone, or is a module.
 
-    A bare name of a variant is the variant, whatever lies in the working directory: a path has a separator in it.
+    The name of a variant, an alias or ``timm/<name>`` is that, whatever lies in the working directory: a path to a
+    folder of the same name is written ``./<name>``, or given as a `Path`.
     """
     if is_module(name):
         return None
-    text = os.fspath(name)
-    path = Path(text)
-    if not is_bundle(path):
+    path = path_of(name)
+    if isinstance(name, str) and (name.startswith(TIMM) or (is_bare(name) and _is_backbone_name(name))):
         return None
-    bare = isinstance(name, str) and os.sep not in text and "/" not in text
-    return None if bare and _is_backbone_name(text) else path
+    return path if is_bundle(path) else None
 
 
 def _is_backbone_name(text: str) -> bool:

@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import platformdirs
-
 from deploykit.errors import SpecError, StorageError
 from deploykit.locks import try_lock
 
@@ -86,6 +84,8 @@ def cache_root() -> Path | None:
     Raises:
         SpecError: the variable begins with ``~`` and there is no home folder.
     """
+    import platformdirs  # not on a device that only opens bundles
+
     chosen = os.environ.get(CACHE)
     try:
         root = Path(chosen or platformdirs.user_cache_dir("deploykit")).expanduser().absolute()

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import os
+import resource
+import zipfile
+
 import numpy as np
 import pytest
 
-from deploykit.npz import read_npz
+from deploykit.npz import open_npz, read_npz
 
 ARRAYS = {"first": np.arange(6, dtype=np.float32).reshape(2, 3), "second": np.array(["a", "bc"])}
 
@@ -48,3 +52,58 @@ def test_any_damage_is_a_value_error_or_changes_what_is_read_alone(file):
         file.write_bytes(whole[:size])
         with pytest.raises(ValueError, match="not a readable"):
             read_npz(file)
+
+
+def test_only_what_is_asked_for_is_read(tmp_path):
+    path = tmp_path / "arrays.npz"
+    np.savez_compressed(path, wanted=np.arange(3), other=np.zeros(50_000_000, np.float32))
+    with open_npz(path, limit=1000) as arrays:
+        np.testing.assert_array_equal(arrays["wanted"], np.arange(3))
+        assert list(arrays) == ["wanted", "other"]
+        with pytest.raises(ValueError, match="expected at most 1000"):
+            arrays["other"]
+        with pytest.raises(KeyError):
+            arrays["absent"]
+
+
+def test_arrays_together_are_held_against_the_limit(tmp_path):
+    path = tmp_path / "arrays.npz"
+    np.savez(path, **{f"a{number}": np.zeros(100, np.uint8) for number in range(11)})
+    assert len(read_npz(path, limit=1100)) == 11
+    with pytest.raises(ValueError, match="expected at most 1099"):
+        read_npz(path, limit=1099)
+
+
+def with_header(path, header: str, size: int = 8) -> None:
+    """An array whose header says what it likes, in an archive that says how many bytes there are."""
+    text = header.encode() + b" " * (-(len(header) + 11) % 64) + b"\n"
+    data = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(size)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.npy", data)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,), }",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (1000000, 1000000, 1000000), }",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (-2,), }",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (3,), }",
+        "{'descr': '|V2000000000', 'fortran_order': False, 'shape': (5,), }",
+        "{'descr': '|O', 'fortran_order': False, 'shape': (1,), }",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (1,), }",
+    ],
+)
+def test_a_header_that_does_not_fit_its_bytes_allocates_nothing(tmp_path, header):
+    path = tmp_path / "arrays.npz"
+    with_header(path, header)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match="not a readable"):
+        read_npz(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "arrays.npz")
+    with pytest.raises(ValueError, match="named pipe"):
+        read_npz(tmp_path / "arrays.npz")

@@ -30,8 +30,8 @@ PREFIXES = {"deploykit": "deploykit", "export": "deploykit.export", "calibration
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("printable", "unset"),
     ("errors", "arrays", "processor", "feature_dict", "labels", "timing", "sampling", "plain_files", "torchvision_operators"),
-    ("spec", "progress", "optional", "locks", "npz"),
-    ("places",),
+    ("spec", "progress", "optional", "locks", "names"),
+    ("places", "npz"),
     ("options", "graph"),
     ("parity",),
     ("store_entry", "store_folder", "store_upkeep", "store"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,9 @@ from deploykit.backbones.registry import build_requested, describe, is_known
 from deploykit.backbones.request import BackboneRequest, is_module
 from deploykit.backbones.timm_models import build_requested_timm
 from deploykit.backbones.user_module import wrap_module
+from deploykit.bundle_files import why_no_bundle
 from deploykit.errors import BundleError, DeployKitError, SpecError
+from deploykit.names import TIMM, is_bare, path_of
 from deploykit.spec import InputSpec
 from deploykit.unset import UNSET
 
@@ -38,12 +39,13 @@ def build_any(name: Any, asked: BackboneRequest) -> BaseBackbone:
         return _as_built(name, asked)
     if is_module(name):
         return _wrap(name, asked)
-    text = os.fspath(name)
-    if text.startswith("timm/"):
+    path, text = path_of(name), os.fsdecode(name)
+    if isinstance(name, str) and text.startswith(TIMM):
         return build_requested_timm(text, asked)
-    if os.sep in text or (Path(text).exists() and not is_known(text)):
+    if not is_bare(name) or (os.path.lexists(path) and not is_known(text)):
         raise BundleError(
-            f"{text}: a path, but not a bundle (no manifest.json in it). Export one with deploykit export."
+            f"{text} is a path, but not a bundle: {why_no_bundle(path)} `deploykit export` makes a bundle, and "
+            "`deploykit list` names the backbones."
         )
     return build_requested(text, asked)
 

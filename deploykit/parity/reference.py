@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from deploykit.errors import BundleError, DeployKitError, ParityError, SpecError
-from deploykit.npz import read_npz
+from deploykit.npz import open_npz, unpacked_limit
 from deploykit.parity.compare import LOGITS, check_levels
+from deploykit.places import is_environment, read_error, storage_error
 from deploykit.sampling import hashed_fractions
 
 MAX_VALUES = 16384
@@ -90,29 +91,36 @@ class ParityReference:
             arrays[f"expected/{name}"] = self.expected[name]
             arrays[f"positions/{name}"] = self.positions[name]
             arrays[f"shape/{name}"] = np.array(self.shapes[name], dtype=np.int64)
+        total = sum(array.nbytes for array in arrays.values())
         try:
             with path.open("wb") as file:
                 np.savez_compressed(file, allow_pickle=False, **arrays)
+            if total > unpacked_limit(path.stat().st_size):  # so much smaller that `load` would not trust it
+                with path.open("wb") as file:
+                    np.savez(file, allow_pickle=False, **arrays)
         except OSError as error:
-            raise BundleError(f"the parity reference {path} cannot be written: {error}.") from error
+            raise storage_error(f"the parity reference {path} cannot be written", error) from error
 
     @classmethod
     def load(cls, path: Path) -> ParityReference:
-        """Read what `save` wrote; nothing is unpickled.
+        """Read what `save` wrote; nothing is unpickled, and no more is allocated than such a file can hold.
 
         Raises:
             BundleError: the file is missing, damaged, or not a parity reference.
+            StorageError: this machine cannot read it now.
         """
         try:
-            arrays = read_npz(path)
-            names = [str(name) for name in arrays["names"]]
-            return cls(
-                images=arrays["images"],
-                expected={name: arrays[f"expected/{name}"] for name in names},
-                positions={name: arrays[f"positions/{name}"] for name in names},
-                shapes={name: tuple(int(side) for side in arrays[f"shape/{name}"]) for name in names},
-            )
+            with open_npz(path, limit=unpacked_limit(path.stat().st_size)) as arrays:
+                images, names = arrays["images"], [str(name) for name in arrays["names"]]
+                return cls(
+                    images=images,
+                    expected={name: arrays[f"expected/{name}"] for name in names},
+                    positions={name: arrays[f"positions/{name}"] for name in names},
+                    shapes={name: tuple(int(side) for side in arrays[f"shape/{name}"]) for name in names},
+                )
         except (DeployKitError, OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+            if isinstance(error, OSError) and is_environment(error):
+                raise read_error(path, error) from error
             raise BundleError(
                 f"the parity reference {path} cannot be read ({type(error).__name__}: {error}). "
                 "The bundle is damaged: copy or export it again."
