@@ -139,10 +139,12 @@ def scratch_folder(purpose: str, *, below: Path | None = None) -> Iterator[Path]
     root = below or scratch_root()
     try:
         folder, handle = make_scratch(purpose, root)
+        inner = folder / "files"  # whose own lock is free for those that write below it
+        inner.mkdir(mode=0o700)
     except OSError as error:
         raise _scratch_error(root, error) from error
     try:
-        yield folder
+        yield inner
     except OSError as error:
         if is_environment(error) and _is_below(error, folder):
             raise _scratch_error(root, error) from error

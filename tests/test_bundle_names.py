@@ -136,7 +136,7 @@ def test_an_unknown_name_that_is_a_folder_says_what_the_folder_holds(beside):
 
 
 def test_names_that_are_not_utf_8_are_paths_too(beside):
-    os.rename(b"mine", b"mine-\xff")
+    Path("mine").rename(os.fsdecode(b"mine-\xff"))
     for path in (b"mine-\xff", os.fsdecode(b"./mine-\xff"), Path(os.fsdecode(b"mine-\xff"))):
         assert named_bundle(path) is not None
         assert open_bundle(named_bundle(path)).runtime == "onnxruntime"

@@ -166,8 +166,10 @@ def _show_levels(manifest: Manifest) -> None:
 
 
 def _as_stored(parity: ParityReport) -> Any:
+    from rich.text import Text
+
     made = parity.render()
-    made.title = f"Parity when exported: {made.title}"
+    made.title = Text(f"Parity when exported: {made.title}", style="italic")
     return made
 
 

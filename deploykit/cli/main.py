@@ -14,9 +14,14 @@ import typer
 import deploykit
 from deploykit.cli import cache, demo, doctor, export, inspect, list, run, sensitivity, verify
 from deploykit.cli.output import show, show_error, shown_warnings
+<<<<<<< HEAD
 from deploykit.cli.spellings import as_options
+=======
+from deploykit.cli.streams import PIPE_CLOSED, OutputLost, standard_streams
+>>>>>>> 4d979db (End with the right exit code whatever becomes of the output)
 from deploykit.errors import CalibrationError, DeployKitError, MissingDependency, SpecError
 from deploykit.optional import PACKAGES
+from deploykit.places import is_environment
 
 BAD_USAGE = 2
 FAILED = 1
@@ -77,8 +82,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words += ["--debug"] if debug and words[:1] == ["verify"] else []
     command = typer.main.get_command(app)
     try:
-        with shown_warnings(), _stopped_like_interrupted():
+        with standard_streams(), shown_warnings(), _stopped_like_interrupted():
             code = command.main(words, "deploykit", standalone_mode=False)
+    except BrokenPipeError:
+        return PIPE_CLOSED
+    except OutputLost as error:
+        show_error(str(error))
+        return FAILED
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except Exception as error:
@@ -129,6 +139,9 @@ def _report(error: Exception) -> int:
             command=package.command,
         )
         return _report(missing)
+    if is_environment(error) or isinstance(error, MemoryError):
+        show_error(f"{error or 'there is not enough memory'}. This machine could not do it; nothing else is wrong.")
+        return FAILED
     show_error(
         f"{type(error).__name__}: {error}. This is a fault in deploykit, not in what you asked for: "
         "run the same command with --debug and report what it prints."

@@ -13,6 +13,7 @@ import typer
 
 from deploykit.cli.spellings import as_options
 from deploykit.errors import DeployKitWarning
+from deploykit.printable import is_printable, printable
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -39,13 +40,15 @@ def stderr_console() -> Console:
 
 
 def show(*renderables: RenderableType) -> None:
-    """Print text as it is, or tables, on stdout."""
+    """Print text, in which nothing acts on the terminal, or tables, on stdout."""
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)
     for renderable in renderables:
-        is_text = isinstance(renderable, str)
-        console.print(renderable, soft_wrap=is_text, markup=not is_text)
+        if isinstance(renderable, str):
+            console.print(printable(renderable), soft_wrap=True, markup=False)
+        else:
+            console.print(renderable)
 
 
 def table(
@@ -55,12 +58,12 @@ def table(
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(title=Text(title, style="bold") if title else None, title_justify="left")
+    made = Table(title=Text(printable(title), style="bold") if title else None, title_justify="left")
     figures = set(right)
     for column in columns:
         made.add_column(column, justify="right" if column in figures else "left", overflow="fold")
     for row in rows:
-        made.add_row(*(Text(cell) for cell in row))
+        made.add_row(*(Text(printable(cell)) for cell in row))
     return made
 
 
@@ -68,7 +71,11 @@ def show_json(value: Any) -> None:
     """Print dataclasses, mappings, lists and plain values as indented JSON on stdout."""
     import msgspec
 
-    sys.stdout.write(msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n")
+    try:
+        text = msgspec.json.encode(value)
+    except UnicodeEncodeError:  # the name of a file that is not UTF-8
+        text = msgspec.json.encode(_printable_strings(msgspec.to_builtins(value)))
+    sys.stdout.write(_printable_json(msgspec.json.format(text, indent=2).decode()) + "\n")
 
 
 def show_error(message: str) -> None:
@@ -84,7 +91,22 @@ def show_warning(message: str) -> None:
 def _labelled(label: str, message: str, style: str) -> None:
     from rich.text import Text
 
-    stderr_console().print(Text.assemble((f"{label}: ", style), message), soft_wrap=True)
+    stderr_console().print(Text.assemble((f"{label}: ", style), printable(message)), soft_wrap=True)
+
+
+def _printable_strings(value: Any) -> Any:
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {_printable_strings(name): _printable_strings(item) for name, item in value.items()}
+    return [_printable_strings(item) for item in value] if isinstance(value, list) else value
+
+
+def _printable_json(text: str) -> str:
+    """Write what JSON may hold and a terminal would act on as JSON's escapes, which mean the same."""
+    if is_printable(text):
+        return text
+    return "".join(each if is_printable(each) else f"\\u{ord(each):04x}" for each in text)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from deploykit.errors import BundleError, ParityError
+from deploykit.printable import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -118,10 +119,11 @@ class ParityReport:
     def render(self) -> Table:
         """A table for a terminal, one row a level."""
         from rich.table import Table
+        from rich.text import Text
 
+        title = f"{self.runtime} {self.runtime_version} {self.precision} against {self.reference}"
         table = Table(
-            title=f"{self.runtime} {self.runtime_version} {self.precision} against {self.reference}",
-            caption=f"{self.images} images; budget {self._budget()}",
+            title=Text(printable(title), style="italic"), caption=f"{self.images} images; budget {self._budget()}"
         )
         elsewhere = any(level.measured_on != "engine" for level in self.levels)
         agreement = any(level.top1_agreement is not None for level in self.levels)
@@ -131,11 +133,12 @@ class ParityReport:
         for heading in (*(["measured on"] if elsewhere else []), "result"):
             table.add_column(heading)
         for level in self.levels:
-            row = [level.name, _decibels(level.sqnr_db), f"{level.cosine:.6f}"]
+            row = [printable(level.name), _decibels(level.sqnr_db), f"{level.cosine:.6f}"]
             row += [f"{level.relative_l2:.3g}", f"{level.max_abs:.3g}"]
             row += [_share(level.top1_agreement)] if agreement else []
-            row += [level.measured_on] if elsewhere else []
-            table.add_row(*row, "[green]pass[/green]" if level.passed else "[red]FAIL[/red]")
+            row += [printable(level.measured_on)] if elsewhere else []
+            verdict = Text("pass", style="green") if level.passed else Text("FAIL", style="red")
+            table.add_row(*map(Text, row), verdict)
         return table
 
     def _budget(self) -> str:

@@ -15,14 +15,15 @@ from deploykit.calibration import checkpoint
 from deploykit.calibration import images as images_module
 from deploykit.calibration.images import CalibrationSet, calibration_set, read_image
 from deploykit.calibration.plan import QuantizationPlan
-from deploykit.calibration.plan_cache import PlanCache, cache_key
+from deploykit.calibration.plan_cache import PlanCache, PlanKey
 from deploykit.calibration.precision import plan_precision
 from deploykit.calibration.statistics import Statistics
 from deploykit.spec import InputSpec, Int8
+from deploykit.store import Store, address
 from tests.calibration.networks import SIDE
 
 SPEC = InputSpec(height=SIDE, width=SIDE)
-STATES = "*.statistics"
+STATES = "**/statistics.npz"
 
 
 class Killed(BaseException):
@@ -67,7 +68,7 @@ def same(one: QuantizationPlan, other: QuantizationPlan) -> bool:
 
 
 def test_a_stopped_calibration_goes_on_to_the_same_plan(residual, tmp_path):
-    cache, images = PlanCache(tmp_path), images_of(residual)
+    cache, images = PlanCache(Store(tmp_path)), images_of(residual)
     stop_at(residual, images, cache, 4)
     assert len(list(tmp_path.glob(STATES))) == 1
     seen, resumed = [], []
@@ -79,7 +80,7 @@ def test_a_stopped_calibration_goes_on_to_the_same_plan(residual, tmp_path):
 
 
 def test_a_folder_goes_on_without_decoding_what_was_seen(residual, photographs, tmp_path, monkeypatch):
-    cache, images = PlanCache(tmp_path), calibration_set(photographs, SPEC)
+    cache, images = PlanCache(Store(tmp_path)), calibration_set(photographs, SPEC)
     stop_at(residual, images, cache, 5)
     whole = planned(residual, images, None)
     read: list[str] = []
@@ -97,7 +98,7 @@ def test_a_folder_with_a_corrupt_file_goes_on_at_the_right_image(residual, photo
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / "b.jpg").write_bytes(b"not a photograph")
     images = calibration_set(folder, SPEC, skip_corrupt=True)
-    cache = PlanCache(tmp_path / "plans")
+    cache = PlanCache(Store(tmp_path / "cache"))
     with pytest.warns(UserWarning, match="left out"):
         stop_at(residual, images, cache, 3)
     with pytest.warns(UserWarning, match="left out"):
@@ -106,46 +107,55 @@ def test_a_folder_with_a_corrupt_file_goes_on_at_the_right_image(residual, photo
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", None], ids=["empty", "nonsense", "cut"])
 def test_a_damaged_state_is_told_and_the_calibration_starts_anew(content, residual, tmp_path, caplog):
-    cache, images = PlanCache(tmp_path), images_of(residual)
+    cache, images = PlanCache(Store(tmp_path)), images_of(residual)
     stop_at(residual, images, cache, 4)
     (state,) = tmp_path.glob(STATES)
     state.write_bytes(state.read_bytes()[:-400] if content is None else content)
     resumed = []
     with caplog.at_level(logging.WARNING):
         plan = planned(residual, images, cache, on_resume=resumed.append)
-    assert "starts anew" in caplog.text
+    assert "is not used and made again" in caplog.text
     assert not resumed
     assert same(plan, planned(residual, images, None))
 
 
 def test_other_images_or_settings_do_not_go_on(residual, tmp_path):
-    cache = PlanCache(tmp_path)
+    cache = PlanCache(Store(tmp_path))
     stop_at(residual, images_of(residual), cache, 4)
     resumed = []
     planned(residual, calibration_set(residual.images[:5], SPEC), cache, on_resume=resumed.append)
     assert not resumed
 
 
+def test_a_state_of_another_form_starts_anew(residual, tmp_path, caplog):
+    store, where = Store(tmp_path), address("calibrations", {})
+    store.put(where, lambda folder: (folder / checkpoint.STATISTICS).write_bytes(b"of another version"))
+    assert checkpoint.Checkpoint(store, where).started(None).images == 0
+    assert "starts anew" in caplog.text
+    assert not list(tmp_path.glob(STATES))
+
+
 def test_a_folder_that_cannot_be_written_is_told_and_stops_nothing(tmp_path, caplog):
-    kept = checkpoint.Checkpoint(tmp_path / "absent" / "state")
+    (tmp_path / "file").write_text("")
+    kept = checkpoint.Checkpoint(Store(tmp_path / "file"), address("calibrations", {}))
     statistics = Statistics()
     statistics.update(np.ones((1, 3, 4, 4), np.float32), {}, {})
     with caplog.at_level(logging.WARNING):
         kept.keep(statistics)
-    assert "cannot be written" in caplog.text
+    assert "cannot be used" in caplog.text
 
 
 def test_the_state_is_saved_now_and_then(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "SAVE_SECONDS", 5.0)
     now = 100.0
     monkeypatch.setattr(checkpoint, "monotonic", lambda: now)
-    kept, statistics = checkpoint.Checkpoint(tmp_path / "state"), Statistics()
+    kept, statistics = checkpoint.Checkpoint(Store(tmp_path), address("calibrations", {})), Statistics()
     now = 104.0
     kept.keep(statistics)
-    assert not (tmp_path / "state").exists()
+    assert not list(tmp_path.glob(STATES))
     now = 105.0
     kept.keep(statistics)
-    assert (tmp_path / "state").exists()
+    assert list(tmp_path.glob(STATES))
 
 
 KILLED = """
@@ -156,6 +166,7 @@ from deploykit.calibration.images import calibration_set
 from deploykit.calibration.plan_cache import PlanCache
 from deploykit.calibration.precision import plan_precision
 from deploykit.spec import InputSpec, Int8
+from deploykit.store import Store
 from pathlib import Path
 
 checkpoint.SAVE_SECONDS = 0.0
@@ -168,7 +179,7 @@ def heard(seen):
 
 plan_precision(
     ir.load(folder / "master.onnx"), Int8(), calibration=calibration_set(images, InputSpec(height=side, width=side)),
-    probe=images[:1], weights_digest="weights", cache=PlanCache(folder / "plans"), on_image=heard,
+    probe=images[:1], weights_digest="weights", cache=PlanCache(Store(folder / "cache")), on_image=heard,
 )
 """
 
@@ -183,9 +194,10 @@ def test_a_killed_process_loses_no_batch(residual, tmp_path):
     )
     assert done.returncode == -signal.SIGKILL
     resumed = []
-    cache = PlanCache(tmp_path / "plans")
-    assert len(list(cache.root.glob(STATES))) == 1
+    cache = PlanCache(Store(tmp_path / "cache"))
+    assert len(list(tmp_path.glob(STATES))) == 1
     plan = planned(residual, images_of(residual), cache, on_resume=resumed.append)
     assert resumed == [3]
     assert same(plan, planned(residual, images_of(residual), None))
-    assert cache_key(plan.key, residual.graph.model) in {path.name for path in cache.root.iterdir()}
+    key = PlanKey.of(plan.key, residual.graph.model).address("plans").key
+    assert (tmp_path / "cache" / "plans" / key).is_dir()

@@ -16,6 +16,7 @@ from deploykit.calibration.precision_plan import Bf16Plan
 from deploykit.calibration.statistics import Statistics
 from deploykit.errors import CalibrationError, CalibrationWarning
 from deploykit.spec import Bf16, Fp16, Fp32, Int8, Preprocessing
+from deploykit.store import Store
 
 
 @pytest.mark.parametrize(
@@ -51,14 +52,14 @@ def planned(case, precision=None, *, images=None, digest="w", **options):
 
 
 def test_bad_images_are_warned_of_each_time_a_plan_of_them_is_used(residual, tmp_path):
-    cache = PlanCache(tmp_path)
+    cache = PlanCache(Store(tmp_path))
     for _ in range(2):
         with pytest.warns(CalibrationWarning, match="only 6 different calibration images"):
             planned(residual, cache=cache)
 
 
 def test_a_cached_plan_is_not_calibrated_again_and_other_settings_are(residual, tmp_path):
-    cache, heard = PlanCache(tmp_path), []
+    cache, heard = PlanCache(Store(tmp_path)), []
     for precision in (Int8(), Int8(), Int8(min_sqnr_db=3), Int8(calibrator="entropy")):
         plan = planned(residual, precision, cache=cache, on_image=heard.append)
         assert plan.calibrator == precision.filled().calibrator

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from dataclasses import replace
 
 import pytest
@@ -18,6 +17,7 @@ from deploykit.calibration.search import (
 from deploykit.calibration.sensitivity import measure_sensitivity
 from deploykit.errors import CalibrationError
 from deploykit.parity.metrics import sqnr_db
+from deploykit.store import Store
 from tests.calibration.networks import written
 
 
@@ -109,7 +109,7 @@ def test_cheap_noise_goes_first(residual, measured):
 
 
 def test_a_stopped_search_goes_on_where_it_was(residual, measured, tmp_path):
-    path = tmp_path / "searches" / "log.jsonl"
+    store = Store(tmp_path)
     target = Engines(residual)(residual.plan).sqnr_db + 3
     heard = []
 
@@ -122,24 +122,24 @@ def test_a_stopped_search_goes_on_where_it_was(residual, measured, tmp_path):
             raise Stopped
 
     with pytest.raises(Stopped):
-        find(residual, measured, target, log=SearchLog(path, "key"), on_candidate=stop)
-    with path.open("a") as file:
-        file.write('{"key": "key", "float_no')  # as a kill leaves it
-    engines, found = find(residual, measured, target, log=SearchLog(path, "key"))
+        find(residual, measured, target, log=SearchLog(store, {"network": 1}), on_candidate=stop)
+    engines, found = find(residual, measured, target, log=SearchLog(store, {"network": 1}))
     fresh, again = find(residual, measured, target)
     assert engines.built == fresh.built - 3
     assert found.report == again.report
-    other, _ = find(residual, measured, target, log=SearchLog(path, "other"))
+    other, _ = find(residual, measured, target, log=SearchLog(store, {"network": 2}))
     assert other.built == fresh.built
 
 
-def test_a_log_line_is_readable(tmp_path):
-    log = SearchLog(tmp_path / "log.jsonl", "k")
-    log.add(["b", "a"], Measured(sqnr_db=20.0, speedup=1.5))
-    line = json.loads((tmp_path / "log.jsonl").read_text())
-    assert line["float_nodes"] == ["a", "b"]
-    assert line["measured"]["speedup"] == 1.5
-    assert SearchLog(tmp_path / "log.jsonl", "k").get({"a", "b"}) == Measured(sqnr_db=20.0, speedup=1.5)
+def test_a_measurement_is_kept_whatever_the_order_and_a_damaged_one_is_made_again(tmp_path):
+    measured = Measured(sqnr_db=20.0, speedup=1.5)
+    SearchLog(Store(tmp_path), {"network": 1}).add(["b", "a"], measured)
+    assert SearchLog(Store(tmp_path), {"network": 1}).get({"a", "b"}) == measured
+    assert SearchLog(Store(tmp_path), {"network": 1}).get({"a"}) is None
+    assert SearchLog(Store(tmp_path), {"network": 2}).get({"a", "b"}) is None
+    (file,) = tmp_path.rglob("value")
+    file.write_text(file.read_text().replace("20.0", "99.0"))
+    assert SearchLog(Store(tmp_path), {"network": 1}).get({"a", "b"}) is None
 
 
 @pytest.mark.parametrize(

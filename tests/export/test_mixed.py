@@ -72,8 +72,7 @@ def test_a_budget_that_int8_misses_is_met_with_some_layers_in_float(
     assert min(level.sqnr_db for level in levels) == pytest.approx(chosen.measured.sqnr_db, abs=0.01)
     assert SEARCH_FILE in open_bundle(tmp_path / "bundle").files
     assert manifest.status == "parity_checked"
-    logs = list((tmp_path / "cache" / "searches").iterdir())
-    assert [len(log.read_text().splitlines()) for log in logs] == [len(heard)]
+    assert len(list((tmp_path / "cache" / "searches").iterdir())) == len(heard)
 
 
 def test_a_metric_of_the_users_own_is_a_budget_too(backbone, photographs, tmp_path, worst_db):

@@ -12,9 +12,10 @@ from deploykit.backends.inductor import lower as module
 from deploykit.backends.inductor.modes import (
     DEFAULT_MODE,
     ModeChoice,
-    ModeMemory,
     fastest,
-    memory_key,
+    keep_mode,
+    mode_address,
+    recall_mode,
     weighted_work,
 )
 from deploykit.backends.inductor.passes import DIALECT
@@ -22,6 +23,7 @@ from deploykit.backends.inductor.targets import FASTEST_MODE, INDUCTOR_MODES
 from deploykit.errors import ExportError, SpecError
 from deploykit.export.graphs import select
 from deploykit.graph import Master, TorchProgram
+from deploykit.store import Store, address
 from tests.calibration.networks import Tokens, master_of, plan_of
 from tests.conftest_graphs import tiny_program
 
@@ -76,18 +78,18 @@ def test_one_choice_serves_the_outputs_of_one_network_and_no_other_work(master: 
     assert len(weighted_work(tokens.program)) == 10  # patches, four in each run of the block, the head
     part = select(tokens, ("logits",))
     assert part.outputs != tokens.outputs
-    assert memory_key(part.program) == memory_key(tokens.program)
-    assert memory_key(tiny_program().program) != memory_key(tokens.program)
+    assert mode_address(part.program) == mode_address(tokens.program)
+    assert mode_address(tiny_program().program) != mode_address(tokens.program)
     integers = DIALECT.render(tokens, plan_of(master.onnx, IMAGES), IMAGES).graph.program
-    assert memory_key(integers) != memory_key(tokens.program)
+    assert mode_address(integers) != mode_address(tokens.program)
 
 
 def test_threads_are_part_of_the_key(tokens: TorchProgram):
     threads = torch.get_num_threads()
-    before = memory_key(tokens.program)
+    before = mode_address(tokens.program)
     try:
         torch.set_num_threads(threads + 1)
-        assert memory_key(tokens.program) != before
+        assert mode_address(tokens.program) != before
     finally:
         torch.set_num_threads(threads)
 
@@ -99,21 +101,17 @@ def test_the_fastest_is_the_one_that_takes_least():
     assert list(choice.as_text()) == ["mode", "onednn_ms", "templates_ms"]
 
 
-def test_a_choice_is_kept_and_a_damaged_one_forgotten(tmp_path: Path):
-    memory = ModeMemory(tmp_path / "modes")
-    assert memory.recall("a") is None
-    memory.keep("a", CHOICE)
-    assert memory.recall("a") == CHOICE
-    (tmp_path / "modes" / "a.json").write_text("{")
-    assert memory.recall("a") is None
-    (tmp_path / "modes" / "a.json").write_text('{"mode": "of-another-version", "milliseconds": {}}')
-    assert memory.recall("a") is None
-
-
-def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    (tmp_path / "file").write_text("")
-    ModeMemory(tmp_path / "file").keep("a", CHOICE)
-    assert "not remembered" in caplog.text
+def test_a_choice_is_kept_and_a_damaged_or_foreign_one_forgotten(memory: Path):
+    where = address("inductor-modes", {"work": []})
+    assert recall_mode(where) is None
+    keep_mode(where, CHOICE)
+    assert recall_mode(where) == CHOICE
+    (file,) = memory.rglob("value")
+    file.write_text(file.read_text().replace("templates", "autotuned"))
+    assert recall_mode(where) is None
+    for kept in (b"{", b'{"mode": "of-another-version", "milliseconds": {}}'):
+        Store().save(where, kept)
+        assert recall_mode(where) is None
 
 
 @pytest.mark.slow  # inductor compiles each template that it considers
