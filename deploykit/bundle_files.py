@@ -192,7 +192,8 @@ def strangers(folder: Path) -> tuple[list[str], list[str]]:
             f"{folder} will not be replaced, because nobody can tell which of its files deploykit wrote: {error} "
             "Remove the folder yourself, or choose another."
         ) from error
-    others, droppings = [], []
+    others: list[str] = []
+    droppings: list[str] = []
     for parent, folders, names in os.walk(folder):
         links = [name for name in folders if (Path(parent) / name).is_symlink()]
         for path in sorted(Path(parent) / name for name in (*names, *links)):

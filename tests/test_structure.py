@@ -29,8 +29,8 @@ PREFIXES = {"deploykit": "deploykit", "export": "deploykit.export", "calibration
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("printable", "unset"),
-    ("errors", "arrays", "processor", "feature_dict", "labels", "timing", "sampling", "plain_files", "torchvision_operators"),
-    ("spec", "progress", "optional", "locks", "names"),
+    ("errors", "arrays", "processor", "feature_dict", "labels", "timing", "plain_files", "torchvision_operators"),
+    ("spec", "progress", "optional", "locks", "names", "sampling"),
     ("places", "npz"),
     ("options", "graph"),
     ("parity",),
