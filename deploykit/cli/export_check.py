@@ -50,15 +50,10 @@ def check_export(choice: ExportChoice) -> ExportPlan:
     from deploykit.facade import named_bundle
 
     check_output(choice.output, overwrite=choice.overwrite)
-<<<<<<< HEAD
-    if is_bundle(Path(choice.backbone.name)):
+    if named_bundle(choice.backbone.name) is not None:
         raise SpecError(
             f"{choice.backbone.name} is a bundle already. Give a backbone's name: `deploykit list` shows them."
         )
-=======
-    if named_bundle(choice.name) is not None:
-        raise SpecError(f"{choice.name} is a bundle already. Give a backbone's name: `deploykit list` shows them.")
->>>>>>> 19cad92 (Read only what a reference can hold, and take a name for what it names)
     for package in BUILD_PACKAGES:
         require(package)
     load_backend(EVALUATOR).require()

@@ -14,11 +14,8 @@ import typer
 import deploykit
 from deploykit.cli import cache, demo, doctor, export, inspect, list, run, sensitivity, verify
 from deploykit.cli.output import show, show_error, shown_warnings
-<<<<<<< HEAD
 from deploykit.cli.spellings import as_options
-=======
 from deploykit.cli.streams import PIPE_CLOSED, OutputLost, standard_streams
->>>>>>> 4d979db (End with the right exit code whatever becomes of the output)
 from deploykit.errors import CalibrationError, DeployKitError, MissingDependency, SpecError
 from deploykit.optional import PACKAGES
 from deploykit.places import is_environment
