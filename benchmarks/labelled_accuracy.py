@@ -36,6 +36,7 @@ from deploykit.onnx_session import onnx_session
 from deploykit.options import ExportOptions
 from deploykit.progress import quiet
 from deploykit.spec import Int8
+from deploykit.unset import UNSET
 
 CALIBRATED = 128
 PROXY = "tensorrt (proxy)"
@@ -161,7 +162,8 @@ def measure(network: Network, columns: tuple[str, ...], settings: Int8, work: Pa
     start = time.perf_counter()
     training, testing = digits(network.side)
     backbone = trained(network, training, work)
-    kept = work / f"{network.name}-{settings.calibrator}.json"
+    chosen = "recipe" if settings.calibrator is UNSET else settings.calibrator
+    kept = work / f"{network.name}-{chosen}.json"
     cells: dict[str, float] = json.loads(kept.read_text()) if kept.exists() else {}
     for column in ("fp32", *columns):
         if column not in cells:
@@ -180,7 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=[network.name for network in NETWORKS])
     parser.add_argument("--runtimes", nargs="+", default=COLUMNS, choices=COLUMNS, help="columns (default: all)")
-    parser.add_argument("--calibrator", default=Int8().calibrator, help="default: %(default)s")
+    parser.add_argument("--calibrator", help="default: the recipe's of the family")
     parser.add_argument("--work", type=Path, help="a folder that keeps weights and finished cells (default: none)")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -191,7 +193,7 @@ def main() -> None:
         work = options.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
         for network in (each for each in NETWORKS if each.name in options.networks):
-            measure(network, columns, Int8(calibrator=options.calibrator), work)
+            measure(network, columns, Int8(calibrator=options.calibrator or UNSET), work)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 
 INSTRUCTIONS = {"all of this processor": None, "AVX-512, no VNNI": "AVX512_CORE", "AVX2": "AVX2"}
 RANGES = {"whole": False, "reduced": True}
@@ -29,7 +29,7 @@ def run_here(graph: Path, images: Path, target: Path) -> None:
     """The last features and the logits of a graph in OpenVINO, into an ``.npz``."""
     from _timing import in_openvino, outputs_of
 
-    features, logits = outputs_of(in_openvino(onnx.load(graph)), np.load(images))[-2:]
+    features, logits = outputs_of(in_openvino(ir.load(graph)), np.load(images))[-2:]
     np.savez(target, features=features, logits=logits)
 
 
@@ -65,8 +65,8 @@ def main() -> None:
         np.save(folder / "images.npy", network.evaluated)
         for name, reduced in RANGES.items():
             graphs = graphs_of(network, Int8(reduce_range=reduced))
-            onnx.save(graphs["openvino"], folder / f"{name}.onnx")
-            onnx.save(graphs["fp32"], folder / "fp32.onnx")
+            ir.save(graphs["openvino"], folder / f"{name}.onnx")
+            ir.save(graphs["fp32"], folder / "fp32.onnx")
         reference = run_as(None, folder / "fp32.onnx", folder / "images.npy", folder / "fp32.npz")
         print(f"{'instructions':<24}{'weights':<10}{'features dB':>12}{'logits dB':>11}{'top-1':>8}  as with VNNI")
         exact: dict[str, np.ndarray] = {}

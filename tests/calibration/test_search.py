@@ -105,7 +105,7 @@ def test_cheap_noise_goes_first(residual, measured):
     whole = Engines(residual)(residual.plan).sqnr_db
     _, found = find(residual, measured, whole + 0.05, savings_ms=savings)
     assert [entry.float_nodes for entry in found.report.candidates][1] == (free,)
-    assert found.report.cost_from == "onnxruntime profile"
+    assert found.report.cost_from == "profile"
 
 
 def test_a_stopped_search_goes_on_where_it_was(residual, measured, tmp_path):

@@ -82,8 +82,9 @@ def test_a_plan_tells_what_was_seen_of_each_tensor(residual):
     plan = plan_of(residual.graph, residual.images, Int8(calibrator="minmax"))
     stage1 = residual.run()[0]
     found = plan.statistics["stage1"]
-    assert found.low == stage1.min()
-    assert found.high == stage1.max()
+    # Two graphs of one network differ by a last bit on some processors.
+    assert found.low == pytest.approx(stage1.min(), rel=2e-7)
+    assert found.high == pytest.approx(stage1.max(), rel=2e-7)
     # 6 maps of 4096 values are sampled whole.
     assert found.mean == pytest.approx(stage1.mean(dtype=np.float64), rel=1e-6)
     assert found.deviation == pytest.approx(stage1.std(dtype=np.float64), rel=1e-6)
@@ -95,9 +96,9 @@ def test_a_plan_tells_what_was_seen_of_each_tensor(residual):
 
 def test_calibrating_in_two_parts_gives_the_plan_of_one(residual):
     images = [image[None] for image in residual.images]
-    started = Statistics()
-    calibrate(residual.graph.model, images[:2], Int8(), key="", started=started)
-    resumed = calibrate(residual.graph.model, images[2:], Int8(), key="0" * 64, started=started)
+    started, settings = Statistics(), Int8(reduce_range=residual.plan.reduce_range)
+    calibrate(residual.graph.model, images[:2], settings, key="", started=started)
+    resumed = calibrate(residual.graph.model, images[2:], settings, key="0" * 64, started=started)
     assert resumed.ranges == residual.plan.ranges
     assert resumed.statistics == residual.plan.statistics
     assert resumed.images == 6

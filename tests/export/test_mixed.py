@@ -49,7 +49,7 @@ def searched(backbone, photographs, folder, runtime, **settings):
 @pytest.mark.parametrize(
     ("runtime", "cost"),
     [
-        pytest.param("onnxruntime", "onnxruntime profile", marks=pytest.mark.slow),
+        pytest.param("onnxruntime", "profile", marks=pytest.mark.slow),
         ("openvino", "MACs"),
     ],
 )
