@@ -179,11 +179,12 @@ def test_every_form_loads_to_the_same_predictions(tutorial, checkpoint):
 
 def export_and_run(tutorial: Tutorial, checkpoint: Path, runtime: str, bundle: Path) -> list[dict[str, Any]]:
     """Export a checkpoint at INT8 by the command, and run the test images through it."""
-    words = ("--backbone", NAME, "--image-size", SIDE, "--mean", 0.5, "--std", 0.25, "--interpolation", "bilinear")
-    done = call(
-        *("export", checkpoint, *words, "--crop-pct", 1, "--runtime", runtime, "--precision", "int8"),
-        *("--calibration", tutorial.train, "--no-speed", "-o", bundle),
-    )
+    how = ("--mean", 0.5, "--std", 0.25, "--interpolation", "bilinear", "--crop-pct", 1)
+    engine = ("--runtime", runtime, "--precision", "int8", "--calibration", tutorial.train, "--no-speed", "-o", bundle)
+    words = (checkpoint, "--backbone", NAME, "--image-size", SIDE, *how, *engine)
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    assert not [word for word in words if str(word).startswith("-") and str(word) not in readme]
+    done = call("export", *words)
     assert done.code == 0, done.err
     assert "Class names: eight, five, four, nine" in done.out
     ran = call("run", bundle, tutorial.test, "--top", 1, "--json")
