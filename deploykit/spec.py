@@ -6,7 +6,7 @@ Nothing here imports torch or a runtime, so the device that only runs an engine 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
@@ -408,7 +408,8 @@ def parse_image_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
     Raises:
         SpecError: not one or two positive ints.
     """
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    listed = tuple(image_size) if isinstance(image_size, Iterable) else ()
+    size = (image_size, image_size) if isinstance(image_size, int) else listed
     if len(size) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in size):
         raise SpecError(f"image_size is {image_size!r}; give one int, or (height, width), in pixels.")
     return (size[0], size[1])

@@ -69,7 +69,12 @@ def read_checkpoint(path: Path) -> CheckpointFile:
             f"{path.name} ends with {path.suffix or 'no suffix'}; expected one of {listed}. "
             "Save the state dict with safetensors.torch.save_file, or rename the file to what it is."
         )
-    if path.stat().st_size == 0:
+    try:
+        with path.open("rb") as opened:
+            empty = not opened.read(1)
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be opened: {error.strerror}. Check its permissions.") from error
+    if empty:
         raise WeightsError(f"{path} is empty. Copy or download it again.")
     if name.endswith(INDEX):
         return _read_shards(path)
@@ -111,6 +116,8 @@ def _read_torch(path: Path) -> CheckpointFile:
             raise WeightsError(
                 f"{path} cannot be read as a torch file: {_what_is_wrong(path, error)}. Copy or download it again."
             ) from error
+    if isinstance(content, (list, tuple)) and any(isinstance(item, Mapping) for item in content):
+        content = {str(position): item for position, item in enumerate(content)}  # (state_dict, epoch)
     if not isinstance(content, Mapping):
         raise WeightsError(
             f"{path} holds a {type(content).__name__}; expected a state dict: names to tensors. "

@@ -97,12 +97,13 @@ def _mappings(content: Mapping[Any, Any], keys: tuple[str, ...] = ()) -> Iterato
 
 
 def _tensors(mapping: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """Return the tensors of a mapping by the names that they have in an unwrapped network."""
+    """Return the tensors of a mapping, and its arrays of numbers, by the names that they have in an unwrapped network."""
     found: dict[str, Tensor] = {}
     for key, value in mapping.items():
-        tensor = torch.from_numpy(value.value.copy()) if isinstance(value, PlainArray) else value
-        if isinstance(tensor, Tensor):
-            found[_INNER_WRAPPERS.sub("", str(key))] = tensor
+        if isinstance(value, PlainArray) and value.value.dtype.kind in "fiu":
+            value = torch.tensor(value.value.astype(value.value.dtype.newbyteorder("=")))  # noqa: PLW2901
+        if isinstance(value, Tensor):
+            found[_INNER_WRAPPERS.sub("", str(key))] = value
     return found
 
 

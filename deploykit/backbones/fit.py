@@ -44,6 +44,11 @@ class TensorLayout:
         """The names that every checkpoint of the variant has."""
         return tuple(name for name in self.shapes if name not in self.classifier and not name.endswith(COUNTERS))
 
+    def is_of_classifier(self, name: str) -> bool:
+        """Whether a tensor is the classifier's, or of what stands in its place (``fc.1.weight`` of a Sequential)."""
+        parts = {key.rpartition(".")[0] for key in self.classifier}
+        return name in self.classifier or any(name.startswith(f"{part}.") for part in parts)
+
     def classes_in(self, state: Mapping[str, Tensor]) -> int | None:
         """Return the number of classes of a state dict; None where it has no classifier."""
         return next((state[name].shape[0] for name in self.classifier if name in state and state[name].dim()), None)
@@ -97,14 +102,15 @@ def settle_classes(request: BackboneRequest, found: FoundState, layout: TensorLa
 def _without_classifier(request: BackboneRequest, found: FoundState, layout: TensorLayout, source: str) -> int:
     """Return the classes of a checkpoint that has the trunk alone."""
     names = " and ".join(layout.classifier) or "a classifier"
-    heads = [f"{name} {tuple(tensor.shape)}" for name, tensor in found.outside.items() if tensor.dim() == 2]
+    inside = _matrices({name: tensor for name, tensor in found.tensors.items() if name not in layout.shapes})
+    heads = inside + _matrices(found.outside)
     beside = f" Beside it stands {heads[0]}, which may be the head of the network around it." if heads else ""
     if request.num_classes is not UNSET:
         raise WeightsError(
             f"{source} has no classifier ({names} are missing), and num_classes={request.num_classes} was asked for."
             f"{beside} Fix: leave num_classes out for the embedding, or new_head=True draws a new classifier."
         )
-    if heads and not request.gives_features and request.checkpoint_key is None:
+    if not request.gives_features and (inside or (heads and request.checkpoint_key is None)):
         raise WeightsError(
             f"{source} has no classifier ({names} are missing).{beside} "
             "Fix: num_classes=0 takes the backbone alone; or give the whole network as a module."
@@ -117,6 +123,11 @@ def _without_classifier(request: BackboneRequest, found: FoundState, layout: Ten
             stacklevel=2,
         )
     return 0
+
+
+def _matrices(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names and shapes of the tensors that may be the weights of a classifier."""
+    return [f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items() if tensor.dim() == 2]
 
 
 def settle_channels(request: BackboneRequest, found: FoundState, layout: TensorLayout, source: str) -> int:
@@ -184,7 +195,7 @@ def fit_state(
     own = module.state_dict()
     state = {name: tensor for name, tensor in found.tensors.items() if not _is_leftover(module, own, name, tensor)}
     if new_head or options.num_classes == 0:
-        state = {name: tensor for name, tensor in state.items() if name not in layout.classifier}
+        state = {name: tensor for name, tensor in state.items() if not layout.is_of_classifier(name)}
     kept = {name: value for name, value in own.items() if name.endswith(COUNTERS)}
     kept |= {name: value for name, value in own.items() if new_head and name in layout.classifier}
     state = _adapt_stem(adapt({**kept, **state}), layout, options.in_channels)

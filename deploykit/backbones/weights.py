@@ -220,6 +220,11 @@ def check_config(config: CheckpointConfig, name: str, classes: int | None, sourc
             f"{config.source} says num_classes={config.num_classes}, and the classifier in {source} has {classes} "
             f"classes. Fix: correct what it says{away}."
         )
+    if config.labels is not None and classes and len(config.labels) != classes and config.source != source:
+        raise WeightsError(
+            f"{config.source} names {len(config.labels)} classes, and the classifier in {source} has {classes}. "
+            f"Fix: correct what it says{away}."
+        )
 
 
 def architecture_of(path: Path) -> str | None:

@@ -211,6 +211,11 @@ def test_what_is_wrong_with_a_file_is_said_in_our_words(broken, name, message):
     assert "weights_only` argument" not in text
 
 
+def test_a_tuple_is_read_by_position(tmp_path):
+    torch.save((STATE, 3), tmp_path / "pair.pth")
+    assert read_checkpoint(tmp_path / "pair.pth").content["0"].keys() == STATE.keys()
+
+
 # Shards, folders and names.
 
 

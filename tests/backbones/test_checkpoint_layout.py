@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
 from deploykit.backbones.checkpoint_layout import find_state
+from deploykit.backbones.pickle_allowlist import PlainArray
 from deploykit.errors import WeightsError, WeightsWarning
 
 NAMES = ("stem.weight", "blocks.0.norm.weight", "blocks.0.conv.weight", "blocks.1.conv.weight", "norm.weight")
@@ -143,6 +145,15 @@ def test_tensors_around_the_network_are_kept_apart_and_counters_are_not_told():
     assert list(found.outside) == ["loss.weight"]
     averaged = {"n_averaged": torch.tensor(5), **prefixed("module.")}
     assert quietly(averaged).outside == {}
+
+
+def test_arrays_of_numbers_are_tensors_and_other_arrays_are_nothing():
+    arrays = {name: PlainArray() for name in NAMES}
+    for name, array in arrays.items():
+        array.value = RAW[name].numpy().astype(">f4")
+    names = PlainArray()
+    names.value = np.array(["cat", "dog"])
+    assert same(quietly({"model": arrays, "names": names}).tensors, RAW)
 
 
 def test_tensors_without_a_prefix_are_the_networks_own():

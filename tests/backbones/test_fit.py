@@ -105,6 +105,18 @@ def test_a_head_outside_of_the_backbone_is_not_left_out_silently(save, trained):
         assert create_backbone(NAME, pretrained=path, num_classes=0).spec.num_classes == 0
 
 
+def test_a_head_of_several_layers_is_not_left_out_silently(save, trained):
+    content = without_head(trained) | {"classifier.1.weight": torch.ones(10, 1024), "classifier.1.bias": torch.ones(10)}
+    path = save({"state_dict": content})
+    for options in ({}, {"checkpoint_key": "state_dict"}, {"num_classes": 10}):
+        with pytest.raises(WeightsError, match=r"Beside it stands classifier\.1\.weight \(10, 1024\)"):
+            create_backbone(NAME, pretrained=path, **options)
+    assert create_backbone(NAME, pretrained=path, num_classes=0).spec.num_classes == 0
+    assert create_backbone(NAME, pretrained=path, features_only=True).spec.features_only
+    new = create_backbone(NAME, pretrained=path, num_classes=3, new_head=True)
+    assert torch.equal(new.conv_stem.weight, trained.conv_stem.weight)
+
+
 def test_tensors_of_the_loss_are_named_as_left_out(save, trained):
     content = {f"model.{name}": value for name, value in trained.state_dict().items()}
     path = save({"state_dict": {**content, "criterion.weight": torch.ones(10)}, "epoch": 3}, "last.ckpt")
@@ -231,6 +243,7 @@ def test_what_is_asked_for_goes_before_what_the_file_says(save, trained):
     [
         ({"architecture": "resnet18.a1_in1k"}, r"is a checkpoint of resnet18, as .*config\.json says, and mobilenetv3"),
         ({"num_classes": 1000}, r"num_classes=1000, and the classifier in mine\.pth has 10"),
+        ({"label_names": ["a", "b"]}, r"names 2 classes, and the classifier in mine\.pth has 10"),
     ],
 )
 def test_a_configuration_that_contradicts_the_file_is_refused(save, trained, change, message):
@@ -252,7 +265,7 @@ def test_the_architecture_in_a_torch_file_is_compared_too(save):
         ({"labels": ["a", "b"]}, "2 labels and the classifier has 10 classes"),
         ({"labels": ["a"], "num_classes": 0}, "has no classes"),
         ({"labels": "absent.txt"}, "cannot be read"),
-        ({"preprocessing": {"mean": (0.5,), "std": (0.5,)}}, "for 1 channels"),
+        ({"preprocessing": Preprocessing(mean=(0.5,), std=(0.5,))}, "for 1 channels"),
         ({"preprocessing": {"means": 1}}, "no field 'means'.*Did you mean 'mean'"),
         ({"preprocessing": "timm"}, "give a Preprocessing"),
         ({"num_classes": "10"}, "num_classes is '10'; give an int"),
@@ -260,11 +273,17 @@ def test_the_architecture_in_a_torch_file_is_compared_too(save):
         ({"output_indices": 3}, "output_indices is 3"),
         ({"features_only": 1}, "features_only is 1; give True or False"),
         ({"checkpoint_key": 3}, "checkpoint_key is 3"),
+        ({"image_size": 3.5}, r"image_size is 3\.5"),
+        ({"image_size": "big"}, "image_size is 'big'"),
+        ({"preprocessing": {"mean": "grey"}}, "cannot be"),
+        ({"preprocessing": {"crop_pct": "all"}}, "cannot be"),
+        ({"name": 3}, "the backbone is 3; give a variant's name"),
+        ({"name": None}, "the backbone is None"),
     ],
 )
 def test_options_that_cannot_be_are_spec_errors(save, trained, options, message):
     with pytest.raises(SpecError, match=message):
-        create_backbone(NAME, pretrained=save(trained.state_dict()), **options)
+        create_backbone(**{"name": NAME, "pretrained": save(trained.state_dict())} | options)
 
 
 def test_labels_and_preprocessing_go_on_a_copy_of_a_backbone(trained):
