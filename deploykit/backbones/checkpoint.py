@@ -140,7 +140,7 @@ def _is_torchscript(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile):
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
         return False
 
 
@@ -159,10 +159,13 @@ def _what_is_wrong(path: Path, error: Exception) -> str:
 
 
 def _wrong_archive(path: Path, error: Exception) -> str:
-    if not zipfile.is_zipfile(path):
-        return "its end is missing"
-    with zipfile.ZipFile(path) as archive:
-        inside = [name.rpartition("/")[2] for name in archive.namelist()]
+    try:
+        if not zipfile.is_zipfile(path):
+            return "its end is missing"
+        with zipfile.ZipFile(path) as archive:
+            inside = [name.rpartition("/")[2] for name in archive.namelist()]
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+        return "its table of contents is damaged"
     if "data.pkl" not in inside:
         return "it is a zip archive that torch.save did not write"
     if _OTHER_PROTOCOL.search(str(error)):

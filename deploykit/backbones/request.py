@@ -81,8 +81,8 @@ class BackboneRequest:
         return bool(self.hierarchical) if self.features_only is UNSET else self.features_only
 
     def given(self) -> set[str]:
-        """Return the options whose value differs from their default."""
-        return {field.name for field in fields(self) if getattr(self, field.name) != field.default}
+        """Return the options whose value is not their default."""
+        return {field.name for field in fields(self) if getattr(self, field.name) is not field.default}
 
 
 def make_request(**options: Any) -> BackboneRequest:
@@ -116,9 +116,12 @@ def is_module(name: object) -> bool:
 
 
 def _as_int(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise SpecError(f"{name} is {value!r}; give an int.")
-    return operator.index(value)
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise SpecError(f"{name} is {value!r}; give an int.")
 
 
 def _indices(given: Any) -> tuple[int, ...] | None:

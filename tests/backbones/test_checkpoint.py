@@ -11,6 +11,7 @@ import pickle
 import sys
 import threading
 import types
+import warnings
 import zipfile
 
 import numpy as np
@@ -209,6 +210,29 @@ def test_what_is_wrong_with_a_file_is_said_in_our_words(broken, name, message):
     assert name in text
     assert "\n" not in text
     assert "weights_only` argument" not in text
+
+
+@pytest.mark.parametrize("name", ["whole.pth", "legacy.pth", "whole.safetensors"])
+def test_a_file_with_any_bytes_changed_is_read_or_a_weights_error(tmp_path, name):
+    content = {"state_dict": STATE, "args": METADATA["Namespace"], "array": METADATA["array"]}
+    whole = tmp_path / name
+    save_file(STATE, str(whole)) if name.endswith("tensors") else torch.save(
+        content, whole, **(LEGACY if name == "legacy.pth" else {})
+    )
+    original, generator = whole.read_bytes(), np.random.default_rng(0)
+    for _ in range(80):
+        damaged = bytearray(original)
+        for place in generator.integers(0, len(damaged), generator.integers(1, 12)):
+            damaged[place] = generator.integers(0, 256)
+        whole.write_bytes(
+            bytes(damaged[: generator.integers(1, len(damaged) + 1)] if generator.random() < 0.3 else damaged)
+        )
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                read_checkpoint(whole)
+        except WeightsError as error:
+            assert "\x1b" not in str(error)
 
 
 def test_a_tuple_is_read_by_position(tmp_path):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from deploykit.backbones.checkpoint_config import CheckpointConfig, read_config
 from deploykit.errors import WeightsError
@@ -24,6 +27,7 @@ TIMM = {
     "label_names": ["cat", "dog"],
     "pretrained_cfg": {**PREPROCESSING, "input_size": [3, 64, 96], "num_classes": 2, "license": "mit"},
 }
+KEYS = (*TIMM, *PREPROCESSING, "input_size", "img_size", "model", "classes", "id2label", "label_descriptions", "args")
 ARGUMENTS = argparse.Namespace(
     model="resnet18", num_classes=2, mean=[0.5], std=[0.2], interpolation="", crop_pct=None, img_size=64, lr=0.1
 )
@@ -140,3 +144,23 @@ def test_a_configuration_that_cannot_be_is_refused_by_name(tmp_path, config, mes
     with pytest.raises(WeightsError, match=message) as caught:
         read(tmp_path, config=config)
     assert "config.json" in str(caught.value)
+
+
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 2000)
+    | st.floats()
+    | st.sampled_from(["", "resnet18", "0", "bilinear"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*KEYS, "0", "1"]), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(said=st.dictionaries(st.sampled_from(KEYS), ANYTHING, max_size=6))
+def test_whatever_a_file_says_is_taken_or_a_weights_error(tmp_path_factory, said):
+    metadata = {key: json.dumps(value) for key, value in said.items()}
+    for content, header in (({"args": argparse.Namespace(**said), **said}, {}), ({}, metadata)):
+        with contextlib.suppress(WeightsError):
+            read(tmp_path_factory.getbasetemp(), content=content, metadata=header)
