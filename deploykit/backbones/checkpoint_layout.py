@@ -97,7 +97,7 @@ def _mappings(content: Mapping[Any, Any], keys: tuple[str, ...] = ()) -> Iterato
 
 
 def _tensors(mapping: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """Return the tensors of a mapping, and its arrays of numbers, by the names that they have in an unwrapped network."""
+    """Return the tensors and arrays of numbers in a mapping by their names in an unwrapped network."""
     found: dict[str, Tensor] = {}
     for key, value in mapping.items():
         if isinstance(value, PlainArray) and value.value.dtype.kind in "fiu":
