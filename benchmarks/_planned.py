@@ -18,7 +18,7 @@ from deploykit.backends.onnxruntime.passes import DIALECT as ONNXRUNTIME
 from deploykit.backends.openvino.passes import DIALECT as OPENVINO
 from deploykit.calibration.dialect import OnnxDialect
 from deploykit.calibration.equalization import equalization_passes
-from deploykit.calibration.images import calibration_set, preprocess
+from deploykit.calibration.images import calibration_set
 from deploykit.calibration.precision import plan_precision
 from deploykit.calibration.precision_plan import PrecisionPlan
 from deploykit.calibration.recipes import with_recipe
@@ -28,6 +28,7 @@ from deploykit.export.to_onnx import to_onnx
 from deploykit.export.trace import output_names, trace
 from deploykit.fusion.pipeline import export_passes, fuse
 from deploykit.graph import OnnxGraph
+from deploykit.images.preprocess import preprocess
 from deploykit.spec import InputSpec, Int8
 
 NETWORKS = (
@@ -99,5 +100,5 @@ def _crops(names: Iterable[str], count: int, seed: int, spec: InputSpec) -> Floa
         with Image.open(photograph_folder() / names[number % len(names)]) as photograph:
             side = int(min(photograph.size) * generator.uniform(0.5, 1.0))
             left, top = (int(generator.integers(0, length - side + 1)) for length in photograph.size)
-            images.append(preprocess(photograph.crop((left, top, left + side, top + side)), spec))
+            images.append(preprocess(photograph.crop((left, top, left + side, top + side)), spec)[0])
     return np.stack(images)

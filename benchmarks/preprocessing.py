@@ -20,8 +20,8 @@ import numpy as np
 
 import deploykit
 from deploykit.backends.torch.adapter import scale_and_shift
-from deploykit.calibration.images import normalize
 from deploykit.cli.demo import photograph_folder
+from deploykit.images.preprocess import normalize
 from deploykit.parity.metrics import sqnr_db
 from deploykit.spec import Preprocessing
 

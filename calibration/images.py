@@ -1,10 +1,9 @@
-"""From photographs to what a model is called with, and a calibration set from whatever the user has."""
+"""A calibration set from whatever the user has: a folder, files, arrays, an iterable of batches."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import math
 import mmap
 import os
 import warnings
@@ -16,149 +15,21 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from deploykit.arrays import FloatArray, ImageArray
 from deploykit.backends.input_checks import check_images
 from deploykit.errors import CalibrationError, SpecError
+from deploykit.images.decode import open_image, shown
+from deploykit.images.find import IMAGE_SUFFIXES, FoundImages, LeftOut, describe_left_out, find_images
+from deploykit.images.preprocess import PathLike, normalize, read_image
 from deploykit.places import scratch_folder
-from deploykit.spec import InputSpec, Preprocessing
+from deploykit.plain_files import digest_of
+from deploykit.spec import InputSpec
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 ROWS_MAPPED = 16
 """How many images of a mapped file are in memory at most."""
-_RESAMPLING = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
 
-PixelArray: TypeAlias = npt.NDArray[np.uint8]
-PathLike: TypeAlias = str | os.PathLike[str]
 CalibrationSource: TypeAlias = "PathLike | Sequence[PathLike] | npt.NDArray[Any] | Iterable[Any] | CalibrationSet"
-
-
-def load_images(files: PathLike | Sequence[PathLike], spec: InputSpec) -> ImageArray:
-    """Decode and preprocess image files as the weights were trained, as far as the engine does not.
-
-    Args:
-        files: one file, or several.
-        spec: a model's ``input_spec``: size, channels and preprocessing.
-
-    Returns:
-        ``(N, C, H, W)`` float32, normalised; or ``(N, H, W, C)`` uint8, resized and cropped, where
-        the engine embeds the preprocessing.
-
-    Raises:
-        CalibrationError: a file is missing, unreadable or not an image; each one is named.
-    """
-    paths = [Path(files)] if isinstance(files, (str, os.PathLike)) else [Path(file) for file in files]
-    images: list[ImageArray] = []
-    problems: list[str] = []
-    for path in paths:
-        try:
-            images.append(read_image(path, spec))
-        except CalibrationError as error:
-            problems.append(str(error))
-    if problems:
-        raise CalibrationError("\n".join(problems))
-    if not images:
-        raise CalibrationError("no image files were given; expected at least one.")
-    return np.stack(images)
-
-
-def read_image(path: Path, spec: InputSpec) -> ImageArray:
-    """One file to ``(C, H, W)`` float32 or ``(H, W, C)`` uint8, turned upright by its EXIF orientation.
-
-    Raises:
-        CalibrationError: missing, unreadable, or not an image.
-    """
-    try:
-        with path.open("rb") as file, Image.open(file) as image:
-            return preprocess(ImageOps.exif_transpose(image), spec)
-    except FileNotFoundError as error:
-        raise CalibrationError(f"{path}: no such file.") from error
-    except UnidentifiedImageError as error:
-        raise CalibrationError(f"{path}: not an image that Pillow can read. Remove or replace the file.") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise CalibrationError(f"{path}: cannot be decoded ({error}). Remove or replace the file.") from error
-
-
-def preprocess(image: Image.Image, spec: InputSpec) -> ImageArray:
-    """A decoded image to ``(C, H, W)`` float32, as timm's evaluation transform does it.
-
-    Where the engine embeds the preprocessing: to ``(H, W, C)`` uint8, resized and cropped only.
-
-    Raises:
-        SpecError: the model takes neither 1 nor 3 channels, so a photograph does not fit it.
-    """
-    if spec.channels not in (1, 3):
-        raise SpecError(
-            f"the model takes {spec.channels} channels and an image file has 1 or 3. "
-            f"Pass arrays of shape (N, {', '.join(map(str, spec.shape[1:]))}) instead of files."
-        )
-    fitted = _fit(_eight_bit(image).convert("RGB" if spec.channels == 3 else "L"), spec)
-    pixels = np.array(fitted, np.uint8).reshape(spec.height, spec.width, spec.channels)
-    return pixels if spec.embeds_preprocessing else normalize(pixels, spec.preprocessing)
-
-
-def normalize(pixels: PixelArray, preprocessing: Preprocessing) -> FloatArray:
-    """Pixels ``(..., H, W, C)``, 0 to 255, to ``(..., C, H, W)`` with mean and std, in FP32."""
-    mean, std = (np.asarray(values, np.float32) for values in (preprocessing.mean, preprocessing.std))
-    scaled = (pixels.astype(np.float32) / 255 - mean) / std
-    return np.ascontiguousarray(np.moveaxis(scaled, -1, -3))
-
-
-def network_images(given: ImageArray, spec: InputSpec) -> FloatArray:
-    """What the network inside an engine sees, ``(N, C, H, W)``, when the engine is called with ``given``."""
-    return normalize(given, spec.preprocessing) if spec.embeds_preprocessing else given
-
-
-def denormalize(images: FloatArray, preprocessing: Preprocessing) -> PixelArray:
-    """Images ``(..., C, H, W)`` to the nearest pixels ``(..., H, W, C)``: `normalize` undone."""
-    mean, std = (np.asarray(values, np.float64) for values in (preprocessing.mean, preprocessing.std))
-    scaled = (np.moveaxis(images, -3, -1) * std + mean) * 255
-    return np.ascontiguousarray(np.rint(scaled).clip(0, 255).astype(np.uint8))
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """The image in a mode that Pillow converts to RGB without cutting off its values."""
-    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
-        return Image.fromarray(np.clip(np.asarray(image, np.float32) / 257, 0, 255).round().astype(np.uint8))
-    if image.mode == "P" and "transparency" in image.info:
-        return image.convert("RGBA")
-    return image
-
-
-def _fit(image: Image.Image, spec: InputSpec) -> Image.Image:
-    """Resize and crop to the spec's size."""
-    how = spec.preprocessing
-    target = (math.floor(spec.height / how.crop_pct), math.floor(spec.width / how.crop_pct))
-    height, width = _resized(image.height, image.width, target, how.crop_mode)
-    resized = image.resize((width, height), _RESAMPLING[how.interpolation])
-    top, left = round((height - spec.height) / 2), round((width - spec.width) / 2)
-    if top >= 0 and left >= 0:
-        return resized.crop((left, top, left + spec.width, top + spec.height))
-    fill = tuple(round(255 * value) for value in how.mean)
-    canvas = Image.new(image.mode, (spec.width, spec.height), fill if spec.channels == 3 else fill[0])
-    canvas.paste(resized, (-left, -top))
-    return canvas
-
-
-def _resized(height: int, width: int, target: tuple[int, int], crop_mode: str) -> tuple[int, int]:
-    """The size to resize to before the crop, ``(height, width)``, rounded as timm rounds it."""
-    if crop_mode == "squash":
-        return target
-    if crop_mode == "center" and target[0] == target[1]:
-        short = min(height, width)
-        return (
-            target[0] if height == short else int(target[0] * height / short),
-            target[1] if width == short else int(target[1] * width / short),
-        )
-    ratios = (height / target[0], width / target[1])
-    ratio = max(ratios) if crop_mode == "border" else min(ratios)
-    return max(1, round(height / ratio)), max(1, round(width / ratio))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,13 +38,20 @@ class CalibrationSet:
 
     Either ``files`` (decoded and preprocessed by ``spec``) or ``arrays``, memory-mapped where they
     came from a file: ``(N, C, H, W)`` float32, normalised as the network expects, or ``(N, H, W, C)``
-    uint8 pixels. What it gives is always what the network inside an engine takes.
+    uint8 pixels. What it gives is always what the network inside an engine takes. ``left_out`` is what the
+    folders hold beside ``files``, each with the reason.
     """
 
     spec: InputSpec
     files: tuple[Path, ...] = ()
     arrays: ImageArray | None = None
     skip_corrupt: bool = False
+    left_out: tuple[LeftOut, ...] = ()
+
+    def surprises(self) -> tuple[str, ...]:
+        """Say in one message what the folders hold that may have been meant as images; nothing where nothing does."""
+        surprising = tuple(each for each in self.left_out if not each.expected)
+        return (describe_left_out(surprising),) if surprising else ()
 
     def __len__(self) -> int:
         return len(self.files) if self.arrays is None else len(self.arrays)
@@ -251,7 +129,12 @@ class CalibrationSet:
             for image in _rows(self.arrays):
                 digest.update(np.ascontiguousarray(image).tobytes())
         for path in self.files:
-            digest.update(hashlib.sha256(_read_bytes(path)).digest())
+            try:
+                digest.update(bytes.fromhex(_file_digest(path)))
+            except CalibrationError:
+                if not self.skip_corrupt:
+                    raise
+                digest.update(b"left out")
         return digest.hexdigest()
 
 
@@ -274,9 +157,8 @@ def calibration_set(source: CalibrationSource, spec: InputSpec, *, skip_corrupt:
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         if path.suffix in (".npy", ".npz"):
-            return _from_arrays(_load_array(path), spec, str(path))
-        files = _find_images(path)
-        return CalibrationSet(spec=spec.as_images(), files=files, skip_corrupt=skip_corrupt)
+            return _from_arrays(_load_array(path), spec, shown(path))
+        return _from_files([path], spec, skip_corrupt=skip_corrupt)
     if isinstance(source, np.ndarray) or hasattr(source, "detach"):
         return _from_arrays(_to_array(source), spec, "the array")
     if not isinstance(source, Iterable):
@@ -284,8 +166,7 @@ def calibration_set(source: CalibrationSource, spec: InputSpec, *, skip_corrupt:
             f"calibration is a {type(source).__name__}; expected a folder, files, an array or an iterable of batches."
         )
     if isinstance(source, Sequence) and source and all(isinstance(item, (str, os.PathLike)) for item in source):
-        files = tuple(file for item in source for file in _find_images(Path(item)))
-        return CalibrationSet(spec=spec.as_images(), files=files, skip_corrupt=skip_corrupt)
+        return _from_files([Path(item) for item in source], spec, skip_corrupt=skip_corrupt)
     return _from_arrays(_spool(source, spec), spec, "the iterable")
 
 
@@ -299,24 +180,38 @@ def _made_for(source: CalibrationSet, spec: InputSpec) -> CalibrationSet:
     return source
 
 
-def _find_images(path: Path) -> tuple[Path, ...]:
-    if path.is_file():
-        return (path,)
-    if not path.exists():
-        raise CalibrationError(f"{path}: no such file or folder. Give a folder of images to calibrate with.")
+def _from_files(paths: list[Path], spec: InputSpec, *, skip_corrupt: bool) -> CalibrationSet:
+    """Files as they are, and the images below each folder."""
+    found = [_images_at(path) for path in paths]
+    return CalibrationSet(
+        spec=spec.as_images(),
+        files=tuple(file for each in found for file in each.files),
+        skip_corrupt=skip_corrupt,
+        left_out=tuple(one for each in found for one in each.left_out),
+    )
+
+
+def _images_at(path: Path) -> FoundImages:
     try:
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-        other = sum(1 for file in path.rglob("*") if file.is_file()) - len(found)
-    except OSError as error:
-        raise CalibrationError(f"{path}: cannot be read ({error}).") from error
-    if not found:
+        is_folder = path.is_dir()
+        exists = is_folder or path.is_symlink() or path.exists()
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"{shown(path)}: cannot be opened ({error}). Fix: check the path.") from error
+    if not exists:
+        raise CalibrationError(f"{shown(path)}: no such file or folder. Give a folder of images to calibrate with.")
+    if not is_folder:
+        return FoundImages(files=(path,), left_out=())
+    found = find_images(path)
+    if not found.files:
         raise CalibrationError(
-            f"{path}: no image files in the folder ({other} other files). Expected {', '.join(sorted(IMAGE_SUFFIXES))}."
+            f"{shown(path)}: no image files in the folder ({len(found.left_out)} other files). "
+            f"Expected {', '.join(sorted(IMAGE_SUFFIXES))}."
         )
-    return tuple(found)
+    return found
 
 
 def _load_array(path: Path) -> npt.NDArray[Any]:
+    open_image(path).close()
     try:
         if path.suffix == ".npy":
             loaded: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -408,8 +303,9 @@ def _spool(batches: Iterable[Any], spec: InputSpec) -> ImageArray:
         return np.memmap(spool.name, dtype, "r", shape=(count, *shape))
 
 
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CalibrationError(f"{path}: cannot be read ({error}).") from error
+def _file_digest(path: Path) -> str:
+    with open_image(path) as file:
+        try:
+            return digest_of(file)
+        except OSError as error:
+            raise CalibrationError(f"{shown(path)}: cannot be read ({error.strerror}).") from error

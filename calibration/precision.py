@@ -103,6 +103,6 @@ def plan_precision(
         return reconstruct(model, plan, images.sample(RECONSTRUCTION_IMAGES), settings) if again else plan
 
     plan = make() if cache is None else cache.get_or_make(kept, make)
-    for problem in plan.warnings:
+    for problem in (*plan.warnings, *images.surprises()):
         warnings.warn(problem, CalibrationWarning, stacklevel=2)
     return plan

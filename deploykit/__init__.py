@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from deploykit.backbones.memory_efficient import memory_efficient
     from deploykit.backbones.necks import FeaturePyramid, FeatureSelector, PathAggregation, WithNeck, build_fpn
     from deploykit.backbones.registry import backbone_names, register_backbone
-    from deploykit.calibration.images import CalibrationSet, load_images
+    from deploykit.calibration.images import CalibrationSet
     from deploykit.errors import (
         BundleError,
         CalibrationError,
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         DeviceUnavailable,
         ExportError,
         FusionError,
+        ImageError,
         IncompatibleEngine,
         MissingDependency,
         ParityError,
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     )
     from deploykit.facade import create_backbone, export_backbone, load_bundle, verify_bundle
     from deploykit.feature_dict import Features
+    from deploykit.images.preprocess import load_images, preprocess
+    from deploykit.predict import Prediction
     from deploykit.spec import (
         BackboneSpec,
         BatchRange,
@@ -66,7 +69,9 @@ _PUBLIC = {
     "compressed_activations": "backbones.activation_compression",
     "memory_efficient": "backbones.memory_efficient",
     "CalibrationSet": "calibration.images",
-    "load_images": "calibration.images",
+    "load_images": "images.preprocess",
+    "preprocess": "images.preprocess",
+    "Prediction": "predict",
     "BackboneSpec": "spec",
     "BatchRange": "spec",
     "FeatureLevel": "spec",
@@ -83,6 +88,7 @@ _PUBLIC = {
     "WeightsError": "errors",
     "MissingDependency": "errors",
     "FusionError": "errors",
+    "ImageError": "errors",
     "CalibrationError": "errors",
     "ExportError": "errors",
     "BundleError": "errors",
@@ -111,12 +117,14 @@ __all__ = [
     "Fp16",
     "Fp32",
     "FusionError",
+    "ImageError",
     "IncompatibleEngine",
     "InputSpec",
     "Int8",
     "MissingDependency",
     "ParityError",
     "PathAggregation",
+    "Prediction",
     "Preprocessing",
     "SpecError",
     "TensorSpec",
@@ -131,6 +139,7 @@ __all__ = [
     "load_bundle",
     "load_images",
     "memory_efficient",
+    "preprocess",
     "register_backbone",
     "verify_bundle",
 ]

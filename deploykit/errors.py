@@ -4,7 +4,8 @@
 
     DeployKitError
     ├── SpecError            unknown name, bad option, bad input to a model
-    │   └── UnknownLevel     a feature level that is not there; also a KeyError
+    │   ├── UnknownLevel     a feature level that is not there; also a KeyError
+    │   └── ImageError       an image is missing, damaged or not of a kind that is read; also a CalibrationError
     ├── WeightsError         a checkpoint is missing, unreadable or does not fit
     ├── MissingDependency    an optional package is not installed
     ├── FusionError          a fusion pass broke its numeric contract
@@ -76,6 +77,13 @@ class FusionError(DeployKitError):
 
 class CalibrationError(DeployKitError):
     """Images or settings from which no INT8 ranges can be had."""
+
+
+class ImageError(SpecError, CalibrationError):
+    """An image that cannot be read: missing, damaged, not an image, or in a mode without a known white.
+
+    A SpecError where it is a model's input, and a CalibrationError where a model is calibrated with it.
+    """
 
 
 class DeployKitWarning(UserWarning):

@@ -10,10 +10,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from deploykit.errors import SpecError
+from deploykit.errors import BundleError, SpecError
+from deploykit.plain_files import read_plain
 
 LABELS_FILE = "labels.txt"
 """The class names in a bundle, one a line."""
+MOST_LABELS_BYTES = 2**26
 
 LABEL_FILES: dict[str, str] = {"imagenet-1k": "imagenet_labels.txt"}
 """Label set to its file in deploykit/data: one name a line, in the order of the class index."""
@@ -32,6 +34,29 @@ def class_labels(label_set: str | None) -> tuple[str, ...] | None:
         return None
     text = resources.files("deploykit").joinpath("data", LABEL_FILES[label_set]).read_text(encoding="utf-8")
     return tuple(text.splitlines())
+
+
+def read_labels(folder: Path, num_classes: int) -> tuple[str, ...] | None:
+    """Read the class names that a bundle carries; None where it has none.
+
+    Raises:
+        BundleError: not one name for each class, or a file that cannot be read.
+    """
+    path = folder / LABELS_FILE
+    if not path.exists():
+        return None
+    try:
+        text = read_plain(path, MOST_LABELS_BYTES, follow=True).decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise BundleError(
+            f"{path} cannot be read ({error}). Fix: export the bundle again, or copy it again."
+        ) from error
+    labels = tuple(text.removesuffix("\n").split("\n"))
+    if len(labels) != num_classes:
+        raise BundleError(
+            f"{path} has {len(labels)} names and the model {num_classes} classes. Export the bundle again."
+        )
+    return labels
 
 
 def parse_labels(source: LabelSource) -> tuple[str, ...]:

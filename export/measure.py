@@ -18,9 +18,10 @@ from deploykit.backends.backend import Engine
 from deploykit.backends.runtime import machine, run_in_batches
 from deploykit.backends.table import load_backend
 from deploykit.bundle import Manifest
-from deploykit.calibration.images import CalibrationSet, denormalize
+from deploykit.calibration.images import CalibrationSet
 from deploykit.errors import DeviceUnavailable
 from deploykit.graph import Graph, OnnxGraph
+from deploykit.images.preprocess import denormalize
 from deploykit.onnx_session import graph_batch, onnx_session
 from deploykit.parity.compare import LOGITS, compare
 from deploykit.parity.report import LevelParity, ParityReport

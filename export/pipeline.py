@@ -13,7 +13,7 @@ from deploykit.backends.backend import resolve
 from deploykit.bundle import Manifest, write_manifest, writing
 from deploykit.calibration.dialect import Dialect
 from deploykit.calibration.equalization import equalization_passes
-from deploykit.calibration.images import CalibrationSet, network_images
+from deploykit.calibration.images import CalibrationSet
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.plan_cache import PlanCache
 from deploykit.calibration.precision import plan_precision
@@ -31,6 +31,7 @@ from deploykit.export.to_onnx import to_onnx
 from deploykit.export.trace import output_names, trace
 from deploykit.fusion.pipeline import FusionRecord, export_passes, fuse
 from deploykit.graph import Master, OnnxGraph, TorchProgram
+from deploykit.images.preprocess import network_images
 from deploykit.labels import LABELS_FILE
 from deploykit.parity.reference import capture
 from deploykit.parity.report import ParityReport

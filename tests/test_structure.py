@@ -30,7 +30,7 @@ PREFIXES = {"deploykit": "deploykit", "export": "deploykit.export", "calibration
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("printable", "unset"),
     ("errors", "arrays", "processor", "feature_dict", "labels", "timing", "plain_files", "torchvision_operators"),
-    ("spec", "progress", "optional", "locks", "names", "sampling"),
+    ("spec", "progress", "optional", "locks", "names", "sampling", "images"),
     ("places", "npz"),
     ("options", "graph"),
     ("parity",),

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain, count
 from types import TracebackType
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from deploykit.backbones.own_forward import to_numpy, to_tensor, with_indices
 from deploykit.backends.input_checks import check_images
 from deploykit.errors import SpecError, nearest
 from deploykit.feature_dict import Features
+from deploykit.predict import Prediction, predict
 from deploykit.spec import (
     BackboneSpec,
     BatchRange,
@@ -36,6 +37,9 @@ from deploykit.spec import (
     Precision,
     Preprocessing,
 )
+
+if TYPE_CHECKING:
+    from deploykit.images.preprocess import SomeImages
 
 Backbone = TypeVar("Backbone", bound="BaseBackbone")
 
@@ -284,6 +288,12 @@ class BaseBackbone(nn.Module):
         anchor = computes_in(self)
         with torch.inference_mode():
             return to_numpy(self(to_tensor(images, anchor.device).to(anchor.dtype), *args, **kwargs))
+
+    def predict(self, image: SomeImages, top: int = 5) -> list[Prediction] | list[list[Prediction]]:
+        """Name the most probable classes of one image, or of each in a list; see `deploykit.predict.predict`."""
+        if not self.is_described:
+            raise SpecError(f"the input and the classes of {self.name} are not known yet. Fix: create_backbone(model).")
+        return predict(self, self.spec, image, top)
 
     @property
     def device(self) -> str:

@@ -21,11 +21,14 @@ from deploykit.backends.input_checks import check_images, from_torch
 from deploykit.backends.table import load_backend
 from deploykit.errors import DeployKitError, IncompatibleEngine, SaturationWarning, SpecError
 from deploykit.feature_dict import Features
+from deploykit.labels import read_labels
+from deploykit.predict import Prediction, predict
 from deploykit.processor import read_processor, this_processor
 from deploykit.spec import FeatureInfo, InputSpec, Int8, Precision, parse_precision
 
 if TYPE_CHECKING:
     from deploykit.bundle import Manifest
+    from deploykit.images.preprocess import SomeImages
 
 
 class Runtime(ABC):
@@ -55,6 +58,8 @@ class Runtime(ABC):
         self._features_only = manifest.backbone.features_only
         self._sample_shape = self.input_spec.shape[1:]
         self._closed = False
+        classes = 0 if self._features_only else manifest.backbone.num_classes
+        self.labels: tuple[str, ...] | None = read_labels(folder, classes) if classes else None
         self._check_version()
         self.device = self._open(folder / manifest.engine, device)
         self._warn_of_saturation()
@@ -105,6 +110,10 @@ class Runtime(ABC):
         if self._features_only:
             return Features(zip(self._output_names, outputs, strict=True), self.feature_info.by_index())
         return outputs[0]
+
+    def predict(self, image: SomeImages, top: int = 5) -> list[Prediction] | list[list[Prediction]]:
+        """Name the most probable classes of one image, or of each in a list; see `deploykit.predict.predict`."""
+        return predict(self, self.manifest.backbone, image, top)
 
     def seen_on(self) -> dict[str, str]:
         """The machine, the device and the versions that run this engine, for a bundle's manifest."""

@@ -58,8 +58,8 @@ def demo(
 
     Calibrates on crops of scikit-image's photographs and shows three others that it was not calibrated on.
     """
-    from deploykit.calibration.images import load_images
     from deploykit.facade import create_backbone
+    from deploykit.images.preprocess import load_images
     from deploykit.labels import class_labels
 
     engines = demo_engines()

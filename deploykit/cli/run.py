@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from deploykit.backends.table import EVALUATOR
-from deploykit.cli.output import BundleArgument, DeviceOption, JsonFlag, show, show_json, table
-from deploykit.errors import BundleError, SpecError
-from deploykit.labels import LABELS_FILE
+from deploykit.cli.output import BundleArgument, DeviceOption, JsonFlag, show, show_json, show_warning, table
+from deploykit.errors import ImageError, SpecError
 
 if TYPE_CHECKING:
-    from deploykit.arrays import FloatArray
+    from deploykit.arrays import ImageArray
     from deploykit.backends.runtime import Runtime
+    from deploykit.predict import Prediction
     from deploykit.spec import CropMode, InputSpec
 
 EXAMPLE = f"Example: deploykit run resnet18-{EVALUATOR}-fp32 photo.jpg"
 CHUNK = 64
 """Images decoded at a time, which bounds the memory."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """One class of the top K; ``probability`` is the softmax of the logits, 0 to 1."""
-
-    index: int
-    label: str
-    probability: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +35,28 @@ class OutputSummary:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SkippedImage:
+    """A file that was not run, and why."""
+
+    image: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImageResult:
     """What the engine gives for one file: the top K of a classifier, or a summary of each other output."""
 
     image: str
     top: tuple[Prediction, ...] = ()
     outputs: tuple[OutputSummary, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """The image files of a command line; ``skipped`` is what its folders hold that may have been meant as images."""
+
+    files: tuple[Path, ...]
+    skipped: list[SkippedImage] = field(default_factory=list)
 
 
 def run(
@@ -68,6 +75,9 @@ def run(
             help="How a photograph becomes the input's size.",
         ),
     ] = None,
+    skip_corrupt: Annotated[
+        bool, typer.Option("--skip-corrupt", help="Go on past images that cannot be read; each is named and counted.")
+    ] = False,
     device: DeviceOption = "auto",
     json: JsonFlag = False,
 ) -> None:
@@ -76,58 +86,50 @@ def run(
 
     if top < 1:
         raise SpecError(f"--top is {top}; give at least 1.")
-    files = find_images(images)
+    given = find_given(images)
     with load_bundle(bundle, device=device) as model:
         spec = _with_crop_mode(model.input_spec, crop_mode)
-        labels = read_labels(Path(bundle), model.manifest.backbone.num_classes)
-        results = list(_results(model, files, spec, labels=labels, top=top))
+        results = list(_results(model, given, spec, top=top, skip_corrupt=skip_corrupt))
         about = {"bundle": bundle, "runtime": model.runtime, "precision": model.precision.name, "device": model.device}
+    if not results:
+        raise ImageError(f"none of the {len(given.files)} images could be read.")
     if json:
-        show_json({**about, "images": results})
+        show_json({**about, "images": results, "skipped": given.skipped})
         return
-    show(_as_table(results), f"{about['runtime']} {about['precision']} on {about['device']}; images: {len(results)}.")
+    skipped = f"; skipped: {len(given.skipped)}" if given.skipped else ""
+    where = f"{about['runtime']} {about['precision']} on {about['device']}"
+    show(_as_table(results), f"{where}; images: {len(results)}{skipped}.")
     show(f"Next: deploykit verify {bundle}")
 
 
-def find_images(given: list[str]) -> list[Path]:
-    """Every file as it is, and every image below each folder, in order.
+def find_given(given: list[str]) -> Given:
+    """Take every file as it is, and every image below each folder, in order.
 
     Raises:
         SpecError: a folder without images, or a path that is not there; each one is named.
     """
-    from deploykit.calibration.images import IMAGE_SUFFIXES
+    from deploykit.images.decode import shown
+    from deploykit.images.find import IMAGE_SUFFIXES, find_images
 
     files: list[Path] = []
+    skipped: list[SkippedImage] = []
     problems = []
     for text in given:
         path = Path(text)
         if not path.is_dir():
             files.append(path)
-            problems += [] if path.exists() else [f"{text}: no such file or folder."]
+            problems += [] if path.exists() else [f"{shown(text)}: no such file or folder."]
             continue
-        inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-        files += inside
-        problems += [] if inside else [f"{text}: no image files in the folder ({', '.join(sorted(IMAGE_SUFFIXES))})."]
+        inside = find_images(path)
+        files += inside.files
+        skipped += [SkippedImage(image=shown(e.path), reason=e.reason) for e in inside.left_out if not e.expected]
+        expected = ", ".join(sorted(IMAGE_SUFFIXES))
+        problems += [] if inside.files else [f"{shown(text)}: no image files in the folder ({expected})."]
     if problems:
         raise SpecError("\n".join(problems))
-    return files
-
-
-def read_labels(folder: Path, num_classes: int) -> tuple[str, ...] | None:
-    """The bundle's class names in index order; None where it has none.
-
-    Raises:
-        BundleError: not one name for each class.
-    """
-    path = folder / LABELS_FILE
-    if not path.is_file():
-        return None
-    labels = tuple(path.read_text(encoding="utf-8").splitlines())
-    if len(labels) != num_classes:
-        raise BundleError(
-            f"{path} has {len(labels)} names and the model {num_classes} classes. Export the bundle again."
-        )
-    return labels
+    for each in skipped:
+        show_warning(f"skipped {each.image}: {each.reason}.")
+    return Given(files=tuple(files), skipped=skipped)
 
 
 def _with_crop_mode(spec: InputSpec, crop_mode: str | None) -> InputSpec:
@@ -136,40 +138,53 @@ def _with_crop_mode(spec: InputSpec, crop_mode: str | None) -> InputSpec:
     return replace(spec, preprocessing=replace(spec.preprocessing, crop_mode=cast("CropMode", crop_mode)))
 
 
-def _results(
-    model: Runtime, files: list[Path], spec: InputSpec, *, labels: tuple[str, ...] | None, top: int
-) -> Iterator[ImageResult]:
+def _results(model: Runtime, given: Given, spec: InputSpec, *, top: int, skip_corrupt: bool) -> Iterator[ImageResult]:
+    import numpy as np
+
     from deploykit.backends.runtime import run_in_batches
-    from deploykit.calibration.images import load_images
+    from deploykit.images.decode import shown
+    from deploykit.predict import top_classes
 
     is_classifier = not model.manifest.backbone.features_only and model.manifest.backbone.num_classes > 0
-    for start in range(0, len(files), CHUNK):
-        chunk = files[start : start + CHUNK]
-        outputs = run_in_batches(model, load_images(chunk, spec))
-        for position, file in enumerate(chunk):
+    for start in range(0, len(given.files), CHUNK):
+        images = _read(given.files[start : start + CHUNK], spec, given.skipped, skip_corrupt=skip_corrupt)
+        if not images:
+            continue
+        outputs = run_in_batches(model, np.stack([image for _, image in images]))
+        for position, (file, _) in enumerate(images):
             own = {name: output[position] for name, output in outputs.items()}
             if is_classifier:
                 (logits,) = own.values()
-                yield ImageResult(image=str(file), top=top_classes(logits, labels, top))
+                yield ImageResult(image=shown(file), top=tuple(top_classes(logits, model.labels, top)))
             else:
-                yield ImageResult(image=str(file), outputs=tuple(_summary(name, out) for name, out in own.items()))
+                yield ImageResult(image=shown(file), outputs=tuple(_summary(name, out) for name, out in own.items()))
 
 
-def top_classes(logits: FloatArray, labels: tuple[str, ...] | None, count: int) -> tuple[Prediction, ...]:
-    """The ``count`` most probable classes of ``(num_classes,)`` logits, best first."""
-    import numpy as np
+def _read(
+    files: tuple[Path, ...], spec: InputSpec, skipped: list[SkippedImage], *, skip_corrupt: bool
+) -> list[tuple[Path, ImageArray]]:
+    """Each file with its image; those that cannot be read are added to ``skipped``.
 
-    shifted = np.exp(logits.astype(np.float64) - logits.max())
-    probabilities = shifted / shifted.sum()
-    best = np.argsort(-probabilities, kind="stable")[:count]
-    return tuple(
-        Prediction(
-            index=int(index),
-            label=labels[index] if labels else f"class {index}",
-            probability=float(probabilities[index]),
-        )
-        for index in best
-    )
+    Raises:
+        ImageError: files cannot be read, and are not to be skipped; each one is named.
+    """
+    from deploykit.images.decode import shown
+    from deploykit.images.preprocess import read_image
+
+    images = []
+    problems = []
+    for file in files:
+        try:
+            images.append((file, read_image(file, spec)))
+        except ImageError as error:
+            problems.append(SkippedImage(image=shown(file), reason=str(error)))
+    if problems and not skip_corrupt:
+        reasons = [each.reason for each in problems]
+        raise ImageError("\n".join([*reasons, "To go on past such files, pass skip_corrupt=True."]))
+    for each in problems:
+        show_warning(f"skipped {each.reason}")
+    skipped += problems
+    return images
 
 
 def _summary(name: str, output: Any) -> OutputSummary:

@@ -13,9 +13,9 @@ import torch
 from deploykit.backends.runtime import Runtime, run_in_batches
 from deploykit.backends.table import load_backend
 from deploykit.bundle import Manifest
-from deploykit.calibration.images import normalize
 from deploykit.errors import SpecError
 from deploykit.fusion.embed_preprocessing import embed_preprocessing
+from deploykit.images.preprocess import normalize
 from tests.conftest_graphs import RAN_HERE, SIDE, lower, manifest_of, open_engine, reference, sqnr_db, tiny_master
 
 every_runtime = pytest.mark.parametrize("name", RAN_HERE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import warnings
 from pathlib import Path
 
@@ -9,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deploykit.calibration.images import calibration_set, read_image
+from deploykit.calibration.images import calibration_set
 from deploykit.calibration.precision import plan_precision
 from deploykit.errors import CalibrationError, CalibrationWarning
+from deploykit.images.preprocess import read_image
 from deploykit.spec import InputSpec, Int8
 from tests.calibration.networks import SIDE
 
@@ -86,6 +89,54 @@ def test_files_that_are_no_files_are_left_out(tmp_path):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
     assert [path.name for path in calibration_set(tmp_path, SPEC).files] == ["image.png"]
+
+
+def test_what_was_left_out_is_named_once_and_texts_are_logged(residual, tmp_path, caplog):
+    for number in range(16):
+        Image.fromarray(np.roll(PIXELS, number, 1)).save(tmp_path / f"{number}.png")
+    (tmp_path / "labels.txt").write_text("cat\ndog\n")
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
+    with caplog.at_level(logging.INFO, logger="deploykit"):
+        (message,) = told(residual, tmp_path)
+    assert message.startswith("1 file was left out of the images: ")
+    assert message.endswith("a.heic (HEIC).")
+    assert "2 files were left out of the images" in caplog.text
+    assert "labels.txt (not an image)" in caplog.text
+
+
+def test_a_fifo_or_device_as_calibration_is_refused_without_waiting(tmp_path):
+    for name in ("images.jpg", "images.npy"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(CalibrationError, match=rf"{name}: is a named pipe"):
+            list(calibration_set(tmp_path / name, SPEC).images())
+    with pytest.raises(CalibrationError, match="/dev/zero: is a device"):
+        list(calibration_set("/dev/zero", SPEC).images())
+
+
+def test_files_that_are_skipped_do_not_stop_the_digest(tmp_path):
+    Image.fromarray(PIXELS).save(tmp_path / "0.png")
+    os.mkfifo(tmp_path / "1.png")
+    (tmp_path / "2.png").symlink_to(tmp_path / "gone.png")
+    files = [tmp_path / f"{number}.png" for number in range(3)]
+    skipping = calibration_set(files, SPEC, skip_corrupt=True)
+    assert skipping.digest == calibration_set(files, SPEC, skip_corrupt=True).digest
+    with pytest.warns(UserWarning, match="left out of calibration") as caught:
+        assert len(list(skipping.images())) == 1
+    assert len(caught) == 2
+    with pytest.raises(CalibrationError, match=r"1\.png: is a named pipe"):
+        _ = calibration_set(files, SPEC).digest
+    with pytest.raises(CalibrationError, match=r"(?s)1\.png: is a named pipe.*2\.png: no such file"):
+        list(calibration_set(files, SPEC).images())
+
+
+def test_names_that_are_no_text_are_found_and_shown(tmp_path):
+    Image.fromarray(PIXELS).save(tmp_path / "0.png")
+    (tmp_path / "0.png").rename(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
+    (tmp_path / os.fsdecode(b"b\xff.jpg")).write_text("not an image")
+    images = calibration_set(tmp_path, SPEC)
+    assert len(images) == 2
+    with pytest.raises(CalibrationError, match=r"b\\xff\.jpg: not an image"):
+        list(images.images())
 
 
 def test_one_image_calibrates_with_a_warning(residual, tmp_path):

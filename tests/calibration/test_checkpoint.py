@@ -13,11 +13,12 @@ import pytest
 
 from deploykit.calibration import checkpoint
 from deploykit.calibration import images as images_module
-from deploykit.calibration.images import CalibrationSet, calibration_set, read_image
+from deploykit.calibration.images import CalibrationSet, calibration_set
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.plan_cache import PlanCache, PlanKey
 from deploykit.calibration.precision import plan_precision
 from deploykit.calibration.statistics import Statistics
+from deploykit.images.preprocess import read_image
 from deploykit.spec import InputSpec, Int8
 from deploykit.store import Store, address
 from tests.calibration.networks import SIDE

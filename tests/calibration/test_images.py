@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import shutil
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from deploykit.calibration.images import (
-    CalibrationSet,
-    calibration_set,
-    denormalize,
-    load_images,
-    normalize,
-    preprocess,
-    read_image,
-)
-from deploykit.errors import CalibrationError, SpecError
+from deploykit.calibration.images import CalibrationSet, calibration_set
+from deploykit.errors import CalibrationError
+from deploykit.images.preprocess import normalize
 from deploykit.spec import InputSpec, Preprocessing
 
 SPEC = InputSpec(height=32, width=32)
@@ -45,113 +37,7 @@ def folder(tmp_path) -> Path:
     return root
 
 
-# ---- preprocessing
-
-
-@pytest.mark.parametrize("size", [(32, 32), (64, 48), (30, 71)], ids=str)
-@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
-@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-@pytest.mark.parametrize("image_size", [(60, 40), (41, 97), (33, 32)], ids=str)
-def test_photographs_are_prepared_as_timm_prepares_them(timm, size, crop_mode, interpolation, image_size):
-    pytest.importorskip("torchvision.transforms", reason="torchvision is not installed")
-    how = Preprocessing(crop_mode=crop_mode, interpolation=interpolation, crop_pct=0.875)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torchvision's own
-        transform = timm.data.create_transform(
-            input_size=(3, *size),
-            is_training=False,
-            interpolation=interpolation,
-            mean=how.mean,
-            std=how.std,
-            crop_pct=how.crop_pct,
-            crop_mode=crop_mode,
-        )
-        image = picture(*image_size)
-        expected = transform(image).numpy()
-    found = preprocess(image, InputSpec(height=size[0], width=size[1], preprocessing=how))
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-
-
-def test_the_range_of_a_white_image_follows_mean_and_std():
-    white = preprocess(Image.new("RGB", (50, 50), "white"), InputSpec(height=32, width=32, preprocessing=HALF))
-    np.testing.assert_array_equal(white, np.ones((3, 32, 32), np.float32))
-
-
-@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK", "P", "YCbCr", "1"])
-def test_every_colour_mode_becomes_three_channels(mode, tmp_path):
-    path = tmp_path / ("image.jpg" if mode in ("CMYK", "YCbCr") else "image.png")
-    source = picture(80, 80)
-    source.convert(mode).save(path)
-    found = read_image(path, SPEC)
-    assert found.shape == (3, 32, 32)
-    assert found.dtype == np.float32
-    grey = mode in ("L", "LA", "1")
-    expected = preprocess(source.convert("L").convert("RGB") if grey else source, SPEC)
-    assert np.abs(found - expected).mean() < (2.0 if mode == "1" else 0.25)
-
-
-def test_a_palette_with_transparency_is_read_without_a_warning(tmp_path):
-    path = tmp_path / "palette.png"
-    picture().convert("P").save(path, transparency=bytes(range(256)))
-    assert read_image(path, SPEC).shape == (3, 32, 32)
-
-
-def test_16_bit_images_keep_their_greys(tmp_path):
-    grey = np.linspace(0, 255, 64 * 64).astype(np.uint8).reshape(64, 64)
-    Image.fromarray(grey).save(tmp_path / "8.png")
-    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
-    found, expected = (read_image(tmp_path / name, SPEC) for name in ("16.png", "8.png"))
-    np.testing.assert_allclose(found, expected, atol=0.03)
-
-
-def test_an_image_is_turned_upright_by_its_exif_orientation(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    picture().save(tmp_path / "turned.png", exif=exif)
-    found = read_image(tmp_path / "turned.png", SPEC)
-    np.testing.assert_array_equal(found, preprocess(picture().transpose(Image.Transpose.ROTATE_270), SPEC))
-
-
-@pytest.mark.parametrize("size", [(1, 1), (3, 2), (900, 4), (4, 900)], ids=str)
-@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
-def test_tiny_and_very_wide_images_fit(size, crop_mode):
-    spec = InputSpec(height=24, width=40, preprocessing=Preprocessing(crop_mode=crop_mode))
-    found = preprocess(picture(*size), spec)
-    assert found.shape == (3, 24, 40)
-    assert np.isfinite(found).all()
-
-
-def test_a_grey_model_takes_grey_photographs():
-    spec = InputSpec(channels=1, height=32, width=32, preprocessing=Preprocessing(mean=(0.5,), std=(0.5,)))
-    assert preprocess(picture(), spec).shape == (1, 32, 32)
-    border = InputSpec(
-        channels=1, height=32, width=32, preprocessing=Preprocessing(mean=(0.5,), std=(0.5,), crop_mode="border")
-    )
-    assert preprocess(picture(), border).shape == (1, 32, 32)
-
-
-def test_photographs_do_not_fit_a_model_of_five_channels():
-    spec = InputSpec(channels=5, height=32, width=32, preprocessing=Preprocessing(mean=(0.5,) * 5, std=(0.5,) * 5))
-    with pytest.raises(SpecError, match=r"takes 5 channels.*arrays of shape \(N, 5, 32, 32\)"):
-        preprocess(picture(), spec)
-
-
 # ---- files
-
-
-def test_load_images_stacks_the_files_in_order(folder):
-    found = load_images([folder / "b.jpg", str(folder / "d.bmp")], SPEC)
-    assert found.shape == (2, 3, 32, 32)
-    np.testing.assert_array_equal(found[1], read_image(folder / "d.bmp", SPEC))
-    np.testing.assert_array_equal(load_images(folder / "d.bmp", SPEC), found[1:])
-
-
-def test_load_images_names_every_bad_file(folder):
-    (folder / "bad.jpg").write_bytes(b"not a jpeg")
-    with pytest.raises(CalibrationError, match=r"(?s)bad\.jpg: not an image.*gone\.jpg: no such file"):
-        load_images([folder / "bad.jpg", folder / "b.jpg", folder / "gone.jpg"], SPEC)
-    with pytest.raises(CalibrationError, match="no image files were given"):
-        load_images([], SPEC)
 
 
 def test_a_folder_is_searched_recursively_in_a_stable_order(folder):
@@ -365,29 +251,6 @@ def test_a_set_can_be_smaller_than_a_batch():
 
 def pixels(count: int = 5, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), np.uint8)
-
-
-@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
-def test_files_become_the_pixels_whose_normalised_form_the_network_takes(folder, crop_mode):
-    spec = InputSpec(height=24, width=40, preprocessing=Preprocessing(crop_mode=crop_mode))
-    files = [folder / "b.jpg", folder / "d.bmp"]
-    found = load_images(files, spec.as_pixels())
-    assert (found.shape, found.dtype) == ((2, 24, 40, 3), np.uint8)
-    assert found.flags.writeable
-    np.testing.assert_array_equal(normalize(found, spec.preprocessing), load_images(files, spec))
-
-
-def test_grey_pixels_keep_their_one_channel():
-    spec = InputSpec(channels=1, height=32, width=32, preprocessing=Preprocessing(mean=(0.5,), std=(0.5,)))
-    assert preprocess(picture(), spec.as_pixels()).shape == (32, 32, 1)
-
-
-@pytest.mark.parametrize("how", [HALF, SPEC.preprocessing, Preprocessing(mean=(0, 0, 0), std=(1, 1, 1))], ids=str)
-def test_denormalising_gives_every_pixel_back(how):
-    every = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=-1)
-    np.testing.assert_array_equal(denormalize(normalize(every, how), how), every)
-    far = denormalize(np.array([-1e9, 1e9, 0], np.float32).reshape(1, 3, 1, 1), how)
-    assert far.ravel().tolist()[:2] == [0, 255]
 
 
 @pytest.mark.parametrize(

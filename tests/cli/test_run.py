@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from PIL import Image
 
 import deploykit
 from deploykit.bundle import read_manifest, write_manifest
-from deploykit.cli.run import top_classes
+from deploykit.predict import top_classes
 
 PHOTOGRAPHS = ["astronaut.jpg", "chelsea.jpg", "coffee.jpg", "rocket.jpg"]
 
@@ -106,6 +108,72 @@ def test_images_that_cannot_be_read_are_bad_usage(call, classifier, words, messa
     done = call("run", classifier, *words)
     assert (done.code, done.out) == (2, "")
     assert message in done.err
+
+
+@pytest.fixture
+def mixed(photos, tmp_path):
+    """A folder of two photographs, a text called an image, a FIFO, a broken link, a HEIC file and a list of names."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for name in ("coffee.jpg", "rocket.jpg"):
+        shutil.copy(photos / name, folder)
+    (folder / "bad.jpg").write_text("not an image")
+    os.mkfifo(folder / "fifo.jpg")
+    (folder / "gone.jpg").symlink_to(folder / "nowhere.jpg")
+    (folder / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
+    (folder / "labels.txt").write_text("cat\ndog\n")
+    return folder
+
+
+def test_a_bad_file_stops_the_run_and_names_the_way_past_it(call, classifier, mixed):
+    done = call("run", classifier, mixed)
+    assert (done.code, done.out) == (2, "")
+    assert "bad.jpg: not an image" in done.err
+    assert "--skip-corrupt" in done.err
+
+
+def test_skip_corrupt_goes_on_and_names_and_counts_what_was_skipped(call, classifier, mixed):
+    words = ("run", classifier, mixed, mixed / "fifo.jpg", "--skip-corrupt")
+    text, told = call(*words), call(*words, "--json")
+    assert (text.code, told.code) == (0, 0)
+    assert "images: 2; skipped: 5." in text.out
+    assert [Path(each["image"]).name for each in told.json()["images"]] == ["coffee.jpg", "rocket.jpg"]
+    skipped = {Path(each["image"]).name: each["reason"] for each in told.json()["skipped"]}
+    assert skipped.keys() == {"bad.jpg", "fifo.jpg", "gone.jpg", "phone.heic"}
+    assert "not an image" in skipped["bad.jpg"]
+    assert "is a named pipe" in skipped["fifo.jpg"]
+    assert "a broken link" in skipped["gone.jpg"]
+    assert skipped["phone.heic"] == "HEIC"
+    for name in skipped:
+        assert name in text.err
+    assert "labels.txt" not in text.err
+
+
+def test_nothing_left_is_an_error(call, classifier, mixed):
+    done = call("run", classifier, mixed / "bad.jpg", mixed / "fifo.jpg", "--skip-corrupt", "--json")
+    assert (done.code, done.out) == (2, "")
+    assert "none of the 2 images could be read" in done.err
+
+
+def test_the_same_file_may_be_given_twice(call, classifier, photos):
+    told = call("run", classifier, photos / "coffee.jpg", photos / "coffee.jpg", "--json").json()
+    assert len(told["images"]) == 2
+    assert told["skipped"] == []
+
+
+def test_linked_folders_are_followed(call, classifier, photos, tmp_path):
+    (tmp_path / "classes").mkdir()
+    (tmp_path / "classes/all").symlink_to(photos)
+    told = call("run", classifier, tmp_path / "classes", "--json").json()
+    assert [Path(each["image"]).name for each in told["images"]] == PHOTOGRAPHS
+
+
+def test_a_name_that_is_no_text_is_printed_as_it_can_be(call, classifier, photos, tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jpg")
+    shutil.copy(photos / "coffee.jpg", path)
+    (image,) = call("run", classifier, tmp_path, "--json").json()["images"]
+    assert image["image"].endswith(r"caf\xe9.jpg")
+    assert call("run", classifier, path).code == 0
 
 
 def test_the_examples_of_the_help_run(call, classifier, photos, tmp_path, monkeypatch):

@@ -9,9 +9,10 @@ import pytest
 
 from deploykit import create_backbone
 from deploykit.backends.runtime import machine
-from deploykit.calibration.images import calibration_set, normalize
+from deploykit.calibration.images import calibration_set
 from deploykit.errors import DeviceUnavailable
 from deploykit.export.measure import PARITY_IMAGES, PROXY, measure, parity_images, torch_outputs
+from deploykit.images.preprocess import normalize
 from deploykit.spec import Fp32, InputSpec
 from tests.conftest_graphs import engine_of, lower, photographs, reference, tiny_graph
 

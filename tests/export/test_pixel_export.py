@@ -9,9 +9,9 @@ import torch
 import deploykit
 from deploykit import create_backbone, export_backbone, load_bundle, load_images, verify_bundle
 from deploykit.bundle import open_bundle
-from deploykit.calibration.images import normalize
 from deploykit.errors import SpecError
 from deploykit.export.measure import parity_images
+from deploykit.images.preprocess import normalize
 from deploykit.parity.metrics import sqnr_db
 from deploykit.parity.report import ParityReport
 from tests.backbones.realistic import randomize

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from deploykit.calibration.images import normalize
 from deploykit.fusion.embed_preprocessing import embed_preprocessing
 from deploykit.fusion.program import export_program
 from deploykit.graph import OnnxGraph, TorchProgram
+from deploykit.images.preprocess import normalize
 from deploykit.onnx_session import onnx_session
 from deploykit.parity.metrics import sqnr_db
 from deploykit.spec import BatchRange, InputSpec, Preprocessing, TensorSpec

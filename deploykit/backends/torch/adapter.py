@@ -14,10 +14,12 @@ from deploykit.arrays import FloatArray
 from deploykit.backends.input_checks import check_images, check_shape, check_tensor
 from deploykit.errors import DeviceUnavailable, SpecError
 from deploykit.feature_dict import Features
+from deploykit.predict import Prediction, predict
 from deploykit.spec import InputSpec, Precision, Preprocessing
 
 if TYPE_CHECKING:
     from deploykit.backbones.base import BaseBackbone
+    from deploykit.images.preprocess import SomeImages
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -112,6 +114,7 @@ class PixelBackbone(nn.Module):
         self.spec = backbone.spec
         self.feature_info = backbone.feature_info
         self.precision = backbone.precision
+        self.labels = backbone.labels
         self.normalization = PixelNormalization(backbone.input_spec.preprocessing).to(backbone.device)
 
     @property
@@ -138,6 +141,10 @@ class PixelBackbone(nn.Module):
         check_tensor(images, self.input_spec)
         check_shape(tuple(images.shape), self._spec_for(tuple(images.shape)))
         return super().__call__(images)
+
+    def predict(self, image: SomeImages, top: int = 5) -> list[Prediction] | list[list[Prediction]]:
+        """Name the most probable classes of one image, or of each in a list; see `deploykit.predict.predict`."""
+        return predict(self, self.spec, image, top)
 
     def close(self) -> None:
         """Nothing to give back: a torch module is freed with its last reference."""

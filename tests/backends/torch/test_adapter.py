@@ -6,8 +6,8 @@ import torch
 
 from deploykit import create_backbone
 from deploykit.backends.torch.adapter import PixelBackbone
-from deploykit.calibration.images import normalize
 from deploykit.errors import SpecError
+from deploykit.images.preprocess import normalize
 from deploykit.spec import Bf16
 
 OPTIONS = {"image_size": 64, "features_only": True, "output_indices": (1, 3)}
