@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from deploykit.privacy import silence_runtimes
+
 if TYPE_CHECKING:
     from deploykit.backbones.activation_compression import compressed_activations
     from deploykit.backbones.base import BaseBackbone
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
     )
 
 __version__ = "0.1.0"
+
+silence_runtimes()
 
 _PUBLIC = {
     "create_backbone": "facade",

@@ -1,8 +1,25 @@
-"""``python -m deploykit`` is the deploykit command."""
+"""``deploykit`` and ``python -m deploykit``: the command line, stopped cleanly from its first moment on."""
+
+from __future__ import annotations
 
 import sys
 
-from deploykit.cli.main import main
+from deploykit.child_process import drop_working_folder
+from deploykit.interruption import INTERRUPTED, interruptible
+
+
+def main() -> int:
+    """Run the command; returns its exit code, 130 also where it is stopped while it is still being imported."""
+    drop_working_folder()
+    try:
+        with interruptible():
+            from deploykit.cli.main import main as run
+
+            return run()
+    except KeyboardInterrupt:
+        sys.stderr.write("deploykit: interrupted; nothing was left half-written.\n")
+        return INTERRUPTED
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -41,6 +41,7 @@ from deploykit.manifest import (
     Manifest,
     Status,
     decode_manifest,
+    engine_parts,
     own_version,
 )
 from deploykit.places import storage_error
@@ -146,10 +147,14 @@ def read_manifest(folder: Path) -> Manifest:
     return decode_manifest(read_manifest_text(folder), folder / MANIFEST)
 
 
-def open_bundle(folder: Path) -> Manifest:
+def open_bundle(folder: Path, *, leave_engine: bool = False) -> Manifest:
     """Verify every byte of a bundle and return its manifest; nothing is executed or unpickled.
 
     Links are followed, so that a bundle can be laid out as links to files elsewhere: what counts are the bytes.
+
+    Args:
+        folder: the bundle.
+        leave_engine: leave the digests of the `engine_parts` to the caller, who verifies what it reads.
 
     Raises:
         BundleError: no bundle there, a newer schema, or any file that is missing, extra, special,
@@ -164,7 +169,8 @@ def open_bundle(folder: Path) -> Manifest:
         if problems and os.path.lexists(folder / MANIFEST_DIGEST):
             raise BundleError(_damaged(folder, problems)) from error
         raise
-    wrong, extra = file_problems(folder, manifest)
+    left = engine_parts(manifest.engine, manifest.files) if leave_engine else ()
+    wrong, extra = file_problems(folder, manifest, left)
     if problems or wrong:
         raise BundleError(_damaged(folder, [*problems, *wrong, *extra]))
     if extra:

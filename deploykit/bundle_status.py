@@ -7,17 +7,38 @@ from dataclasses import replace
 from pathlib import Path
 
 from deploykit.bundle import Manifest, Status, open_bundle, write_manifest, writing
+from deploykit.errors import BundleError
+from deploykit.plain_files import open_plain
 
 
-def record_status(folder: Path, status: Status, seen_on: dict[str, str]) -> Manifest:
+def record_status(folder: Path, ran: Manifest, status: Status, seen_on: dict[str, str]) -> Manifest:
     """Replace a bundle, in one step, by the same one with another status and machine in its manifest.
 
+    Args:
+        folder: the bundle.
+        ran: the manifest of the engine that ran.
+        status: what was seen of it.
+        seen_on: the machine, the device and the versions.
+
     Raises:
-        BundleError: the bundle is damaged, or its folder cannot be written.
+        BundleError: the bundle is damaged, is no longer the one that ran, or its folder cannot be written.
     """
-    manifest = replace(open_bundle(folder), status=status, seen_on=seen_on)
+    if open_bundle(folder) != ran:
+        raise _replaced(folder)
     with writing(folder, overwrite=True) as staging:
-        for name in manifest.files:
-            (staging / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(folder / name, staging / name)
-        return write_manifest(staging, manifest)
+        for name in ran.files:
+            target = staging / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open_plain(folder / name, follow=True) as source, target.open("wb") as copy:
+                shutil.copyfileobj(source, copy)
+        written = write_manifest(staging, replace(ran, status=status, seen_on=seen_on))
+        if written.files != ran.files:
+            raise _replaced(folder)
+        return written
+
+
+def _replaced(folder: Path) -> BundleError:
+    return BundleError(
+        f"the bundle {folder} was replaced while its engine ran, so nothing is recorded. "
+        "Fix: run deploykit verify again."
+    )

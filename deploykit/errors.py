@@ -12,14 +12,17 @@
     ├── CalibrationError     images or settings from which no INT8 ranges can be had
     ├── ExportError          a graph could not be exported or lowered
     ├── BundleError          a bundle is corrupt, tampered, partial or from a newer schema
-    │   └── StorageError     a folder cannot be read or written here: disk, permissions, open files, a lock
+    │   ├── StorageError     a folder cannot be read or written here: disk, permissions, open files, a lock
+    │   └── UntrustedEngine  machine code from elsewhere, which trust=False refuses
     ├── IncompatibleEngine   an engine was built for another runtime version or device
+    │   └── EngineMismatch   a file is not the one that its bundle's manifest describes (a BundleError too)
     ├── DeviceUnavailable    the device asked for is not here
     └── ParityError          an engine's numbers are outside their budget
 
     DeployKitWarning
     ├── WeightsWarning       a checkpoint holds more than was taken, or leaves something unsaid
     ├── CalibrationWarning   images that calibrate badly: few, identical, constant or not normalised
+    ├── TrustWarning         an engine is machine code that this user did not make here
     └── SaturationWarning    an INT8 engine on a processor whose products of 8-bit weights saturate
 
 A message says what was observed, what was expected, and what to do.
@@ -102,6 +105,10 @@ class SaturationWarning(DeployKitWarning):
     """An INT8 engine was opened on a processor where its products can saturate, and its numbers differ."""
 
 
+class TrustWarning(DeployKitWarning):
+    """An engine that is machine code was opened, and this user's deploykit did not make it on this machine."""
+
+
 class ExportError(DeployKitError):
     """A graph could not be exported, quantized or lowered to a runtime's form."""
 
@@ -117,8 +124,16 @@ class StorageError(BundleError):
     """
 
 
+class UntrustedEngine(BundleError):
+    """An engine is machine code that this user's deploykit did not make here, and the caller trusts no other."""
+
+
 class IncompatibleEngine(DeployKitError):
     """An engine was built for another runtime version or another device."""
+
+
+class EngineMismatch(BundleError, IncompatibleEngine):
+    """A file of a bundle is not the one that the manifest describes: damaged, or replaced while it was read."""
 
 
 class DeviceUnavailable(DeployKitError):

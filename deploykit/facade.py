@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -18,14 +16,13 @@ from deploykit.backends.runtime import Runtime, run_in_batches
 from deploykit.backends.table import load_backend
 from deploykit.bundle import is_bundle, open_bundle
 from deploykit.bundle_status import record_status
-from deploykit.errors import WeightsWarning
+from deploykit.errors import EngineMismatch, WeightsWarning
 from deploykit.labels import LabelSource, folder_labels
 from deploykit.names import TIMM, is_bare, path_of
 from deploykit.options import ExportOptions
 from deploykit.parity.compare import compare
 from deploykit.parity.reference import ParityReference
 from deploykit.parity.report import ParityReport
-from deploykit.places import scratch_folder
 from deploykit.progress import Progress, quiet
 from deploykit.spec import (
     DEFAULT_BUILD,
@@ -37,6 +34,7 @@ from deploykit.spec import (
     parse_batch,
     parse_precision,
 )
+from deploykit.threads import check_threads
 from deploykit.unset import UNSET, UnsetType, given
 
 if TYPE_CHECKING:
@@ -76,6 +74,8 @@ def create_backbone(
     device: str = "auto",
     target: str | UnsetType | None = UNSET,
     cache: bool = True,
+    threads: int | None = None,
+    trust: bool | None = None,
 ) -> Model:
     """Make a backbone in a runtime, called the same way whatever the runtime.
 
@@ -111,6 +111,10 @@ def create_backbone(
         device: where it runs; ``"auto"`` is the runtime's first device.
         target: what an engine is built for, where the runtime has targets (``"sm89"``, ``"x86-avx2"``).
         cache: keep built engines and INT8 plans, keyed by all that decides them.
+        threads: how many threads compute; None: as many as the process may use (its affinity mask, its cgroup's quota,
+            ``OMP_NUM_THREADS``). The ``torch`` runtime has one number for the whole process.
+        trust: of a bundle whose engine is machine code (torch_compile, a TensorRT plan) and was not made by this user
+            on this machine: True opens it, False refuses it; None opens it with a warning.
 
     Raises:
         DeployKitError: see `deploykit.errors` for the tree; every message says what to do.
@@ -146,7 +150,7 @@ def create_backbone(
                 "calibration": calibration is not None,
             },
         )
-        return load_bundle(bundle, device=device)
+        return load_bundle(bundle, device=device, threads=threads, trust=trust)
     options = ExportOptions(
         runtime=given(runtime, "torch"),
         precision=Fp32() if precision is UNSET else parse_precision(precision),
@@ -170,10 +174,16 @@ def create_backbone(
     backbone = build_any(name, asked)
     if backend.place is not None:
         placed: Model = resolve(backend.place)(
-            backbone, options.precision, device, embed_preprocessing=options.embed_preprocessing
+            backbone,
+            options.precision,
+            device,
+            embed_preprocessing=options.embed_preprocessing,
+            threads=check_threads(threads),
         )
         return placed
-    return _open_built(_job(backbone, options, calibration), device=device)
+    from deploykit.opening import open_built
+
+    return open_built(_job(backbone, options, calibration), device=device, threads=check_threads(threads))
 
 
 def export_backbone(
@@ -282,20 +292,44 @@ def export_asked(
     return export(job, output, overwrite=overwrite, progress=progress)
 
 
-def load_bundle(folder: str | os.PathLike[str], *, device: str = "auto") -> Runtime:
+def load_bundle(
+    folder: str | os.PathLike[str], *, device: str = "auto", threads: int | None = None, trust: bool | None = None
+) -> Runtime:
     """Verify a bundle and open its engine; needs the runtime's package and NumPy, not torch.
+
+    The engine is opened from the bytes that were verified: a bundle that is replaced meanwhile gives the old one, the
+    new one or an error.
+
+    Args:
+        folder: the bundle.
+        device: where it runs; ``"auto"`` is the runtime's first device.
+        threads: as for `create_backbone`.
+        trust: as for `create_backbone`.
 
     Raises:
         BundleError: not a bundle, or one that is damaged, incomplete or from a newer schema.
+        UntrustedEngine: ``trust`` is False, and the engine is machine code from elsewhere.
         MissingDependency: the runtime's package is not installed.
         IncompatibleEngine, DeviceUnavailable: the engine cannot run here.
     """
     path = path_of(folder)
-    manifest = open_bundle(path)
-    return load_backend(manifest.runtime).load_adapter()(manifest, path, device=device)
+    manifest = open_bundle(path, leave_engine=True)  # the adapter verifies what it reads
+    adapter = load_backend(manifest.runtime).load_adapter()
+    try:
+        return adapter(manifest, path, device=device, threads=check_threads(threads), trust=trust)
+    except EngineMismatch:
+        open_bundle(path)  # names everything that is wrong with it; nothing where it was replaced meanwhile
+        raise
 
 
-def verify_bundle(folder: str | os.PathLike[str], *, device: str = "auto", record: bool = False) -> ParityReport:
+def verify_bundle(
+    folder: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    record: bool = False,
+    threads: int | None = None,
+    trust: bool | None = None,
+) -> ParityReport:
     """Run a bundle's engine on the reference images that it carries and compare with torch's outputs.
 
     Needs no torch and no weights. The report's ``passed`` says whether every output is within the
@@ -303,16 +337,16 @@ def verify_bundle(folder: str | os.PathLike[str], *, device: str = "auto", recor
 
     ``record`` writes what was seen here into the bundle: ``parity_checked`` where every output is within the
     budget and else ``executed``, with the machine, the device and the versions. That is for a bundle that was
-    built on a machine without its device.
+    built on a machine without its device. A bundle that is no longer the one that ran is refused.
 
     Raises:
         BundleError: not a bundle, or one that is damaged, or one that cannot be written.
         IncompatibleEngine, DeviceUnavailable: the engine cannot run here.
     """
     path = path_of(folder)
-    with load_bundle(path, device=device) as model:
+    with load_bundle(path, device=device, threads=threads, trust=trust) as model:
         seen_on = model.seen_on()
-        reference = ParityReference.load(path / "reference.npz")
+        reference = ParityReference.load(model.read_file("reference.npz"))
         images = reference.images.astype(model.input_spec.dtype, copy=False)
         found = reference.sample(run_in_batches(model, images))
         levels = compare(
@@ -332,7 +366,7 @@ def verify_bundle(folder: str | os.PathLike[str], *, device: str = "auto", recor
             levels=levels,
         )
     if record:
-        record_status(path, "parity_checked" if report.passed else "executed", seen_on)
+        record_status(path, model.manifest, "parity_checked" if report.passed else "executed", seen_on)
     return report
 
 
@@ -402,22 +436,3 @@ def _warn_of_guess(backbone: BaseBackbone) -> None:
         WeightsWarning,
         stacklevel=2,
     )
-
-
-def _open_built(job: ExportJob, *, device: str) -> Runtime:
-    """Open the engine of a job: from the cache, built into it, or built for this model alone."""
-    from deploykit.cache import EngineCache
-    from deploykit.export.pipeline import export
-
-    def build(folder: Path) -> None:
-        export(job, folder)
-
-    if job.options.cache:
-        with EngineCache().opened(job.cache_parts(), build, title=job.title, expected=job.differs_from) as folder:
-            return load_bundle(folder, device=device)
-    with ExitStack() as scratch:
-        folder = scratch.enter_context(scratch_folder("engine")) / "bundle"
-        build(folder)
-        model = load_bundle(folder, device=device)
-        weakref.finalize(model, scratch.pop_all().close)
-    return model

@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NoReturn, TypeAlias
@@ -124,6 +124,16 @@ def is_inside(name: str) -> bool:
     path = PurePosixPath(name)
     plain = bool(name) and "\\" not in name and "\0" not in name and str(path) == name
     return plain and not path.is_absolute() and ".." not in path.parts and name not in (".", MANIFEST, MANIFEST_DIGEST)
+
+
+def engine_parts(engine: str, names: Iterable[str]) -> tuple[str, ...]:
+    """Return which files make up an engine: those with its stem beside it, or all of the folder that it has to itself.
+
+    ``model.xml`` has ``model.bin``, ``model.onnx`` has ``model.onnx.data``; the engine itself is the first.
+    """
+    whole = PurePosixPath(engine)
+    start = f"{whole.parent}/" if whole.parent.name else f"{whole.stem}."
+    return (engine, *(name for name in sorted(names) if name.startswith(start) and name != engine))
 
 
 def own_version() -> dict[str, str]:

@@ -118,7 +118,7 @@ def _damage_told() -> Iterator[None]:
         raise ValueError(f"not a readable .npz: {error!r}") from error
 
 
-def read_npz(path: Path, *, limit: int | None = None) -> dict[str, Array]:
+def read_npz(path: Path | bytes, *, limit: int | None = None) -> dict[str, Array]:
     """Read every array of a file by its name; see `open_npz`.
 
     A damaged directory can lose arrays without any checksum failing: ask for each by its name.

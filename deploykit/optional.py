@@ -5,28 +5,72 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import re
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 
 from deploykit.errors import DeployKitError, MissingDependency
 
+_VERSION_LINE = re.compile(
+    r"^__version__(?::\s*\w+)?\s*=\s*(?P<quote>['\"])(?P<version>[^'\"]+)(?P=quote)", re.MULTILINE
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptionalPackage:
-    """An optional package: what it is imported as, what brings it, and what it is for."""
+    """An optional package: what it is imported as, what brings it, and what it is for.
+
+    Args:
+        module: what it is imported as.
+        distribution: what pip installs to bring it.
+        extra: the extra of deploykit that needs it.
+        feature: what it is for.
+        distributions: other builds of the same module, for other devices or from every night, each instead of
+            ``distribution``: two of them in one environment overwrite each other's files.
+        prepare: a function that is called before the first import, as ``module:function``.
+    """
 
     module: str
     distribution: str
     extra: str | None = None
     feature: str
+    distributions: tuple[str, ...] = ()
     prepare: str | None = None
-    """A function that is called before the first import, as ``module:function``."""
 
     @property
     def command(self) -> str:
         """The pip command that installs it: with the extra of deploykit that needs it, where there is one."""
         return f"pip install 'deploykit[{self.extra}]'" if self.extra else f"pip install {self.distribution}"
+
+    @property
+    def repair(self) -> str:
+        """The pip command that mends the build that is installed, and puts no other one over it."""
+        builds = self.installed_builds()
+        if len(builds) > 1:
+            return f"pip uninstall {' '.join(builds)}, which overwrite each other, then pip install one of them"
+        return f"pip install --force-reinstall {self.build}"
+
+    @property
+    def build(self) -> str:
+        """The distribution that is installed of it; ``distribution`` where none is."""
+        return (*self.installed_builds(), self.distribution)[0]
+
+    def installed_builds(self) -> tuple[str, ...]:
+        """Return the distributions that are installed of it; first the one whose version the module has.
+
+        One that another of them requires is a part of that one.
+        """
+        own = module_version(self.module) or ""
+        found = {name: version for name in (self.distribution, *self.distributions) if (version := _version_of(name))}
+        if not found and _spec_of(self.module) is not None:
+            return tuple(importlib.metadata.packages_distributions().get(self.module, ()))
+        parts = {_plain_name(need) for name in found for need in importlib.metadata.requires(name) or ()}
+        whole = [name for name in found if _plain_name(name) not in parts]
+        return tuple(sorted(whole, key=lambda name: not _same_release(own, found[name])))
 
 
 PACKAGES: dict[str, OptionalPackage] = {
@@ -87,14 +131,15 @@ def require(module: str, package: OptionalPackage | None = None) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         absent = (error.name or "").partition(".")[0]
-        if absent == root:
+        removed = root not in sys.modules and package.installed_builds()  # its files are gone, and its record is not
+        if absent == root and not removed:
             raise MissingDependency(
                 f"{package.feature} needs the package {package.distribution!r}, which is not installed. "
                 f"Install it: {package.command}",
                 package=root,
                 command=package.command,
             ) from error
-        if absent and absent == error.name:
+        if absent and absent == error.name and absent != root:
             raise _incomplete(package, absent) from error
         raise _broken(package, error) from error
     except (ImportError, OSError, RuntimeError) as error:
@@ -121,8 +166,7 @@ def _incomplete(package: OptionalPackage, absent: str) -> MissingDependency:
 
 def _broken(package: OptionalPackage, error: Exception) -> DeployKitError:
     return DeployKitError(
-        f"the package {package.distribution!r} is installed but does not import ({error}). "
-        f"Reinstall it: pip install --force-reinstall {package.distribution}"
+        f"the package {package.build!r} is installed but does not import ({error}). Reinstall it: {package.repair}"
     )
 
 
@@ -131,11 +175,56 @@ def _package_of(module: str) -> OptionalPackage:
 
 
 def installed_version(module: str, package: OptionalPackage | None = None) -> str | None:
-    """Return the installed version of an optional package, without importing it; None when absent."""
-    package = package or _package_of(module)
-    if importlib.util.find_spec(module) is None:
+    """Return the installed version of an optional package, without importing it; None when absent.
+
+    The module's own word counts, whichever distribution brought it; where it has none, its distribution's does.
+    """
+    if _spec_of(module) is None:
         return None
+    own = module_version(module)
+    package = package or _package_of(module)
+    version = _version_of(package.distribution)
+    # Of 2026.4.1 a module may say 2026.4.1-22051-release; what pip calls it is shorter, and what manifests have.
+    if version is not None and (own is None or _same_release(own, version)):
+        return version
+    builds = package.installed_builds() if own is None else ()
+    return own or next((_version_of(name) for name in builds), None)
+
+
+def module_version(module: str) -> str | None:
+    """Return what a module says of its own version: from the module where it is imported, else from its source."""
+    loaded = getattr(sys.modules.get(module), "__version__", None)
+    if isinstance(loaded, str):
+        return loaded
+    spec = _spec_of(module)
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        for name in ("__init__.py", "version.py", "_version.py"):
+            with suppress(OSError):
+                match = _VERSION_LINE.search((Path(folder) / name).read_text(encoding="utf-8", errors="replace"))
+                if match:
+                    return match.group("version")
+    return None
+
+
+def _spec_of(module: str) -> ModuleSpec | None:
     try:
-        return importlib.metadata.version(package.distribution)
+        return importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+
+
+def _version_of(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _plain_name(requirement: str) -> str:
+    """The name in a requirement such as ``tensorrt_rtx_cu13==1.7; extra == "x"``, as pip compares names."""
+    match = re.match(r"[\w.-]+", requirement.strip())
+    return re.sub(r"[-_.]+", "-", match.group() if match else "").lower()
+
+
+def _same_release(own: str, distribution: str) -> bool:
+    return own.partition("-")[0].partition("+")[0] == distribution.partition("+")[0]

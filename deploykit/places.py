@@ -136,7 +136,7 @@ def scratch_folder(purpose: str, *, below: Path | None = None) -> Iterator[Path]
     Raises:
         StorageError: it cannot be made, or the disk was full while it was used.
     """
-    root = below or scratch_root()
+    root, process = below or scratch_root(), os.getpid()
     try:
         folder, handle = make_scratch(purpose, root)
         inner = folder / "files"  # whose own lock is free for those that write below it
@@ -150,7 +150,8 @@ def scratch_folder(purpose: str, *, below: Path | None = None) -> Iterator[Path]
             raise _scratch_error(root, error) from error
         raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if os.getpid() == process:  # a forked child ends this block too, and the folder is its parent's
+            shutil.rmtree(folder, ignore_errors=True)
         os.close(handle)
 
 

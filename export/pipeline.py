@@ -37,6 +37,7 @@ from deploykit.parity.reference import capture
 from deploykit.parity.report import ParityReport
 from deploykit.progress import ImagesCalibrated, Progress, StageStarted, quiet
 from deploykit.spec import InputSpec, Int8
+from deploykit.trust import remember_engine
 
 SEARCH_FILE = "mixed-precision.json"
 RECIPES_FILE = "recipes.json"
@@ -123,7 +124,10 @@ def export(job: ExportJob, folder: Path, *, overwrite: bool = False, progress: P
             search=None if search is None else search.report,
             recipes=recipes,
         )
-        return _write(result, staging, job.labels or job.backbone.labels)
+        written = _write(result, staging, job.labels or job.backbone.labels)
+    if job.backend.is_code(written.manifest.engine):
+        remember_engine(written.manifest)
+    return written
 
 
 def evaluate_job(job: ExportJob, held_out: CalibrationSet) -> Measured:

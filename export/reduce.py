@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
@@ -12,10 +11,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-import deploykit
 from deploykit.arrays import FloatArray
+from deploykit.backends.engine_file import EngineFile
+from deploykit.backends.onnx_external import load_external_data
 from deploykit.backends.table import engine_names, load_backend
 from deploykit.bundle import open_bundle
+from deploykit.child_process import child_environment, run_code, run_module
 from deploykit.errors import DeployKitError, ExportError, SpecError
 from deploykit.export.reduce_check import FAILS, CheckRequest, find_problem
 from deploykit.optional import require
@@ -43,22 +44,24 @@ def reduce_bundle(folder: Path, output: Path) -> str | None:
         MissingDependency: polygraphy or onnx-graphsurgeon is not installed.
         ExportError: polygraphy failed, with the end of its log.
     """
-    manifest = open_bundle(folder)
+    manifest = open_bundle(folder, leave_engine=True)
     if load_backend(manifest.runtime).debug is None or not manifest.engine.endswith(".onnx"):
         reducible = [name for name in engine_names() if load_backend(name).debug is not None]
         raise SpecError(
             f"{folder} holds {manifest.engine}, and only bundles that hold an ONNX graph can be reduced: those of "
             f"{', '.join(reducible)} (portable ones). Export the same backbone as one of these, and debug that."
         )
-    reference = ParityReference.load(folder / "reference.npz")
     precision = parse_precision(manifest.precision, manifest.precision_settings)
-    return reduce_model(
-        folder / manifest.engine,
-        output,
-        images=reference.images[:1],
-        runtime=manifest.runtime,
-        min_sqnr_db=precision.min_sqnr_db,
-    )
+    with closing(EngineFile(manifest, folder)) as engine:
+        load_external_data(engine)
+        reference = ParityReference.load(engine.read_beside("reference.npz"))
+        return reduce_model(
+            Path(str(engine)),
+            output,
+            images=reference.images[:1],
+            runtime=manifest.runtime,
+            min_sqnr_db=precision.min_sqnr_db,
+        )
 
 
 def reduce_model(
@@ -107,14 +110,12 @@ def with_fixed_batch(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _polygraphy(model: Path, work: Path, time_limit: float) -> None:
-    check = [sys.executable, "-m", "deploykit.export.reduce_check", "polygraphy_debug.onnx", str(work / "request.json")]
-    command = [sys.executable, "-c", _POLYGRAPHY, "debug", "reduce", str(model), "-o", str(work / "reduced.onnx")]
+    check = run_module("deploykit.export.reduce_check", "polygraphy_debug.onnx", str(work / "request.json"))
+    command = run_code(_POLYGRAPHY, "debug", "reduce", str(model), "-o", str(work / "reduced.onnx"))
     command += ["--mode", "bisect", "--fail-code", str(FAILS), "--check", *check]
-    parent = str(Path(str(deploykit.__file__)).parent.parent)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([parent, os.environ.get("PYTHONPATH", "")])}
     try:
         done = subprocess.run(
-            command, cwd=work, env=environment, capture_output=True, text=True, timeout=time_limit, check=False
+            command, cwd=work, env=child_environment(), capture_output=True, text=True, timeout=time_limit, check=False
         )
     except subprocess.TimeoutExpired as error:
         raise ExportError(

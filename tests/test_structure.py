@@ -23,34 +23,35 @@ NAMES_ANY_RUNTIME = {"deploykit/backends/table.py"}
 
 EXECUTION_PROVIDERS = {
     ("deploykit/backends/onnxruntime/adapter.py", "tensorrt"): "an execution provider of ONNX Runtime",
+    ("deploykit/backends/onnxruntime/package.py", "openvino"): "a build of ONNX Runtime with that provider",
 }
 
 PREFIXES = {"deploykit": "deploykit", "export": "deploykit.export", "calibration": "deploykit.calibration"}
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("printable", "unset"),
+    ("printable", "unset", "privacy", "child_process", "interruption"),
     ("errors", "arrays", "processor", "feature_dict", "labels", "timing", "plain_files", "torchvision_operators"),
-    ("spec", "progress", "optional", "locks", "names", "sampling", "images"),
+    ("spec", "progress", "optional", "locks", "names", "sampling", "images", "threads"),
     ("places", "npz"),
     ("options", "graph"),
     ("parity",),
     ("store_entry", "store_folder", "store_upkeep", "store"),
     ("manifest", "bundle_files"),
-    ("bundle", "bundle_status", "cache", "asked", "predict"),
+    ("bundle", "bundle_status", "cache", "trust", "asked", "predict"),
     ("runtime side",),
     ("onnx_session",),
     ("backbones", "fusion"),
     ("calibration",),
     ("backends",),
     ("export",),
-    ("facade",),
+    ("facade", "opening"),
     ("cli", "__main__"),
 )
 """Every import goes to the same layer or to one above it in this list."""
 
 RUNTIME_SIDE = re.compile(
-    r"deploykit\.backends(\.(backend|table|runtime|input_checks)|\.\w+\.(backend|adapter|session|targets|api|cuda_\w+|"
-    r"build|builder|plan_file|portable))?"
+    r"deploykit\.backends(\.(backend|table|runtime|input_checks|engine_file|onnx_external)|"
+    r"\.\w+\.(backend|adapter|package|archive|session|targets|api|cuda_\w+|build|builder|plan_file|portable))?"
 )
 """What opens an engine: it stands below everything that builds one, and imports neither torch nor onnx."""
 

@@ -38,10 +38,11 @@ class Backend:
         devices: ``() -> tuple[str, ...]``: the devices of this machine; needs the package.
         tie: ``() -> dict[str, str]``: what an engine that is built here is tied to beside its target and the version,
             such as the processor's instructions; None: nothing.
-        place: ``(backbone, precision, device, embed_preprocessing) -> module``, for a runtime that runs the torch
-            module itself and has no engines; None: engines.
+        place: ``(backbone, precision, device, embed_preprocessing, threads) -> module``, for a runtime that runs the
+            torch module itself and has no engines; None: engines.
         adapter: the `Runtime` class that opens its engines; None with ``place``.
         dialect: the `Dialect` that writes a precision plan into its graph; None with ``place``.
+        code_suffix: how those of its engine files end that are machine code; None: none is.
         lower: a `Lowering`; None with ``place``.
         portable: the lowering to an engine that the device finishes, where the runtime has such a form.
         options: ``(BuildOptions, target) -> None``: refuse build options; None: it takes none.
@@ -65,6 +66,7 @@ class Backend:
     place: str | None = None
     adapter: str | None = None
     dialect: str | None = None
+    code_suffix: str | None = None
     lower: str | None = None
     portable: str | None = None
     options: str | None = None
@@ -94,6 +96,10 @@ class Backend:
         """Return what an engine that is built on this machine is tied to; needs the package."""
         tied: dict[str, str] = resolve(self.tie)() if self.tie is not None else {}
         return tied
+
+    def is_code(self, engine: str) -> bool:
+        """Whether an engine file is machine code, which runs with the user's rights when it is opened."""
+        return self.code_suffix is not None and engine.endswith(self.code_suffix)
 
     def load_adapter(self) -> type[Runtime]:
         """Return the class that opens engines."""

@@ -1,14 +1,17 @@
-"""What every adapter shares: checks on the way in, copies on the way out, closing, threads.
+"""What every adapter shares: verified bytes, checks on the way in, copies on the way out, closing, threads, processes.
 
 An adapter is one class in one file with the methods `_open`, `_run`, `_close` and `devices`.
 """
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import warnings
+import weakref
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -17,7 +20,9 @@ import numpy as np
 
 from deploykit.arrays import FloatArray, ImageArray, Images
 from deploykit.backends.backend import Backend
+from deploykit.backends.engine_file import EngineFile, read_verified
 from deploykit.backends.input_checks import check_images, from_torch
+from deploykit.backends.onnx_external import load_external_data
 from deploykit.backends.table import load_backend
 from deploykit.errors import DeployKitError, IncompatibleEngine, SaturationWarning, SpecError
 from deploykit.feature_dict import Features
@@ -25,6 +30,8 @@ from deploykit.labels import read_labels
 from deploykit.predict import Prediction, predict
 from deploykit.processor import read_processor, this_processor
 from deploykit.spec import FeatureInfo, InputSpec, Int8, Precision, parse_precision
+from deploykit.threads import check_threads, thread_limit
+from deploykit.trust import check_trust
 
 if TYPE_CHECKING:
     from deploykit.bundle import Manifest
@@ -39,14 +46,37 @@ class Runtime(ABC):
     NumPy out, torch in gives torch out (on the CPU). With ``features_only``
     the result is a dict from level name to ``(N, C, H/stride, W/stride)`` (`Features`); otherwise
     ``(N, num_classes)`` logits, or the ``(N, D)`` embedding. The caller owns every returned
-    buffer. Calls are safe from several threads.
+    buffer. Calls are safe from several threads. A forked process cannot use its parent's engine; pickling and
+    copying open the same engine once more, by its folder, with its digests checked.
+
+    Args:
+        manifest: of the bundle.
+        folder: where the engine's files are.
+        device: where it runs; ``"auto"`` is the runtime's first device.
+        threads: how many threads compute; None: as many as the process may use.
+        trust: of an engine that is machine code and not this user's own: True opens it, False refuses it; None opens
+            it with a warning.
 
     Raises:
+        BundleError: an engine file is missing or not the one that the manifest describes, or is refused.
         DeviceUnavailable: the device asked for is not here.
         IncompatibleEngine: the engine was built by a runtime version that this one cannot read.
     """
 
-    def __init__(self, manifest: Manifest, folder: Path, *, device: str = "auto") -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        folder: Path,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        trust: bool | None = None,
+    ) -> None:
+        self.threads = check_threads(threads) or thread_limit()
+        # A copy has the same digests, so that it is as trusted as this one.
+        self._options: dict[str, Any] = {"device": device, "threads": threads, "trust": True}
+        self._folder = folder.absolute()
+        self._process = os.getpid()
         self.backend: Backend = load_backend(manifest.runtime)
         self.backend.require()
         self.runtime = manifest.runtime
@@ -61,12 +91,23 @@ class Runtime(ABC):
         classes = 0 if self._features_only else manifest.backbone.num_classes
         self.labels: tuple[str, ...] | None = read_labels(folder, classes) if classes else None
         self._check_version()
-        self.device = self._open(folder / manifest.engine, device)
+        self._engine_file = EngineFile(manifest, folder)
+        try:
+            if manifest.files and self.backend.is_code(manifest.engine):
+                check_trust(folder, manifest.engine, self._engine_file.records, trust)
+            if self._engine_file.name.endswith(".onnx"):
+                load_external_data(self._engine_file)
+            self.device = self._open(self._engine_file, device)
+        except BaseException:
+            self._engine_file.close()
+            raise
+        self._engine_file.release()
+        _OPEN.add(self)
         self._warn_of_saturation()
 
     @abstractmethod
-    def _open(self, engine: Path, device: str) -> str:
-        """Load the engine file; return the device that it runs on."""
+    def _open(self, engine: EngineFile, device: str) -> str:
+        """Load the engine, to compute in ``self.threads`` (None: the runtime's own choice); return its device."""
 
     @abstractmethod
     def _run(self, images: ImageArray) -> list[FloatArray]:
@@ -89,8 +130,8 @@ class Runtime(ABC):
                 images, or the model is closed.
             DeployKitError: the runtime itself failed; its error is chained.
         """
-        if self._closed:
-            raise self._closed_error()
+        if self._closed or os.getpid() != self._process:
+            raise self._unusable()
         array, to_caller = (images, None) if isinstance(images, np.ndarray) else from_torch(images, self.input_spec)
         array = check_images(array, self.input_spec)
         try:
@@ -100,7 +141,7 @@ class Runtime(ABC):
         except Exception as error:
             # Runtimes raise classes of their own, which share no base.
             if self._closed:
-                raise self._closed_error() from error
+                raise self._unusable() from error
             raise DeployKitError(
                 f"{self.backend.package.module} failed to run the engine on {self.device}: {error}. "
                 "Export the bundle again; deploykit verify says whether the engine ever ran."
@@ -120,11 +161,32 @@ class Runtime(ABC):
         version = self.backend.installed_version() or "unknown"
         return machine() | {"device": self.device, self.backend.package.module: version}
 
+    def read_file(self, name: str) -> bytes:
+        """Read another file of the engine's bundle: the one that its manifest describes.
+
+        Raises:
+            BundleError: it is missing, or the bundle was replaced since it was opened.
+        """
+        return read_verified(self.manifest, self._folder, name)
+
     def close(self) -> None:
-        """Give the engine's memory back; calling twice is harmless."""
+        """Give the engine's memory back; calling twice is harmless, and in a forked process nothing is given back."""
         if not self._closed:
             self._closed = True
-            self._close()
+            if os.getpid() == self._process:
+                self._close()
+                self._engine_file.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Open the same engine where the copy is made: another process, or another place in this one.
+
+        Raises:
+            SpecError: the model is closed.
+        """
+        if self._closed:
+            raise self._unusable()
+        manifest = replace(self.manifest, files=self.manifest.files or self._engine_file.records)
+        return _reopen, (manifest, self._folder, self._options)
 
     def __enter__(self) -> Runtime:
         return self
@@ -140,7 +202,14 @@ class Runtime(ABC):
             f"images {self.input_spec.shape}>"
         )
 
-    def _closed_error(self) -> SpecError:
+    def _unusable(self) -> SpecError:
+        """The error of a model that is closed, or that another process opened."""
+        if os.getpid() != self._process:
+            return SpecError(
+                f"this {self.runtime} model was opened in process {self._process} and called in its forked child "
+                f"{os.getpid()}, where the runtime's threads are missing and a call would hang. Fix: open the bundle "
+                f"in the child, load_bundle({str(self._folder)!r}), or start the workers with the method 'spawn'."
+            )
         return SpecError(f"this {self.runtime} model is closed. Open the bundle again with load_bundle().")
 
     def _warn_of_saturation(self) -> None:
@@ -158,7 +227,7 @@ class Runtime(ABC):
 
     def _check_version(self) -> None:
         built, here = self.manifest.runtime_version, self.backend.installed_version() or "unknown"
-        exact, package = self.backend.version_rule == "exact", self.backend.package.module
+        exact, package = self.backend.version_rule == "exact", self.backend.package.build
         usable = built == here if exact else version_key(here) >= version_key(built)
         if not usable:
             relation = "exactly" if exact else "at least"
@@ -166,6 +235,30 @@ class Runtime(ABC):
                 f"this engine was built with {package} {built} and {here} is installed here; it needs {relation} "
                 f"{built}. Install {package}=={built.partition('+')[0]}, or export the bundle again here."
             )
+
+
+def _reopen(manifest: Manifest, folder: Path, options: dict[str, Any]) -> Runtime:
+    """Open a pickled engine: the folder must still hold the files that the manifest describes."""
+    return load_backend(manifest.runtime).load_adapter()(manifest, folder, **options)
+
+
+def _abandon_engines() -> None:
+    """Let a forked child end: the runtimes' threads stayed in the parent, so that destroying an engine waits for ever.
+
+    One more reference, which nothing gives back, keeps each engine from being destroyed, also when the child ends.
+    """
+    if _OPEN:
+        import ctypes
+
+        for engine in _OPEN:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))
+
+
+_OPEN: weakref.WeakSet[Runtime] = weakref.WeakSet()
+"""The engines of this process that were opened."""
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_abandon_engines)
 
 
 def machine() -> dict[str, str]:

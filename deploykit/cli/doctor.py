@@ -10,11 +10,12 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import deploykit
+from deploykit.backends.backend import Backend
 from deploykit.backends.table import backend_names, engine_names, load_backend
+from deploykit.child_process import child_environment, run_code
 from deploykit.cli.output import JsonFlag, show, show_json, table
 from deploykit.errors import SpecError
 from deploykit.optional import PACKAGES, installed_version
@@ -26,6 +27,7 @@ PROBE_SECONDS = 120.0
 
 _PROBE = """
 import json, sys
+from deploykit.backends.backend import Backend
 from deploykit.backends.table import load_backend
 backend = load_backend(sys.argv[1])
 backend.require()
@@ -37,7 +39,8 @@ print("devices:" + json.dumps(backend.load_devices()()))
 class RuntimeHealth:
     """A runtime here: ``version`` None means that its package is absent, and ``install`` is the command.
 
-    ``devices`` are those that the adapter can open; ``problem`` says why there are none to name.
+    ``package`` is the distribution that is installed of it, of which some runtimes have several. ``devices`` are those
+    that the adapter can open; ``problem`` says why there are none to name.
     """
 
     runtime: str
@@ -95,20 +98,27 @@ def _examine_runtimes() -> tuple[RuntimeHealth, ...]:
     running = {
         backend.name: _start_probe(backend.name) for backend in backends if backend.installed_version() is not None
     }
-    found = []
-    for backend in backends:
-        devices, problem = _finish_probe(running[backend.name]) if backend.name in running else ((), None)
-        found.append(
-            RuntimeHealth(
-                runtime=backend.name,
-                package=backend.package.module,
-                version=backend.installed_version(),
-                devices=devices,
-                problem=problem,
-                install=backend.package.command,
-            )
-        )
-    return tuple(found)
+    try:
+        return tuple(_health(backend, running.get(backend.name)) for backend in backends)
+    finally:
+        for probe in running.values():
+            probe.kill()  # harmless after its end
+
+
+def _health(backend: Backend, probe: subprocess.Popen[str] | None) -> RuntimeHealth:
+    package = backend.package
+    devices, problem = _finish_probe(probe) if probe is not None else ((), None)
+    builds = package.installed_builds()
+    if len(builds) > 1 and problem is None:
+        problem = f"{' and '.join(builds)} are both installed, and overwrite each other's files"
+    return RuntimeHealth(
+        runtime=backend.name,
+        package=package.build if builds else package.module,
+        version=backend.installed_version(),
+        devices=devices,
+        problem=problem,
+        install=package.repair if builds and problem is not None else package.command,
+    )
 
 
 def _runtime_modules() -> set[str]:
@@ -116,15 +126,13 @@ def _runtime_modules() -> set[str]:
 
 
 def _start_probe(runtime: str) -> subprocess.Popen[str]:
-    root = str(Path(str(deploykit.__file__)).parent.parent)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     return subprocess.Popen(
-        [sys.executable, "-c", _PROBE, runtime],
+        run_code(_PROBE, runtime),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-        env=environment,
+        env=child_environment(),
     )
 
 
@@ -143,6 +151,14 @@ def _finish_probe(probe: subprocess.Popen[str]) -> tuple[tuple[str, ...], str | 
         return (), f"broken: importing it ends the process (signal {-probe.returncode})"
     last = [line for line in complaint.splitlines() if line.strip()]
     return (), f"broken: {last[-1].strip() if last else 'no reason given'}"
+
+
+def _version_shown(row: RuntimeHealth) -> str:
+    """The version, after the distribution where that is not the runtime's usual one."""
+    if row.version is None:
+        return "absent"
+    usual = load_backend(row.runtime).package.distribution
+    return row.version if row.package == usual else f"{row.package} {row.version}"
 
 
 def find_compiler() -> str | None:
@@ -203,7 +219,7 @@ def _show_page(health: Health) -> None:
     rows = [
         [
             row.runtime,
-            row.version or "absent",
+            _version_shown(row),
             row.problem or (", ".join(row.devices) or "no device here: it can build, not run") if row.version else "",
             "" if row.version and not row.problem else row.install,
         ]

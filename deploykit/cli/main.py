@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Annotated, Any
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Annotated
 
 import typer
 
@@ -17,12 +15,12 @@ from deploykit.cli.output import show, show_error, shown_warnings
 from deploykit.cli.spellings import as_options
 from deploykit.cli.streams import PIPE_CLOSED, OutputLost, standard_streams
 from deploykit.errors import CalibrationError, DeployKitError, MissingDependency, SpecError
+from deploykit.interruption import INTERRUPTED, interruptible
 from deploykit.optional import PACKAGES
 from deploykit.places import is_environment
 
 BAD_USAGE = 2
 FAILED = 1
-INTERRUPTED = 130
 
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 
@@ -79,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words += ["--debug"] if debug and words[:1] == ["verify"] else []
     command = typer.main.get_command(app)
     try:
-        with standard_streams(), shown_warnings(), _stopped_like_interrupted():
+        with standard_streams(), shown_warnings(), interruptible():
             code = command.main(words, "deploykit", standalone_mode=False)
     except BrokenPipeError:
         return PIPE_CLOSED
@@ -93,25 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _report(error)
     if code == INTERRUPTED:
-        show_error("interrupted; nothing was left half-written.")
+        with suppress(OSError):  # a terminal that is gone, which is what SIGHUP says
+            show_error("interrupted; nothing was left half-written.")
     return code if isinstance(code, int) else 0
-
-
-@contextmanager
-def _stopped_like_interrupted() -> Iterator[None]:
-    """Take SIGTERM as Ctrl-C, so that a stopped export removes what it has begun."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _report(error: Exception) -> int:

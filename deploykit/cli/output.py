@@ -28,6 +28,18 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON on stdout ins
 DeviceOption = Annotated[
     str, typer.Option("--device", help="Where to run: auto, or a device that `deploykit doctor` lists.")
 ]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option("--threads", metavar="N", help="Threads to compute in.", show_default="as many as may be used"),
+]
+TrustOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--trust/--no-trust",
+        help="Open, or refuse, an engine that is machine code and was not made by this user on this machine.",
+        show_default="open with a warning",
+    ),
+]
 BundleArgument = Annotated[str, typer.Argument(metavar="BUNDLE", help="A folder that `deploykit export` wrote.")]
 
 

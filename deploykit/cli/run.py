@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from deploykit.backends.table import EVALUATOR
-from deploykit.cli.output import BundleArgument, DeviceOption, JsonFlag, show, show_json, show_warning, table
+from deploykit.cli.output import (
+    BundleArgument,
+    DeviceOption,
+    JsonFlag,
+    ThreadsOption,
+    TrustOption,
+    show,
+    show_json,
+    show_warning,
+    table,
+)
 from deploykit.errors import ImageError, SpecError
 
 if TYPE_CHECKING:
@@ -79,6 +89,8 @@ def run(
         bool, typer.Option("--skip-corrupt", help="Go on past images that cannot be read; each is named and counted.")
     ] = False,
     device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    trust: TrustOption = None,
     json: JsonFlag = False,
 ) -> None:
     """Preprocess images as the manifest says, run them, and print the best classes or the features' figures."""
@@ -87,7 +99,7 @@ def run(
     if top < 1:
         raise SpecError(f"--top is {top}; give at least 1.")
     given = find_given(images)
-    with load_bundle(bundle, device=device) as model:
+    with load_bundle(bundle, device=device, threads=threads, trust=trust) as model:
         spec = _with_crop_mode(model.input_spec, crop_mode)
         results = list(_results(model, given, spec, top=top, skip_corrupt=skip_corrupt))
         about = {"bundle": bundle, "runtime": model.runtime, "precision": model.precision.name, "device": model.device}

@@ -10,6 +10,7 @@ _SPELLINGS = {
     "pretrained=<file>": "--weights FILE",
     "batch_size='dynamic'": "--batch-size dynamic",
     "device='cpu'": "--device cpu",
+    "trust=True": "--trust",
     "new_head=True": "--new-head",
     "leave num_classes out": "leave out --num-classes",
     "leave in_channels out": "leave out --in-channels",

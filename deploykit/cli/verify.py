@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 from deploykit.backends.table import EVALUATOR
-from deploykit.cli.output import BundleArgument, DeviceOption, JsonFlag, show, show_error, show_json, show_warning
+from deploykit.cli.output import (
+    BundleArgument,
+    DeviceOption,
+    JsonFlag,
+    ThreadsOption,
+    TrustOption,
+    show,
+    show_error,
+    show_json,
+    show_warning,
+)
 from deploykit.errors import BundleError, DeployKitError, DeviceUnavailable, SpecError
 
 EXAMPLE = f"Example: deploykit verify resnet18-{EVALUATOR}-fp32"
@@ -32,7 +42,10 @@ RecordFlag = Annotated[
 
 def verify(
     bundle: BundleArgument,
+    *,
     device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    trust: TrustOption = None,
     record: RecordFlag = False,
     debug: DebugFlag = False,
     json: JsonFlag = False,
@@ -45,7 +58,7 @@ def verify(
     from deploykit.facade import verify_bundle
 
     try:
-        report = verify_bundle(bundle, device=device, record=record)
+        report = verify_bundle(bundle, device=device, record=record, threads=threads, trust=trust)
     except SpecError:
         raise
     except DeployKitError as error:

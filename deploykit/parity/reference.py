@@ -102,15 +102,18 @@ class ParityReference:
             raise storage_error(f"the parity reference {path} cannot be written", error) from error
 
     @classmethod
-    def load(cls, path: Path) -> ParityReference:
-        """Read what `save` wrote; nothing is unpickled, and no more is allocated than such a file can hold.
+    def load(cls, source: Path | bytes) -> ParityReference:
+        """Read what `save` wrote, from the file or from its content.
+
+        Nothing is unpickled, and no more is allocated than such a file can hold.
 
         Raises:
             BundleError: the file is missing, damaged, or not a parity reference.
             StorageError: this machine cannot read it now.
         """
         try:
-            with open_npz(path, limit=unpacked_limit(path.stat().st_size)) as arrays:
+            packed = len(source) if isinstance(source, bytes) else source.stat().st_size
+            with open_npz(source, limit=unpacked_limit(packed)) as arrays:
                 images, names = arrays["images"], [str(name) for name in arrays["names"]]
                 return cls(
                     images=images,
@@ -119,10 +122,11 @@ class ParityReference:
                     shapes={name: tuple(int(side) for side in arrays[f"shape/{name}"]) for name in names},
                 )
         except (DeployKitError, OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-            if isinstance(error, OSError) and is_environment(error):
-                raise read_error(path, error) from error
+            if isinstance(error, OSError) and isinstance(source, Path) and is_environment(error):
+                raise read_error(source, error) from error
+            what = f" {source}" if isinstance(source, Path) else ""
             raise BundleError(
-                f"the parity reference {path} cannot be read ({type(error).__name__}: {error}). "
+                f"the parity reference{what} cannot be read ({type(error).__name__}: {error}). "
                 "The bundle is damaged: copy or export it again."
             ) from error
 

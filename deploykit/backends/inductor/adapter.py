@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import platform
-import zipfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from deploykit.arrays import FloatArray
+from deploykit.backends.engine_file import EngineFile
+from deploykit.backends.inductor.archive import open_package
 from deploykit.backends.runtime import Runtime
 from deploykit.errors import BundleError, DeviceUnavailable, IncompatibleEngine
 from deploykit.optional import require
+
+_THREADS = threading.Lock()
+"""Torch has one number of threads for the whole process: held while a call has another than the user's."""
 
 
 class InductorRuntime(Runtime):
@@ -22,7 +29,7 @@ class InductorRuntime(Runtime):
     calls from several threads are safe and run one after another.
     """
 
-    def _open(self, engine: Path, device: str) -> str:
+    def _open(self, engine: EngineFile, device: str) -> str:
         name = "cpu" if device == "auto" else device.lower()
         if name != "cpu":
             raise DeviceUnavailable(
@@ -30,7 +37,7 @@ class InductorRuntime(Runtime):
             )
         _check_tie(self.manifest.requires)
         self._torch = require("torch")
-        self._loader: Any = load_package(engine)
+        self._loader: Any = open_package(engine.read(), engine.name)
         _check_outputs(self._torch, self._loader, self._output_names, engine)
         return name
 
@@ -38,7 +45,7 @@ class InductorRuntime(Runtime):
         torch = self._torch
         if not images.flags.writeable:
             images = images.copy()  # torch warns at memory that it may not write
-        with torch.inference_mode():
+        with torch.inference_mode(), _threads(torch, self.threads):
             outputs = self._loader.run([torch.from_numpy(images)])
         return [np.ascontiguousarray(output.numpy()) for output in outputs]
 
@@ -76,27 +83,27 @@ def _check_tie(requires: dict[str, str]) -> None:
         )
 
 
-def load_package(engine: Path) -> Any:
-    """The package's loader; its ``run`` takes and gives flat lists of tensors.
-
-    Raises:
-        BundleError: it is no package, or one that cannot be read.
-    """
-    if not zipfile.is_zipfile(engine):
-        raise BundleError(
-            f"{engine.name} is missing or is not an AOTInductor package (a ZIP archive). "
-            "Export the bundle again, or copy it again."
-        )
-    try:
-        # What aoti_load_package() makes, without importing the compiler, which takes longer than to load.
-        return require("torch")._C._aoti.AOTIModelPackageLoader(str(engine), "model", False, 1, -1)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise BundleError(
-            f"{engine.name} is not a readable AOTInductor package ({error}). Export the bundle again, or copy it again."
-        ) from error
+@contextmanager
+def _threads(torch: Any, count: int | None) -> Iterator[None]:
+    """Let torch compute in ``count`` threads; None, or the number that it has: as it is."""
+    if count is None or count == torch.get_num_threads():
+        yield
+        return
+    with _THREADS:
+        before = torch.get_num_threads()
+        torch.set_num_threads(count)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
-def _check_outputs(torch: Any, loader: Any, expected: tuple[str, ...], engine: Path) -> None:
+def load_package(path: Path) -> Any:
+    """Open a package that this process has just made; see `open_package`."""
+    return open_package(path.read_bytes(), path.name)
+
+
+def _check_outputs(torch: Any, loader: Any, expected: tuple[str, ...], engine: EngineFile) -> None:
     """Compare the number of outputs: a package gives them by position, without names."""
     found = torch.utils._pytree.treespec_loads(loader.get_call_spec()[1]).num_leaves
     if found != len(expected):

@@ -14,6 +14,7 @@ BACKEND = Backend(
     tie="deploykit.backends.inductor.adapter:machine_tie",
     adapter="deploykit.backends.inductor.adapter:InductorRuntime",
     dialect="deploykit.backends.inductor.passes:DIALECT",
+    code_suffix=".pt2",
     lower="deploykit.backends.inductor.lower:lower",
     inspect="deploykit.backends.inductor.inspect:left_in_float",
 )

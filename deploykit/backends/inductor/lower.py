@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +19,7 @@ from deploykit.backends.inductor.targets import FASTEST_MODE, INDUCTOR_MODES
 from deploykit.errors import ExportError
 from deploykit.graph import TorchProgram
 from deploykit.optional import installed_version, require
+from deploykit.places import scratch_folder
 from deploykit.spec import InputSpec
 
 if TYPE_CHECKING:
@@ -27,7 +28,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MARCH = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}
-_COMMON = {"freezing": True, "autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
+_COMMON = {
+    "freezing": True,
+    "autotune_num_choices_displayed": 0,
+    "max_autotune_report_choices_stats": False,
+    # Precompiled headers pay where the next compilation finds them: 150 MB each, which would stay on the disk.
+    "cpp_cache_precompile_headers": False,
+    "aot_inductor.precompile_headers": False,
+}
 
 
 def lower(graph: TorchProgram, folder: Path, options: LowerOptions) -> Engine:
@@ -45,12 +53,12 @@ def lower(graph: TorchProgram, folder: Path, options: LowerOptions) -> Engine:
     require("torch")
     target = options.target
     _check_compiler()
-    with tempfile.TemporaryDirectory(prefix="deploykit-inductor-") as staging:
+    with scratch_folder("inductor") as staging:
         if target in (None, FASTEST_MODE):
-            package, choice = _chosen_package(graph, Path(staging), measure=target == FASTEST_MODE)
+            package, choice = _chosen_package(graph, staging, measure=target == FASTEST_MODE)
         else:
             choice = ModeChoice(mode=str(target), milliseconds={})
-            package = _compile(graph.program, Path(staging), choice.mode)
+            package = _compile(graph.program, staging, choice.mode)
         shutil.copyfile(package, folder / "model.pt2")
     torch_version = installed_version("torch") or "unknown"
     return Engine(
@@ -114,7 +122,8 @@ def _compile(program: ExportedProgram, staging: Path, mode: str) -> Path:
     package = staging / mode / "model.pt2"  # the file's name is also a name inside it
     package.parent.mkdir()
     try:
-        with _quiet(), torch.no_grad():
+        # Without a folder of its own inductor leaves every engine in one that everybody can name before it is made.
+        with _quiet(), torch._inductor.utils.fresh_cache(dir=str(package.parent), delete=False), torch.no_grad():
             torch._inductor.aoti_compile_and_package(
                 program, package_path=str(package), inductor_configs=_settings(mode)
             )
@@ -134,7 +143,10 @@ def _settings(mode: str) -> dict[str, Any]:
     """
     march = _MARCH.get(machine_tie()["cpu_capability"].partition("+")[0])
     known = march is not None and platform.machine() == "x86_64"
-    return {**_COMMON, **({"cpp.march": march} if known else {}), **INDUCTOR_MODES[mode]}
+    # A number of threads that only this process has would be written into the code; every processor's is not.
+    restricted = require("torch").get_num_threads() != os.cpu_count()
+    threads = {"cpp.dynamic_threads": True} if restricted else {}
+    return {**_COMMON, **threads, **({"cpp.march": march} if known else {}), **INDUCTOR_MODES[mode]}
 
 
 def _check_compiler() -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from deploykit.arrays import FloatArray
-from deploykit.backends.onnxruntime.session import KEEP_FLOAT_WEIGHTS, LOG_ERRORS
+from deploykit.backends.engine_file import EngineFile
+from deploykit.backends.onnxruntime.package import PACKAGE, load_onnxruntime
+from deploykit.backends.onnxruntime.session import KEEP_FLOAT_WEIGHTS, session_options
 from deploykit.backends.runtime import Runtime
 from deploykit.errors import BundleError, DeviceUnavailable, IncompatibleEngine
-from deploykit.optional import require
 
 PROVIDERS: dict[str, str] = {
     "cpu": "CPUExecutionProvider",
@@ -25,9 +25,14 @@ PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"cuda": {"use_tf32": "0"}}
 SESSION_SETTINGS = {
     KEEP_FLOAT_WEIGHTS[0]: KEEP_FLOAT_WEIGHTS[1],
     "session.force_spinning_stop": "1",
+    "session.load_model_format": "ONNX",
 }
 """What every session is told: its threads spin during a call, where that saves their waking up, and sleep
-after it. By default they go on for a while and take the cores from whatever else the process does."""
+after it. By default they go on for a while and take the cores from whatever else the process does. The engine is read
+as ONNX, the form in which its external weights were checked, and as no other."""
+FROM_MEMORY = "add_external_initializers_from_files_in_memory"
+"""What takes external weights from memory; releases before 1.24 have no such method."""
+
 _UNREADABLE = ("InvalidProtobuf", "NoSuchFile", "NoModel")
 _CPU_NODES = "fallback to CPU EP has been explicitly disabled"
 _NO_GRAPH = "No graph was found in the protobuf"  # how onnxruntime reports an empty file
@@ -36,20 +41,20 @@ _NO_GRAPH = "No graph was found in the protobuf"  # how onnxruntime reports an e
 class OnnxRuntime(Runtime):
     """An ONNX file in ONNX Runtime.
 
-    The session uses onnxruntime's own thread count. It is shared by all callers: onnxruntime runs
-    one session from several threads at once, and allocates new outputs for every run.
+    The session is shared by all callers: onnxruntime runs one session from several threads at once, and allocates
+    new outputs for every run.
     """
 
-    def _open(self, engine: Path, device: str) -> str:
-        ort = require("onnxruntime")
+    def _open(self, engine: EngineFile, device: str) -> str:
+        ort = load_onnxruntime()
         name, _, ordinal = ("cpu" if device == "auto" else device.lower()).partition(":")
         if name not in self.devices() or not (ordinal.isdecimal() or not ordinal) or (ordinal and name == "cpu"):
             raise DeviceUnavailable(
                 f"onnxruntime has no device {device!r} here; it has {', '.join(self.devices())} "
-                f"(providers: {', '.join(ort.get_available_providers())}). Choose one of these, or for cuda "
-                "install onnxruntime-gpu in place of onnxruntime."
+                f"(providers: {', '.join(ort.get_available_providers())}). Choose one of these. Fix for cuda: "
+                f"pip uninstall {PACKAGE.build}, then pip install onnxruntime-gpu; two builds overwrite each other."
             )
-        session = _create_session(ort, engine, name, ordinal)
+        session = _create_session(ort, engine, name, ordinal, self.threads)
         active = session.get_providers()[0]
         if active != PROVIDERS[name]:
             raise DeviceUnavailable(_fell_back(PROVIDERS[name], active))
@@ -69,14 +74,13 @@ class OnnxRuntime(Runtime):
     @classmethod
     def devices(cls) -> tuple[str, ...]:
         """The devices whose execution provider this build of onnxruntime carries."""
-        available = require("onnxruntime").get_available_providers()
+        available = load_onnxruntime().get_available_providers()
         return tuple(device for device, provider in PROVIDERS.items() if provider in available)
 
 
-def _create_session(ort: Any, engine: Path, device: str, ordinal: str) -> Any:
+def _create_session(ort: Any, engine: EngineFile, device: str, ordinal: str, threads: int | None) -> Any:
     """A session on a device's provider, with onnxruntime's fallbacks to the CPU, whole or by node, switched off."""
-    options = ort.SessionOptions()
-    options.log_severity_level = LOG_ERRORS
+    options = session_options(ort, threads)
     for key, value in SESSION_SETTINGS.items():
         options.add_session_config_entry(key, value)
     settings = dict(PROVIDER_OPTIONS.get(device, {}))
@@ -86,7 +90,7 @@ def _create_session(ort: Any, engine: Path, device: str, ordinal: str) -> Any:
         settings["device_id"] = ordinal
     provider = (PROVIDERS[device], settings)
     try:
-        return ort.InferenceSession(str(engine), options, providers=[provider], enable_fallback=0)
+        session = ort.InferenceSession(_source(options, engine), options, providers=[provider], enable_fallback=0)
     except Exception as error:
         if _CPU_NODES in str(error):
             raise DeviceUnavailable(_fell_back(PROVIDERS[device], PROVIDERS["cpu"])) from error
@@ -99,6 +103,20 @@ def _create_session(ort: Any, engine: Path, device: str, ordinal: str) -> Any:
             f"onnxruntime {ort.__version__} refuses {engine.name}: {error}. "
             "Install the onnxruntime that the manifest names, or export the bundle again here."
         ) from error
+    session._model_bytes = None  # kept only to make the session anew on another provider
+    return session
+
+
+def _source(options: Any, engine: EngineFile) -> bytes | str:
+    """The model's bytes, with its external weights in the options; or the path of a private copy with both."""
+    weights = engine.parts()
+    if not weights:
+        return engine.read()
+    add_weights = getattr(options, FROM_MEMORY, None)
+    if add_weights is None:
+        return str(engine)
+    add_weights(list(weights), list(weights.values()), [len(content) for content in weights.values()])
+    return engine.read()
 
 
 def _fell_back(wanted: str, active: str) -> str:
@@ -108,7 +126,7 @@ def _fell_back(wanted: str, active: str) -> str:
     )
 
 
-def _check_outputs(session: Any, expected: tuple[str, ...], engine: Path) -> None:
+def _check_outputs(session: Any, expected: tuple[str, ...], engine: EngineFile) -> None:
     found = [output.name for output in session.get_outputs()]
     missing = [name for name in expected if name not in found]
     if missing:

@@ -1,14 +1,12 @@
 """ONNX Runtime: ONNX files, on the CPU and on the execution providers that its build carries."""
 
 from deploykit.backends.backend import Backend
-from deploykit.optional import OptionalPackage
+from deploykit.backends.onnxruntime.package import PACKAGE
 from deploykit.processor import PROCESSOR_TARGETS
 
 BACKEND = Backend(
     name="onnxruntime",
-    package=OptionalPackage(
-        module="onnxruntime", distribution="onnxruntime", extra="onnxruntime", feature="the onnxruntime runtime"
-    ),
+    package=PACKAGE,
     precisions=("fp32", "fp16", "int8"),
     version_rule="same_or_newer",
     targets=tuple(PROCESSOR_TARGETS),

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from deploykit.backends.backend import Engine, LowerOptions
 from deploykit.backends.onnx_file import write_onnx
+from deploykit.backends.onnxruntime.package import load_onnxruntime
 from deploykit.graph import OnnxGraph
-from deploykit.optional import installed_version, require
+from deploykit.optional import installed_version
 
 
 def lower(graph: OnnxGraph, folder: Path, options: LowerOptions) -> Engine:
@@ -17,6 +18,6 @@ def lower(graph: OnnxGraph, folder: Path, options: LowerOptions) -> Engine:
         ExportError: ONNX's checker refuses the graph.
         MissingDependency: no onnxruntime, whose version the engine is tied to.
     """
-    version = str(require("onnxruntime").__version__)
+    version = str(load_onnxruntime().__version__)
     write_onnx(graph.model, folder / "model.onnx")
     return Engine(file="model.onnx", runtime_version=version, tools={"onnx": installed_version("onnx") or "unknown"})

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from pathlib import Path
 from typing import Any
 
 from deploykit.arrays import FloatArray
+from deploykit.backends.engine_file import EngineFile
+from deploykit.backends.openvino.package import load_openvino
 from deploykit.backends.runtime import Runtime
 from deploykit.errors import BundleError, DeviceUnavailable, IncompatibleEngine
-from deploykit.optional import require
 
 
 class OpenVINORuntime(Runtime):
@@ -20,8 +20,8 @@ class OpenVINORuntime(Runtime):
     copy; outputs are copied out of the request, so the caller owns them.
     """
 
-    def _open(self, engine: Path, device: str) -> str:
-        openvino = require("openvino")
+    def _open(self, engine: EngineFile, device: str) -> str:
+        openvino = load_openvino()
         core = openvino.Core()
         target = "CPU" if device == "auto" else device.upper()
         if f"{target}.0" in core.available_devices:
@@ -31,10 +31,13 @@ class OpenVINORuntime(Runtime):
                 f"OpenVINO has no device {device!r} here; it has {', '.join(self.devices()) or 'none'}. "
                 "Choose one of these, or install the driver of the device."
             )
-        config = {
+        config: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": _pinned_precision(core, target, self.precision.name),
             "PERFORMANCE_HINT": "LATENCY",
         }
+        if target == "CPU" and self.threads is not None:
+            # Tied to processors, the threads of two processes that share a machine would meet on the same ones.
+            config |= {"INFERENCE_NUM_THREADS": self.threads, "ENABLE_CPU_PINNING": False}
         model = _read(core, engine)
         try:
             compiled = core.compile_model(model, target, config)
@@ -67,7 +70,7 @@ class OpenVINORuntime(Runtime):
     @classmethod
     def devices(cls) -> tuple[str, ...]:
         """OpenVINO's devices on this machine: ``cpu``, ``gpu``, ``gpu.1``, ``npu``."""
-        return tuple(name.lower() for name in require("openvino").Core().available_devices)
+        return tuple(name.lower() for name in load_openvino().Core().available_devices)
 
 
 def _pinned_precision(core: Any, target: str, precision: str) -> str:
@@ -95,28 +98,27 @@ def _check_device(compiled: Any, target: str) -> None:
         )
 
 
-def _read(core: Any, engine: Path) -> Any:
-    """The IR as a model.
+def _read(core: Any, engine: EngineFile) -> Any:
+    """The IR as a model, whose weights OpenVINO copies.
 
     Raises:
         BundleError: no IR, or its weights are missing or too short.
     """
+    if not engine.read()[:64].lstrip().startswith((b"<?xml", b"<net")):
+        raise BundleError(
+            f"{engine.name} is not an OpenVINO IR: it does not start with an XML declaration. "
+            "Export the bundle again, or copy it again."
+        )
+    weights = engine.parts().get(f"{engine.name.removesuffix('.xml')}.bin", b"")
     try:
-        with engine.open("rb") as file:
-            head = file.read(64).lstrip()
-        if not head.startswith((b"<?xml", b"<net")):
-            raise BundleError(
-                f"{engine.name} is not an OpenVINO IR: it does not start with an XML declaration. "
-                "Export the bundle again, or copy it again."
-            )
-        return core.read_model(str(engine))
-    except (OSError, RuntimeError) as error:
+        return core.read_model(engine.read(), weights)
+    except RuntimeError as error:
         raise BundleError(
             f"{engine.name} is not a readable OpenVINO IR ({error}). Export the bundle again, or copy it again."
         ) from error
 
 
-def _output_positions(compiled: Any, expected: tuple[str, ...], engine: Path) -> tuple[int, ...]:
+def _output_positions(compiled: Any, expected: tuple[str, ...], engine: EngineFile) -> tuple[int, ...]:
     """Where each output of the manifest stands among the engine's."""
     found = [set(output.names) for output in compiled.outputs]
     missing = [name for name in expected if not any(name in names for names in found)]

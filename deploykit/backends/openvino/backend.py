@@ -1,14 +1,12 @@
 """OpenVINO: its IR, on the CPU, GPUs and NPUs that it has a plugin for."""
 
 from deploykit.backends.backend import Backend
-from deploykit.optional import OptionalPackage
+from deploykit.backends.openvino.package import PACKAGE
 from deploykit.processor import PROCESSOR_TARGETS
 
 BACKEND = Backend(
     name="openvino",
-    package=OptionalPackage(
-        module="openvino", distribution="openvino", extra="openvino", feature="the openvino runtime"
-    ),
+    package=PACKAGE,
     precisions=("fp32", "fp16", "bf16", "int8"),
     version_rule="same_or_newer",
     targets=tuple(PROCESSOR_TARGETS),

@@ -6,14 +6,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from deploykit.optional import require
+from deploykit.backends.openvino.package import load_openvino
 
 _PRODUCTS = ("Convolution", "GroupConvolution", "FullyConnected", "MatMul")
 
 
 def left_in_float(engine: Path) -> dict[str, int]:
     """Count roundings, and the weighted nodes that run in float, by operator."""
-    core = require("openvino").Core()
+    core = load_openvino().Core()
     compiled = core.compile_model(core.read_model(str(engine)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     found: Counter[str] = Counter()
     for node in compiled.get_runtime_model().get_ordered_ops():

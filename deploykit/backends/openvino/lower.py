@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from deploykit.backends.backend import Engine, LowerOptions
 from deploykit.backends.onnx_file import write_onnx
+from deploykit.backends.openvino.package import PACKAGE, load_openvino
 from deploykit.errors import ExportError
 from deploykit.graph import OnnxGraph
-from deploykit.optional import installed_version, require
+from deploykit.optional import installed_version
 from deploykit.places import scratch_folder
 from deploykit.spec import BatchRange, InputSpec
 
@@ -28,7 +29,7 @@ def lower(graph: OnnxGraph, folder: Path, options: LowerOptions) -> Engine:
     Raises:
         ExportError: ONNX's checker refuses the graph, or OpenVINO cannot convert it.
     """
-    openvino = require("openvino")
+    openvino = load_openvino()
     with scratch_folder("openvino") as staging:
         path = staging / "model.onnx"
         write_onnx(graph.model, path)
@@ -44,7 +45,7 @@ def lower(graph: OnnxGraph, folder: Path, options: LowerOptions) -> Engine:
             ) from error
     return Engine(
         file="model.xml",
-        runtime_version=installed_version("openvino") or "unknown",
+        runtime_version=installed_version("openvino", PACKAGE) or "unknown",
         tools={"onnx": installed_version("onnx") or "unknown", "openvino": str(openvino.__version__)},
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import os
 import re
 import sys
 import threading
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deploykit.arrays import FloatArray, ImageArray, Images
+from deploykit.backends.engine_file import EngineFile
 from deploykit.backends.input_checks import check_shape, check_tensor
 from deploykit.backends.runtime import Runtime, machine, version_key
 from deploykit.backends.tensorrt import api
@@ -53,24 +54,24 @@ class TensorRTRuntime(Runtime):
     would stop the stream. ``cuda_graphs=True`` replays a recorded graph of kernels, in TensorRT-RTX.
     """
 
-    def __init__(self, manifest: Manifest, folder: Path, *, device: str = "auto", cuda_graphs: bool = False) -> None:
+    def __init__(self, manifest: Manifest, folder: Path, *, cuda_graphs: bool = False, **options: Any) -> None:
         self._cuda_graphs = cuda_graphs
         self._lock = threading.Lock()
         self._idle: deque[_Lane] = deque()
         self._engine: Any = None
         self._trt_runtime: Any = None
-        super().__init__(manifest, folder, device=device)
+        super().__init__(manifest, folder, **options)
+        self._options["cuda_graphs"] = cuda_graphs
 
-    def _open(self, engine: Path, device: str) -> str:
+    def _open(self, engine: EngineFile, device: str) -> str:
         self._ordinal = self._find_device(engine, device)
         manifest = self.manifest
         with ExitStack() as kept:
             if is_portable(manifest):
-                manifest, folder = kept.enter_context(local_plan(manifest, engine.parent, gpu_identity(self._ordinal)))
-                engine = folder / manifest.engine
+                manifest, folder = kept.enter_context(local_plan(manifest, engine, gpu_identity(self._ordinal)))
+                engine = EngineFile(manifest, folder)
             self._check_capability(manifest)
-            plan = _read(engine)
-        _check_digest(plan, manifest)
+            plan = engine.read()
         self._flavour = manifest.requires.get("flavour", self.backend.package.module)
         check_plan(plan, self._flavour, manifest.runtime_version)
         self._first_buffers: CudaBuffers | None = buffers_for(self._ordinal)
@@ -94,8 +95,8 @@ class TensorRTRuntime(Runtime):
         """Run the engine; a CUDA tensor without a copy. See `Runtime` for shapes and errors."""
         if not _is_cuda_tensor(images):
             return super().__call__(images)
-        if self._closed:
-            raise self._closed_error()
+        if self._closed or os.getpid() != self._process:
+            raise self._unusable()
         outputs = self._run_on_gpu(images)
         return dict(zip(self._output_names, outputs, strict=True)) if self._features_only else outputs[0]
 
@@ -156,7 +157,8 @@ class TensorRTRuntime(Runtime):
     @classmethod
     def devices(cls) -> tuple[str, ...]:
         """``cuda``, and ``cuda:1`` and so on, where there are NVIDIA GPUs and their driver; nothing elsewhere."""
-        require(api.default_flavour())
+        flavour = api.default_flavour()
+        require(flavour, api.PACKAGES[flavour])
         return tuple(f"cuda:{index}" if index else "cuda" for index in range(len(cuda_capabilities())))
 
     def _check_version(self) -> None:
@@ -176,14 +178,14 @@ class TensorRTRuntime(Runtime):
         if built != here:
             raise IncompatibleEngine(
                 f"this plan was built with {flavour} {built} and {here} is installed here; it needs exactly {built}. "
-                f"Install {flavour}=={built.partition('+')[0]}, or export the bundle again here."
+                f"Install {api.PACKAGES[flavour].build}=={built.partition('+')[0]}, or export the bundle again here."
             )
 
     @property
     def _is_version_compatible(self) -> bool:
         return self.manifest.requires.get("version_compatible") == "on"
 
-    def _find_device(self, engine: Path, device: str) -> int:
+    def _find_device(self, engine: EngineFile, device: str) -> int:
         """The ordinal of the GPU asked for."""
         found = cuda_capabilities()
         match = _DEVICE.fullmatch("cuda" if device == "auto" else device.lower())
@@ -212,7 +214,7 @@ class TensorRTRuntime(Runtime):
                 f"Export the bundle again with target={here!r}, or with portable=True (--portable)."
             )
 
-    def _check_tensors(self, engine: Path) -> None:
+    def _check_tensors(self, engine: EngineFile) -> None:
         """Compare the plan's inputs and outputs with the manifest's."""
         found = {self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)}
         missing = {self.input_spec.name, *self._output_names} - found
@@ -241,7 +243,7 @@ class TensorRTRuntime(Runtime):
     def _make_lane(self) -> _Lane:
         with self._lock:
             if self._engine is None:
-                raise self._closed_error()
+                raise self._unusable()
             buffers, self._first_buffers = self._first_buffers or buffers_for(self._ordinal), None
             context = self._make_context()
         if context is None:
@@ -301,21 +303,3 @@ def _opens_newer(built: str, here: str) -> bool:
 def _is_cuda_tensor(images: object) -> bool:
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(images, torch.Tensor) and images.is_cuda
-
-
-def _read(engine: Path) -> bytes:
-    try:
-        return engine.read_bytes()
-    except OSError as error:
-        raise BundleError(f"the plan {engine.name} cannot be read ({error}). Copy the bundle again.") from error
-
-
-def _check_digest(plan: bytes, manifest: Manifest) -> None:
-    """Refuse a plan that is not the manifest's: it is executable code. The bytes checked are those that are run."""
-    record = manifest.files.get(manifest.engine)
-    if record is not None and hashlib.sha256(plan).hexdigest() != record.sha256:
-        raise IncompatibleEngine(
-            f"the plan {manifest.engine} is not the one that the manifest describes: its SHA-256 differs from "
-            f"{record.sha256[:12]}... A plan is executable code, so it is not opened. Copy the bundle again, or export "
-            "it again."
-        )

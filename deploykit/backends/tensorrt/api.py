@@ -15,12 +15,23 @@ from types import ModuleType
 from typing import Any
 
 from deploykit.errors import DeployKitError, SpecError
-from deploykit.optional import installed_version, require
+from deploykit.optional import OptionalPackage, installed_version, require
 from deploykit.spec import BuildOptions
 
 RTX = "tensorrt_rtx"
 FLAVOURS = (RTX, "tensorrt")
 """The packages by preference: TensorRT-RTX builds with no GPU; full TensorRT comes with JetPack."""
+
+PACKAGES = {
+    flavour: OptionalPackage(
+        module=flavour,
+        distribution=flavour,
+        extra="tensorrt",
+        feature="the tensorrt runtime",
+        distributions=(f"{flavour}_cu12", f"{flavour}_cu13"),
+    )
+    for flavour in FLAVOURS
+}
 
 ENVIRONMENT = "DEPLOYKIT_TENSORRT"
 """Names one of `FLAVOURS` where both are installed."""
@@ -66,7 +77,7 @@ def load_tensorrt(flavour: str) -> ModuleType:
         MissingDependency: it is not installed.
         DeployKitError: it is too old, or too new, to have what the three versions share.
     """
-    trt = require(flavour)
+    trt = require(flavour, PACKAGES[flavour])
     absent = [name for name in _NEEDED if not _has(trt, name)]
     if absent:
         raise DeployKitError(
@@ -81,9 +92,9 @@ def flavour_version(flavour: str) -> str:
 
     JetPack installs TensorRT outside pip, so the module is asked where there is no distribution.
     """
-    version = installed_version(flavour)
+    version = installed_version(flavour, PACKAGES[flavour])
     if version is None and flavour in installed_flavours():
-        version = getattr(require(flavour), "__version__", None)
+        version = getattr(require(flavour, PACKAGES[flavour]), "__version__", None)
     return version or "unknown"
 
 

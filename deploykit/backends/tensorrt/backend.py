@@ -1,15 +1,10 @@
 """TensorRT: plans for NVIDIA GPUs, by TensorRT-RTX or full TensorRT, whichever is installed."""
 
 from deploykit.backends.backend import Backend
-from deploykit.backends.tensorrt.api import FLAVOURS, default_flavour
+from deploykit.backends.tensorrt.api import FLAVOURS, PACKAGES, default_flavour
 from deploykit.backends.tensorrt.targets import TARGETS
 from deploykit.errors import SpecError
 from deploykit.optional import OptionalPackage
-
-PACKAGES = {
-    flavour: OptionalPackage(module=flavour, distribution=flavour, extra="tensorrt", feature="the tensorrt runtime")
-    for flavour in FLAVOURS
-}
 
 
 def _package() -> OptionalPackage:
@@ -31,6 +26,7 @@ BACKEND = Backend(
     tie="deploykit.backends.tensorrt.cuda_driver:machine_tie",
     adapter="deploykit.backends.tensorrt.adapter:TensorRTRuntime",
     dialect="deploykit.backends.tensorrt.passes:DIALECT",
+    code_suffix=".plan",
     lower="deploykit.backends.tensorrt.lower:lower",
     portable="deploykit.backends.tensorrt.lower:lower_portable",
     options="deploykit.backends.tensorrt.api:check_build_options",

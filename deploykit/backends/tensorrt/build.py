@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -22,7 +21,7 @@ from typing import IO, TypeAlias
 
 import msgspec
 
-import deploykit
+from deploykit.child_process import child_environment, run_module
 from deploykit.errors import ExportError
 
 BUILD_SECONDS = 1800.0
@@ -146,16 +145,13 @@ def parse_model(model: Path, settings: BuildSettings, *, time_limit: float = BUI
 
 def _run_builder(request: Path, time_limit: float, progress: BuildProgress | None) -> tuple[int | None, list[str]]:
     """The builder's exit status (None: it was stopped) and the end of its log."""
-    package_parent = str(Path(str(deploykit.__file__)).parent.parent)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([package_parent, os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "deploykit.backends.tensorrt.builder", str(request), str(os.getpid())]
     process = subprocess.Popen(
-        command,
+        run_module("deploykit.backends.tensorrt.builder", str(request), str(os.getpid())),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-        env=environment,
+        env=child_environment(),
         start_new_session=True,
     )
     log: deque[str] = deque(maxlen=_KEPT_LINES)

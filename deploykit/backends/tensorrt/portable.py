@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,13 +14,14 @@ import msgspec
 
 from deploykit.backends.tensorrt import api
 from deploykit.backends.tensorrt.build import SETTINGS_FILE, BuildSettings, build_plan, requirements
-from deploykit.bundle import sha256_of, write_manifest, writing
+from deploykit.bundle import read_manifest, write_manifest, writing
 from deploykit.cache import EngineCache
 from deploykit.errors import BundleError
 from deploykit.places import scratch_folder
 from deploykit.store import Store, address
 
 if TYPE_CHECKING:
+    from deploykit.backends.engine_file import EngineFile
     from deploykit.bundle import Manifest
 
 PLAN_FILE = "model.plan"
@@ -33,24 +35,23 @@ def is_portable(manifest: Manifest) -> bool:
 
 
 @contextmanager
-def local_plan(manifest: Manifest, folder: Path, identity: dict[str, str]) -> Iterator[tuple[Manifest, Path]]:
+def local_plan(manifest: Manifest, graph: EngineFile, identity: dict[str, str]) -> Iterator[tuple[Manifest, Path]]:
     """Give the manifest and the folder of the plan for this GPU, from the cache or built into it.
 
     Args:
         manifest: of the portable bundle.
-        folder: where its files are.
+        graph: its ONNX file, of which the build reads a private copy.
         identity: the GPU and its driver, from `deploykit.backends.tensorrt.cuda_driver.gpu_identity`.
 
     Raises:
         BundleError: the settings of the build are missing or not readable.
         ExportError: the build failed, with the end of its log.
     """
-    settings = _settings(manifest, folder, identity["compute_capability"])
+    settings = _settings(manifest, graph, identity["compute_capability"])
     version = api.flavour_version(settings.flavour)
-    files = [manifest.engine, f"{manifest.engine}.data"]
     parts: dict[str, object] = {
         "portable": True,
-        "files": {name: sha256_of(folder / name) for name in files if (folder / name).is_file()},
+        "files": {name: record.sha256 for name, record in graph.records.items()},
         "settings": settings,
         "identity": identity,
         "version": version,
@@ -72,7 +73,7 @@ def local_plan(manifest: Manifest, folder: Path, identity: dict[str, str]) -> It
             if timing_cache is not None and (known := store.load(timings)) is not None:
                 timing_cache.write_bytes(known)
             build_plan(
-                folder / manifest.engine,
+                Path(os.fspath(graph)),
                 staging / PLAN_FILE,
                 settings,
                 progress=_log_step,
@@ -84,14 +85,14 @@ def local_plan(manifest: Manifest, folder: Path, identity: dict[str, str]) -> It
 
     title = f"{manifest.backbone.name} tensorrt {manifest.precision}, from a portable bundle"
     with EngineCache(store).opened(parts, build, title=title) as entry:
-        yield _plan_manifest(manifest, settings, version), entry
+        yield read_manifest(entry), entry
 
 
-def _settings(manifest: Manifest, folder: Path, capability: str) -> BuildSettings:
+def _settings(manifest: Manifest, graph: EngineFile, capability: str) -> BuildSettings:
     """The build's settings in the bundle, with the package and the GPU of this machine."""
     try:
-        carried = msgspec.json.decode((folder / SETTINGS_FILE).read_bytes(), type=BuildSettings)
-    except (OSError, msgspec.MsgspecError) as error:
+        carried = msgspec.json.decode(graph.read_beside(SETTINGS_FILE), type=BuildSettings)
+    except (BundleError, msgspec.MsgspecError) as error:
         raise BundleError(
             f"{SETTINGS_FILE}, which says how to build {manifest.engine}, is not readable ({error}). "
             "Copy the bundle again, or export it again with portable=True."

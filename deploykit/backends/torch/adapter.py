@@ -48,14 +48,23 @@ def place_module(backbone: BaseBackbone, precision: Precision, device: str) -> B
 
 
 def place(
-    backbone: BaseBackbone, precision: Precision, device: str, *, embed_preprocessing: bool
+    backbone: BaseBackbone,
+    precision: Precision,
+    device: str,
+    *,
+    embed_preprocessing: bool,
+    threads: int | None = None,
 ) -> BaseBackbone | PixelBackbone:
     """Return the module in a dtype and on a device, behind its preprocessing where that is asked for.
+
+    A number of threads is set for all of torch in this process, which has no other.
 
     Raises:
         SpecError, DeviceUnavailable: as `place_module`.
     """
     placed = place_module(backbone, precision, device)
+    if threads is not None:
+        torch.set_num_threads(threads)
     return PixelBackbone(placed) if embed_preprocessing else placed
 
 

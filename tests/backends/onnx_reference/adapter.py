@@ -1,9 +1,9 @@
 """Opens ``model.onnx`` in onnx's reference evaluator."""
 
-from pathlib import Path
 from typing import Any
 
 from deploykit.arrays import FloatArray
+from deploykit.backends.engine_file import EngineFile
 from deploykit.backends.runtime import Runtime
 from deploykit.errors import DeviceUnavailable
 from deploykit.optional import require
@@ -12,7 +12,7 @@ from deploykit.optional import require
 class OnnxReference(Runtime):
     """One evaluator, which keeps no state between calls."""
 
-    def _open(self, engine: Path, device: str) -> str:
+    def _open(self, engine: EngineFile, device: str) -> str:
         if device not in ("auto", "cpu"):
             raise DeviceUnavailable(f"the reference evaluator has no device {device!r}; it has cpu.")
         self._evaluator: Any = require("onnx.reference").ReferenceEvaluator(str(engine))

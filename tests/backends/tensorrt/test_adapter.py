@@ -16,6 +16,7 @@ import torch
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
 
 from deploykit.backends.backend import LowerOptions
+from deploykit.backends.engine_file import EngineFile
 from deploykit.backends.tensorrt import adapter, api
 from deploykit.backends.tensorrt.adapter import TensorRTRuntime
 from deploykit.backends.tensorrt.build import SETTINGS_FILE
@@ -254,8 +255,12 @@ def portable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Manifest,
 
 
 def opened(manifest: Manifest, folder: Path, identity: dict[str, str]) -> None:
-    with local_plan(manifest, folder, identity):
-        pass
+    graph = EngineFile(manifest, folder)
+    try:
+        with local_plan(manifest, graph, identity):
+            pass
+    finally:
+        graph.close()
 
 
 @no_gpu
@@ -267,8 +272,10 @@ def test_a_portable_bundle_opens_on_no_version_in_particular_but_needs_a_gpu(por
 def test_the_first_opening_builds_a_plan_and_says_so_and_the_next_finds_it(portable, caplog):
     with caplog.at_level(logging.WARNING, "deploykit.backends.tensorrt.portable"):
         for _ in range(2):
-            with local_plan(*portable, IDENTITY) as (manifest, entry):
+            graph = EngineFile(*portable)
+            with local_plan(portable[0], graph, IDENTITY) as (manifest, entry):
                 assert (entry / "model.plan").stat().st_size > 10_000
+            graph.close()
     assert [record.message[:39] for record in caplog.records] == ["Building the TensorRT plan of tiny for "]
     assert (manifest.engine, manifest.requires["compute_capability"]) == ("model.plan", "sm89")
     assert manifest.runtime_version == api.flavour_version("tensorrt_rtx")

@@ -1,0 +1,147 @@
+"""What an ONNX file refers to outside itself, read from its bytes without any package: devices have no onnx.
+
+Field numbers are those of onnx.proto3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import TypeAlias
+
+from deploykit.backends.engine_file import EngineFile
+from deploykit.errors import BundleError
+
+_EXTERNAL_KEY = b"location"
+_PRECOMPILED = b"EPContext"
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_DEEPEST = 100
+
+_Messages: TypeAlias = dict[str, dict[int, str]]
+_MESSAGES: _Messages = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+    "training": {1: "graph", 2: "graph"},
+    "function": {7: "node", 11: "attribute"},
+    "tensor": {13: "entry"},
+}
+"""The messages inside each message, by field, on the way to ``TensorProto.external_data``."""
+
+_OPERATOR = {"node": 4}
+_KEY, _VALUE = 1, 2
+
+
+def load_external_data(engine: EngineFile) -> tuple[str, ...]:
+    """Read the external weights of an ONNX engine from its bundle; returns their names, as the model has them.
+
+    Raises:
+        BundleError: a name leads out of the bundle or is not recorded in it, the model holds code that another
+            program compiled, or it cannot be read.
+    """
+    locations, operators = references(engine.read(), engine.name)
+    if _PRECOMPILED in operators:
+        raise BundleError(
+            f"{engine.name} holds a node of type {_PRECOMPILED.decode()}: code that was compiled elsewhere, which "
+            "deploykit never writes. Do not open this bundle."
+        )
+    for location in locations:
+        path = PurePosixPath(location)
+        if path.is_absolute() or ".." in path.parts or "*" in location or "\\" in location or str(path) != location:
+            raise BundleError(
+                f"{engine.name} keeps weights in {location!r}; expected a plain path inside the bundle. "
+                "Do not open this bundle: it was not written by deploykit."
+            )
+        engine.include(location)
+    return locations
+
+
+def references(model: bytes, name: str) -> tuple[tuple[str, ...], frozenset[bytes]]:
+    """Return the files that hold tensors of an ONNX model, and those of its operators that are looked for here.
+
+    Raises:
+        BundleError: the model is not a readable ONNX file.
+    """
+    locations: dict[str, None] = {}
+    operators = set()
+    try:
+        for kind, number, start, end in _walk(model, "model", 0, len(model), 0):
+            if kind == "entry":
+                locations.update(dict.fromkeys(_locations(model, start, end)))
+            elif number == _OPERATOR.get(kind) and model[start:end] == _PRECOMPILED:
+                operators.add(_PRECOMPILED)
+    except (ValueError, IndexError) as error:
+        raise BundleError(
+            f"{name} is not a readable ONNX file ({error}). Export the bundle again, or copy it again."
+        ) from error
+    return tuple(locations), frozenset(operators)
+
+
+def _walk(data: bytes, kind: str, start: int, end: int, depth: int) -> Iterator[tuple[str, int, int, int]]:
+    """Every external-data entry, and every field of bytes of a node, as (message, field, start, end)."""
+    if depth > _DEEPEST:
+        raise ValueError(f"messages nested deeper than {_DEEPEST}")
+    if kind == "entry":
+        yield kind, 0, start, end
+        return
+    inner = _MESSAGES[kind]
+    for number, begin, stop in _fields(data, start, end):
+        if number in inner:
+            # Strings stand in the bytes as they are, so that a node without these words needs no closer look.
+            if inner[number] == "node" and not _mentions(data, begin, stop):
+                continue
+            yield from _walk(data, inner[number], begin, stop, depth + 1)
+        elif number == _OPERATOR.get(kind):
+            yield kind, number, begin, stop
+
+
+def _mentions(data: bytes, start: int, end: int) -> bool:
+    return data.find(_EXTERNAL_KEY, start, end) >= 0 or data.find(_PRECOMPILED, start, end) >= 0
+
+
+def _locations(data: bytes, start: int, end: int) -> Iterator[str]:
+    """The values of an entry that has ``location`` as a key, whichever of its keys a reader takes."""
+    fields = list(_fields(data, start, end))
+    if any(number == _KEY and data[begin:stop] == _EXTERNAL_KEY for number, begin, stop in fields):
+        for number, begin, stop in fields:
+            if number == _VALUE:
+                yield data[begin:stop].decode(errors="surrogateescape")
+
+
+def _fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """The fields of bytes in a message, as (number, start, end)."""
+    position = start
+    while position < end:
+        tag, position = _varint(data, position)
+        number, wire = tag >> 3, tag & 7
+        if wire == _VARINT:
+            _, position = _varint(data, position)
+        elif wire == _FIXED64:
+            position += 8
+        elif wire == _FIXED32:
+            position += 4
+        elif wire == _BYTES:
+            length, position = _varint(data, position)
+            if position + length > end:
+                raise ValueError(f"a field of {length} bytes at byte {position} is longer than its message")
+            yield number, position, position + length
+            position += length
+        else:
+            raise ValueError(f"a field of wire type {wire} at byte {position}")
+    if position > end:
+        raise ValueError(f"a field ends behind its message at byte {end}")
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+        shift += 7
+        if shift > 63:
+            raise ValueError(f"a number of more than 64 bits at byte {position}")

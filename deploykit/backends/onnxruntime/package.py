@@ -1,0 +1,33 @@
+"""The package onnxruntime, which several distributions bring."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from deploykit.optional import OptionalPackage, require
+
+PACKAGE = OptionalPackage(
+    module="onnxruntime",
+    distribution="onnxruntime",
+    extra="onnxruntime",
+    feature="the onnxruntime runtime",
+    distributions=(
+        "onnxruntime-gpu",
+        "onnxruntime-openvino",
+        "onnxruntime-directml",
+        "onnxruntime-training",
+        "onnxruntime-rocm",
+        "onnxruntime-migraphx",
+        "onnxruntime-windowsml",
+        "onnxruntime-vitisai",
+        "onnxruntime-silicon",
+        "ort-nightly",
+        "ort-nightly-gpu",
+        "ort-nightly-directml",
+    ),
+)
+
+
+def load_onnxruntime() -> ModuleType:
+    """Import the package; see `deploykit.optional.require`."""
+    return require("onnxruntime", PACKAGE)
