@@ -5,9 +5,11 @@ import sys
 import pytest
 import torch
 
+from deploykit import create_backbone
 from deploykit.backbones.base import BackboneOptions
 from deploykit.backbones.timm_models import build_timm
 from deploykit.errors import MissingDependency, SpecError, WeightsError
+from tests.backbones.realistic import randomize
 
 PYRAMID = [(0, "stem", 2), (1, "stage1", 4), (2, "stage2", 8), (3, "stage3", 16), (4, "stage4", 32)]
 
@@ -109,3 +111,68 @@ class _NoTimm:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == "timm":
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+# Checkpoints of the user's own.
+
+SMALL, SMALL_VIT = "timm/test_resnet", "timm/test_vit"
+
+
+@pytest.fixture
+def saved(timm, tmp_path):
+    """Write the state dict of a timm model with other weights than a fresh one's, and return the file and the model."""
+
+    def write(name, wrap=lambda state: state, **options):
+        model = randomize(timm.create_model(name.removeprefix("timm/"), **options)).eval()
+        torch.save(wrap(model.state_dict()), tmp_path / "mine.pth")
+        return tmp_path / "mine.pth", model
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda state: state, lambda state: {"state_dict": {f"module.{key}": state[key] for key in state}}]
+)
+def test_timm_takes_the_classes_of_a_file_with_its_classifier(saved, wrap):
+    path, model = saved(SMALL, wrap, num_classes=10)
+    backbone = create_backbone(SMALL, pretrained=path)
+    images = torch.randn(2, 3, 64, 64)
+    assert backbone.spec.num_classes == 10
+    with torch.no_grad():
+        assert torch.equal(backbone(images), model(images))
+
+
+def test_timm_refuses_other_classes_unless_a_new_head_is_asked_for(saved):
+    path, model = saved(SMALL, num_classes=10)
+    with pytest.raises(WeightsError, match=r"for 10 classes .*num_classes=7 was asked for"):
+        create_backbone(SMALL, pretrained=path, num_classes=7)
+    backbone = create_backbone(SMALL, pretrained=path, num_classes=7, new_head=True)
+    assert backbone.spec.num_classes == 7
+    assert torch.equal(next(backbone.model.parameters()), next(model.parameters()))
+
+
+def test_timm_takes_the_channels_of_a_file(saved):
+    path, _ = saved(SMALL, num_classes=10, in_chans=1)
+    assert create_backbone(SMALL, pretrained=path).spec.in_channels == 1
+    with pytest.raises(WeightsError, match="images of 1 channels, and in_channels=3"):
+        create_backbone(SMALL, pretrained=path, in_channels=3)
+
+
+def test_timm_takes_the_size_of_a_vision_transformer_from_its_positions(saved):
+    path, model = saved(SMALL_VIT, num_classes=10, img_size=64)
+    backbone = create_backbone(SMALL_VIT, pretrained=path)
+    images = torch.randn(1, 3, 64, 64)
+    assert backbone.spec.image_size == (64, 64)
+    with torch.no_grad():
+        assert torch.equal(backbone(images), model(images))
+
+
+def test_timm_gives_features_of_a_file_without_its_classifier(saved):
+    path, _ = saved(SMALL, num_classes=10)
+    assert create_backbone(SMALL, pretrained=path, features_only=True).spec.features_only
+
+
+@pytest.mark.usefixtures("timm")
+def test_timms_own_weights_for_other_classes_are_refused_before_they_are_fetched():
+    with pytest.raises(WeightsError, match=r"have 1000 classes, and num_classes=10 was asked for"):
+        create_backbone("timm/resnet18", pretrained=True, num_classes=10)
