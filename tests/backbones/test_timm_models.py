@@ -1,5 +1,6 @@
 """timm/<name> against timm itself."""
 
+import importlib.metadata
 import sys
 
 import pytest
@@ -103,8 +104,20 @@ def test_timm_absent_names_the_pip_command(monkeypatch):
     for module in [name for name in sys.modules if name.partition(".")[0] == "timm"]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setattr(sys, "meta_path", [_NoTimm(), *sys.meta_path])
+    monkeypatch.setattr(importlib.metadata, "version", _version_without_timm(importlib.metadata.version))
     with pytest.raises(MissingDependency, match=r"pip install 'deploykit\[timm\]'"):
         build_timm("timm/resnet18", BackboneOptions())
+
+
+def _version_without_timm(version):
+    """Hide the record of the installation too: files that are gone while it stays are a damaged package."""
+
+    def find(distribution):
+        if distribution == "timm":
+            raise importlib.metadata.PackageNotFoundError(distribution)
+        return version(distribution)
+
+    return find
 
 
 class _NoTimm:
