@@ -57,7 +57,7 @@ class CalibrationSet:
         return len(self.files) if self.arrays is None else len(self.arrays)
 
     def images(self, skip: int = 0) -> Iterator[FloatArray]:
-        """Each image as ``(C, H, W)`` float32, normalised, without the first ``skip``.
+        """Yield each image as ``(C, H, W)`` float32, normalised, without the first ``skip``.
 
         Raises:
             CalibrationError: a corrupt file, unless ``skip_corrupt``, which warns; or none left.
@@ -87,7 +87,7 @@ class CalibrationSet:
             raise CalibrationError(f"none of the {len(self.files)} calibration files could be read.")
 
     def _every_problem(self, first: CalibrationError, path: Path) -> str:
-        """The message for all unreadable files, when the first one has been met."""
+        """Return the message for all unreadable files, when the first one has been met."""
         problems = [str(first)]
         for later in self.files[self.files.index(path) + 1 :]:
             try:
@@ -247,7 +247,7 @@ def _what_is_taken(spec: InputSpec) -> str:
 
 
 def _checked(image: ImageArray, spec: InputSpec, name: str) -> FloatArray:
-    """One image of an array, ``(1, C, H, W)`` or ``(1, H, W, C)`` pixels, as the network takes it."""
+    """Return one image of an array, ``(1, C, H, W)`` or ``(1, H, W, C)`` pixels, as the network takes it."""
     single = replace(spec, batch=1)
     if image.dtype == np.uint8:
         return normalize(check_images(image, single.as_pixels()), spec.preprocessing)
@@ -258,7 +258,7 @@ def _checked(image: ImageArray, spec: InputSpec, name: str) -> FloatArray:
 
 
 def _rows(arrays: ImageArray, skip: int = 0) -> Iterator[ImageArray]:
-    """Each image of an array, one alive at a time where it is mapped from a file.
+    """Yield each image of an array, one alive at a time where it is mapped from a file.
 
     A mapped file's pages count as this process's memory until they are given back.
     """
@@ -279,7 +279,7 @@ def _to_array(batch: Any) -> npt.NDArray[Any]:
 
 
 def _spool(batches: Iterable[Any], spec: InputSpec) -> ImageArray:
-    """An iterable that can be read once, as an array on disk: every pass and the digest read it again."""
+    """Return an iterable that can be read once, as an array on disk: every pass and the digest read it again."""
     dtypes = ("float32", "uint8") if spec.embeds_preprocessing else ("float32",)
     shape: tuple[int, ...] | None = None
     dtype: np.dtype[Any] | None = None

@@ -103,7 +103,7 @@ def place(model: ir.Model, keep_float: Mapping[str, str] | None = None) -> Place
 
 
 def without(model: ir.Model, placement: Placement, nodes: Mapping[str, str]) -> Placement:
-    """A placement with some of its nodes in float, and all that was in integers only because of them.
+    """Return a placement with some of its nodes in float, and all that was in integers only because of them.
 
     Args:
         model: the master graph that the placement is of.
@@ -122,7 +122,7 @@ def without(model: ir.Model, placement: Placement, nodes: Mapping[str, str]) -> 
 
 
 def fused_activation(value: ir.Value) -> ir.Node | None:
-    """The Relu or Clip that alone reads a value, which integer kernels fuse; None where there is none."""
+    """Return the Relu or Clip that alone reads a value, which integer kernels fuse; None where there is none."""
     consumers = list(value.consumers())
     if len(consumers) != 1 or value.is_graph_output():
         return None
@@ -131,7 +131,7 @@ def fused_activation(value: ir.Value) -> ir.Node | None:
 
 
 def is_pooled(node: ir.Node) -> bool:
-    """Whether a node is a global average pool: the mean of each channel of a map, as a 1x1 map."""
+    """Return whether a node is a global average pool: the mean of each channel of a map, as a 1x1 map."""
     if node.op_type == "GlobalAveragePool":
         return True
     if node.op_type != "ReduceMean" or len(node.inputs) != 2 or not node.attributes.get_int("keepdims", 1):
@@ -143,14 +143,14 @@ def is_pooled(node: ir.Node) -> bool:
 
 
 def is_gated(node: ir.Node) -> bool:
-    """Whether a node is a hard-swish, or a product with a sigmoid: SiLU or squeeze-and-excitation."""
+    """Return whether a node is a hard-swish, or a product with a sigmoid: SiLU or squeeze-and-excitation."""
     if node.op_type == "HardSwish":
         return True
     return node.op_type == "Mul" and any(is_gate(value) for value in node.inputs)
 
 
 def is_gate(value: ir.Value | None) -> bool:
-    """Whether a value lies between 0 and 1 by the node that gives it."""
+    """Return whether a value lies between 0 and 1 by the node that gives it."""
     producer = value.producer() if value is not None else None
     return producer is not None and producer.op_type in ("Sigmoid", "HardSigmoid")
 
@@ -177,7 +177,7 @@ def _weight(node: ir.Node) -> IntegerWeight:
 
 
 def _added_bias(value: ir.Value) -> ir.Value | None:
-    """The constant vector that an Add after a MatMul adds, when nothing else reads the product."""
+    """Return the constant vector that an Add after a MatMul adds, when nothing else reads the product."""
     consumers = list(value.consumers())
     if len(consumers) != 1 or consumers[0].op_type != "Add":
         return None
@@ -200,7 +200,7 @@ def _why_float(node: ir.Node, constants: frozenset[ir.Value]) -> str | None:
 
 
 def _constants(graph: ir.Graph) -> frozenset[ir.Value]:
-    """Every value that is the same for all images: initializers, and what is computed from nothing else."""
+    """Return every value that is the same for all images: initializers, and what is computed from nothing else."""
     found = set(graph.initializers.values())
     for node in graph:
         inputs = [value for value in node.inputs if value is not None]

@@ -70,7 +70,7 @@ class QuantizationPlan:
     def integers_of(
         self, node: str, weight: FloatArray, axis: int, least: npt.NDArray[Any] | None = None
     ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-        """A node's weight in integers with one scale a channel of ``axis``: the same in every dialect.
+        """Return a node's weight in integers with one scale a channel of ``axis``: the same in every dialect.
 
         Args:
             node: the node that reads it.
@@ -84,11 +84,11 @@ class QuantizationPlan:
         return quantize_weight(weight, axis, least, reduce_range=self.reduce_range)
 
     def range_of(self, tensor: str) -> ActivationRange:
-        """The range of a tensor, or of the tensor whose range it shares."""
+        """Return the range of a tensor, or of the tensor whose range it shares."""
         return self.ranges[self.placement.same_range.get(tensor, tensor)]
 
     def without(self, model: ir.Model, nodes: Mapping[str, str]) -> QuantizationPlan:
-        """The plan with some nodes in float, each with its reason.
+        """Return the plan with some nodes in float, each with its reason.
 
         Raises:
             CalibrationError: a node does not run in integers.
@@ -173,13 +173,13 @@ def _check_digest(text: bytes, arrays: Path) -> None:
 
 
 def _files_digest(text: bytes, arrays: Path) -> str:
-    """SHA-256 over a plan's text, with zeros for the digest, and its arrays' file."""
+    """Return SHA-256 over a plan's text, with zeros for the digest, and its arrays' file."""
     with open_plain(arrays) as file:
         return hashlib.sha256(text + digest_of(file).encode()).hexdigest()
 
 
 def constants_digest(model: ir.Model) -> str:
-    """SHA-256 over the names and values of a graph's constants, whatever the batch that it takes."""
+    """Return SHA-256 over the names and values of a graph's constants, whatever the batch that it takes."""
     digest = hashlib.sha256()
     for _, value in sorted(model.graph.initializers.items()):
         tensor: Any = ir.to_proto(value.const_value)  # type: ignore[arg-type]  # an initializer has a value
@@ -310,7 +310,7 @@ def add_constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Valu
 
 
 def _instrument(model: ir.Model, placement: Placement, probes: _BiasProbes | None) -> ir.Model:
-    """The graph with every tensor that needs a range as an output."""
+    """Return the graph with every tensor that needs a range as an output."""
     copy = model.clone()
     values = {value.name: value for node in copy.graph for value in node.outputs}
     present = {value.name for value in copy.graph.outputs}

@@ -52,7 +52,7 @@ class SearchBudget:
     min_metric: float | None = None
 
     def met_by(self, found: Measured) -> bool:
-        """Whether every figure that is asked for is reached."""
+        """Return whether every figure that is asked for is reached."""
         gates = (
             (self.min_sqnr_db, found.sqnr_db),
             (self.min_top1_agreement, found.top1_agreement),
@@ -95,7 +95,7 @@ class SearchReport:
         return tuple(one for one in self.candidates if not any(_beats(other, one) for other in self.candidates))
 
     def render(self) -> Table:
-        """A table for a terminal, one row a candidate."""
+        """Return a table for a terminal, one row a candidate."""
         from rich.table import Table
 
         table = Table(
@@ -261,7 +261,7 @@ def _floored(cost: Mapping[str, float]) -> dict[str, float]:
 
 
 def _fewest(bench: _Bench, order: list[str]) -> int:
-    """The least number of nodes, from the front of the order, that meets the budget; 0 also where all do not."""
+    """Return the least number of nodes, from the front of the order, that meets the budget; 0 also where all do not."""
     if bench.try_out(()).within_budget:
         return 0
     missed, met = 0, 1

@@ -134,7 +134,7 @@ def sweep_stale(folder: Path) -> None:
 
 
 def is_bundle(path: Path) -> bool:
-    """Whether ``path`` is a folder with a manifest; says nothing of whether it is whole."""
+    """Return whether ``path`` is a folder with a manifest; says nothing of whether it is whole."""
     return is_manifest(path / MANIFEST)
 
 
@@ -205,7 +205,7 @@ def _check_free(folder: Path, *, overwrite: bool) -> None:
 
 
 def _make_staging(folder: Path, *, overwrite: bool) -> tuple[Path, int]:
-    """A new neighbour, and the open handle whose lock says that its writer is alive."""
+    """Return a new neighbour, and the open handle whose lock says that its writer is alive."""
     with _locked(folder):
         _sweep(folder)
         _check_free(folder, overwrite=overwrite)

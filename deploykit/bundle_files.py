@@ -77,7 +77,7 @@ def look_through(folder: Path, recorded: Collection[str] = ()) -> Found:
 
 
 def is_litter(name: str) -> bool:
-    """Whether a name below a bundle is, or lies in, something that people's tools put beside files."""
+    """Return whether a name below a bundle is, or lies in, something that people's tools put beside files."""
     parts = name.split("/")
     if _VOLUME.fullmatch(parts[0]):
         return True
@@ -85,7 +85,7 @@ def is_litter(name: str) -> bool:
 
 
 def is_dropping(name: str) -> bool:
-    """Whether a name below a bundle is that of a file that no person made."""
+    """Return whether a name below a bundle is that of a file that no person made."""
     return any(fnmatch.fnmatchcase(name.rpartition("/")[2], pattern) for pattern in DROPPINGS)
 
 
@@ -114,7 +114,7 @@ def read_manifest_text(folder: Path) -> bytes:
 
 
 def digest_line(text: bytes) -> bytes:
-    """The content of the manifest's digest file, in the form that ``sha256sum --check`` reads."""
+    """Return the content of the manifest's digest file, in the form that ``sha256sum --check`` reads."""
     return f"{hashlib.sha256(text).hexdigest()}  {MANIFEST}\n".encode()
 
 
@@ -175,14 +175,14 @@ def file_problems(folder: Path, manifest: Manifest, left: Collection[str] = ()) 
 
 
 def unrecorded(found: Found, recorded: Collection[str]) -> list[str]:
-    """Name what a folder holds beside recorded files and known litter, and what each is."""
+    """Return Name what a folder holds beside recorded files and known litter, and what each is."""
     kinds = dict.fromkeys(found.links, "a symbolic link, ") | {name: f"{odd}, " for name, odd in found.odd.items()}
     names = sorted(name for name in (*found.sizes, *found.odd) if name not in recorded)
     return [f"{name}: {kinds.get(name, '')}not recorded in {MANIFEST}" for name in names]
 
 
 def strangers(folder: Path) -> tuple[list[str], list[str]]:
-    """Name the files of a bundle's folder that deploykit did not write.
+    """Return Name the files of a bundle's folder that deploykit did not write.
 
     Returns:
         Those that people or their tools made, and those that no person made (`DROPPINGS`), which are plain files.
@@ -246,7 +246,7 @@ def _aside_hint(folder: Path) -> str:
 
 
 def is_manifest(path: Path) -> bool:
-    """Whether a path stands for a file; False also where that cannot be told."""
+    """Return whether a path stands for a file; False also where that cannot be told."""
     try:
         return path.is_file()
     except OSError:
@@ -290,7 +290,7 @@ def _look(
 
 
 def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
-    """What a name, or the link that it is, stands for; None for a link to nothing."""
+    """Return what a name, or the link that it is, stands for; None for a link to nothing."""
     try:
         return entry.stat()
     except OSError as error:
@@ -345,7 +345,7 @@ def _file_kind(path: Path) -> str:
 
 
 def _archive(path: Path) -> str:
-    """``zip``, ``tar``, or nothing: what the first bytes say."""
+    """Return ``zip``, ``tar``, or nothing: what the first bytes say."""
     with open_plain(path, follow=True) as file:
         head = file.read(512)
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):

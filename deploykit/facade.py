@@ -371,7 +371,7 @@ def verify_bundle(
 
 
 def named_bundle(name: Any) -> Path | None:
-    """The folder of a bundle that a name stands for; None: it names a backbone, or is a module.
+    """Return the folder of a bundle that a name stands for; None: it names a backbone, or is a module.
 
     The name of a variant, an alias or ``timm/<name>`` is that, whatever lies in the working directory: a path to a
     folder of the same name is written ``./<name>``, or given as a `Path`.
@@ -386,7 +386,7 @@ def named_bundle(name: Any) -> Path | None:
 
 
 def _is_backbone_name(text: str) -> bool:
-    """Whether a bare name is a variant's or an alias; on a device without torch it can only be a bundle's."""
+    """Return whether a bare name is a variant's or an alias; on a device without torch it can only be a bundle's."""
     if importlib.util.find_spec("torch") is None:
         return False
     from deploykit.backbones.registry import is_known
@@ -416,7 +416,7 @@ def _job(
 def _labels(
     backbone: BaseBackbone, calibration: CalibrationSource | None, images: CalibrationSet | None
 ) -> tuple[str, ...] | None:
-    """The class names of a backbone; else those of the class folders that it is calibrated with."""
+    """Return the class names of a backbone; else those of the class folders that it is calibrated with."""
     if backbone.labels is not None or "logits" not in backbone.spec.output_names:
         return backbone.labels
     if images is None or not isinstance(calibration, (str, os.PathLike)) or not Path(calibration).is_dir():

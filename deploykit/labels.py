@@ -26,7 +26,7 @@ LabelSource: TypeAlias = "str | os.PathLike[str] | Sequence[str] | Mapping[Any, 
 
 @cache
 def class_labels(label_set: str | None) -> tuple[str, ...] | None:
-    """The class names in index order; None where there is no such label set.
+    """Return the class names in index order; None where there is no such label set.
 
     ``label_set`` is ``BackboneSpec.label_set``, None for weights whose classes have no known names.
     """
@@ -143,7 +143,7 @@ def _names(source: Any, where: str) -> tuple[str, ...]:
 
 
 def _in_order(mapping: Mapping[Any, Any], where: str) -> list[Any]:
-    """The names of a mapping between index and name, by index."""
+    """Return the names of a mapping between index and name, by index."""
     pairs = [(_index(value), key) if _index(key) is None else (_index(key), value) for key, value in mapping.items()]
     by_index = {index: name[-1] if isinstance(name, list) and name else name for index, name in pairs}
     if len(by_index) != len(mapping) or set(by_index) != set(range(len(mapping))):

@@ -121,7 +121,7 @@ def remove_free_lock(path: Path) -> bool:
 
 
 def _is_still(handle: int, path: Path) -> bool:
-    """Whether a name still stands for an open file."""
+    """Return whether a name still stands for an open file."""
     try:
         return os.path.samestat(os.fstat(handle), path.lstat())
     except OSError:
@@ -129,7 +129,7 @@ def _is_still(handle: int, path: Path) -> bool:
 
 
 def _holder(handle: int) -> str:
-    """Name the process that holds a lock, where Linux tells."""
+    """Return Name the process that holds a lock, where Linux tells."""
     with suppress(OSError, ValueError, IndexError):
         status = os.fstat(handle)
         wanted = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"

@@ -120,7 +120,7 @@ def recorded_names(text: bytes, path: Path) -> frozenset[str]:
 
 
 def is_inside(name: str) -> bool:
-    """Whether a name is that of a file below the bundle, written in the one way there is."""
+    """Return whether a name is that of a file below the bundle, written in the one way there is."""
     path = PurePosixPath(name)
     plain = bool(name) and "\\" not in name and "\0" not in name and str(path) == name
     return plain and not path.is_absolute() and ".." not in path.parts and name not in (".", MANIFEST, MANIFEST_DIGEST)
@@ -174,7 +174,7 @@ def _finite(text: str) -> float:
 
 
 def _odd_values(manifest: Manifest) -> Iterator[str]:
-    """What is wrong with values that have the right types."""
+    """Yield what is wrong with values that have the right types."""
     for name, record in manifest.files.items():
         if not 0 <= record.size < 1 << 63 or not _SHA256.fullmatch(record.sha256):
             yield f"{name!r:.60} has the size {record.size!r:.30} and the SHA-256 {record.sha256!r:.70}"
@@ -191,7 +191,7 @@ def _odd_values(manifest: Manifest) -> Iterator[str]:
 
 
 def _counts(manifest: Manifest) -> Iterator[tuple[str, int, int]]:
-    """Every number that counts something: its name, the number, and the least that it may be."""
+    """Yield every number that counts something: its name, the number, and the least that it may be."""
     backbone, taken = manifest.backbone, manifest.input
     batch = (taken.batch,) if isinstance(taken.batch, int) else (taken.batch.min, taken.batch.opt, taken.batch.max)
     for name, values in (
@@ -211,7 +211,7 @@ def _counts(manifest: Manifest) -> Iterator[tuple[str, int, int]]:
 
 
 def _odd_precision(manifest: Manifest) -> Iterator[str]:
-    """What is wrong with the precision and its budget."""
+    """Yield what is wrong with the precision and its budget."""
     settings = manifest.precision_settings
     try:
         parse_precision(manifest.precision, settings)
@@ -224,7 +224,7 @@ def _odd_precision(manifest: Manifest) -> Iterator[str]:
 
 
 def _texts(manifest: Manifest) -> Iterator[str]:
-    """The strings of a manifest that hold control characters."""
+    """Yield the strings of a manifest that hold control characters."""
     stack: list[Any] = [msgspec.to_builtins(manifest)]
     while stack:
         value = stack.pop()

@@ -26,5 +26,5 @@ def path_of(name: Any) -> Path:
 
 
 def is_bare(name: Any) -> bool:
-    """Whether a name is text without a separator of folders: a backbone's, before it is a folder's."""
+    """Return whether a name is text without a separator of folders: a backbone's, before it is a folder's."""
     return isinstance(name, str) and not any(each in name for each in ("/", os.sep, os.altsep) if each)

@@ -71,7 +71,7 @@ class NpzArrays(Mapping[str, Array]):
         return array
 
     def _size_of(self, name: str) -> int:
-        """The bytes of an array, by its header, which the archive's directory has to confirm."""
+        """Return the bytes of an array, by its header, which the archive's directory has to confirm."""
         with self._archive.open(name + _SUFFIX) as member:
             shape, dtype = _read_header(member)
         size = math.prod(shape) * dtype.itemsize
@@ -128,7 +128,7 @@ def read_npz(path: Path | bytes, *, limit: int | None = None) -> dict[str, Array
 
 
 def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """The shape and type of an array.
+    """Return the shape and type of an array.
 
     Raises:
         ValueError: not a header, or of objects, which would have to be unpickled.

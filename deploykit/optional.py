@@ -152,7 +152,7 @@ def _call(path: str) -> None:
 
 
 def _incomplete(package: OptionalPackage, absent: str) -> MissingDependency:
-    """The error for a package that was installed without one that it imports."""
+    """Return the error for a package that was installed without one that it imports."""
     from deploykit.torchvision_operators import install_command
 
     command = install_command() if absent == "torchvision" else f"pip install {absent}"
@@ -221,7 +221,7 @@ def _version_of(distribution: str) -> str | None:
 
 
 def _plain_name(requirement: str) -> str:
-    """The name in a requirement such as ``tensorrt_rtx_cu13==1.7; extra == "x"``, as pip compares names."""
+    """Return the name in a requirement such as ``tensorrt_rtx_cu13==1.7; extra == "x"``, as pip compares names."""
     match = re.match(r"[\w.-]+", requirement.strip())
     return re.sub(r"[-_.]+", "-", match.group() if match else "").lower()
 

@@ -20,7 +20,7 @@ def printable(text: str) -> str:
 
 
 def is_printable(text: str) -> bool:
-    """Whether nothing in a text acts on a terminal; new lines and tabs do not."""
+    """Return whether nothing in a text acts on a terminal; new lines and tabs do not."""
     return (text.isascii() and text.isprintable()) or not any(map(_acts, text))
 
 

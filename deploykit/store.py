@@ -158,7 +158,7 @@ class Store:
             remove_entry(self.root / where.kind / where.key)
 
     def _found(self, where: Address, stack: ExitStack, check_fits: Checker, *, tell: bool = True) -> Path | None:
-        """The folder of a whole entry, held by the stack; ``tell``: warn of one that is not whole."""
+        """Return the folder of a whole entry, held by the stack; ``tell``: warn of one that is not whole."""
         if self.root is None:
             return None
         _sweep_once(self.root)
@@ -186,7 +186,7 @@ class Store:
         return folder
 
     def _made(self, where: Address, stack: ExitStack, build: Builder, check_fits: Checker) -> Path:
-        """The folder of an entry that is made now, or just was by the process that held the lock."""
+        """Return the folder of an entry that is made now, or just was by the process that held the lock."""
         with ExitStack() as making:
             partial = self._partial(where, making, BUILD_WAIT_SECONDS)
             if partial is not None:

@@ -180,7 +180,7 @@ def _check_file(name: str, path: Path, status: os.stat_result, expected: StoredF
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, Path, os.stat_result]]:
-    """Every file below a folder: its name in the entry, path and status.
+    """Yield every file below a folder: its name in the entry, path and status.
 
     Raises:
         DamagedEntry: a link or another special file, or a folder of another owner.

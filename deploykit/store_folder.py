@@ -98,7 +98,7 @@ def remove_entry(entry: Path) -> bool:
 
 
 def litter_of(folder: Path) -> list[Path]:
-    """What ended processes left in a folder of entries: half-made entries and locks that nobody holds."""
+    """Return what ended processes left in a folder of entries: half-made entries and locks that nobody holds."""
     return [path for path, _ in _litter(folder)]
 
 

@@ -87,7 +87,7 @@ def parse_size(text: str, name: str) -> int | None:
 
 
 def entries(root: Path, *, verify: bool = False) -> Iterator[StoreEntry]:
-    """Every entry of a store, by kind and key.
+    """Yield every entry of a store, by kind and key.
 
     Args:
         root: the store's folder.
@@ -98,7 +98,7 @@ def entries(root: Path, *, verify: bool = False) -> Iterator[StoreEntry]:
 
 
 def leftovers(root: Path) -> list[Path]:
-    """What ended processes and version 0.1.0 left in a store."""
+    """Return what ended processes and version 0.1.0 left in a store."""
     found = []
     for kind in _folders(root):
         found += litter_of(kind)
@@ -180,7 +180,7 @@ def _used(path: Path) -> float:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """The folders in a folder whose names do not begin with a dot, sorted; none where it cannot be read."""
+    """Return the folders in a folder whose names do not begin with a dot, sorted; none where it cannot be read."""
     try:
         found = [entry.name for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
     except OSError:
@@ -189,7 +189,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _bytes_below(path: Path) -> int:
-    """The bytes of a file, or of all files below a folder."""
+    """Return the bytes of a file, or of all files below a folder."""
     total = 0
     with suppress(OSError):
         if not path.is_dir() or path.is_symlink():

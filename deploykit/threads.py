@@ -104,7 +104,7 @@ def _controllers(mounts: Path) -> dict[str, list[tuple[Path, str]]]:
 
 
 def _levels(mount: Path, root: str, path: str) -> Iterator[Path]:
-    """The folder of a cgroup below a mount, and every folder above it; the mount's own where it shows a part."""
+    """Yield the folder of a cgroup below a mount, and every folder above it; the mount's own where it shows a part."""
     inside = PurePosixPath(path)
     if inside.is_relative_to(root) and ".." not in inside.parts:
         relative = inside.relative_to(root)

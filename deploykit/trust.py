@@ -28,7 +28,7 @@ def remember_engine(manifest: Manifest) -> None:
 
 
 def is_own(engine: str, files: Mapping[str, FileRecord]) -> bool:
-    """Whether this user's deploykit made an engine on this machine."""
+    """Return whether this user's deploykit made an engine on this machine."""
     where = _address(engine, files)
     if where.key in _made_here:
         return True

@@ -33,7 +33,7 @@ PROXY = "proxy: the same graph, evaluated node by node on the CPU"
 
 
 def parity_images(calibration: CalibrationSet | None, spec: InputSpec) -> ImageArray:
-    """`PARITY_IMAGES` images evenly spaced over the calibration set, or synthetic ones where there is none.
+    """Return `PARITY_IMAGES` images evenly spaced over the calibration set, or synthetic ones where there is none.
 
     They are what an engine with this input is called with: an engine that embeds the preprocessing
     gets the nearest pixels. The synthetic images have the 1/f amplitude spectrum of photographs
@@ -55,7 +55,7 @@ def _synthetic_images(spec: InputSpec) -> FloatArray:
 
 
 def torch_outputs(backbone: BaseBackbone, images: FloatArray) -> dict[str, FloatArray]:
-    """Every level and the head of a backbone in eval mode and FP32 on the CPU, one image at a time."""
+    """Return every level and the head of a backbone in eval mode and FP32 on the CPU, one image at a time."""
     parts: list[dict[str, Any]] = []
     with kept_random_states(), torch.no_grad():
         twin = inference_copy(backbone)

@@ -50,7 +50,7 @@ def search_mixed_precision(
 
 
 def _savings(plan: QuantizationPlan, engines: Evaluator) -> dict[str, float] | None:
-    """What each node gains by running in integers, where the runtime's profile tells."""
+    """Return what each node gains by running in integers, where the runtime's profile tells."""
     backend, network = engines.job.backend, engines.network
     if backend.profile is None:
         return None

@@ -105,7 +105,7 @@ def _address(job: ExportJob) -> Address:
 
 
 def _kept_report(job: ExportJob) -> RecipeReport | None:
-    """The report of the same trials made before."""
+    """Return the report of the same trials made before."""
     kept = Store().load(_address(job)) if job.options.cache else None
     if kept is None:
         return None

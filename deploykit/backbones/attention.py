@@ -20,7 +20,7 @@ TRANSPOSED = ".T"
 def attend(
     query: Tensor, key: Tensor, value: Tensor, *, bias: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
-    """``softmax(query @ key^T * scale + bias) @ value`` (Vaswani et al. 2017).
+    """Return ``softmax(query @ key^T * scale + bias) @ value`` (Vaswani et al. 2017).
 
     Args:
         query: ``(N, heads, T, D)``.
@@ -114,13 +114,13 @@ def _group_norm(op: Any) -> Any:
 
 
 def split_heads(projected: Tensor, heads: int) -> Tensor:
-    """``(N, T, heads * D)`` to ``(N, heads, T, D)``."""
+    """Map ``(N, T, heads * D)`` to ``(N, heads, T, D)``."""
     tokens, width = projected.shape[1], projected.shape[2]
     return projected.reshape(-1, tokens, heads, width // heads).transpose(1, 2)
 
 
 def merge_heads(attended: Tensor) -> Tensor:
-    """``(N, heads, T, D)`` to ``(N, T, heads * D)``."""
+    """Map ``(N, heads, T, D)`` to ``(N, T, heads * D)``."""
     heads, tokens, width = attended.shape[1], attended.shape[2], attended.shape[3]
     return attended.transpose(1, 2).reshape(-1, tokens, heads * width)
 
@@ -135,7 +135,7 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """``(N, T, dim)`` to ``(N, T, dim)``."""
+        """Map ``(N, T, dim)`` to ``(N, T, dim)``."""
         query, key, value = split_heads(self.qkv(tokens), 3 * self.heads).chunk(3, dim=1)
         return self.proj(merge_heads(attend(query, key, value)))  # type: ignore[no-any-return]
 
@@ -150,7 +150,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """``(..., dim)`` to ``(..., dim)``."""
+        """Turn ``(..., dim)`` into ``(..., dim)``."""
         return self.fc2(self.act(self.fc1(tokens)))  # type: ignore[no-any-return]
 
 
@@ -162,7 +162,7 @@ class LayerScale(nn.Module):
         self.gamma = nn.Parameter(torch.full((dim,), initial))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """``(..., dim)`` to ``(..., dim)``."""
+        """Turn ``(..., dim)`` into ``(..., dim)``."""
         return tokens * self.gamma
 
 
@@ -197,6 +197,6 @@ class TransformerBlock(nn.Module):
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """``(N, T, dim)`` to ``(N, T, dim)``."""
+        """Map ``(N, T, dim)`` to ``(N, T, dim)``."""
         tokens = tokens + self.ls1(self.attn(self.norm1(tokens)))
         return tokens + self.ls2(self.mlp(self.norm2(tokens)))  # type: ignore[no-any-return]

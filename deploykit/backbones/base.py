@@ -229,11 +229,11 @@ class BaseBackbone(nn.Module):
 
     @abstractmethod
     def forward_head(self, trunk: Tensor) -> Tensor:
-        """The state after the last level to ``(N, num_classes)`` logits or the ``(N, D)`` embedding."""
+        """Return the state after the last level to ``(N, num_classes)`` logits or the ``(N, D)`` embedding."""
 
     @abstractmethod
     def stage_modules(self) -> dict[str, tuple[nn.Module, ...]]:
-        """The modules by level name, in the order in which they run; parameters outside count as head."""
+        """Return the modules by level name, in the order in which they run; parameters outside count as head."""
 
     def forward(self, images: Tensor) -> Any:
         """See the class; `__call__` also checks the images and takes NumPy."""
@@ -247,7 +247,7 @@ class BaseBackbone(nn.Module):
         return self.forward_head(trunk)
 
     def forward_everything(self, images: Tensor) -> dict[str, Tensor]:
-        """Every selected level and the head's output by name: what parity compares.
+        """Return every selected level and the head's output by name: what parity compares.
 
         With ``features_only`` the head is left out and the trunk stops at the deepest level.
         """
@@ -290,7 +290,7 @@ class BaseBackbone(nn.Module):
             return to_numpy(self(to_tensor(images, anchor.device).to(anchor.dtype), *args, **kwargs))
 
     def predict(self, image: SomeImages, top: int = 5) -> list[Prediction] | list[list[Prediction]]:
-        """Name the most probable classes of one image, or of each in a list; see `deploykit.predict.predict`."""
+        """Return Name the most probable classes of one image, or of each in a list; see `deploykit.predict.predict`."""
         if not self.is_described:
             raise SpecError(f"the input and the classes of {self.name} are not known yet. Fix: create_backbone(model).")
         return predict(self, self.spec, image, top)
@@ -310,14 +310,14 @@ class BaseBackbone(nn.Module):
         return copied
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A checkpoint of the variant as it fits this module's options; called before a strict load.
+        """Return a checkpoint of the variant as it fits this module's options; called before a strict load.
 
         A family overrides it where a weight's shape follows the image or patch size.
         """
         return state
 
     def image_size_in(self, state: Mapping[str, Tensor]) -> tuple[int, int] | None:
-        """The (height, width) in pixels that a checkpoint was trained at, where its shapes tell; else None.
+        """Return the (height, width) in pixels that a checkpoint was trained at, where its shapes tell; else None.
 
         A family overrides it where a weight's shape follows the image size.
         """
@@ -396,7 +396,7 @@ class BaseBackbone(nn.Module):
         return tuple(have[index] for index in sorted(set(indices)))
 
     def _spec_for(self, shape: tuple[int, ...]) -> InputSpec:
-        """The input spec with the size of these images, where the family takes any size."""
+        """Return the input spec with the size of these images, where the family takes any size."""
         if self.fixed_size or len(shape) != 4 or shape[1] != self.input_spec.channels:
             return self.input_spec
         return replace(self.input_spec, height=shape[2], width=shape[3])

@@ -23,7 +23,7 @@ from deploykit.unset import UNSET
 
 
 def build_any(name: Any, asked: BackboneRequest) -> BaseBackbone:
-    """A name, a ``timm/`` name or a module, as a backbone with its weights, labels and preprocessing.
+    """Return a name, a ``timm/`` name or a module, as a backbone with its weights, labels and preprocessing.
 
     Raises:
         SpecError: an unknown name, or options that do not go with it.
@@ -52,7 +52,7 @@ def build_any(name: Any, asked: BackboneRequest) -> BaseBackbone:
 
 
 def _as_built(backbone: BaseBackbone, asked: BackboneRequest) -> BaseBackbone:
-    """A backbone that exists, under other labels or another preprocessing where they were asked for."""
+    """Return a backbone that exists, under other labels or another preprocessing where they were asked for."""
     described = {"labels", "preprocessing"}
     differing = [
         f"{option}={getattr(asked, option)!r}"
@@ -74,7 +74,7 @@ def _as_built(backbone: BaseBackbone, asked: BackboneRequest) -> BaseBackbone:
 
 
 def _wrap(module: nn.Module, asked: BackboneRequest) -> BaseBackbone:
-    """A user's own module, which decides everything but the size, the channels and the levels returned.
+    """Return a user's own module, which decides everything but the size, the channels and the levels returned.
 
     Around one of deploykit's backbones it takes that one's images, where nothing else was asked for.
     """

@@ -126,7 +126,7 @@ def _without_classifier(request: BackboneRequest, found: FoundState, layout: Ten
 
 
 def _matrices(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names and shapes of the tensors that may be the weights of a classifier."""
+    """Return the names and shapes of the tensors that may be the weights of a classifier."""
     return [f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items() if tensor.dim() == 2]
 
 

@@ -42,7 +42,7 @@ def named_outputs(raw: Any) -> dict[str, Any]:
 
 
 def is_positional(name: str) -> bool:
-    """Whether a name is made of positions alone, as in lists and tuples."""
+    """Return whether a name is made of positions alone, as in lists and tuples."""
     return all(part.isdecimal() for part in name.split("."))
 
 
@@ -101,7 +101,7 @@ def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...]
 
 
 def _children(value: Any) -> list[tuple[str, Any]] | None:
-    """The parts of a container by name; None for a leaf."""
+    """Return the parts of a container by name; None for a leaf."""
     if isinstance(value, Mapping):
         return [(str(key), child) for key, child in value.items()]
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -122,7 +122,7 @@ def _check_name(name: str, module: str) -> None:
 
 
 def _problem(output: object, batch: int, rank: int) -> str | None:
-    """What is wrong with an output; None for a float tensor of this batch and rank."""
+    """Return what is wrong with an output; None for a float tensor of this batch and rank."""
     if not isinstance(output, Tensor):
         return "is no tensor"
     if output.layout != torch.strided:

@@ -98,7 +98,7 @@ class Backend:
         return tied
 
     def is_code(self, engine: str) -> bool:
-        """Whether an engine file is machine code, which runs with the user's rights when it is opened."""
+        """Return whether an engine file is machine code, which runs with the user's rights when it is opened."""
         return self.code_suffix is not None and engine.endswith(self.code_suffix)
 
     def load_adapter(self) -> type[Runtime]:

@@ -80,7 +80,7 @@ def references(model: bytes, name: str) -> tuple[tuple[str, ...], frozenset[byte
 
 
 def _walk(data: bytes, kind: str, start: int, end: int, depth: int) -> Iterator[tuple[str, int, int, int]]:
-    """Every external-data entry, and every field of bytes of a node, as (message, field, start, end)."""
+    """Yield every external-data entry, and every field of bytes of a node, as (message, field, start, end)."""
     if depth > _DEEPEST:
         raise ValueError(f"messages nested deeper than {_DEEPEST}")
     if kind == "entry":
@@ -102,7 +102,7 @@ def _mentions(data: bytes, start: int, end: int) -> bool:
 
 
 def _locations(data: bytes, start: int, end: int) -> Iterator[str]:
-    """The values of an entry that has ``location`` as a key, whichever of its keys a reader takes."""
+    """Yield the values of an entry that has ``location`` as a key, whichever of its keys a reader takes."""
     fields = list(_fields(data, start, end))
     if any(number == _KEY and data[begin:stop] == _EXTERNAL_KEY for number, begin, stop in fields):
         for number, begin, stop in fields:
@@ -111,7 +111,7 @@ def _locations(data: bytes, start: int, end: int) -> Iterator[str]:
 
 
 def _fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """The fields of bytes in a message, as (number, start, end)."""
+    """Yield the fields of bytes in a message, as (number, start, end)."""
     position = start
     while position < end:
         tag, position = _varint(data, position)

@@ -120,7 +120,7 @@ class Runtime(ABC):
     @classmethod
     @abstractmethod
     def devices(cls) -> tuple[str, ...]:
-        """The devices of this machine that the runtime can use; needs the package."""
+        """Return the devices of this machine that the runtime can use; needs the package."""
 
     def __call__(self, images: Images) -> Any:
         """Run the engine; see the class for shapes.
@@ -153,11 +153,11 @@ class Runtime(ABC):
         return outputs[0]
 
     def predict(self, image: SomeImages, top: int = 5) -> list[Prediction] | list[list[Prediction]]:
-        """Name the most probable classes of one image, or of each in a list; see `deploykit.predict.predict`."""
+        """Return Name the most probable classes of one image, or of each in a list; see `deploykit.predict.predict`."""
         return predict(self, self.manifest.backbone, image, top)
 
     def seen_on(self) -> dict[str, str]:
-        """The machine, the device and the versions that run this engine, for a bundle's manifest."""
+        """Return the machine, the device and the versions that run this engine, for a bundle's manifest."""
         version = self.backend.installed_version() or "unknown"
         return machine() | {"device": self.device, self.backend.package.module: version}
 
@@ -203,7 +203,7 @@ class Runtime(ABC):
         )
 
     def _unusable(self) -> SpecError:
-        """The error of a model that is closed, or that another process opened."""
+        """Return the error of a model that is closed, or that another process opened."""
         if os.getpid() != self._process:
             return SpecError(
                 f"this {self.runtime} model was opened in process {self._process} and called in its forked child "
@@ -262,7 +262,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def machine() -> dict[str, str]:
-    """The operating system and the processor of this machine."""
+    """Return the operating system and the processor of this machine."""
     return {"system": f"{platform.system()} {platform.machine()}", "processor": read_processor().model}
 
 
@@ -284,5 +284,5 @@ def run_in_batches(model: Runtime, images: ImageArray) -> dict[str, FloatArray]:
 
 
 def version_key(version: str) -> tuple[int, ...]:
-    """``"2026.4.1+cpu"`` to ``(2026, 4, 1)``, for ordering; a part that is no number ends it."""
+    """Turn ``"2026.4.1+cpu"`` into ``(2026, 4, 1)``, for ordering; a part that is no number ends it."""
     return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])

@@ -42,7 +42,7 @@ class DemoEngine:
 
 
 def demo_engines() -> tuple[DemoEngine, ...]:
-    """Name the engines that the runtimes' descriptors list for the demo."""
+    """Return Name the engines that the runtimes' descriptors list for the demo."""
     backends = map(load_backend, engine_names())
     return tuple(
         DemoEngine(runtime=backend.name, precision=precision) for backend in backends for precision in backend.demo
@@ -120,7 +120,7 @@ def _export_and_label(engine: DemoEngine, folder: Path, crops: Path, images: Any
 
 
 def _label(logits: Any, labels: tuple[str, ...]) -> str:
-    """``"285 Egyptian cat 0.75"`` from ``(1, classes)`` logits."""
+    """Return ``"285 Egyptian cat 0.75"`` from ``(1, classes)`` logits."""
     scores = np.asarray(logits, np.float64)[0]
     shares = np.exp(scores - scores.max())
     best = int(scores.argmax())
@@ -128,7 +128,7 @@ def _label(logits: Any, labels: tuple[str, ...]) -> str:
 
 
 def photograph_folder() -> Path:
-    """Where scikit-image keeps its photographs."""
+    """Return where scikit-image keeps its photographs."""
     from deploykit.optional import require
 
     return Path(require("skimage").data_dir)

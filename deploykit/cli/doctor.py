@@ -137,7 +137,7 @@ def _start_probe(runtime: str) -> subprocess.Popen[str]:
 
 
 def _finish_probe(probe: subprocess.Popen[str]) -> tuple[tuple[str, ...], str | None]:
-    """The devices, or why they cannot be told."""
+    """Return the devices, or why they cannot be told."""
     try:
         said, complaint = probe.communicate(timeout=PROBE_SECONDS)
     except subprocess.TimeoutExpired:
@@ -154,7 +154,7 @@ def _finish_probe(probe: subprocess.Popen[str]) -> tuple[tuple[str, ...], str | 
 
 
 def _version_shown(row: RuntimeHealth) -> str:
-    """The version, after the distribution where that is not the runtime's usual one."""
+    """Return the version, after the distribution where that is not the runtime's usual one."""
     if row.version is None:
         return "absent"
     usual = load_backend(row.runtime).package.distribution
@@ -162,7 +162,7 @@ def _version_shown(row: RuntimeHealth) -> str:
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler that torch_compile would use: ``$CXX``, else one of the usual names."""
+    """Return the C++ compiler that torch_compile would use: ``$CXX``, else one of the usual names."""
     named = os.environ.get("CXX")
     for name in [named] if named else ["g++", "clang++", "c++"]:
         if found := shutil.which(name):
@@ -171,7 +171,7 @@ def find_compiler() -> str | None:
 
 
 def _weights_packages() -> tuple[str, ...]:
-    """``tag for variants`` of each installed weights package, or what is wrong with one."""
+    """Return ``tag for variants`` of each installed weights package, or what is wrong with one."""
     from deploykit.backbones.weight_packages import installed_offers
     from deploykit.errors import WeightsError
 

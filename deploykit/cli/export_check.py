@@ -103,7 +103,7 @@ def _checked_job(choice: ExportChoice, backbone: BaseBackbone) -> ExportJob:
 
 
 def calibration_source(paths: tuple[str, ...]) -> str | list[str] | None:
-    """What `export_backbone` takes as ``calibration``."""
+    """Return what `export_backbone` takes as ``calibration``."""
     if len(paths) < 2:
         return paths[0] if paths else None
     return list(paths)
@@ -136,7 +136,7 @@ def _without_memory(choice: ExportChoice) -> tuple[BaseBackbone, str]:
 
 
 def shape_of(name: str, options: BackboneOptions) -> BaseBackbone:
-    """A backbone of the registry on torch's meta device: shapes only, no memory, no numbers."""
+    """Return a backbone of the registry on torch's meta device: shapes only, no memory, no numbers."""
     import torch
 
     from deploykit.backbones.registry import build

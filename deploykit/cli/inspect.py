@@ -72,7 +72,7 @@ def inspect(bundle: BundleArgument, json: JsonFlag = False) -> None:
 
 
 def read_quantization(path: Path) -> QuantizationSummary:
-    """The plan's figures, read without onnx, which the plan's own class needs.
+    """Return the plan's figures, read without onnx, which the plan's own class needs.
 
     Raises:
         BundleError: not a quantization plan.

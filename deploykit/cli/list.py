@@ -84,7 +84,7 @@ def _cells(row: BackboneRow) -> list[str]:
 
 
 def _chosen(family: str | None, pattern: str | None) -> dict[str, str]:
-    """The names asked for, each with its family.
+    """Return the names asked for, each with its family.
 
     Raises:
         SpecError: no such family, or nothing matches.
@@ -109,7 +109,7 @@ def _runtimes() -> Iterator[RuntimeRow]:
 
 
 def _measured(names: dict[str, str]) -> Iterator[BackboneRow]:
-    """The row of each name: remembered from an earlier call of the same code, or measured now."""
+    """Yield the row of each name: remembered from an earlier call of the same code, or measured now."""
     import msgspec
 
     from deploykit.store import Store
@@ -127,7 +127,7 @@ def _measured(names: dict[str, str]) -> Iterator[BackboneRow]:
 
 
 def _memory() -> Address:
-    """Where rows are kept: it changes with the code of the backbones and with torch."""
+    """Return where rows are kept: it changes with the code of the backbones and with torch."""
     import deploykit.backbones
     from deploykit.store import address
 

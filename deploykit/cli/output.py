@@ -45,7 +45,7 @@ BundleArgument = Annotated[str, typer.Argument(metavar="BUNDLE", help="A folder 
 
 @cache
 def stderr_console() -> Console:
-    """The one console on stderr, so that a line does not break a running progress bar."""
+    """Return the one console on stderr, so that a line does not break a running progress bar."""
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, markup=False)
@@ -66,7 +66,7 @@ def show(*renderables: RenderableType) -> None:
 def table(
     columns: Iterable[str], rows: Iterable[Iterable[str]], *, right: Iterable[str] = (), title: str = ""
 ) -> Table:
-    """A plain table; ``right`` names the columns of figures."""
+    """Return a plain table; ``right`` names the columns of figures."""
     from rich.table import Table
     from rich.text import Text
 
@@ -140,13 +140,13 @@ def shown_warnings() -> Iterator[None]:
 
 
 def input_text(spec: InputSpec) -> str:
-    """``"1 x 224 x 224 x 3 uint8 NHWC"``."""
+    """Return ``"1 x 224 x 224 x 3 uint8 NHWC"``."""
     sides = " x ".join(str(side) for side in (spec.batch, *spec.shape[1:]))
     return f"{sides} {spec.dtype} {spec.layout}"
 
 
 def size_text(size: float) -> str:
-    """Bytes to ``"1.5 MB"``."""
+    """Return Bytes to ``"1.5 MB"``."""
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

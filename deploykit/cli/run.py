@@ -175,7 +175,7 @@ def _results(model: Runtime, given: Given, spec: InputSpec, *, top: int, skip_co
 def _read(
     files: tuple[Path, ...], spec: InputSpec, skipped: list[SkippedImage], *, skip_corrupt: bool
 ) -> list[tuple[Path, ImageArray]]:
-    """Each file with its image; those that cannot be read are added to ``skipped``.
+    """Return each file with its image; those that cannot be read are added to ``skipped``.
 
     Raises:
         ImageError: files cannot be read, and are not to be skipped; each one is named.
@@ -207,7 +207,7 @@ def _summary(name: str, output: Any) -> OutputSummary:
 
 
 def _as_table(results: list[ImageResult]) -> Any:
-    """One row a class, or one row an output; the file's name stands in its first row."""
+    """Return one row a class, or one row an output; the file's name stands in its first row."""
     rows: list[list[str]] = []
     for result in results:
         of_image = [[str(each.index), each.label, f"{each.probability:.1%}"] for each in result.top]

@@ -57,7 +57,7 @@ def _open_closed() -> None:
 
 
 def _is_of_output(error: OSError) -> bool:
-    """Whether an error comes from writing to a stream: it names no file, and the stream fails again."""
+    """Return whether an error comes from writing to a stream: it names no file, and the stream fails again."""
     if error.filename is not None:
         return False
     if error.errno == errno.EPIPE:

@@ -88,7 +88,7 @@ def verify(
 
 
 def _next(bundle: str) -> str:
-    """What to do with a bundle that passed: keep what was seen where its manifest says less, else run it."""
+    """Return what to do with a bundle that passed: keep what was seen where its manifest says less, else run it."""
     from deploykit.bundle import read_manifest
 
     if read_manifest(Path(bundle)).status == "parity_checked":
@@ -118,7 +118,7 @@ def _reduce(bundle: str) -> None:
 
 
 def _explain(bundle: str, error: DeployKitError) -> str:
-    """The error's message; before it, that nobody has ever run the engine, where that is so."""
+    """Return the error's message; before it, that nobody has ever run the engine, where that is so."""
     from deploykit.bundle import read_manifest
 
     if isinstance(error, DeviceUnavailable) and read_manifest(Path(bundle)).status == "built":

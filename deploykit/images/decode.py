@@ -66,7 +66,7 @@ def _escaped(character: str) -> str:
 
 
 def kind_of_content(prefix: bytes) -> tuple[str, bool]:
-    """The format that a file's first 16 bytes are of, empty where unknown, and whether it is one of `FORMATS`.
+    """Return the format that a file's first 16 bytes are of, empty where unknown, and whether it is one of `FORMATS`.
 
     Formats whose signature may begin a text (BMP, PPM) are left to Pillow.
     """
@@ -179,7 +179,7 @@ class _Depth:
 
 
 def _depth(image: Image.Image) -> _Depth:
-    """The depth of a picture in mode I or I;16; white is None where the file does not say it."""
+    """Return the depth of a picture in mode I or I;16; white is None where the file does not say it."""
     if image.format == "TIFF":
         tags: Any = image.tag_v2  # type: ignore[attr-defined]
         bits, signed = int(tags.get(258, (1,))[0]), 2 in tags.get(339, (1,))
@@ -190,7 +190,7 @@ def _depth(image: Image.Image) -> _Depth:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The picture turned as its EXIF orientation says; a turned copy has no orientation any more."""
+    """Return the picture turned as its EXIF orientation says; a turned copy has no orientation any more."""
     if image.getexif().get(0x0112, 1) == 1:
         return image
     return ImageOps.exif_transpose(image)
@@ -227,7 +227,7 @@ def _greys(image: Image.Image, depth: _Depth, name: str) -> Image.Image:
 
 
 def _scaled_to_eight_bits(depth: _Depth) -> npt.NDArray[np.uint8]:
-    """The 8-bit grey of every value from 0 to white."""
+    """Return the 8-bit grey of every value from 0 to white."""
     white = float(depth.white or 1)
     scaled = np.arange(white + 1, dtype=np.float32) / np.float32(white / 255)
     table = scaled.round().astype(np.uint8)

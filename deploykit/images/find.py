@@ -77,7 +77,7 @@ def describe_left_out(left_out: tuple[LeftOut, ...]) -> str:
 
 
 def _walk(folder: Path, left_out: list[LeftOut]) -> Iterator[Path]:
-    """Every path below a folder that is no folder; real folders first, so that a link to one adds nothing."""
+    """Yield every path below a folder that is no folder; real folders first, so that a link to one adds nothing."""
     seen: set[tuple[int, int]] = set()
     pending = [folder]
     links: list[Path] = []
@@ -98,7 +98,7 @@ def _walk(folder: Path, left_out: list[LeftOut]) -> Iterator[Path]:
 
 
 def _listed(folder: Path) -> tuple[tuple[int, int], list[Path]]:
-    """What tells a folder from every other, and its entries, sorted."""
+    """Return what tells a folder from every other, and its entries, sorted."""
     try:
         found = folder.stat()
         return (found.st_dev, found.st_ino), sorted(folder.iterdir())

@@ -85,7 +85,7 @@ def read_image(path: Path, spec: InputSpec) -> ImageArray:
 
 
 def is_one_image(image: object) -> TypeGuard[OneImage]:
-    """Whether this is one image, and not several or something else."""
+    """Return whether this is one image, and not several or something else."""
     return isinstance(image, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, np.ndarray))
 
 
@@ -161,7 +161,7 @@ def _listed(images: object) -> list[Any]:
 
 
 def _picture(array: npt.NDArray[Any], name: str) -> Image.Image:
-    """An array of pixels as a picture that shares its memory."""
+    """Return an array of pixels as a picture that shares its memory."""
     channels = array.shape[2:] or (1,)
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels[0] not in (1, 3, 4) or not array.size:
         raise SpecError(
@@ -225,7 +225,7 @@ def _coloured(picture: Image.Image, spec: InputSpec) -> Image.Image:
 
 
 def _resized(height: int, width: int, target: tuple[int, int], crop_mode: str) -> tuple[int, int]:
-    """The size to resize to before the crop, ``(height, width)``, rounded as timm rounds it."""
+    """Return the size to resize to before the crop, ``(height, width)``, rounded as timm rounds it."""
     if crop_mode == "squash":
         return target
     if crop_mode == "center" and target[0] == target[1]:

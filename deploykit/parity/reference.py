@@ -65,7 +65,7 @@ class ParityReference:
         return LOGITS if len(self.shapes.get(LOGITS, ())) == 1 else None
 
     def sample(self, outputs: Mapping[str, npt.NDArray[Any]]) -> dict[str, FloatArray]:
-        """An engine's outputs, each ``(n, ...)`` for any n, at the reference's positions: ``(n, K)``.
+        """Return an engine's outputs, each ``(n, ...)`` for any n, at the reference's positions: ``(n, K)``.
 
         Raises:
             ParityError: an output is missing, unknown, or of another shape than the reference's.
@@ -132,7 +132,7 @@ class ParityReference:
 
 
 def capture(images: FloatArray, outputs: Mapping[str, npt.NDArray[Any]]) -> ParityReference:
-    """The reference for these images: at most `MAX_VALUES` values of each output an image.
+    """Return the reference for these images: at most `MAX_VALUES` values of each output an image.
 
     Args:
         images: ``(N, C, H, W)`` float32, as the model takes them.

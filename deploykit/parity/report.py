@@ -66,7 +66,7 @@ class ParityReport:
         return bool(self.levels) and self.images > 0 and all(level.passed for level in self.levels)
 
     def failures(self) -> tuple[LevelParity, ...]:
-        """The levels outside the budget, shallow to deep."""
+        """Return the levels outside the budget, shallow to deep."""
         return tuple(level for level in self.levels if not level.passed)
 
     def raise_for_failures(self) -> None:
@@ -117,7 +117,7 @@ class ParityReport:
             ) from error
 
     def render(self) -> Table:
-        """A table for a terminal, one row a level."""
+        """Return a table for a terminal, one row a level."""
         from rich.table import Table
         from rich.text import Text
 

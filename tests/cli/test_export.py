@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import resource
 import signal
@@ -218,9 +219,13 @@ def test_a_stopped_export_gives_130_and_leaves_nothing(tmp_path, stop):
     words = ["export", "resnet18", *HERE, "-o", str(tmp_path / "out")]
     command = [sys.executable, "-m", "deploykit", *words]
     # A test that was started in the background has SIGINT ignored, and its children would too.
-    listen = partial(signal.signal, stop, signal.SIG_DFL)
+    listen = functools.partial(signal.signal, stop, signal.SIG_DFL)
     with subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, preexec_fn=listen  # noqa: PLW1509
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=listen,  # noqa: PLW1509
     ) as process:
         for line in process.stderr:
             if "trace the module" in line:

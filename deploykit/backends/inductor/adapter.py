@@ -54,13 +54,13 @@ class InductorRuntime(Runtime):
 
     @classmethod
     def devices(cls) -> tuple[str, ...]:
-        """``cpu``: packages are compiled for the CPU only."""
+        """Return ``cpu``: packages are compiled for the CPU only."""
         require("torch")
         return ("cpu",)
 
 
 def machine_tie() -> dict[str, str]:
-    """What machine code compiled here is tied to: the architecture and its vector instructions.
+    """Return what machine code compiled here is tied to: the architecture and its vector instructions.
 
     ``{"machine": "x86_64", "cpu_capability": "AVX512+VNNI"}``; AVX512 alone would let a package
     with VNNI or AMX instructions crash an older processor.

@@ -77,7 +77,7 @@ def sweep_left_behind(root: Path) -> None:
 
 
 def _members(content: bytes, name: str) -> dict[str, bytes]:
-    """The files that a package's library is loaded with, by their bare names.
+    """Return the files that a package's library is loaded with, by their bare names.
 
     Raises:
         BundleError: no archive, or one without a library.
@@ -102,7 +102,7 @@ def _runner(library: Path) -> Any:
 
 
 def _is_loaded(library: Path) -> bool:
-    """Whether a library is still in this process; it then stays, and its name stands for it and for no file."""
+    """Return whether a library is still in this process; it then stays, and its name stands for it and for no file."""
     try:
         ctypes.CDLL(str(library), mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
     except OSError:

@@ -71,7 +71,7 @@ def lower(graph: TorchProgram, folder: Path, options: LowerOptions) -> Engine:
 
 
 def _chosen_package(graph: TorchProgram, staging: Path, *, measure: bool) -> tuple[Path, ModeChoice]:
-    """The package of the remembered mode; else of the fastest, which is then remembered, or of the default."""
+    """Return the package of the remembered mode; else of the fastest, which is then remembered, or of the default."""
     program = graph.program
     remembered = mode_address(program)
     choice = recall_mode(remembered)
@@ -85,7 +85,7 @@ def _chosen_package(graph: TorchProgram, staging: Path, *, measure: bool) -> tup
 
 
 def _compile_each(program: ExportedProgram, staging: Path) -> dict[str, Path]:
-    """The package of every mode that compiles; a log line names one that does not.
+    """Return the package of every mode that compiles; a log line names one that does not.
 
     Raises:
         ExportError: none of them compiles.
@@ -104,7 +104,7 @@ def _compile_each(program: ExportedProgram, staging: Path) -> dict[str, Path]:
 
 
 def _call(package: Path, spec: InputSpec) -> Callable[[], object]:
-    """A call of a package on zeros, of the batch that it is tuned for."""
+    """Return a call of a package on zeros, of the batch that it is tuned for."""
     torch = require("torch")
     loader = load_package(package)
     batch = spec.batch if isinstance(spec.batch, int) else spec.batch.opt
@@ -113,7 +113,7 @@ def _call(package: Path, spec: InputSpec) -> Callable[[], object]:
 
 
 def _compile(program: ExportedProgram, staging: Path, mode: str) -> Path:
-    """The package of a program in one mode.
+    """Return the package of a program in one mode.
 
     Raises:
         ExportError: the compilation failed.

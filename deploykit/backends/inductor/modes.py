@@ -81,7 +81,7 @@ def _described(node: Any) -> tuple[str, ...]:
 
 
 def fastest(calls: Mapping[str, Callable[[], object]]) -> ModeChoice:
-    """The mode whose call takes the least time, called in turns with the others."""
+    """Return the mode whose call takes the least time, called in turns with the others."""
     medians, _ = time_calls(list(calls.values()))
     milliseconds = {mode: round(taken, 3) for mode, taken in zip(calls, medians, strict=True)}
     return ModeChoice(mode=min(milliseconds, key=milliseconds.__getitem__), milliseconds=milliseconds)

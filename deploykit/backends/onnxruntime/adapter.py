@@ -73,7 +73,7 @@ class OnnxRuntime(Runtime):
 
     @classmethod
     def devices(cls) -> tuple[str, ...]:
-        """The devices whose execution provider this build of onnxruntime carries."""
+        """Return the devices whose execution provider this build of onnxruntime carries."""
         available = load_onnxruntime().get_available_providers()
         return tuple(device for device, provider in PROVIDERS.items() if provider in available)
 
@@ -108,7 +108,7 @@ def _create_session(ort: Any, engine: EngineFile, device: str, ordinal: str, thr
 
 
 def _source(options: Any, engine: EngineFile) -> bytes | str:
-    """The model's bytes, with its external weights in the options; or the path of a private copy with both."""
+    """Return the model's bytes, with its external weights in the options; or the path of a private copy with both."""
     weights = engine.parts()
     if not weights:
         return engine.read()

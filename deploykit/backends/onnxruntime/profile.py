@@ -22,7 +22,7 @@ _SUFFIXES = re.compile(r"(_kernel_time|_nchwc|_token_\d+|/MatMulAddFusion|/produ
 def integer_savings(
     master: ir.Model, quantized: ir.Model, nodes: Collection[str], batch: FloatArray
 ) -> dict[str, float] | None:
-    """How many milliseconds each node runs shorter in integers than in float.
+    """Return how many milliseconds each node runs shorter in integers than in float.
 
     Args:
         master: the FP32 graph.
@@ -51,7 +51,7 @@ def _time(times: dict[str, float], node: str, names: tuple[str, ...]) -> float |
 
 
 def kernel_times(model: ir.Model, batch: FloatArray) -> dict[str, float]:
-    """The median time of each kernel in milliseconds, by the name that ONNX Runtime's fusions leave it."""
+    """Return the median time of each kernel in milliseconds, by the name that ONNX Runtime's fusions leave it."""
     source = str(model.graph.inputs[0].name)
     with scratch_folder("profile") as folder:
         session = ort_session(model, profile_to=folder / "profile")
@@ -66,7 +66,7 @@ def kernel_times(model: ir.Model, batch: FloatArray) -> dict[str, float]:
 
 
 def _names(model: ir.Model) -> dict[str, tuple[str, ...]]:
-    """What a node's kernel may be called: the node, or the tensor that it and all fused behind it give."""
+    """Return what a node's kernel may be called: the node, or the tensor that it and all fused behind it give."""
     names = {}
     for node in model.graph:
         own = [str(node.name), *(str(value.name) for value in node.outputs)]

@@ -74,7 +74,7 @@ class OpenVINORuntime(Runtime):
 
 
 def _pinned_precision(core: Any, target: str, precision: str) -> str:
-    """The inference precision: that of the graph, which OpenVINO would otherwise choose by itself."""
+    """Return the inference precision: that of the graph, which OpenVINO would otherwise choose by itself."""
     if precision == "bf16":
         capabilities = core.get_property(target, "OPTIMIZATION_CAPABILITIES")
         if "BF16" not in capabilities:
@@ -99,7 +99,7 @@ def _check_device(compiled: Any, target: str) -> None:
 
 
 def _read(core: Any, engine: EngineFile) -> Any:
-    """The IR as a model, whose weights OpenVINO copies.
+    """Return the IR as a model, whose weights OpenVINO copies.
 
     Raises:
         BundleError: no IR, or its weights are missing or too short.
@@ -119,7 +119,7 @@ def _read(core: Any, engine: EngineFile) -> Any:
 
 
 def _output_positions(compiled: Any, expected: tuple[str, ...], engine: EngineFile) -> tuple[int, ...]:
-    """Where each output of the manifest stands among the engine's."""
+    """Return where each output of the manifest stands among the engine's."""
     found = [set(output.names) for output in compiled.outputs]
     missing = [name for name in expected if not any(name in names for names in found)]
     if missing:

@@ -51,7 +51,7 @@ def lower(graph: OnnxGraph, folder: Path, options: LowerOptions) -> Engine:
 
 
 def _input_shape(openvino: Any, spec: InputSpec) -> Any:
-    """The input's shape, with the bounds of a dynamic batch."""
+    """Return the input's shape, with the bounds of a dynamic batch."""
     batch = spec.batch
     first = openvino.Dimension(batch.min, batch.max) if isinstance(batch, BatchRange) else openvino.Dimension(batch)
     return openvino.PartialShape([first, *(openvino.Dimension(side) for side in spec.shape[1:])])

@@ -149,7 +149,7 @@ class TensorRTRuntime(Runtime):
             self._trt_runtime = None
 
     def seen_on(self) -> dict[str, str]:
-        """The machine, its GPU, driver and CUDA, and the package that ran the plan."""
+        """Return the machine, its GPU, driver and CUDA, and the package that ran the plan."""
         return (
             machine() | {"device": self.device, self._flavour: str(self._trt.__version__)} | gpu_identity(self._ordinal)
         )
@@ -186,7 +186,7 @@ class TensorRTRuntime(Runtime):
         return self.manifest.requires.get("version_compatible") == "on"
 
     def _find_device(self, engine: EngineFile, device: str) -> int:
-        """The ordinal of the GPU asked for."""
+        """Return the ordinal of the GPU asked for."""
         found = cuda_capabilities()
         match = _DEVICE.fullmatch("cuda" if device == "auto" else device.lower())
         ordinal = int(match.group(1) or 0) if match else len(found)
@@ -226,7 +226,7 @@ class TensorRTRuntime(Runtime):
 
     @contextmanager
     def _lane(self) -> Iterator[_Lane]:
-        """An idle context, or one more; one that failed is not used again."""
+        """Give an idle context, or one more; one that failed is not used again."""
         try:
             lane = self._idle.pop()
         except IndexError:
@@ -289,7 +289,7 @@ class TensorRTRuntime(Runtime):
 
 
 def _built_for(manifest: Manifest) -> str:
-    """The compute capabilities that a bundle opens on, for a message."""
+    """Return the compute capabilities that a bundle opens on, for a message."""
     if manifest.requires.get("hardware_compatibility") == "ampere_plus":
         return f"sm{AMPERE} or newer"
     return manifest.requires.get("compute_capability", "any")

@@ -52,12 +52,12 @@ _NEEDED = (
 
 
 def installed_flavours() -> tuple[str, ...]:
-    """Those of `FLAVOURS` that are installed here, found without importing them."""
+    """Return those of `FLAVOURS` that are installed here, found without importing them."""
     return tuple(name for name in FLAVOURS if importlib.util.find_spec(name) is not None)
 
 
 def default_flavour() -> str:
-    """The flavour to use here: `ENVIRONMENT`'s, else the first installed, else the first that can be installed.
+    """Return the flavour to use here: `ENVIRONMENT`'s, else the first installed, else the first that can be installed.
 
     Raises:
         SpecError: the environment names no flavour.
@@ -71,7 +71,7 @@ def default_flavour() -> str:
 
 
 def load_tensorrt(flavour: str) -> ModuleType:
-    """The package, checked for all that deploykit calls.
+    """Return the package, checked for all that deploykit calls.
 
     Raises:
         MissingDependency: it is not installed.
@@ -88,7 +88,7 @@ def load_tensorrt(flavour: str) -> ModuleType:
 
 
 def flavour_version(flavour: str) -> str:
-    """The exact installed version, which a plan is tied to; ``unknown`` where it is absent.
+    """Return the exact installed version, which a plan is tied to; ``unknown`` where it is absent.
 
     JetPack installs TensorRT outside pip, so the module is asked where there is no distribution.
     """
@@ -99,7 +99,7 @@ def flavour_version(flavour: str) -> str:
 
 
 def typed_network(trt: Any, builder: Any) -> Any:
-    """A network whose types are the graph's: 10.x needs to be told, and 11 has no other kind."""
+    """Return a network whose types are the graph's: 10.x needs to be told, and 11 has no other kind."""
     return builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
 
 

@@ -72,7 +72,7 @@ class BuildSettings:
 
 
 def requirements(settings: BuildSettings) -> dict[str, str]:
-    """What a plan is tied to or was made with, for the manifest's ``requires``."""
+    """Return what a plan is tied to or was made with, for the manifest's ``requires``."""
     found = {"flavour": settings.flavour, "tf32": "on" if settings.tf32 else "off"}
     if settings.capability is not None:
         found["compute_capability"] = settings.capability
@@ -144,7 +144,7 @@ def parse_model(model: Path, settings: BuildSettings, *, time_limit: float = BUI
 
 
 def _run_builder(request: Path, time_limit: float, progress: BuildProgress | None) -> tuple[int | None, list[str]]:
-    """The builder's exit status (None: it was stopped) and the end of its log."""
+    """Return the builder's exit status (None: it was stopped) and the end of its log."""
     process = subprocess.Popen(
         run_module("deploykit.backends.tensorrt.builder", str(request), str(os.getpid())),
         stdout=subprocess.PIPE,

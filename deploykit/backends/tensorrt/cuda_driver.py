@@ -14,7 +14,7 @@ _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 def cuda_capabilities() -> tuple[str, ...]:
-    """The compute capability of each CUDA device, as ``sm86``; empty without a GPU or a driver.
+    """Return the compute capability of each CUDA device, as ``sm86``; empty without a GPU or a driver.
 
     Asks the driver only: TensorRT's runtime can end the process where there is no GPU.
     """
@@ -33,7 +33,7 @@ def cuda_capabilities() -> tuple[str, ...]:
 
 
 def gpu_identity(ordinal: int) -> dict[str, str]:
-    """What a plan built here is tied to: the GPU's name and compute capability, and the driver.
+    """Return what a plan built here is tied to: the GPU's name and compute capability, and the driver.
 
     ``{"gpu": "NVIDIA ...", "compute_capability": "sm86", "driver": "550.54.14", "cuda": "12040"}``
     """
@@ -65,7 +65,7 @@ def _driver() -> Any:
 
 
 def _driver_version() -> str:
-    """The kernel module's version; empty where the file is not there (Jetson, Windows)."""
+    """Return the kernel module's version; empty where the file is not there (Jetson, Windows)."""
     with suppress(OSError):
         found = re.search(r"\d+\.\d+(\.\d+)?", _DRIVER_FILE.read_text())
         return found.group() if found else ""

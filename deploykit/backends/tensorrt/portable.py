@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def is_portable(manifest: Manifest) -> bool:
-    """Whether a bundle holds the graph instead of a plan."""
+    """Return whether a bundle holds the graph instead of a plan."""
     return manifest.engine.endswith(".onnx")
 
 
@@ -89,7 +89,7 @@ def local_plan(manifest: Manifest, graph: EngineFile, identity: dict[str, str]) 
 
 
 def _settings(manifest: Manifest, graph: EngineFile, capability: str) -> BuildSettings:
-    """The build's settings in the bundle, with the package and the GPU of this machine."""
+    """Return the build's settings in the bundle, with the package and the GPU of this machine."""
     try:
         carried = msgspec.json.decode(graph.read_beside(SETTINGS_FILE), type=BuildSettings)
     except (BundleError, msgspec.MsgspecError) as error:

@@ -69,7 +69,7 @@ def place(
 
 
 def torch_devices() -> tuple[str, ...]:
-    """The devices of this machine that torch can use."""
+    """Return the devices of this machine that torch can use."""
     return ("cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count())))
 
 
@@ -84,7 +84,7 @@ def _device(name: str) -> torch.device:
 
 
 def scale_and_shift(preprocessing: Preprocessing) -> tuple[FloatArray, FloatArray]:
-    """1/(255 * std) and -mean/std, ``(C,)`` each."""
+    """Return 1/(255 * std) and -mean/std, ``(C,)`` each."""
     mean, std = np.asarray(preprocessing.mean, np.float64), np.asarray(preprocessing.std, np.float64)
     return (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
 
@@ -152,7 +152,7 @@ class PixelBackbone(nn.Module):
         return super().__call__(images)
 
     def predict(self, image: SomeImages, top: int = 5) -> list[Prediction] | list[list[Prediction]]:
-        """Name the most probable classes of one image, or of each in a list; see `deploykit.predict.predict`."""
+        """Return Name the most probable classes of one image, or of each in a list; see `deploykit.predict.predict`."""
         return predict(self, self.spec, image, top)
 
     def close(self) -> None:
@@ -167,7 +167,7 @@ class PixelBackbone(nn.Module):
         self.close()
 
     def _spec_for(self, shape: tuple[int, ...]) -> InputSpec:
-        """The input with the size of these images, where the family takes any size."""
+        """Return the input with the size of these images, where the family takes any size."""
         if self.backbone.fixed_size or len(shape) != 4 or shape[3] != self.input_spec.channels:
             return self.input_spec
         return replace(self.input_spec, height=shape[1], width=shape[2])
