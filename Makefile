@@ -5,6 +5,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # One thread a test process: two processes with two threads each slow each other down tenfold.
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
+# What exports and compiles nothing: structure, documents, bundles, the store, parity.
+FAST := tests/parity tests/test_structure.py tests/test_docstrings.py tests/test_pages.py tests/test_support.py \
+	tests/test_contributing.py tests/test_bundle.py tests/test_store.py tests/test_spec.py tests/test_unset.py \
+	tests/test_labels.py tests/test_sampling.py tests/test_asked.py tests/test_processor.py tests/test_npz.py \
+	tests/calibration/test_ranges.py tests/calibration/test_rounding.py
 
 # What the API reference describes: what docs/stability.md promises, and what a runtime, a pass or a dialect is made of.
 REFERENCE := deploykit deploykit.errors deploykit.spec deploykit.progress deploykit.bundle deploykit.export.pipeline \
@@ -13,11 +18,12 @@ REFERENCE := deploykit deploykit.errors deploykit.spec deploykit.progress deploy
 	deploykit.calibration.recipes deploykit.calibration.search deploykit.calibration.dialect \
 	deploykit.fusion.pipeline deploykit.fusion.program deploykit.backends.backend deploykit.backends.runtime
 
-.PHONY: help demo test test-all lint format docs bench clean
+.PHONY: help demo test test-fast test-all lint format docs bench clean
 
 help:
 	@echo "make demo      export EfficientNet-Lite0 to four engines and prove the numbers"
 	@echo "make test      the tests, without those marked slow"
+	@echo "make test-fast the tests that export and compile nothing, under a minute"
 	@echo "make test-all  every test"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    let ruff format the code"
@@ -28,7 +34,10 @@ demo: $(READY)
 	$(BIN)/deploykit demo --output demo-output
 
 test: $(READY)
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20
+
+test-fast: $(READY)
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 $(FAST)
 
 test-all: $(READY)
 	HYPOTHESIS_PROFILE=default $(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "slow or not slow"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from deploykit.asked import check_asked
-from deploykit.backbones.request import check_name, is_module, make_request
+from deploykit.backbones.request import is_module, make_request
 from deploykit.backends.backend import resolve
 from deploykit.backends.runtime import Runtime, run_in_batches
 from deploykit.backends.table import load_backend
@@ -376,7 +376,6 @@ def named_bundle(name: Any) -> Path | None:
     The name of a variant, an alias or ``timm/<name>`` is that, whatever lies in the working directory: a path to a
     folder of the same name is written ``./<name>``, or given as a `Path`.
     """
-    check_name(name)
     if is_module(name):
         return None
     path = path_of(name)

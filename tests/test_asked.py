@@ -58,7 +58,8 @@ def folder(tmp_path_factory):
 
 def check(folder, *, pretrained: bool = False, calibrated: bool = False, **options: object) -> None:
     unset = dict.fromkeys(HELD, UNSET)
-    check_asked(folder, unset | options, pretrained=pretrained, calibrated=calibrated)
+    refused = {"pretrained": pretrained, "calibration": calibrated}
+    check_asked(folder, unset | options, refused=refused)
 
 
 def test_what_is_not_given_asks_for_nothing(folder):
@@ -93,8 +94,8 @@ def test_all_that_differs_is_told_at_once(folder):
     message = str(caught.value)
     assert "runtime='openvino', and the bundle has 'onnxruntime'" in message
     assert "precision='fp16', and the bundle has 'int8'" in message
-    assert "a bundle carries its weights" in message
-    assert "a bundle is calibrated already" in message
+    assert "pretrained was given, which a bundle has inside" in message
+    assert "calibration was given, which a bundle has inside" in message
     assert "num_classes" not in message
 
 

@@ -122,10 +122,10 @@ def test_an_engine_is_built_once_and_again_when_it_is_corrupt(backbone, images, 
     with create_backbone(backbone, runtime="onnxruntime") as model:
         np.testing.assert_allclose(model(images), expected, rtol=1e-3, atol=1e-4)
     calls = []
-    from deploykit.export import pipeline
+    from deploykit import opening
 
-    export = pipeline.export
-    monkeypatch.setattr(pipeline, "export", lambda *args, **kwargs: calls.append(1) or export(*args, **kwargs))
+    export = opening.export
+    monkeypatch.setattr(opening, "export", lambda *args, **kwargs: calls.append(1) or export(*args, **kwargs))
     create_backbone(backbone, runtime="onnxruntime").close()
     assert not calls
     (engine,) = tmp_path.rglob("model.onnx")

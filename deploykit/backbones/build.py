@@ -12,7 +12,7 @@ from deploykit.backbones.base import BaseBackbone
 from deploykit.backbones.module_copy import copy_module, share
 from deploykit.backbones.necks import FeaturePyramid
 from deploykit.backbones.registry import build_requested, describe, is_known
-from deploykit.backbones.request import BackboneRequest, check_name, is_module
+from deploykit.backbones.request import BackboneRequest, is_module
 from deploykit.backbones.timm_models import build_requested_timm
 from deploykit.backbones.user_module import wrap_module
 from deploykit.bundle_files import why_no_bundle
@@ -30,7 +30,6 @@ def build_any(name: Any, asked: BackboneRequest) -> BaseBackbone:
         WeightsError: weights that cannot be had, do not fit, or disagree with what was asked for.
         BundleError: the name is a path.
     """
-    check_name(name)
     if hasattr(name, "input_spec") and name.input_spec.embeds_preprocessing:
         raise SpecError(
             f"{name!r} embeds its preprocessing already; expected the backbone inside it. "

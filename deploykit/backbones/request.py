@@ -98,18 +98,6 @@ def make_request(**options: Any) -> BackboneRequest:
     return BackboneRequest(**options)
 
 
-def check_name(name: object) -> None:
-    """Refuse what names no backbone.
-
-    Raises:
-        SpecError: neither a name, nor a path, nor a module.
-    """
-    if not is_module(name) and not isinstance(name, (str, os.PathLike)):
-        raise SpecError(
-            f"the backbone is {name!r}; give a variant's name, 'timm/<name>', a torch module, or the path of a bundle."
-        )
-
-
 def is_module(name: object) -> bool:
     """Return whether a backbone was given as a torch module; torch itself is not needed to tell."""
     return hasattr(name, "state_dict")

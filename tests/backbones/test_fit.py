@@ -277,8 +277,8 @@ def test_the_architecture_in_a_torch_file_is_compared_too(save):
         ({"image_size": "big"}, "image_size is 'big'"),
         ({"preprocessing": {"mean": "grey"}}, "cannot be"),
         ({"preprocessing": {"crop_pct": "all"}}, "cannot be"),
-        ({"name": 3}, "the backbone is 3; give a variant's name"),
-        ({"name": None}, "the backbone is None"),
+        ({"name": 3}, "expected a backbone's name, a module, or the path of a bundle"),
+        ({"name": None}, "expected a backbone's name, a module"),
     ],
 )
 def test_options_that_cannot_be_are_spec_errors(save, trained, options, message):
