@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from deploykit.errors import BundleError, SpecError
-from deploykit.plain_files import read_plain
 
 LABELS_FILE = "labels.txt"
 """The class names in a bundle, one a line."""
-MOST_LABELS_BYTES = 2**26
 
 LABEL_FILES: dict[str, str] = {"imagenet-1k": "imagenet_labels.txt"}
 """Label set to its file in deploykit/data: one name a line, in the order of the class index."""
@@ -36,18 +34,20 @@ def class_labels(label_set: str | None) -> tuple[str, ...] | None:
     return tuple(text.splitlines())
 
 
-def read_labels(folder: Path, num_classes: int) -> tuple[str, ...] | None:
-    """Read the class names that a bundle carries; None where it has none.
+def decode_labels(content: bytes, path: Path, num_classes: int) -> tuple[str, ...]:
+    """Decode the class names that a bundle carries.
+
+    Args:
+        content: of the file, one name a line.
+        path: the file, for messages.
+        num_classes: of the classifier.
 
     Raises:
-        BundleError: not one name for each class, or a file that cannot be read.
+        BundleError: not one name for each class, or no text.
     """
-    path = folder / LABELS_FILE
-    if not path.exists():
-        return None
     try:
-        text = read_plain(path, MOST_LABELS_BYTES, follow=True).decode("utf-8")
-    except (OSError, ValueError) as error:
+        text = content.decode("utf-8")
+    except ValueError as error:
         raise BundleError(
             f"{path} cannot be read ({error}). Fix: export the bundle again, or copy it again."
         ) from error

@@ -26,7 +26,7 @@ from deploykit.backends.onnx_external import load_external_data
 from deploykit.backends.table import load_backend
 from deploykit.errors import DeployKitError, IncompatibleEngine, SaturationWarning, SpecError
 from deploykit.feature_dict import Features
-from deploykit.labels import read_labels
+from deploykit.labels import LABELS_FILE, decode_labels
 from deploykit.predict import Prediction, predict
 from deploykit.processor import read_processor, this_processor
 from deploykit.spec import FeatureInfo, InputSpec, Int8, Precision, parse_precision
@@ -88,8 +88,7 @@ class Runtime(ABC):
         self._features_only = manifest.backbone.features_only
         self._sample_shape = self.input_spec.shape[1:]
         self._closed = False
-        classes = 0 if self._features_only else manifest.backbone.num_classes
-        self.labels: tuple[str, ...] | None = read_labels(folder, classes) if classes else None
+        self.labels = self._read_labels()
         self._check_version()
         self._engine_file = EngineFile(manifest, folder)
         try:
@@ -201,6 +200,13 @@ class Runtime(ABC):
             f"<{self.manifest.backbone.name} in {self.runtime} {self.manifest.precision} on {self.device}, "
             f"images {self.input_spec.shape}>"
         )
+
+    def _read_labels(self) -> tuple[str, ...] | None:
+        """The class names in the bundle, which are those that its manifest describes; None where it has none."""
+        classes = 0 if self._features_only else self.manifest.backbone.num_classes
+        path = self._folder / LABELS_FILE
+        carried = LABELS_FILE in self.manifest.files if self.manifest.files else path.exists()
+        return decode_labels(self.read_file(LABELS_FILE), path, classes) if classes and carried else None
 
     def _unusable(self) -> SpecError:
         """Return the error of a model that is closed, or that another process opened."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 import shutil
@@ -17,6 +18,7 @@ import pytest
 
 import deploykit
 from deploykit.backends.engine_file import EngineFile, read_verified
+from deploykit.backends.table import load_backend
 from deploykit.bundle import open_bundle, read_manifest, write_manifest, writing
 from deploykit.errors import BundleError, EngineMismatch
 from tests.backends.bundles import SCALE, write_bundle
@@ -243,8 +245,6 @@ print(peak() - before)
 
 def wide_bundle(folder: Path, runtime: str, width: int) -> Path:
     """A bundle with one matrix product of ``width * width`` weights."""
-    import dataclasses
-
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
@@ -290,3 +290,18 @@ def test_opening_takes_at_most_one_engine_more_memory_than_the_runtime_itself(ru
         return int(done.stdout)
 
     assert peak("deploykit") < peak(runtime) + 1.1 * size
+
+
+def test_class_names_are_those_of_the_manifest(tmp_path):
+    """Names that were replaced since the bundle was written are refused."""
+    bundle = wide_bundle(tmp_path / "bundle", "onnxruntime", 64)
+    manifest = read_manifest(bundle)
+    names = [f"class {index}" for index in range(manifest.backbone.num_classes)]
+    (bundle / "labels.txt").write_text("\n".join(names) + "\n")
+    manifest = write_manifest(bundle, dataclasses.replace(manifest, files={}))
+    with deploykit.load_bundle(bundle) as model:
+        assert list(model.labels) == names
+    (bundle / "labels.txt").write_text("\n".join(reversed(names)) + "\n")
+    adapter = load_backend(manifest.runtime).load_adapter()
+    with pytest.raises(EngineMismatch, match=r"labels\.txt is not the file that the manifest describes"):
+        adapter(manifest, bundle)
