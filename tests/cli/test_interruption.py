@@ -1,0 +1,85 @@
+"""SIGTERM and SIGHUP end a command as Ctrl-C does: cleaned up, with exit code 130, from its first moment on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from deploykit.interruption import INTERRUPTED, interruptible
+
+ROOT = Path(__file__).parent.parent.parent
+ENDING = [signal.SIGTERM, signal.SIGHUP, signal.SIGINT]
+
+
+@pytest.mark.parametrize("number", ENDING[:2])
+def test_a_signal_becomes_a_keyboard_interrupt_once(number):
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        finally:
+            os.kill(os.getpid(), number)  # a second one does not break into the cleaning up
+            time.sleep(0.05)
+    assert signal.getsignal(number) is before
+
+
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with interruptible():
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.05)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def start(*words: object, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | (environment or {})
+    command = [sys.executable, "-m", "deploykit", *map(str, words)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_an_export_that_is_stopped_leaves_nothing(number, tmp_path):
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    process = start(
+        *("export", "resnet18", "--runtime", "onnxruntime", "--image-size", "32", "-o", tmp_path / "out" / "bundle"),
+        environment={"TMPDIR": str(temporary)},
+    )
+    line = process.stderr.readline()  # the first stage has begun
+    assert "[1/" in line, line + process.stderr.read()
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == INTERRUPTED, err
+    assert "interrupted; nothing was left half-written" in err
+    assert "Traceback" not in err
+    assert list((tmp_path / "out").rglob("*")) == []
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_a_command_that_is_stopped_while_it_is_imported_says_so(number, tmp_path):
+    """The signal comes when the first module of the command line is asked for."""
+    hook = (
+        "import os, sys\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'deploykit.cli':\n"
+        f"            os.kill(os.getpid(), {int(number)})\n"
+        "sys.meta_path.insert(0, Stop())\n"
+        "sys.argv = ['deploykit', 'list']\n"
+        "from deploykit.__main__ import main\n"
+        "sys.exit(main())\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", hook], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == INTERRUPTED
+    assert done.stderr == "deploykit: interrupted; nothing was left half-written.\n"
