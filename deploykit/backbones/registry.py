@@ -148,7 +148,9 @@ def build_requested(
     resolved = resolve_name(name)
     family = _classes()[resolved]
     options = open_options(request, architecture)
-    weights = resolve_source(resolved, request.pretrained, default_source(family, resolved))
+    weights = resolve_source(
+        resolved, request.pretrained, default_source(family, resolved), logits=request.gives_logits
+    )
     if weights is None:
         model = build(resolved, options)
     else:

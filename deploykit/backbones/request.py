@@ -80,6 +80,11 @@ class BackboneRequest:
         """Whether a call returns feature maps; a pyramid was asked for to be returned."""
         return bool(self.hierarchical) if self.features_only is UNSET else self.features_only
 
+    @property
+    def gives_logits(self) -> bool:
+        """Whether a call returns logits of the weights' own classifier."""
+        return not (self.gives_features or self.num_classes == 0 or self.new_head)
+
     def given(self) -> set[str]:
         """Return the options whose value is not their default."""
         return {field.name for field in fields(self) if getattr(self, field.name) is not field.default}

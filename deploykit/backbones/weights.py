@@ -49,13 +49,14 @@ class ResolvedWeights:
     locate: Callable[[], Path]
     preprocessing: Preprocessing | None = None
     label_set: str | None = None
+    has_classifier: bool = True
     architecture: tuple[tuple[str, Any], ...] = ()
     rename: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
     own_file: bool = False
 
 
 def resolve_source(
-    name: str, pretrained: Pretrained, default: PretrainedSource | None = None
+    name: str, pretrained: Pretrained, default: PretrainedSource | None = None, *, logits: bool = False
 ) -> ResolvedWeights | None:
     """Find the weights of the variant ``name``; None for ``pretrained=False``.
 
@@ -63,6 +64,7 @@ def resolve_source(
         name: the variant, not an alias.
         pretrained: True, a tag, or a checkpoint file (`SUFFIXES`).
         default: the variant's default weights on the model hub.
+        logits: True takes weights that have a classifier.
 
     Raises:
         WeightsError: a file that is not there, no weights under that tag, none published at all, or
@@ -75,12 +77,14 @@ def resolve_source(
     if not isinstance(pretrained, (str, bool)):
         raise WeightsError(f"pretrained is {pretrained!r}; give True, a tag, or a file ({', '.join(SUFFIXES)}).")
     for offer in installed_offers():
-        if name in offer.variants and pretrained in (True, offer.tag):
+        default_here = pretrained is True and (offer.has_classifier or not logits)
+        if name in offer.variants and (default_here or pretrained == offer.tag):
             return ResolvedWeights(
                 tag=offer.tag,
                 locate=offer.locate,
                 preprocessing=offer.preprocessing,
                 label_set=offer.label_set,
+                has_classifier=offer.has_classifier,
                 architecture=offer.architecture,
                 rename=offer.rename,
             )
@@ -258,7 +262,8 @@ def load_pretrained(
         WeightsError: as `resolve_source`, `open_weights` and `load_weights`; weights for other classes or channels;
             and weights that need an architecture the backbone was not built with.
     """
-    resolved = resolve_source(model.name, source, default_source(type(model), model.name))
+    logits = model.spec.num_classes > 0 and not model.spec.features_only and not new_head
+    resolved = resolve_source(model.name, source, default_source(type(model), model.name), logits=logits)
     if resolved is None:
         raise WeightsError("pretrained is False; expected True, a tag, or a file.")
     if missing := [field for field in resolved.architecture if field not in model.options.architecture]:

@@ -125,9 +125,9 @@ def _without_memory(choice: ExportChoice) -> tuple[BaseBackbone, str]:
         raise SpecError(f"{given} is a path, and neither a checkpoint file nor there. Check the path.")
     name = resolve_name(given)
     published = default_source(backbone_class(name), name)
-    found = resolve_source(name, asked.pretrained, published)
+    found = resolve_source(name, asked.pretrained, published, logits=asked.gives_logits)
     if found is not None and published is not None and asked.num_classes is UNSET:
-        asked = replace(asked, num_classes=published.num_classes)
+        asked = replace(asked, num_classes=published.num_classes if found.has_classifier else 0)
     backbone = shape_of(name, open_options(asked, found.architecture if found is not None else ()))
     if found is not None and found.preprocessing is not None:
         backbone.set_preprocessing(found.preprocessing)

