@@ -27,7 +27,7 @@ def interruptible() -> Iterator[None]:
     if threading.current_thread() is threading.main_thread():
         for number in _ENDING:
             handler = signal.getsignal(number)
-            if handler is not signal.SIG_IGN:
+            if handler not in (signal.SIG_IGN, None):  # None: set by code that is not Python, and not ours to replace
                 before[number] = handler
                 signal.signal(number, interrupt)
     try:

@@ -20,6 +20,9 @@ from tests.backends.bundles import write_bundle
 ROOT = Path(__file__).parent.parent
 SLOW_EXPORTS = ("torch_compile", "tensorrt")
 
+UNSET_HERE = ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME", "CI", "TF_BUILD", "JENKINS_URL", "GITHUB_ACTIONS", "TRAVIS")
+"""What would keep a runtime silent in the tests and not on a user's machine."""
+
 needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 
 _OUTWARD = re.compile(r"\b(connect|sendto|sendmsg|sendmmsg|bind)\(|socket\(AF_INET6?\b")
@@ -72,7 +75,7 @@ def traced(tmp_path: Path, *command: str, environment: dict[str, str] | None = N
     home, temporary, trace = tmp_path / "home", tmp_path / "tmp", tmp_path / "trace"
     for folder in (home, temporary):
         folder.mkdir(exist_ok=True)
-    env = {name: value for name, value in os.environ.items() if name not in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")}
+    env = {name: value for name, value in os.environ.items() if name not in UNSET_HERE}
     env |= {"HOME": str(home), "TMPDIR": str(temporary), "DEPLOYKIT_CACHE": str(tmp_path / "cache")}
     env |= {"PYTHONPATH": str(ROOT)} | (environment or {})
     calls = "connect,sendto,sendmsg,sendmmsg,bind,socket"

@@ -6,38 +6,59 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from deploykit.interruption import INTERRUPTED, interruptible
+from deploykit.interruption import INTERRUPTED
 
 ROOT = Path(__file__).parent.parent.parent
 ENDING = [signal.SIGTERM, signal.SIGHUP, signal.SIGINT]
 
 
-@pytest.mark.parametrize("number", ENDING[:2])
-def test_a_signal_becomes_a_keyboard_interrupt_once(number):
-    before = signal.getsignal(number)
-    with pytest.raises(KeyboardInterrupt), interruptible():
+TWICE = """
+import os, signal, sys, time
+from deploykit.interruption import interruptible
+number = int(sys.argv[1])
+before = signal.getsignal(number)
+try:
+    with interruptible():
         try:
             os.kill(os.getpid(), number)
-            time.sleep(5)
+            time.sleep(20)
         finally:
             os.kill(os.getpid(), number)  # a second one does not break into the cleaning up
             time.sleep(0.05)
-    assert signal.getsignal(number) is before
+            print("cleaned up")
+except KeyboardInterrupt:
+    print("interrupted", signal.getsignal(number) is before)
+"""
+
+IGNORED = """
+import os, signal, sys, time
+from deploykit.interruption import interruptible
+signal.signal(int(sys.argv[1]), signal.SIG_IGN)  # as nohup does
+with interruptible():
+    os.kill(os.getpid(), int(sys.argv[1]))
+    time.sleep(0.05)
+print("went on")
+"""
+
+
+def printed(code: str, number: int) -> str:
+    """Run code in a process of its own, so that a signal not taken ends that one alone."""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-c", code, str(int(number))]
+    return subprocess.run(words, env=env, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("number", ENDING[:2])
+def test_a_signal_becomes_a_keyboard_interrupt_once(number):
+    assert printed(TWICE, number) == "cleaned up\ninterrupted True\n"
 
 
 def test_an_ignored_signal_stays_ignored():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    try:
-        with interruptible():
-            os.kill(os.getpid(), signal.SIGHUP)
-            time.sleep(0.05)
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    assert printed(IGNORED, signal.SIGHUP) == "went on\n"
 
 
 def start(*words: object, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
@@ -62,7 +83,7 @@ def test_an_export_that_is_stopped_leaves_nothing(number, tmp_path):
     assert "interrupted; nothing was left half-written" in err
     assert "Traceback" not in err
     assert list((tmp_path / "out").rglob("*")) == []
-    assert list(temporary.iterdir()) == []
+    assert [path for path in temporary.rglob("*") if not path.is_dir() or "deploykit" in path.name] == []
 
 
 @pytest.mark.parametrize("number", ENDING)

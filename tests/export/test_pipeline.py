@@ -236,7 +236,7 @@ def test_a_full_disk_is_a_bundle_error_that_leaves_nothing(tmp_path):
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "BundleError:" in out
-    assert "Nothing was left behind. Free some space" in out
+    assert "Fix: Free some space or raise the limit" in out
     assert not list(tmp_path.iterdir())
 
 

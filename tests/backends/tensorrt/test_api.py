@@ -40,7 +40,7 @@ def test_the_installed_flavour_is_taken(monkeypatch: pytest.MonkeyPatch):
 
 def test_an_old_tensorrt_is_refused_with_what_it_lacks(monkeypatch: pytest.MonkeyPatch):
     old = types.SimpleNamespace(__version__="8.6.1", Builder=object(), BuilderFlag=types.SimpleNamespace(TF32=0))
-    monkeypatch.setattr(api, "require", lambda name: old)
+    monkeypatch.setattr(api, "require", lambda name, distribution: old)
     with pytest.raises(DeployKitError, match=r"tensorrt 8\.6\.1 lacks .*execute_async_v3.*10\.x"):
         api.load_tensorrt("tensorrt")
 
