@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,13 @@ from deploykit.errors import BundleError
 from deploykit.plain_files import open_plain
 
 
-def record_status(folder: Path, ran: Manifest, status: Status, seen_on: dict[str, str]) -> Manifest:
+def record_status(
+    folder: Path,
+    ran: Manifest,
+    status: Status,
+    seen_on: dict[str, str],
+    add: Callable[[Path], None] = lambda staging: None,
+) -> Manifest:
     """Replace a bundle, in one step, by the same one with another status and machine in its manifest.
 
     Args:
@@ -19,6 +26,7 @@ def record_status(folder: Path, ran: Manifest, status: Status, seen_on: dict[str
         ran: the manifest of the engine that ran.
         status: what was seen of it.
         seen_on: the machine, the device and the versions.
+        add: writes further files into it.
 
     Raises:
         BundleError: the bundle is damaged, is no longer the one that ran, or its folder cannot be written.
@@ -31,8 +39,9 @@ def record_status(folder: Path, ran: Manifest, status: Status, seen_on: dict[str
             target.parent.mkdir(parents=True, exist_ok=True)
             with open_plain(folder / name, follow=True) as source, target.open("wb") as copy:
                 shutil.copyfileobj(source, copy)
+        add(staging)
         written = write_manifest(staging, replace(ran, status=status, seen_on=seen_on))
-        if written.files != ran.files:
+        if any(written.files[name] != digest for name, digest in ran.files.items()):
             raise _replaced(folder)
         return written
 

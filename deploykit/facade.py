@@ -6,22 +6,22 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from deploykit.asked import check_asked
 from deploykit.backbones.request import is_module, make_request
 from deploykit.backends.backend import resolve
-from deploykit.backends.runtime import Runtime, run_in_batches
+from deploykit.backends.runtime import Runtime
 from deploykit.backends.table import load_backend
-from deploykit.bundle import is_bundle, open_bundle
+from deploykit.bundle import Status, is_bundle, open_bundle
 from deploykit.bundle_status import record_status
 from deploykit.errors import EngineMismatch, WeightsWarning
 from deploykit.labels import LabelSource, folder_labels
 from deploykit.names import TIMM, is_bare, path_of
 from deploykit.options import ExportOptions
-from deploykit.parity.compare import compare
-from deploykit.parity.reference import ParityReference
+from deploykit.parity.baseline import BASELINE_FILE
 from deploykit.parity.report import ParityReport
 from deploykit.progress import Progress, quiet
 from deploykit.spec import (
@@ -36,6 +36,7 @@ from deploykit.spec import (
 )
 from deploykit.threads import check_threads
 from deploykit.unset import UNSET, UnsetType, given
+from deploykit.verification import Verification
 
 if TYPE_CHECKING:
     from torch import nn
@@ -327,47 +328,57 @@ def verify_bundle(
     *,
     device: str = "auto",
     record: bool = False,
+    images: CalibrationSource | None = None,
+    reference: str | os.PathLike[str] | None = None,
     threads: int | None = None,
     trust: bool | None = None,
 ) -> ParityReport:
     """Run a bundle's engine on the reference images that it carries and compare with torch's outputs.
 
     Needs no torch and no weights. The report's ``passed`` says whether every output is within the
-    budget that the engine was exported with; ``raise_for_failures()`` makes it an error.
+    budget that the engine was exported with, and is what the engine gave when it was exported, but for roundings;
+    ``raise_for_failures()`` makes it an error. A bundle of version 0.1.0 carries only the budget.
 
     ``record`` writes what was seen here into the bundle: ``parity_checked`` where every output is within the
     budget and else ``executed``, with the machine, the device and the versions. That is for a bundle that was
     built on a machine without its device. A bundle that is no longer the one that ran is refused.
 
+    Args:
+        folder: the bundle.
+        device: where the engine runs.
+        record: see above.
+        images: images that the bundle does not carry, as for ``calibration``; with ``reference`` both engines are
+            compared on them, and without it answers are looked for that do not follow the images.
+        reference: another bundle of the same network, such as its FP32 one, to compare with; on the bundle's own
+            images where none are given.
+
     Raises:
         BundleError: not a bundle, or one that is damaged, or one that cannot be written.
+        SpecError: a reference that takes other images or gives other outputs.
         IncompatibleEngine, DeviceUnavailable: the engine cannot run here.
     """
     path = path_of(folder)
     with load_bundle(path, device=device, threads=threads, trust=trust) as model:
         seen_on = model.seen_on()
-        reference = ParityReference.load(model.read_file("reference.npz"))
-        images = reference.images.astype(model.input_spec.dtype, copy=False)
-        found = reference.sample(run_in_batches(model, images))
-        levels = compare(
-            reference.expected,
-            found,
-            min_sqnr_db=model.precision.min_sqnr_db,
-            min_top1_agreement=model.precision.min_top1_agreement,
-            logits=reference.logits,
-        )
-        report = ParityReport(
-            runtime=model.runtime,
-            runtime_version=model.manifest.runtime_version,
-            precision=model.precision.name,
-            images=len(reference),
-            min_sqnr_db=model.precision.min_sqnr_db,
-            min_top1_agreement=model.precision.min_top1_agreement,
-            levels=levels,
-        )
+        verification = Verification(model)
+        report = verification.report()
+        own = None if images is None else verification.user_images(images)
+        if reference is not None:
+            with load_bundle(reference, device=device, threads=threads, trust=trust) as other:
+                further = verification.report_against(other, path_of(reference), own, report)
+            report = replace(report, further=(further,))
+        elif own is not None:
+            report = replace(report, further=(verification.report_answers(own),))
+        baseline = verification.measure() if record and report.passed and verification.baseline is None else None
     if record:
-        record_status(path, model.manifest, "parity_checked" if report.passed else "executed", seen_on)
+        status: Status = "parity_checked" if report.passed else "executed"
+        add = (lambda staging: baseline.save(staging / BASELINE_FILE)) if baseline is not None else _add_nothing
+        record_status(path, model.manifest, status, seen_on, add)
     return report
+
+
+def _add_nothing(staging: Path) -> None:
+    """Add no file to a bundle."""
 
 
 def named_bundle(name: Any) -> Path | None:

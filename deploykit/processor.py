@@ -7,8 +7,11 @@ up to more, which ``Int8(reduce_range=True)`` sees to.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -71,6 +74,23 @@ def read_processor(cpuinfo: Path = CPUINFO) -> Processor:
 def this_processor() -> Processor:
     """Return `read_processor` of this machine, read once."""
     return read_processor()
+
+
+def machine_key(seen_on: Mapping[str, str], threads: int | None = None, cpuinfo: Path = CPUINFO) -> str:
+    """Return a digest of all that decides the bits that an engine gives.
+
+    Args:
+        seen_on: the system, the processor, the device and the versions, from `Runtime.seen_on`.
+        threads: how many threads compute: sums may be split by them; None: as many as there are cores.
+        cpuinfo: where the processor's instructions are listed.
+    """
+    try:
+        fields = _fields(cpuinfo.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        fields = {}
+    flags = sorted((fields.get("Features") or fields.get("flags") or "").split())
+    text = json.dumps([dict(seen_on), threads, flags, read_processor(cpuinfo).cores], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def saturates(target: str | None) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from deploykit.arrays import FloatArray
 from deploykit.backbones.weights import weights_digest
 from deploykit.backends.backend import Engine, Lowering, LowerOptions, resolve
+from deploykit.backends.runtime import run_in_batches
 from deploykit.bundle import Manifest
 from deploykit.calibration.dialect import Dialect, Rendered
 from deploykit.calibration.half import HalfPlan
@@ -25,8 +26,10 @@ from deploykit.export.speed import SpeedReport, time_in_turns
 from deploykit.fusion.embed_preprocessing import embed_preprocessing
 from deploykit.fusion.pipeline import FusionRecord
 from deploykit.graph import Graph
+from deploykit.parity.baseline import Baseline, measure_baseline
 from deploykit.parity.report import ParityReport
 from deploykit.places import scratch_folder
+from deploykit.processor import machine_key
 from deploykit.progress import BuildStep, Progress
 from deploykit.spec import Int8
 
@@ -106,6 +109,14 @@ class Evaluator:
             whole=built.whole if self.job.options.probe_levels else None,
             lower=self._lower_graph,
         )
+
+    def baseline(self, manifest: Manifest, folder: Path) -> Baseline | None:
+        """Measure what a built engine gives and how far that moves; None where its device is not here."""
+        if manifest.status == "built":
+            return None
+        with self._opened(manifest, folder) as model:
+            machine = machine_key(model.seen_on(), model.threads)
+            return measure_baseline(lambda images: run_in_batches(model, images), self.network.images, machine)
 
     def evaluate(self, plan: PrecisionPlan, *, timed: bool = False) -> Measured:
         """Build the engine of a plan in a temporary folder and compare it with torch.

@@ -33,16 +33,15 @@ from deploykit.fusion.pipeline import FusionRecord, export_passes, fuse
 from deploykit.graph import Master, OnnxGraph, TorchProgram
 from deploykit.images.preprocess import network_images
 from deploykit.labels import LABELS_FILE
-from deploykit.parity.reference import capture
-from deploykit.parity.report import ParityReport
+from deploykit.parity.baseline import BASELINE_FILE
+from deploykit.parity.reference import REFERENCE_FILE, capture
+from deploykit.parity.report import PARITY_FILE, ParityReport
 from deploykit.progress import ImagesCalibrated, Progress, StageStarted, quiet
 from deploykit.spec import InputSpec, Int8
 from deploykit.trust import remember_engine
 
 SEARCH_FILE = "mixed-precision.json"
 RECIPES_FILE = "recipes.json"
-PARITY_FILE = "parity.json"
-REFERENCE_FILE = "reference.npz"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,12 +107,15 @@ def export(job: ExportJob, folder: Path, *, overwrite: bool = False, progress: P
             progress(StageStarted(name="parity"))
             parity, manifest = engines.compare(built, staging)
             parity.raise_for_failures()
+            baseline = engines.baseline(manifest, staging) if job.options.probe_levels else None
             speed = _speed(engines, plan, manifest, staging, progress)
         progress(StageStarted(name="bundle"))
         images = network.images.astype(np.float32)  # which has every uint8: the reference's one dtype
         capture(images, {output.name: expected[output.name] for output in manifest.outputs}).save(
             staging / REFERENCE_FILE
         )
+        if baseline is not None:
+            baseline.save(staging / BASELINE_FILE)
         if isinstance(plan, QuantizationPlan):
             plan.save(staging)
         result = ExportResult(

@@ -44,7 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("calibration",),
     ("backends",),
     ("export",),
-    ("facade", "opening"),
+    ("facade", "opening", "verification"),
     ("cli", "__main__"),
 )
 """Every import goes to the same layer or to one above it in this list."""

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 EXAMPLE = f"Example: deploykit inspect resnet18-{EVALUATOR}-fp32"
 
-PARITY_FILE = "parity.json"
 PLAN_FILE = "quantization-plan.json"
 SHOWN_FLOAT_NODES = 12
 SHOWN_RANGES = 3

@@ -40,6 +40,22 @@ RecordFlag = Annotated[
 ]
 
 
+ImagesOption = Annotated[
+    list[str] | None,
+    typer.Option("--images", metavar="PATH", help="Image files or folders that the bundle does not carry; repeatable."),
+]
+
+
+ReferenceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--reference",
+        metavar="BUNDLE",
+        help="Another bundle of the same network, such as FP32, to compare with.",
+    ),
+]
+
+
 def verify(
     bundle: BundleArgument,
     *,
@@ -47,10 +63,12 @@ def verify(
     threads: ThreadsOption = None,
     trust: TrustOption = None,
     record: RecordFlag = False,
+    images: ImagesOption = None,
+    reference: ReferenceOption = None,
     debug: DebugFlag = False,
     json: JsonFlag = False,
 ) -> None:
-    """Check every file of a bundle, run its engine on the reference inside, and compare with torch's outputs.
+    """Check every file of a bundle, run its engine, and compare with torch's outputs and with its own of the export.
 
     Needs no torch and no weights (--debug needs the extras export and debug). Exit code 0: whole and within
     the budget; 1: not.
@@ -58,7 +76,15 @@ def verify(
     from deploykit.facade import verify_bundle
 
     try:
-        report = verify_bundle(bundle, device=device, record=record, threads=threads, trust=trust)
+        report = verify_bundle(
+            *(bundle,),
+            device=device,
+            record=record,
+            images=images or None,
+            reference=reference,
+            threads=threads,
+            trust=trust,
+        )
     except SpecError:
         raise
     except DeployKitError as error:
@@ -72,7 +98,9 @@ def verify(
     if json:
         show_json({"bundle": bundle, "passed": report.passed, "report": report})
     else:
-        show(report.render())
+        for each in (report, *report.further):
+            show(each.render())
+        show(*(f"{level.name}: {'; '.join(level.faults)}" for level in report.failures() if level.faults))
         if report.passed:
             show(f"{bundle} is whole and within its budget.", _next(bundle))
         else:

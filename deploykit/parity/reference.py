@@ -16,6 +16,7 @@ from deploykit.parity.compare import LOGITS, check_levels
 from deploykit.places import is_environment, read_error, storage_error
 from deploykit.sampling import hashed_fractions
 
+REFERENCE_FILE = "reference.npz"
 MAX_VALUES = 16384
 """How many values of each output are kept an image; logits are kept whole."""
 

@@ -14,6 +14,8 @@ from deploykit.printable import printable
 if TYPE_CHECKING:
     from rich.table import Table
 
+PARITY_FILE = "parity.json"
+
 MAX_SQNR_DB = 300.0
 """JSON has no infinity: equal arrays are stored as 300 dB, and a broken level as -300 dB."""
 
@@ -30,7 +32,9 @@ class LevelParity:
 
     ``sqnr_db`` is in dB, capped at +-`MAX_SQNR_DB`; ``top1_agreement`` is from 0 to 1, and None
     where there are no logits. ``measured_on`` says what ran: ``engine``, or another runtime that
-    ran the same graph where the engine cannot run here.
+    ran the same graph where the engine cannot run here. ``agreement_db`` is in dB against what the
+    engine itself gave when it was exported, ``min_agreement_db`` what is needed, and ``faults`` say in
+    words what else differs; None: the bundle does not carry that.
     """
 
     name: str
@@ -40,6 +44,9 @@ class LevelParity:
     max_abs: float
     top1_agreement: float | None = None
     measured_on: str = "engine"
+    agreement_db: float | None = None
+    min_agreement_db: float | None = None
+    faults: tuple[str, ...] = ()
     passed: bool
 
 
@@ -48,7 +55,7 @@ class ParityReport:
     """What was compared with what, on how many images, within which budget, and every level.
 
     ``min_sqnr_db`` is in dB and holds for every level; ``min_top1_agreement`` is from 0 to 1 and
-    holds for the logits; None: no such gate.
+    holds for the logits; None: no such gate. ``further`` are comparisons with another reference.
     """
 
     reference: str = "torch fp32"
@@ -59,15 +66,18 @@ class ParityReport:
     min_sqnr_db: float
     min_top1_agreement: float | None = None
     levels: tuple[LevelParity, ...]
+    further: tuple[ParityReport, ...] = ()
 
     @property
     def passed(self) -> bool:
         """Whether every level is within the budget; a report of no levels or images never passes."""
-        return bool(self.levels) and self.images > 0 and all(level.passed for level in self.levels)
+        own = bool(self.levels) and self.images > 0 and all(level.passed for level in self.levels)
+        return own and all(report.passed for report in self.further)
 
     def failures(self) -> tuple[LevelParity, ...]:
         """Return the levels outside the budget, shallow to deep."""
-        return tuple(level for level in self.levels if not level.passed)
+        own = tuple(level for level in self.levels if not level.passed)
+        return own + tuple(level for report in self.further for level in report.failures())
 
     def raise_for_failures(self) -> None:
         """Do nothing when `passed`.
@@ -82,11 +92,15 @@ class ParityReport:
                 f"the parity report covers {len(self.levels)} levels and {self.images} images; expected at least one "
                 "of each. Compare again with images."
             )
-        lines = "".join(f"\n  {self._why(level)}" for level in self.failures())
-        raise ParityError(
+        raise ParityError("\n".join(report._message() for report in (self, *self.further) if not report.passed))
+
+    def _message(self) -> str:
+        failures = [level for level in self.levels if not level.passed]
+        lines = "".join(f"\n  {self._why(level)}" for level in failures)
+        return (
             f"{self.runtime} {self.runtime_version} at {self.precision} is outside its budget against "
-            f"{self.reference} on {self.images} images, in {len(self.failures())} of {len(self.levels)} levels:"
-            f"{lines}\n{self._remedy()}"
+            f"{self.reference} on {self.images} images, in {len(failures)} of {len(self.levels)} levels:"
+            f"{lines}\n{self._remedy(failures)}"
         )
 
     def save(self, path: Path) -> None:
@@ -101,19 +115,20 @@ class ParityReport:
             raise BundleError(f"the parity report {path} cannot be written: {error}.") from error
 
     @classmethod
-    def load(cls, path: Path) -> ParityReport:
-        """Read what `save` wrote.
+    def load(cls, source: Path | bytes) -> ParityReport:
+        """Read what `save` wrote, from the file or from its content.
 
         Raises:
             BundleError: the file is missing, unreadable, or not a parity report.
         """
+        what = f" {source}" if isinstance(source, Path) else ""
         try:
-            return msgspec.json.decode(path.read_bytes(), type=cls)
+            return msgspec.json.decode(source if isinstance(source, bytes) else source.read_bytes(), type=cls)
         except OSError as error:
-            raise BundleError(f"the parity report {path} cannot be read: {error}. Export the bundle again.") from error
+            raise BundleError(f"the parity report{what} cannot be read: {error}. Export the bundle again.") from error
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise BundleError(
-                f"{path} is not a parity report ({error}). The bundle is damaged: copy or export it again."
+                f"the file{what} is not a parity report ({error}). The bundle is damaged: copy or export it again."
             ) from error
 
     def render(self) -> Table:
@@ -127,8 +142,10 @@ class ParityReport:
         )
         elsewhere = any(level.measured_on != "engine" for level in self.levels)
         agreement = any(level.top1_agreement is not None for level in self.levels)
+        export = any(level.agreement_db is not None for level in self.levels)
         table.add_column("level")
-        for heading in ("SQNR dB", "cosine", "relative L2", "max-abs", *(["top-1"] if agreement else [])):
+        headings = ("SQNR dB", "cosine", "relative L2", "max-abs", *(["top-1"] if agreement else []))
+        for heading in (*headings, *(["as exported dB"] if export else [])):
             table.add_column(heading, justify="right")
         for heading in (*(["measured on"] if elsewhere else []), "result"):
             table.add_column(heading)
@@ -136,6 +153,7 @@ class ParityReport:
             row = [printable(level.name), _decibels(level.sqnr_db), f"{level.cosine:.6f}"]
             row += [f"{level.relative_l2:.3g}", f"{level.max_abs:.3g}"]
             row += [_share(level.top1_agreement)] if agreement else []
+            row += ["" if level.agreement_db is None else _decibels(level.agreement_db)] if export else []
             row += [printable(level.measured_on)] if elsewhere else []
             verdict = Text("pass", style="green") if level.passed else Text("FAIL", style="red")
             table.add_row(*map(Text, row), verdict)
@@ -154,9 +172,15 @@ class ParityReport:
         gate, agreement = self.min_top1_agreement, level.top1_agreement
         if gate is not None and agreement is not None and agreement < gate:
             parts.append(f"top-1 agreement {agreement:.1%}; budget at least {gate:.1%}")
+        parts += level.faults
         return f"{level.name}: {', '.join(parts) or 'marked as failed'}"
 
-    def _remedy(self) -> str:
+    def _remedy(self, failures: list[LevelParity]) -> str:
+        if failures and all(level.faults and level.sqnr_db >= self.min_sqnr_db for level in failures):
+            return (
+                "The engine does not give what it gave when it was exported. Copy the bundle again from its source, or "
+                "export it again; on a processor or a runtime version that computes otherwise, export it there."
+            )
         if self.precision == "int8":
             return (
                 "Calibrate with more images like those it will see, try another calibrator, keep the worst layers "

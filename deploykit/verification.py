@@ -1,0 +1,129 @@
+"""Verify an opened bundle: its own reference, what its engine gave when exported, and what the user adds."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from deploykit.arrays import ImageArray
+from deploykit.backends.runtime import Runtime, run_in_batches
+from deploykit.errors import SpecError
+from deploykit.parity.baseline import BASELINE_FILE, Baseline, FloatArray, measure_baseline
+from deploykit.parity.reference import REFERENCE_FILE, ParityReference
+from deploykit.parity.report import PARITY_FILE, LevelParity, ParityReport
+from deploykit.parity.verify import answer_levels, compare_engines, verify_levels
+from deploykit.processor import machine_key
+
+if TYPE_CHECKING:
+    from deploykit.calibration.images import CalibrationSource
+
+MOST_IMAGES = 64
+"""How many of the user's images are used, evenly spaced."""
+
+
+class Verification:
+    """An opened engine with what its bundle carries to prove it.
+
+    Raises:
+        BundleError: the reference or the baseline is damaged.
+    """
+
+    def __init__(self, model: Runtime) -> None:
+        self.model = model
+        self.machine = machine_key(model.seen_on(), model.threads)
+        self.reference = ParityReference.load(model.read_file(REFERENCE_FILE))
+        self.images: ImageArray = self.reference.images.astype(model.input_spec.dtype, copy=False)
+        kept = BASELINE_FILE in model.manifest.files
+        self.baseline = Baseline.load(model.read_file(BASELINE_FILE)) if kept else None
+        self._generator = np.random.default_rng(int.from_bytes(os.urandom(8), "little"))
+
+    def report(self) -> ParityReport:
+        """Compare the engine with torch, and with what it gave itself when it was exported."""
+        levels = verify_levels(
+            self.run,
+            self.reference,
+            self.images,
+            self.model.precision,
+            self.baseline,
+            machine=self.machine,
+            generator=self._generator,
+        )
+        return self._report("torch fp32", len(self.reference), levels)
+
+    def report_answers(self, images: ImageArray) -> ParityReport:
+        """Look for answers that were not computed from images of the user's own."""
+        levels = answer_levels(self.run, images, self.baseline, self._generator)
+        return self._report("itself, on images of yours", len(images), levels)
+
+    def report_against(
+        self, other: Runtime, folder: Path, images: ImageArray | None, own: ParityReport
+    ) -> ParityReport:
+        """Compare the engine with that of another bundle.
+
+        Args:
+            other: the reference.
+            folder: the reference's.
+            images: of the user's own; None: those of the bundle.
+            own: what `report` found.
+
+        Raises:
+            SpecError: the two take other images, or give other outputs.
+        """
+        if (other.input_spec.shape[1:], other.input_spec.dtype, other.input_spec.preprocessing) != (
+            self.model.input_spec.shape[1:],
+            self.model.input_spec.dtype,
+            self.model.input_spec.preprocessing,
+        ):
+            raise SpecError(
+                f"the reference takes {other.input_spec} and the engine {self.model.input_spec}. "
+                "Fix: give a reference that was exported with the same image size and preprocessing."
+            )
+        chosen = self.images if images is None else images
+        kept = PARITY_FILE in other.manifest.files
+        its = ParityReport.load(other.read_file(PARITY_FILE)).levels if kept else ()
+        expected = {level.name: _together(level, its, other.precision.min_sqnr_db) for level in own.levels}
+        levels = compare_engines(self.run, lambda batch: run_in_batches(other, batch), chosen, expected)
+        return self._report(f"{other.runtime} {other.precision.name} of {folder}", len(chosen), levels)
+
+    def measure(self) -> Baseline:
+        """Measure what the engine gives here, for a bundle that does not carry it."""
+        return measure_baseline(self.run, self.images, self.machine)
+
+    def user_images(self, source: CalibrationSource) -> ImageArray:
+        """Read images of the user's own as the engine takes them.
+
+        Raises:
+            CalibrationError: nothing to read, or something that cannot be read.
+        """
+        from deploykit.calibration.images import calibration_set, denormalize
+
+        spec = self.model.input_spec
+        images = calibration_set(source, spec).sample(MOST_IMAGES)
+        return denormalize(images, spec.preprocessing) if spec.embeds_preprocessing else images
+
+    def run(self, images: ImageArray) -> dict[str, FloatArray]:
+        """Give the engine's outputs by name."""
+        return run_in_batches(self.model, images)
+
+    def _report(self, reference: str, images: int, levels: tuple[LevelParity, ...]) -> ParityReport:
+        precision = self.model.precision
+        return ParityReport(
+            reference=reference,
+            runtime=self.model.runtime,
+            runtime_version=self.model.manifest.runtime_version,
+            precision=precision.name,
+            images=images,
+            min_sqnr_db=precision.min_sqnr_db,
+            min_top1_agreement=precision.min_top1_agreement,
+            levels=levels,
+        )
+
+
+def _together(level: LevelParity, its: tuple[LevelParity, ...], budget_db: float) -> float:
+    """How near two engines should be, each with noise of its own against torch, in dB."""
+    other_db = next((each.sqnr_db for each in its if each.name == level.name), budget_db)
+    return -10 * math.log10(10 ** (-level.sqnr_db / 10) + 10 ** (-other_db / 10))
