@@ -99,7 +99,8 @@ class Verification:
         Raises:
             CalibrationError: nothing to read, or something that cannot be read.
         """
-        from deploykit.calibration.images import calibration_set, denormalize
+        from deploykit.calibration.images import calibration_set
+        from deploykit.images.preprocess import denormalize
 
         spec = self.model.input_spec
         images = calibration_set(source, spec).sample(MOST_IMAGES)

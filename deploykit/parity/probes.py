@@ -38,18 +38,24 @@ def nudged_images(images: ImageArray, seed: int) -> ImageArray:
     generator = np.random.default_rng(seed)
     if images.dtype == np.uint8:
         steps = np.where(generator.random(images.shape) < _CHANGED_PIXELS, 1, 0)
-        return np.where(images < 255, images + steps, images - steps).astype(np.uint8)
-    size = ROUNDING * float(np.abs(images).max())
-    return (images + size * generator.standard_normal(images.shape, dtype=np.float32)).astype(images.dtype)
+        nudged: ImageArray = np.where(images < 255, images + steps, images - steps).astype(np.uint8)
+        return nudged
+    return _with_noise(images, ROUNDING * float(np.abs(images).max()), generator)
 
 
 def noisy_images(images: ImageArray, generator: np.random.Generator) -> ImageArray:
     """Add noise that a person does not see and every network answers."""
     if images.dtype == np.uint8:
         steps = generator.integers(-_NOISE_STEPS, _NOISE_STEPS + 1, images.shape)
-        return np.clip(images.astype(np.int16) + steps, 0, 255).astype(np.uint8)
-    size = NOISE * float(images.std())
-    return (images + size * generator.standard_normal(images.shape, dtype=np.float32)).astype(images.dtype)
+        noisy: ImageArray = np.clip(images.astype(np.int16) + steps, 0, 255).astype(np.uint8)
+        return noisy
+    return _with_noise(images, NOISE * float(images.std()), generator)
+
+
+def _with_noise(images: ImageArray, size: float, generator: np.random.Generator) -> ImageArray:
+    noise = generator.standard_normal(images.shape, dtype=np.float32)
+    noisy: ImageArray = (images + size * noise).astype(images.dtype)
+    return noisy
 
 
 def _mirrored(images: ImageArray) -> ImageArray:
