@@ -351,6 +351,8 @@ def verify_bundle(
             compared on them, and without it answers are looked for that do not follow the images.
         reference: another bundle of the same network, such as its FP32 one, to compare with; on the bundle's own
             images where none are given.
+        threads: see `load_bundle`.
+        trust: see `load_bundle`.
 
     Raises:
         BundleError: not a bundle, or one that is damaged, or one that cannot be written.

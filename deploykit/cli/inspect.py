@@ -52,7 +52,7 @@ def inspect(bundle: BundleArgument, json: JsonFlag = False) -> None:
     Every file is checked against its digest first; the runtime need not be installed.
     """
     from deploykit.bundle import open_bundle
-    from deploykit.parity.report import ParityReport
+    from deploykit.parity.report import PARITY_FILE, ParityReport
 
     folder = Path(bundle)
     manifest = open_bundle(folder)
