@@ -160,7 +160,7 @@ def measure_baseline(run: Run, images: ImageArray, machine: str) -> Baseline:
             spread=_rms(errors),
             class_spread=np.sqrt((errors**2).mean(axis=(0, 1))).astype(np.float32) if is_logits else np.zeros(0, "f4"),
             gain_spread=max(abs(gain(base, each[name])) for each in moved),
-            response_db=sqnr_db(base[:NOISY], noisy[name]),
+            response_db=sqnr_db(base[: len(noisy[name])], noisy[name]),
         )
     return Baseline(machine=machine, levels=levels)
 

@@ -16,7 +16,7 @@ from torch import nn
 from deploykit import export_backbone, verify_bundle
 from deploykit.backends.onnxruntime.adapter import OnnxRuntime
 from deploykit.bundle import MANIFEST, MANIFEST_DIGEST, open_bundle, read_manifest, write_manifest
-from deploykit.parity import drift
+from deploykit.parity import baseline, drift
 from deploykit.parity.baseline import BASELINE_FILE, Baseline
 from deploykit.parity.reference import ParityReference
 from deploykit.spec import Fp16, Fp32, Int8
@@ -307,3 +307,17 @@ def test_what_moves_with_roundings_alone_passes_elsewhere(bundles):
     found = drift._level_drift(level, moved, moved[:8], same=False)
     assert not [fault for fault in found.faults if "noise" not in fault]
     assert drift._level_drift(level, moved, moved[:8], same=True).faults
+
+
+@pytest.mark.parametrize("count", [1, 3, 9])
+def test_a_baseline_of_any_number_of_images_holds(count):
+    """Mixed images stand behind the bundle's own, which must not be taken for noisy ones."""
+    weight = np.random.default_rng(1).standard_normal((3 * 8 * 8, 12)).astype(np.float32)
+
+    def run(given):
+        return {"logits": given.reshape(len(given), -1) @ weight}
+
+    own = np.random.default_rng(2).standard_normal((count, 3, 8, 8)).astype(np.float32)
+    kept = baseline.measure_baseline(run, own, "here")
+    found = drift.find_drift(run, own, kept, "here", np.random.default_rng(4))
+    assert not found["logits"].faults
