@@ -58,7 +58,7 @@ def quantize_activations(
 
 
 def written_in_integers(placement: Placement, *, between: bool) -> set[str]:
-    """Return Name the tensors whose every reader reads them rounded."""
+    """Name the tensors whose every reader reads them rounded."""
     return {*placement.writes, *(placement.between if between else ())}
 
 

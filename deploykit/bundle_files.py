@@ -182,7 +182,7 @@ def unrecorded(found: Found, recorded: Collection[str]) -> list[str]:
 
 
 def strangers(folder: Path) -> tuple[list[str], list[str]]:
-    """Return Name the files of a bundle's folder that deploykit did not write.
+    """Name the files of a bundle's folder that deploykit did not write.
 
     Returns:
         Those that people or their tools made, and those that no person made (`DROPPINGS`), which are plain files.

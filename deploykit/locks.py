@@ -129,7 +129,7 @@ def _is_still(handle: int, path: Path) -> bool:
 
 
 def _holder(handle: int) -> str:
-    """Return Name the process that holds a lock, where Linux tells."""
+    """Name the process that holds a lock, where Linux tells."""
     with suppress(OSError, ValueError, IndexError):
         status = os.fstat(handle)
         wanted = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"

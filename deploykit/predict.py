@@ -45,7 +45,7 @@ class Classifier(Protocol):
 def predict(
     model: Classifier, backbone: BackboneSpec, image: SomeImages, top: int = 5
 ) -> list[Prediction] | list[list[Prediction]]:
-    """Return Name the most probable classes of images.
+    """Name the most probable classes of images.
 
     Args:
         model: an opened engine, or a backbone in torch.
@@ -76,7 +76,7 @@ def predict(
 
 
 def top_classes(logits: FloatArray, labels: Sequence[str] | None, count: int) -> list[Prediction]:
-    """Return Name the ``count`` most probable classes of ``(num_classes,)`` logits, best first.
+    """Name the ``count`` most probable classes of ``(num_classes,)`` logits, best first.
 
     Raises:
         DeployKitError: NaN or infinity among the logits.

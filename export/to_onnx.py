@@ -73,7 +73,7 @@ def _name_weights(model: ir.Model, program: torch.export.ExportedProgram) -> Non
 
 
 def _tidy(model: ir.Model, spec: InputSpec) -> ir.Model:
-    """Return Name the batch, drop stack traces and folder names, and sort: equal exports give equal bytes."""
+    """Name the batch, drop stack traces and folder names, and sort: equal exports give equal bytes."""
     passes.ClearMetadataAndDocStringPass()(model)
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.metadata_props.clear()

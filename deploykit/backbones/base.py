@@ -290,7 +290,7 @@ class BaseBackbone(nn.Module):
             return to_numpy(self(to_tensor(images, anchor.device).to(anchor.dtype), *args, **kwargs))
 
     def predict(self, image: SomeImages, top: int = 5) -> list[Prediction] | list[list[Prediction]]:
-        """Return Name the most probable classes of one image, or of each in a list; see `deploykit.predict.predict`."""
+        """Name the most probable classes of one image, or of each in a list; see `deploykit.predict.predict`."""
         if not self.is_described:
             raise SpecError(f"the input and the classes of {self.name} are not known yet. Fix: create_backbone(model).")
         return predict(self, self.spec, image, top)

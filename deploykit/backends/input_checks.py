@@ -20,9 +20,11 @@ def check_images(images: npt.NDArray[Any], spec: InputSpec) -> ImageArray:
     Raises:
         SpecError: wrong rank, layout, size, dtype or batch, or NaN or infinity.
     """
+    if isinstance(images, np.ma.MaskedArray):
+        raise SpecError("the images are a masked array; expected values everywhere. Fix: images.filled(0), say.")
     if images.dtype != spec.dtype:
         raise SpecError(
-            f"the images are {images.dtype}; expected {_expected(spec)}. To mend it, {_cast_hint(images, spec)}."
+            f"the images are {images.dtype}; expected {_expected(spec)}. Fix: {_cast_hint(images, spec)}."
         )
     check_shape(images.shape, spec)
     images = np.ascontiguousarray(images)
@@ -99,6 +101,7 @@ def check_tensor(images: Any, spec: InputSpec) -> Any:
             f"the images are a {type(images).__name__}; expected a numpy.ndarray or a torch.Tensor. "
             "Files are read with deploykit.load_images(files, model.input_spec)."
         )
+    _check_has_values(images)
     if images.dtype != getattr(torch_module, spec.dtype) or images.layout != torch_module.strided:
         remedy = (
             "convert with .to_dense() and .float()"
@@ -107,13 +110,27 @@ def check_tensor(images: Any, spec: InputSpec) -> Any:
         )
         raise SpecError(
             f"the images are a {images.layout} tensor of {images.dtype}; expected a dense tensor of "
-            f"torch.{spec.dtype}. To mend it, {remedy}."
+            f"torch.{spec.dtype}. Fix: {remedy}."
         )
     return torch_module
+
+
+def _check_has_values(images: Any) -> None:
+    """Refuse tensors that are no array of values: meta, nested, and those of a trace."""
+    if images.is_meta:
+        raise SpecError(
+            "the images are a meta tensor, which has no values. Fix: make them on a device that holds memory, "
+            "such as torch.zeros(..., device='cpu')."
+        )
+    if images.is_nested:
+        raise SpecError(
+            "the images are a nested tensor, whose images may differ in size; expected one size. "
+            "Fix: stack images of one size with torch.stack(images.unbind())."
+        )
 
 
 def from_torch(images: Any, spec: InputSpec) -> tuple[ImageArray, Callable[[FloatArray], Any]]:
     """Return a torch tensor as an array that shares its memory, and the function that turns outputs back."""
     torch_module = check_tensor(images, spec)
     device = images.device
-    return images.detach().cpu().numpy(), lambda output: torch_module.from_numpy(output).to(device)
+    return images.detach().cpu().resolve_neg().numpy(), lambda output: torch_module.from_numpy(output).to(device)

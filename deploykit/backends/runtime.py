@@ -152,7 +152,7 @@ class Runtime(ABC):
         return outputs[0]
 
     def predict(self, image: SomeImages, top: int = 5) -> list[Prediction] | list[list[Prediction]]:
-        """Return Name the most probable classes of one image, or of each in a list; see `deploykit.predict.predict`."""
+        """Name the most probable classes of one image, or of each in a list; see `deploykit.predict.predict`."""
         return predict(self, self.manifest.backbone, image, top)
 
     def seen_on(self) -> dict[str, str]:

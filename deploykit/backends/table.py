@@ -37,7 +37,7 @@ def backend_names() -> tuple[str, ...]:
 
 
 def engine_names() -> tuple[str, ...]:
-    """Return Name the runtimes that something can be exported for."""
+    """Name the runtimes that something can be exported for."""
     return tuple(name for name in backend_names() if load_backend(name).has_engines)
 
 

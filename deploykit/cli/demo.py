@@ -42,7 +42,7 @@ class DemoEngine:
 
 
 def demo_engines() -> tuple[DemoEngine, ...]:
-    """Return Name the engines that the runtimes' descriptors list for the demo."""
+    """Name the engines that the runtimes' descriptors list for the demo."""
     backends = map(load_backend, engine_names())
     return tuple(
         DemoEngine(runtime=backend.name, precision=precision) for backend in backends for precision in backend.demo

@@ -102,8 +102,22 @@ BAD_IMAGES = {
     "NaN": (np.where(np.arange(3).reshape(3, 1, 1, 1) == 1, np.nan, photographs(3)).astype(np.float32), r"\[1\]"),
     "infinity": (np.full((1, 3, 32, 32), np.inf, np.float32), "infinity"),
     "a list": ([[0.0]], "list"),
+    "masked": (np.ma.masked_greater(photographs(1), 0), "masked array"),
+    "meta": (torch.zeros(1, 3, 32, 32, device="meta"), "meta tensor"),
+    "nested": (torch.nested.nested_tensor([torch.zeros(3, 32, 32)], layout=torch.jagged), "nested tensor"),
+    "sparse": (torch.zeros(1, 3, 32, 32).to_sparse(), "to_dense"),
+    "complex": (torch.zeros(1, 3, 32, 32, dtype=torch.complex64).conj(), "complex64"),
     "torch.bfloat16": (torch.zeros(1, 3, 32, 32, dtype=torch.bfloat16), r"torch\.bfloat16"),
 }
+
+
+@every_runtime
+def test_a_tensor_that_torch_negates_lazily_is_read_as_it_is_seen(model: Runtime):
+    images = torch.from_numpy(photographs(1))
+    lazy = torch.complex(torch.zeros_like(images), -images).conj().imag
+    assert lazy.is_neg()
+    for name, value in model(images).items():
+        torch.testing.assert_close(model(lazy)[name], value)
 
 
 @every_runtime

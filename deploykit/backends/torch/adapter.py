@@ -152,7 +152,7 @@ class PixelBackbone(nn.Module):
         return super().__call__(images)
 
     def predict(self, image: SomeImages, top: int = 5) -> list[Prediction] | list[list[Prediction]]:
-        """Return Name the most probable classes of one image, or of each in a list; see `deploykit.predict.predict`."""
+        """Name the most probable classes of one image, or of each in a list; see `deploykit.predict.predict`."""
         return predict(self, self.spec, image, top)
 
     def close(self) -> None:
