@@ -24,7 +24,7 @@ LEVELS = (
     FeatureLevel(name="stem", index=0, channels=8, stride=2, receptive_field=3),
     FeatureLevel(name="stage1", index=1, channels=16, stride=4, receptive_field=7),
 )
-RAN_HERE = ("torch_compile", "onnxruntime", "openvino")
+RAN_HERE = ("torch_compile", "onnxruntime", "openvino", "litert")
 
 
 class TinyBackbone(nn.Module):

@@ -14,6 +14,7 @@ BACKENDS: dict[str, str] = {
     "onnxruntime": "deploykit.backends.onnxruntime.backend:BACKEND",
     "openvino": "deploykit.backends.openvino.backend:BACKEND",
     "tensorrt": "deploykit.backends.tensorrt.backend:BACKEND",
+    "litert": "deploykit.backends.litert.backend:BACKEND",
 }
 
 ENTRY_POINTS = "deploykit.backends"

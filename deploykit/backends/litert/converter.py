@@ -1,0 +1,93 @@
+"""The converter's own process: a saved torch program -> a .tflite file.
+
+litert-torch brings jax and torchao, whose threads and loggers stay, and a C++ library that may end its process. Started
+by `deploykit.backends.litert.lower` as ``python -m deploykit.backends.litert.converter REQUEST``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed, which programs may call
+from torch import Tensor, nn
+
+REFUSED = 3
+"""The exit status where the network cannot be converted; the reason is the file ``reason`` beside the program."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionRequest:
+    """What the process reads: files by their paths, the input, and the names of the outputs in order.
+
+    ``quantized``: the Q/DQ operators of the program become integers.
+    """
+
+    program: str
+    engine: str
+    reason: str
+    input: str
+    shape: tuple[int, ...]
+    dtype: str
+    outputs: tuple[str, ...]
+    quantized: bool = False
+
+
+class Named(nn.Module):
+    """A program called with the images by name, which returns its outputs by name."""
+
+    def __init__(self, program: torch.export.ExportedProgram, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.whole = program.module(check_guards=False)
+        self._names = names
+        self.training = False  # train(), which eval() calls, is refused by a program's module
+
+    def forward(self, **images: Tensor) -> dict[str, Tensor]:
+        """Map ``(N, C, H, W)``, or pixels ``(N, H, W, C)``, to the dict of outputs."""
+        return dict(zip(self._names, self.whole(*images.values()), strict=True))
+
+
+def convert(request: ConversionRequest) -> None:
+    """Write the engine that a request asks for."""
+    import litert_torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = Named(torch.export.load(request.program), request.outputs)
+        example = {request.input: torch.zeros(request.shape, dtype=getattr(torch, request.dtype))}
+        with torch.no_grad():
+            model = litert_torch.convert(module, sample_kwargs=example, quant_config=_quantization(request))
+        Path(request.engine).write_bytes(model.model_content())
+
+
+def _quantization(request: ConversionRequest) -> Any:
+    """Return the configuration that makes integers of Q/DQ operators; their parameters are the program's own."""
+    if not request.quantized:
+        return None
+    from litert_torch.quantize.pt2e_quantizer import PT2EQuantizer, get_symmetric_quantization_config
+    from litert_torch.quantize.quant_config import QuantConfig
+
+    settings = get_symmetric_quantization_config(is_per_channel=True)
+    return QuantConfig(pt2e_quantizer=PT2EQuantizer().set_global(settings))
+
+
+def main(path: str) -> int:
+    """Run one request; return the exit status."""
+    request = msgspec.json.decode(Path(path).read_bytes(), type=ConversionRequest)
+    try:
+        convert(request)
+    except Exception as error:  # the converter raises what its stages raise; none of it is a type of its own
+        Path(request.reason).write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
+        return REFUSED
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ["LITERT_TORCH_SHOW_PROGRESS"] = "n"
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,79 @@
+"""Torch program -> model.tflite: named ends, and what cannot be converted is refused before a file is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from deploykit.backends.litert import lower as module
+from deploykit.errors import ExportError, MissingDependency
+from deploykit.fusion.program import export_program
+from deploykit.optional import installed_version
+from tests.conftest_graphs import engine_of, lower, tiny_program
+
+
+def test_the_signature_names_the_images_and_every_level():
+    from ai_edge_litert.interpreter import Interpreter
+
+    manifest, folder = engine_of("litert")
+    interpreter = Interpreter(model_content=(folder / manifest.engine).read_bytes())
+    (signature,) = interpreter.get_signature_list().values()
+    assert signature["inputs"] == ["images"]
+    assert sorted(signature["outputs"]) == ["stage1", "stem"]
+
+
+def test_the_engine_has_the_versions_of_what_made_it(tmp_path: Path, monkeypatch):
+    def written(request, graph, scratch):
+        Path(request.engine).write_bytes(b"engine")
+
+    monkeypatch.setattr(module, "_convert", written)
+    engine = lower("litert", tiny_program(), tmp_path)
+    assert engine.runtime_version == installed_version("ai_edge_litert")
+    assert engine.tools["litert-torch"] == installed_version("litert_torch")
+    assert [file.name for file in tmp_path.iterdir()] == ["model.tflite"]
+
+
+class _Spectrum(nn.Module):
+    """Calls an operator that the converter does not have."""
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (torch.special.bessel_j0(images),)
+
+
+def test_an_operator_that_is_not_converted_is_named_and_nothing_is_written(tmp_path: Path):
+    program = tiny_program(dynamic=False)
+    outputs = (dataclasses.replace(program.outputs[0], shape=(1, 3, 32, 32)),)
+    other = dataclasses.replace(program, outputs=outputs, program=export_program(_Spectrum(), program.input))
+    with pytest.raises(ExportError, match=r"no aten.special_bessel_j0.default, .*test_lower.py:\d+.*another runtime"):
+        lower("litert", other, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("status", "message"), [(-11, "crashed.*signal 11.*last words"), (-9, "Out of memory"), (1, "failed.*last words")]
+)
+def test_a_converter_that_ends_without_an_answer_is_an_export_error(tmp_path: Path, monkeypatch, status, message):
+    ended = subprocess.CompletedProcess([], status, stdout="", stderr="first\nlast words\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended)
+    with pytest.raises(ExportError, match=rf"(?s){message}"):
+        lower("litert", tiny_program(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_conversion_that_takes_too_long_is_stopped(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(module, "CONVERSION_SECONDS", 0.05)
+    with pytest.raises(ExportError, match=r"more than 0.05 s and was stopped"):
+        lower("litert", tiny_program(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("absent", "extra"), [("ai_edge_litert", "litert"), ("litert_torch", "litert-export")])
+def test_an_absent_package_has_its_command(tmp_path: Path, monkeypatch, absent, extra):
+    monkeypatch.setattr(module, "installed_version", lambda name, package=None: None if name == absent else "1.0")
+    with pytest.raises(MissingDependency, match=rf"pip install 'deploykit\[{extra}\]'"):
+        lower("litert", tiny_program(), tmp_path)
