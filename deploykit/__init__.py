@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from deploykit.privacy import silence_runtimes
 
 if TYPE_CHECKING:
+    from deploykit.accuracy.evaluation import Evaluation, evaluate
     from deploykit.backbones.activation_compression import compressed_activations
     from deploykit.backbones.base import BaseBackbone
     from deploykit.backbones.feature_cache import FeatureCache
@@ -60,6 +61,8 @@ _PUBLIC = {
     "load_bundle": "facade",
     "export_backbone": "facade",
     "verify_bundle": "facade",
+    "evaluate": "accuracy.evaluation",
+    "Evaluation": "accuracy.evaluation",
     "BaseBackbone": "backbones.base",
     "register_backbone": "backbones.registry",
     "backbone_names": "backbones.registry",
@@ -112,6 +115,7 @@ __all__ = [
     "CalibrationSet",
     "DeployKitError",
     "DeviceUnavailable",
+    "Evaluation",
     "ExportError",
     "FeatureCache",
     "FeatureLevel",
@@ -139,6 +143,7 @@ __all__ = [
     "build_fpn",
     "compressed_activations",
     "create_backbone",
+    "evaluate",
     "export_backbone",
     "load_bundle",
     "load_images",

@@ -39,7 +39,16 @@ class CandidateMeasured:
     summary: str
 
 
-ProgressEvent: TypeAlias = StageStarted | ImagesCalibrated | BuildStep | CandidateMeasured
+@dataclass(frozen=True, kw_only=True)
+class ImagesRun:
+    """So many of all images were read and run, in so many seconds."""
+
+    done: int
+    total: int
+    seconds: float
+
+
+ProgressEvent: TypeAlias = StageStarted | ImagesCalibrated | BuildStep | CandidateMeasured | ImagesRun
 Progress: TypeAlias = Callable[[ProgressEvent], None]
 
 

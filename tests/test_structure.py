@@ -33,7 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "arrays", "processor", "feature_dict", "labels", "timing", "plain_files", "torchvision_operators"),
     ("spec", "progress", "optional", "locks", "names", "sampling", "images", "threads"),
     ("places", "npz"),
-    ("options", "graph"),
+    ("options", "graph", "dataset"),
     ("parity",),
     ("store_entry", "store_folder", "store_upkeep", "store"),
     ("manifest", "bundle_files"),
@@ -45,6 +45,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("backends",),
     ("export",),
     ("facade", "opening", "verification"),
+    ("accuracy",),
     ("cli", "__main__"),
 )
 """Every import goes to the same layer or to one above it in this list."""

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import deploykit
-from deploykit.cli import cache, demo, doctor, export, inspect, list, run, sensitivity, verify
+from deploykit.cli import cache, demo, doctor, evaluate, export, inspect, list, run, sensitivity, verify
 from deploykit.cli.output import show, show_error, shown_warnings
 from deploykit.cli.spellings import as_options
 from deploykit.cli.streams import PIPE_CLOSED, OutputLost, standard_streams
@@ -34,6 +34,7 @@ app = typer.Typer(
 app.command("export", epilog=export.EXAMPLE, context_settings=_SETTINGS)(export.export)
 app.command("run", epilog=run.EXAMPLE, context_settings=_SETTINGS)(run.run)
 app.command("verify", epilog=verify.EXAMPLE, context_settings=_SETTINGS)(verify.verify)
+app.command("evaluate", epilog=evaluate.EXAMPLE, context_settings=_SETTINGS)(evaluate.evaluate)
 app.command("inspect", epilog=inspect.EXAMPLE, context_settings=_SETTINGS)(inspect.inspect)
 app.command("sensitivity", epilog=sensitivity.EXAMPLE, context_settings=_SETTINGS)(sensitivity.sensitivity)
 app.command("list", epilog=list.EXAMPLE, context_settings=_SETTINGS)(list.list_backbones)
