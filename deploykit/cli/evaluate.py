@@ -165,12 +165,11 @@ def _drops_too_far(found: Evaluation, max_drop: float | None) -> bool:
 
 
 def _show(found: list[Evaluation], images: str, shown: int) -> None:
-    columns = ["model", "runtime", "precision"]
     figures = [heading for heading, cell in _FIGURES.items() if any(cell(each) for each in found)]
-    rows = [[each.model, each.runtime, each.precision, *(_FIGURES[name](each) for name in figures)] for each in found]
+    rows = [[each.model, *(_FIGURES[name](each) for name in figures)] for each in found]
     skipped = f", {found[0].skipped} skipped" if found[0].skipped else ""
     title = f"{images}: {found[0].images} images{skipped}; shares in %, with 95% intervals"
-    show(table((*columns, *figures), rows, right=figures, title=title))
+    show(table(("model", *figures), rows, right=figures, title=title))
     for each in found:
         lines = [score for score in each.classes if score.lost > 0][:shown]
         if not lines or (each.drop is None and len(found) > 1):
@@ -203,7 +202,13 @@ def _points(found: Evaluation) -> str:
 def _test(found: Evaluation) -> str:
     if found.drop is None or found.drop.p_value is None:
         return ""
-    return f"{found.drop.p_value:.2g} ({found.drop.lost} lost, {found.drop.won} won)"
+    return f"{found.drop.p_value:.2g}"
+
+
+def _discordant(found: Evaluation) -> str:
+    if found.drop is None or found.drop.lost is None:
+        return ""
+    return f"{found.drop.lost} / {found.drop.won}"
 
 
 _FIGURES: dict[str, Callable[[Evaluation], str]] = {
@@ -211,6 +216,7 @@ _FIGURES: dict[str, Callable[[Evaluation], str]] = {
     "top-5": lambda each: _share(each.top5, each.top5_interval),
     "neighbours' top-1": lambda each: _share(each.top1, each.top1_interval) if each.by != "logits" else "",
     "drop": _points,
+    "lost / won": _discordant,
     "McNemar p": _test,
     "same class": lambda each: _share(each.drop.agreement) if each.drop else "",
     "same neighbours": lambda each: _share(each.drop.neighbours) if each.drop else "",
