@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from deploykit.calibration.placement import fused_activation
 from deploykit.calibration.plan import QuantizationPlan
-from deploykit.calibration.quantize_weights import array_of
+from deploykit.onnx_values import array_of, sizes_of_constant
 
 THIN_CHANNELS = 32
 """The most channels of a convolution that still counts to the image's side."""
@@ -64,9 +64,7 @@ def keep_image_side(model: ir.Model, plan: QuantizationPlan) -> Mapping[str, str
 
 def _is_thin(node: ir.Node) -> bool:
     """Return whether a convolution of few channels is depthwise, or 1x1 and no wider than what it reads."""
-    shape = node.inputs[1].shape  # type: ignore[union-attr]
-    assert shape is not None  # noqa: S101  (an initializer has a shape; narrows the type)
-    outputs, width, *kernel = (int(size) for size in shape)  # type: ignore[arg-type]
+    outputs, width, *kernel = sizes_of_constant(node.inputs[1])
     groups = node.attributes.get_int("group", 1)
     if width * groups > THIN_CHANNELS or outputs > width * groups:
         return False

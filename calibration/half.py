@@ -10,10 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
-from deploykit.arrays import FloatArray
+from deploykit.arrays import Array, FloatArray
 from deploykit.calibration.placement import place
 from deploykit.onnx_session import GraphSession, batches_of, graph_batch, onnx_session
 from deploykit.parity.metrics import sqnr_db
@@ -49,7 +48,7 @@ def plan_half(model: ir.Model, images: FloatArray, *, min_sqnr_db: float) -> Hal
     source = str(model.graph.inputs[0].name)
     batches = batches_of(images, graph_batch(model), MEASURED_IMAGES)
 
-    def run(changed: Iterable[str]) -> list[FloatArray]:
+    def run(changed: Iterable[str]) -> list[Array]:
         feed = values | {name: rounded[name] for name in changed}
         return [output for batch in batches for output in session.run(None, {source: batch, **feed})]
 
@@ -69,7 +68,7 @@ def plan_half(model: ir.Model, images: FloatArray, *, min_sqnr_db: float) -> Hal
     return HalfPlan(float_weights={name: alone[name] for name in worst_first[:count]})
 
 
-def _open_weights(model: ir.Model, names: Iterable[str]) -> tuple[GraphSession, dict[str, npt.NDArray[np.float32]]]:
+def _open_weights(model: ir.Model, names: Iterable[str]) -> tuple[GraphSession, dict[str, FloatArray]]:
     """Return a session whose weights are inputs, so that one session measures every weight."""
     opened = model.clone()
     weights = {}

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from deploykit.arrays import FloatArray
+from deploykit.arrays import Array, FloatArray
 from deploykit.spec import Preprocessing
 
 ENOUGH_IMAGES = 16
@@ -44,7 +42,7 @@ class ImageChecks:
             self._squares += float(np.square(image, dtype=np.float64).sum())
             self._values += image.size
 
-    def state(self) -> dict[str, npt.NDArray[Any]]:
+    def state(self) -> dict[str, Array]:
         """Return all that was seen, exactly."""
         return {
             "digests": np.frombuffer(b"".join(sorted(self._different)), np.uint8),
@@ -52,7 +50,7 @@ class ImageChecks:
             "figures": np.array([self._squares, self._least, self._most], np.float64),
         }
 
-    def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+    def restore(self, state: Mapping[str, Array]) -> None:
         """Take over what was seen from the `state` of others with the same preprocessing."""
         size = hashlib.sha256().digest_size
         digests = state["digests"].tobytes()

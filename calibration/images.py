@@ -11,12 +11,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias, cast
 
 import numpy as np
-import numpy.typing as npt
 
-from deploykit.arrays import FloatArray, ImageArray
+from deploykit.arrays import Array, FloatArray, ImageArray
 from deploykit.backends.input_checks import check_images
 from deploykit.errors import CalibrationError, SpecError
 from deploykit.images.decode import open_image, shown
@@ -29,7 +28,7 @@ from deploykit.spec import InputSpec
 ROWS_MAPPED = 16
 """How many images of a mapped file are in memory at most."""
 
-CalibrationSource: TypeAlias = "PathLike | Sequence[PathLike] | npt.NDArray[Any] | Iterable[Any] | CalibrationSet"
+CalibrationSource: TypeAlias = "PathLike | Sequence[PathLike] | Array | Iterable[object] | CalibrationSet"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +81,7 @@ class CalibrationSet:
                 warnings.warn(f"left out of calibration: {error}", stacklevel=2)
                 continue
             read += 1
-            yield image
+            yield np.asarray(image, np.float32)  # of a spec without embedded preprocessing
         if files and not read:
             raise CalibrationError(f"none of the {len(self.files)} calibration files could be read.")
 
@@ -210,17 +209,17 @@ def _images_at(path: Path) -> FoundImages:
     return found
 
 
-def _load_array(path: Path) -> npt.NDArray[Any]:
+def _load_array(path: Path) -> Array:
     open_image(path).close()
     try:
         if path.suffix == ".npy":
-            loaded: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+            loaded: Array = np.load(path, mmap_mode="r", allow_pickle=False)
             return loaded
         with np.load(path, allow_pickle=False) as archive:
             names = list(archive.files)
             if len(names) != 1:
                 raise CalibrationError(f"{path}: holds the arrays {names}; expected exactly one.")
-            array: npt.NDArray[Any] = archive[names[0]]
+            array: Array = archive[names[0]]
             return array
     except FileNotFoundError as error:
         raise CalibrationError(f"{path}: no such file.") from error
@@ -228,7 +227,7 @@ def _load_array(path: Path) -> npt.NDArray[Any]:
         raise CalibrationError(f"{path}: not a readable NumPy file without pickles ({error}).") from error
 
 
-def _from_arrays(arrays: npt.NDArray[Any], spec: InputSpec, name: str) -> CalibrationSet:
+def _from_arrays(arrays: Array, spec: InputSpec, name: str) -> CalibrationSet:
     taken = (spec.as_images(), spec.as_pixels()) if spec.embeds_preprocessing else (spec,)
     if not any(arrays.dtype == each.dtype and arrays.shape[1:] == each.shape[1:] for each in taken):
         raise CalibrationError(
@@ -237,7 +236,7 @@ def _from_arrays(arrays: npt.NDArray[Any], spec: InputSpec, name: str) -> Calibr
         )
     if not len(arrays):
         raise CalibrationError(f"{name} holds no images; expected at least one.")
-    return CalibrationSet(spec=spec.as_images(), arrays=arrays)
+    return CalibrationSet(spec=spec.as_images(), arrays=cast("ImageArray", arrays))  # of one of the dtypes above
 
 
 def _what_is_taken(spec: InputSpec) -> str:
@@ -252,7 +251,7 @@ def _checked(image: ImageArray, spec: InputSpec, name: str) -> FloatArray:
     if image.dtype == np.uint8:
         return normalize(check_images(image, single.as_pixels()), spec.preprocessing)
     try:
-        return check_images(image, single)
+        return np.asarray(check_images(image, single), np.float32)
     except SpecError as error:
         raise CalibrationError(f"{name} of the calibration set cannot be used: {error}") from error
 
@@ -270,7 +269,7 @@ def _rows(arrays: ImageArray, skip: int = 0) -> Iterator[ImageArray]:
             mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def _to_array(batch: Any) -> npt.NDArray[Any]:
+def _to_array(batch: object) -> Array:
     if isinstance(batch, (tuple, list)) and batch:
         batch = batch[0]
     if hasattr(batch, "detach"):
@@ -278,11 +277,11 @@ def _to_array(batch: Any) -> npt.NDArray[Any]:
     return np.asarray(batch)
 
 
-def _spool(batches: Iterable[Any], spec: InputSpec) -> ImageArray:
+def _spool(batches: Iterable[object], spec: InputSpec) -> ImageArray:
     """Return an iterable that can be read once, as an array on disk: every pass and the digest read it again."""
     dtypes = ("float32", "uint8") if spec.embeds_preprocessing else ("float32",)
     shape: tuple[int, ...] | None = None
-    dtype: np.dtype[Any] | None = None
+    dtype: np.dtype[np.generic] | None = None
     count = 0
     with scratch_folder("calibration") as folder, (folder / "images").open("wb") as spool:
         for batch in batches:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from deploykit.arrays import FloatArray
+from deploykit.arrays import Array, FloatArray
 from deploykit.errors import CalibrationError
 
 
@@ -64,12 +63,12 @@ class LayerShape:
         channels = self.shape[self.axis]
         return int(np.prod(self.shape)) // channels * self.groups
 
-    def matrix(self, weight: npt.NDArray[Any]) -> Tensor:
+    def matrix(self, weight: Array) -> Tensor:
         """Return the weight as ``(groups, channels, K)``."""
         turned = weight if self.axis == 0 else weight.T
         return torch.from_numpy(turned.copy().reshape(self.groups, turned.shape[0] // self.groups, -1))
 
-    def restore(self, matrix: Tensor) -> npt.NDArray[Any]:
+    def restore(self, matrix: Tensor) -> FloatArray:
         """Return ``(groups, channels, K)`` in the weight's own shape."""
         rows = matrix.reshape(self.shape[self.axis], -1).numpy()
         return np.ascontiguousarray(rows.reshape(self.shape) if self.axis == 0 else rows.T)

@@ -7,14 +7,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from deploykit.arrays import FloatArray
+from deploykit.arrays import Array, FloatArray
 from deploykit.calibration.placement import Placement, place, without
 from deploykit.calibration.ranges import STATISTICS_VERSION, ActivationRange, TensorStatistics, quantize_weight
 from deploykit.calibration.rounded_weight import RoundedWeight
@@ -22,6 +21,7 @@ from deploykit.calibration.statistics import Statistics
 from deploykit.errors import CalibrationError
 from deploykit.npz import read_npz
 from deploykit.onnx_session import GraphSession, onnx_session
+from deploykit.onnx_values import floats_of, tensor_of
 from deploykit.plain_files import digest_of, open_plain, read_plain
 from deploykit.spec import FloatDtype, Int8
 
@@ -64,12 +64,12 @@ class QuantizationPlan:
     placement: Placement
     ranges: dict[str, ActivationRange]
     statistics: dict[str, TensorStatistics] = field(default_factory=dict)
-    bias_shift: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+    bias_shift: dict[str, FloatArray] = field(default_factory=dict)
     weights: dict[str, RoundedWeight] = field(default_factory=dict)
 
     def integers_of(
-        self, node: str, weight: FloatArray, axis: int, least: npt.NDArray[Any] | None = None
-    ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+        self, node: str, weight: FloatArray, axis: int, least: FloatArray | None = None
+    ) -> tuple[npt.NDArray[np.int8], FloatArray]:
         """Return a node's weight in integers with one scale a channel of ``axis``: the same in every dialect.
 
         Args:
@@ -119,7 +119,7 @@ class QuantizationPlan:
 
     def save(self, folder: Path) -> None:
         """Write the plan into ``folder``: `PLAN_FILE` to read, and bias shifts and roundings in `SHIFT_FILE`."""
-        arrays: dict[str, npt.NDArray[Any]] = {f"bias_shift:{node}": shift for node, shift in self.bias_shift.items()}
+        arrays: dict[str, Array] = {f"bias_shift:{node}": shift for node, shift in self.bias_shift.items()}
         for node, chosen in self.weights.items():
             arrays |= {f"steps:{node}": chosen.steps, f"scales:{node}": chosen.scales}
         np.savez_compressed(folder / SHIFT_FILE, allow_pickle=False, **arrays)
@@ -139,20 +139,30 @@ class QuantizationPlan:
             text = read_plain(folder / PLAN_FILE, MOST_PLAN_BYTES)
             _check_digest(text, folder / SHIFT_FILE)
             plan = msgspec.json.decode(text, type=QuantizationPlan)
-            kinds: dict[str, dict[str, Any]] = {"bias_shift": {}, "steps": {}, "scales": {}}
-            for name, array in read_npz(folder / SHIFT_FILE, limit=MOST_ARRAY_BYTES).items():
-                kind, _, node = name.partition(":")
-                kinds[kind][node] = array
-            weights = {
-                node: RoundedWeight(steps=steps, scales=kinds["scales"][node]) for node, steps in kinds["steps"].items()
-            }
-            return replace(
-                plan, schema_version=SCHEMA_VERSION, digest=_NO_DIGEST, bias_shift=kinds["bias_shift"], weights=weights
-            )
+            shifts, weights = _split_kinds(read_npz(folder / SHIFT_FILE, limit=MOST_ARRAY_BYTES))
+            return replace(plan, schema_version=SCHEMA_VERSION, digest=_NO_DIGEST, bias_shift=shifts, weights=weights)
         except (OSError, ValueError, KeyError, RecursionError, msgspec.MsgspecError) as error:
             raise CalibrationError(
                 f"{folder}: {PLAN_FILE} or {SHIFT_FILE} is not readable ({error}). Calibrate again."
             ) from error
+
+
+def _split_kinds(arrays: Mapping[str, Array]) -> tuple[dict[str, FloatArray], dict[str, RoundedWeight]]:
+    """Split the arrays of `SHIFT_FILE` into bias shifts and roundings, by node.
+
+    Raises:
+        KeyError: an array of another kind, or steps without their scales.
+    """
+    shifts: dict[str, FloatArray] = {}
+    scales: dict[str, FloatArray] = {}
+    steps: dict[str, npt.NDArray[np.int8]] = {}
+    for name, array in arrays.items():
+        kind, _, node = name.partition(":")
+        if kind == "steps":
+            steps[node] = array.astype(np.int8, copy=False)
+        else:
+            {"bias_shift": shifts, "scales": scales}[kind][node] = array.astype(np.float32, copy=False)
+    return shifts, {node: RoundedWeight(steps=few, scales=scales[node]) for node, few in steps.items()}
 
 
 def _check_digest(text: bytes, arrays: Path) -> None:
@@ -182,8 +192,7 @@ def constants_digest(model: ir.Model) -> str:
     """Return SHA-256 over the names and values of a graph's constants, whatever the batch that it takes."""
     digest = hashlib.sha256()
     for _, value in sorted(model.graph.initializers.items()):
-        tensor: Any = ir.to_proto(value.const_value)  # type: ignore[arg-type]  # an initializer has a value
-        digest.update(tensor.SerializeToString(deterministic=True))
+        digest.update(ir.to_proto(tensor_of(value)).SerializeToString(deterministic=True))
     return digest.hexdigest()
 
 
@@ -283,7 +292,7 @@ class _BiasProbes:
         nodes = {node.name: node for node in graph}
         for output, name in self.outputs.items():
             use = self._placement.weights[name]
-            values = self._weights[use.weight].const_value.numpy()  # type: ignore[union-attr]
+            values = floats_of(self._weights[use.weight])
             integers, scales = quantize_weight(values, use.axis, reduce_range=self._reduce_range)
             shape = [1] * values.ndim
             shape[use.axis] = -1
@@ -301,7 +310,7 @@ class _BiasProbes:
             graph.outputs.append(mean.outputs[0])
 
 
-def add_constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
+def add_constant(graph: ir.Graph, name: str, array: Array) -> ir.Value:
     """Register an array as an initializer of a graph."""
     tensor = ir.tensor(array, name=name)
     value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)

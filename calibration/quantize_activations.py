@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from deploykit.arrays import FloatArray
 from deploykit.calibration.placement import Placement
 from deploykit.calibration.plan import QuantizationPlan, add_constant
 from deploykit.calibration.ranges import ActivationRange
@@ -19,10 +19,10 @@ from deploykit.calibration.ranges import ActivationRange
 class IntegerType:
     """The integers of an activation: ``symmetric`` ones have the zero point 0."""
 
-    dtype: type[np.integer[Any]]
+    dtype: type[np.uint8 | np.int8]
     symmetric: bool
 
-    def parameters(self, measured: ActivationRange) -> tuple[npt.NDArray[np.float32], npt.NDArray[Any]]:
+    def parameters(self, measured: ActivationRange) -> tuple[FloatArray, npt.NDArray[np.uint8 | np.int8]]:
         """Return the scale and the zero point of a range, each of shape ``()``."""
         scale, zero_point = (measured.symmetric(), 0) if self.symmetric else measured.affine()
         return np.array(scale, np.float32), np.array(zero_point, self.dtype)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
+from deploykit.arrays import Array, FloatArray
 from deploykit.calibration.placement import IntegerWeight
 from deploykit.calibration.plan import QuantizationPlan, add_constant
+from deploykit.onnx_values import floats_of
 
 BIAS_LIMIT = 2**30
 """The largest int32 bias: the other half of the accumulator is for the products."""
@@ -38,13 +38,13 @@ def quantize_weights(
 
 def corrected_bias(
     graph: ir.Graph, node: ir.Node, use: IntegerWeight, plan: QuantizationPlan, channels: int
-) -> npt.NDArray[np.float32] | None:
+) -> FloatArray | None:
     """Return the bias ``(channels,)`` with the plan's correction; None where there is none to write."""
     shift = np.asarray(plan.bias_shift.get(str(node.name), 0.0), np.float32)
     old = graph.initializers.get(use.bias) if use.bias else None
     if old is None and (node.op_type == "MatMul" or not np.any(shift)):
         return None
-    bias = np.zeros(channels, np.float32) if old is None else array_of(old)
+    bias = np.zeros(channels, np.float32) if old is None else floats_of(old)
     return np.asarray(bias + shift, np.float32)
 
 
@@ -64,21 +64,15 @@ def drop_unread(graph: ir.Graph, weight: ir.Value) -> None:
         del graph.initializers[str(weight.name)]
 
 
-def array_of(value: ir.Value) -> npt.NDArray[Any]:
-    """Return the array of an initializer."""
-    assert value.const_value is not None  # noqa: S101  (an initializer has a value; narrows the type)
-    return value.const_value.numpy()
-
-
 def _quantize(
     graph: ir.Graph, node: ir.Node, use: IntegerWeight, plan: QuantizationPlan, *, integer_bias: bool
 ) -> None:
     name, weight = str(node.name), graph.initializers[use.weight]
-    values = array_of(weight)
+    values = floats_of(weight)
     bias = corrected_bias(graph, node, use, plan, values.shape[use.axis])
     in_integers = integer_bias and node.op_type == "Conv"
     step = np.float32(plan.range_of(use.input).affine()[0])
-    least = np.abs(bias) / (step * BIAS_LIMIT) if in_integers and bias is not None else None
+    least = _least_scales(bias, step) if in_integers and bias is not None else None
     integers, scales = plan.integers_of(name, values, use.axis, least)
     if bias is not None:
         written = (
@@ -91,16 +85,17 @@ def _quantize(
     drop_unread(graph, weight)
 
 
-def _integer_bias(
-    graph: ir.Graph, name: str, bias: npt.NDArray[np.float32], steps: npt.NDArray[np.float32]
-) -> ir.Value:
+def _least_scales(bias: FloatArray, step: np.float32) -> FloatArray:
+    """Return the scales ``(channels,)`` below which a bias would not fit its integers."""
+    return np.asarray(np.abs(bias) / (step * BIAS_LIMIT), np.float32)
+
+
+def _integer_bias(graph: ir.Graph, name: str, bias: FloatArray, steps: FloatArray) -> ir.Value:
     integers = np.round(bias / steps.astype(np.float64)).astype(np.int32)
     return _dequantized(graph, name, integers, steps, axis=0)
 
 
-def _dequantized(
-    graph: ir.Graph, name: str, integers: npt.NDArray[Any], scales: npt.NDArray[Any], *, axis: int
-) -> ir.Value:
+def _dequantized(graph: ir.Graph, name: str, integers: Array, scales: FloatArray, *, axis: int) -> ir.Value:
     """Return Integers with zero point 0 behind a DequantizeLinear."""
     zeros = np.zeros(len(scales), integers.dtype)
     parts = [

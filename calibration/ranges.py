@@ -8,11 +8,12 @@ counted, and its inner ones by a sample that favours no row, column, channel or 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from deploykit.arrays import Array, FloatArray
 from deploykit.errors import CalibrationError
 from deploykit.parity.report import MAX_SQNR_DB
 from deploykit.sampling import sample_positions
@@ -35,7 +36,7 @@ ENTROPY_LEVELS = 128
 ENTROPY_STEP = 8
 """Every how many bins a range is tried: under a hundredth of the largest."""
 
-Array: TypeAlias = npt.NDArray[Any]
+Doubles: TypeAlias = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ class Histogram:
         self._sum = 0.0
         self._squares = 0.0
 
-    def state(self) -> npt.NDArray[np.float64]:
+    def state(self) -> Doubles:
         """Return all that it holds, exactly, as one vector: the number of values stays below 2**53."""
         facts = (self.low, self.high, self._edge, self._seen, self._sum, self._squares)
         return np.concatenate([np.array(facts, np.float64), self._counts])
@@ -99,7 +100,7 @@ class Histogram:
         histogram = cls()
         histogram.low, histogram.high, histogram._edge = (float(value) for value in state[:3])
         histogram._seen, histogram._sum, histogram._squares = int(state[3]), float(state[4]), float(state[5])
-        histogram._counts = state[_FACTS:].copy()
+        histogram._counts = state[_FACTS:].astype(np.float64)
         return histogram
 
     def update(self, values: Array) -> None:
@@ -163,7 +164,7 @@ class Histogram:
             sqnr_db=round(float(sqnr), 2),
         )
 
-    def _centres(self) -> npt.NDArray[np.float64]:
+    def _centres(self) -> Doubles:
         """Return the middle of each bin."""
         return np.linspace(-self._edge, self._edge, BINS + 1)[:-1] + self._edge / BINS
 
@@ -237,14 +238,14 @@ def _split(flat: Array, sampled: Array) -> tuple[Array, Array]:
     return tails, sampled[(sampled >= low) & (sampled <= high)]
 
 
-def _error(centres: Array, counts: Array, low: float, high: float, levels: int) -> float:
+def _error(centres: Doubles, counts: Doubles, low: float, high: float, levels: int) -> float:
     scale = max(high - low, 1e-12) / levels
     offset = round(-low / scale)
     rounded = (np.clip(np.round(centres / scale) + offset, 0, levels) - offset) * scale
     return float(np.sum(counts * (rounded - centres) ** 2))
 
 
-def _divergence(counts: Array, size: int) -> float:
+def _divergence(counts: Doubles, size: int) -> float:
     """KL divergence of the first ``size`` bins, with all beyond in the last, from their rounding to levels."""
     inside = counts[:size]
     reference = inside.copy()
@@ -262,8 +263,8 @@ def _divergence(counts: Array, size: int) -> float:
 
 
 def quantize_weight(
-    weight: Array, axis: int, least: Array | None = None, *, reduce_range: bool = False
-) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    weight: FloatArray, axis: int, least: FloatArray | None = None, *, reduce_range: bool = False
+) -> tuple[npt.NDArray[np.int8], FloatArray]:
     """Return a weight to int8 in -127..127 with one scale a channel of ``axis``, and those scales.
 
     ``least`` is the smallest scale that each channel may have, ``(channels,)``. With ``reduce_range`` no two
@@ -284,7 +285,7 @@ def quantize_weight(
     return np.clip(rounded, -127, 127).astype(np.int8), scales
 
 
-def _largest_pairs(channels: Array) -> Array:
+def _largest_pairs(channels: Doubles) -> Doubles:
     """Return the largest sum of two values of one sign in each row, ``(rows,)``; of the one value in rows of one."""
     sums = [np.sort(np.maximum(one_sign, 0), axis=1)[:, -2:].sum(axis=1) for one_sign in (channels, -channels)]
     return np.asarray(np.maximum(*sums))

@@ -24,6 +24,7 @@ from deploykit.calibration.ranges import quantize_weight
 from deploykit.calibration.rounded_weight import RoundedWeight
 from deploykit.calibration.rounding import clipped_scales, round_to_nearest, round_with_feedback
 from deploykit.calibration.sensitivity import Simulation
+from deploykit.onnx_values import floats_of
 from deploykit.spec import Int8
 
 RECONSTRUCTION_IMAGES = 32
@@ -92,7 +93,7 @@ def _layers(model: ir.Model, plan: QuantizationPlan) -> dict[str, _Layer]:
     nodes = {str(node.name): node for node in model.graph}
     layers = {}
     for name, use in plan.placement.weights.items():
-        weight = model.graph.initializers[use.weight].const_value.numpy()  # type: ignore[union-attr]
+        weight = floats_of(model.graph.initializers[use.weight])
         layers[name] = _Layer(weight=weight, shape=LayerShape.of(nodes[name], weight.shape, use.axis), input=use.input)
     return layers
 

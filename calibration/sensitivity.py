@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from deploykit.arrays import FloatArray
+from deploykit.arrays import Array, FloatArray
 from deploykit.calibration.dialect import Dialect, OnnxDialect
 from deploykit.calibration.float_fallback import keep_pointlike
 from deploykit.calibration.placement import IntegerWeight
@@ -140,8 +140,8 @@ class Simulation:
     ) -> None:
         self._plan = plan
         self._dialect = dialect
-        self._exact: dict[str, npt.NDArray[Any]] = {}
-        self._rounded: dict[str, dict[str, npt.NDArray[Any]]] = {}
+        self._exact: dict[str, Array] = {}
+        self._rounded: dict[str, dict[str, Array]] = {}
         self.operators: dict[str, str] = {}
         self.macs: dict[str, int] = {}
         opened = model.clone()
@@ -153,7 +153,7 @@ class Simulation:
         self.batches = batches_of(images, graph_batch(model), min(most, len(images)))
         self.images = sum(map(len, self.batches))
         self._session = onnx_session(opened)
-        self._reference: list[FloatArray] | None = None
+        self._reference: list[Array] | None = None
 
     def sqnr_db(self, quantized: Collection[str]) -> dict[str, float]:
         """The SQNR in dB of every output against FP32 when these nodes run in integers, capped at `MAX_SQNR_DB`."""
@@ -168,22 +168,23 @@ class Simulation:
     def read_by(self, nodes: Sequence[str], batch: FloatArray, quantized: Collection[str] = ()) -> list[FloatArray]:
         """What nodes read when some run in integers, rounded where the reader itself does; nothing behind is run."""
         wanted = [_read_name(node) for node in nodes]
-        return self._session.run_path(wanted, self._feeds(quantized) | {self._input: batch})
+        read = self._session.run_path(wanted, self._feeds(quantized) | {self._input: batch})
+        return [np.asarray(values, np.float32) for values in read]
 
     def round_to(self, node: str, weight: FloatArray, shift: FloatArray) -> None:
         """Give a node another weight and bias for when it runs in integers."""
         values = self._rounded[node]
         values[f"{node}/weight"] = np.require(weight, np.float32, "C")
         if f"{node}/bias" in values:
-            values[f"{node}/bias"] = np.asarray(self._exact[f"{node}/bias"] + shift, np.float32)
+            values[f"{node}/bias"] = self._exact[f"{node}/bias"].astype(np.float32) + shift
 
-    def _feeds(self, quantized: Collection[str]) -> dict[str, npt.NDArray[Any]]:
+    def _feeds(self, quantized: Collection[str]) -> dict[str, Array]:
         feed = dict(self._exact)
         for name in quantized:
             feed |= self._rounded[name]
         return feed
 
-    def _run(self, quantized: Collection[str]) -> list[FloatArray]:
+    def _run(self, quantized: Collection[str]) -> list[Array]:
         feed = self._feeds(quantized)
         runs = [self._session.run(self._outputs, feed | {self._input: batch}) for batch in self.batches]
         return [np.concatenate(parts) for parts in zip(*runs, strict=True)]
@@ -219,9 +220,7 @@ class Simulation:
         node.resize_inputs(max(3, len(node.inputs)))
         node.replace_input_with(2, value)
 
-    def _feed(
-        self, graph: ir.Graph, node: str, name: str, exact: npt.NDArray[Any], rounded: npt.NDArray[Any]
-    ) -> ir.Value:
+    def _feed(self, graph: ir.Graph, node: str, name: str, exact: Array, rounded: Array) -> ir.Value:
         """Return an input of the graph with two values: one in float and one for the node in integers."""
         exact = np.require(exact, requirements="C")
         self._exact[name], self._rounded[node][name] = exact, rounded

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from deploykit.arrays import FloatArray
+from deploykit.arrays import Array, FloatArray
 from deploykit.calibration.image_checks import ImageChecks
-from deploykit.calibration.ranges import Array, Histogram
+from deploykit.calibration.ranges import Histogram
 from deploykit.errors import CalibrationError
 from deploykit.npz import read_npz
 from deploykit.spec import Preprocessing
@@ -90,7 +90,7 @@ class Statistics:
             for name in stored["tensors"]:
                 found.histograms[str(name)] = Histogram.of(stored[f"tensor/{name}"])
             for name in stored["probes"]:
-                found._sums[str(name)] = stored[f"probe/{name}"]
+                found._sums[str(name)] = stored[f"probe/{name}"].astype(np.float64, copy=False)
             if found.checks:
                 found.checks.restore({name: stored[f"images/{name}"] for name in found.checks.state()})
         except FileNotFoundError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 
-ImageArray: TypeAlias = npt.NDArray[Any]
+Array: TypeAlias = npt.NDArray[np.generic]
+"""Numbers of any dtype."""
+
+ImageArray: TypeAlias = npt.NDArray[np.float32 | np.uint8]
 """Float32 images or uint8 pixels, as an engine's `InputSpec` says."""
 
 Images: TypeAlias = "ImageArray | torch.Tensor"

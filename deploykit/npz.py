@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 
+from deploykit.arrays import Array
 from deploykit.places import is_environment
 from deploykit.plain_files import open_plain
 
@@ -20,8 +20,6 @@ SMALL_BYTES = 256 << 20
 MOST_PACKED = 8
 
 _SUFFIX = ".npy"
-
-Array = npt.NDArray[Any]
 
 
 class NpzArrays(Mapping[str, Array]):
@@ -127,7 +125,7 @@ def read_npz(path: Path | bytes, *, limit: int | None = None) -> dict[str, Array
         return {name: arrays[name] for name in arrays}
 
 
-def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[np.generic]]:
     """Return the shape and type of an array.
 
     Raises:

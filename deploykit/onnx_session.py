@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
+from deploykit.arrays import Array, FloatArray
 from deploykit.backends.backend import resolve
 from deploykit.backends.table import GRAPH_SESSION
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
-Arrays = dict[str, npt.NDArray[Any]]
+Arrays: TypeAlias = dict[str, Array]
 
 
 class GraphSession(Protocol):
     """An opened graph."""
 
-    def run(self, outputs: Sequence[str] | None, feeds: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+    def run(self, outputs: Sequence[str] | None, feeds: Mapping[str, Array]) -> list[Array]:
         """Compute outputs by name (None: all) from inputs by name."""
         ...
 
-    def run_path(self, outputs: Sequence[str], feeds: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+    def run_path(self, outputs: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
         """Compute outputs, and nothing that they do not need."""
         ...
 
@@ -47,13 +47,13 @@ def graph_batch(model: ir.Model) -> int:
     return first if isinstance(first, int) and first > 0 else 4
 
 
-def batches_of(images: npt.NDArray[np.float32], size: int, count: int) -> list[npt.NDArray[np.float32]]:
+def batches_of(images: FloatArray, size: int, count: int) -> list[FloatArray]:
     """Cut at least ``count`` images, repeated where there are fewer, into whole batches of ``size``."""
     chosen = images[np.arange(-(-count // size) * size) % len(images)]
     return [chosen[start : start + size] for start in range(0, len(chosen), size)]
 
 
-def values_of(whole: ir.Model, names: Sequence[str], images: npt.NDArray[Any]) -> Arrays:
+def values_of(whole: ir.Model, names: Sequence[str], images: Array) -> Arrays:
     """Compute any tensors of a graph on images, node by node."""
     source, size = str(whole.graph.inputs[0].name), graph_batch(whole)
     inner = [name for name in names if name != source]

@@ -39,7 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("manifest", "bundle_files"),
     ("bundle", "bundle_status", "cache", "trust", "asked", "predict"),
     ("runtime side",),
-    ("onnx_session",),
+    ("onnx_session", "onnx_values"),
     ("backbones", "fusion"),
     ("calibration",),
     ("backends",),
@@ -52,7 +52,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 RUNTIME_SIDE = re.compile(
     r"deploykit\.backends(\.(backend|table|runtime|input_checks|engine_file|onnx_external)|"
-    r"\.\w+\.(backend|adapter|package|archive|session|targets|api|cuda_\w+|build|builder|plan_file|portable))?"
+    r"\.\w+\.(backend|adapter|package|archive|session|targets|api|protocols|cuda_\w+|build|builder|plan_file|portable))?"
 )
 """What opens an engine: it stands below everything that builds one, and imports neither torch nor onnx."""
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from deploykit.arrays import Array
 from deploykit.backbones.base import BaseBackbone
 from deploykit.backbones.user_module import described
 from deploykit.backbones.weights import weights_digest
@@ -26,7 +26,7 @@ from deploykit.npz import read_npz
 
 logger = logging.getLogger(__name__)
 
-Entry: TypeAlias = dict[str, npt.NDArray[Any]]
+Entry: TypeAlias = dict[str, Array]
 
 SUFFIX = ".npz"
 STALE_SECONDS = 3600.0
@@ -81,7 +81,7 @@ class FeatureCache:
         """The bytes of features that are in memory now."""
         return self._bytes
 
-    def __call__(self, images: npt.NDArray[Any] | Tensor) -> Any:
+    def __call__(self, images: Array | Tensor) -> Any:
         """Return the backbone's answer to ``(N, C, H, W)`` images, in the caller's kind of array and without autograd.
 
         Raises:
@@ -117,7 +117,7 @@ class FeatureCache:
             self._memory.clear()
             self._bytes = 0
 
-    def _keys(self, images: npt.NDArray[Any]) -> list[str]:
+    def _keys(self, images: Array) -> list[str]:
         prefix = self._digest_of_model()
         keys = []
         for image in images:
@@ -161,7 +161,7 @@ class FeatureCache:
                 self._remember(key, entry)
         return entry
 
-    def _compute(self, images: npt.NDArray[Any], missing: dict[str, int]) -> dict[str, Entry]:
+    def _compute(self, images: Array, missing: dict[str, int]) -> dict[str, Entry]:
         answer = self.backbone(np.ascontiguousarray(images[list(missing.values())]))
         outputs = answer if self.backbone.spec.features_only else {self._names[0]: answer}
         computed = {}

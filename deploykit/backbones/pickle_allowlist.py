@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from deploykit.arrays import Array
+
 _NUMPY_KINDS = "biufc?SU"
 """The kinds of NumPy values that are read: numbers and strings; no objects, no structures."""
 
@@ -41,9 +43,9 @@ class PlainDtype:
     def __setstate__(self, state: Any) -> None:
         self.order = str(state[1])
 
-    def dtype(self) -> np.dtype[Any]:
+    def dtype(self) -> np.dtype[np.generic]:
         """Return the dtype; raises ValueError where it is not one of numbers or strings."""
-        found: np.dtype[Any] = np.dtype(f"{self.order}{self.code}")
+        found: np.dtype[np.generic] = np.dtype(f"{self.order}{self.code}")
         if found.kind not in _NUMPY_KINDS or found.hasobject:
             raise ValueError(f"a NumPy array of {found}")
         return found
@@ -53,7 +55,7 @@ class PlainArray:
     """A NumPy array of numbers or strings."""
 
     def __init__(self, *_: Any) -> None:
-        self.value: np.ndarray[Any, Any] = np.zeros(0)
+        self.value: Array = np.zeros(0)
 
     def __setstate__(self, state: Any) -> None:
         _, shape, kind, fortran, data = state

@@ -7,14 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from deploykit.arrays import FloatArray, ImageArray
+from deploykit.arrays import Array, FloatArray, ImageArray
 from deploykit.errors import SpecError
 from deploykit.spec import InputSpec
 
 
-def check_images(images: npt.NDArray[Any], spec: InputSpec) -> ImageArray:
+def check_images(images: Array, spec: InputSpec) -> ImageArray:
     """Return the images as one contiguous array of the input's dtype, or an error that says what is wrong with them.
 
     Raises:
@@ -23,14 +22,13 @@ def check_images(images: npt.NDArray[Any], spec: InputSpec) -> ImageArray:
     if isinstance(images, np.ma.MaskedArray):
         raise SpecError("the images are a masked array; expected values everywhere. Fix: images.filled(0), say.")
     if images.dtype != spec.dtype:
-        raise SpecError(
-            f"the images are {images.dtype}; expected {_expected(spec)}. Fix: {_cast_hint(images, spec)}."
-        )
+        raise SpecError(f"the images are {images.dtype}; expected {_expected(spec)}. Fix: {_cast_hint(images, spec)}.")
     check_shape(images.shape, spec)
-    images = np.ascontiguousarray(images)
-    if spec.dtype == "float32":
-        _check_finite(images)
-    return images
+    if spec.dtype == "uint8":
+        return np.ascontiguousarray(images, np.uint8)
+    values = np.ascontiguousarray(images, np.float32)
+    _check_finite(values)
+    return values
 
 
 def check_shape(shape: tuple[int, ...], spec: InputSpec) -> None:
@@ -55,7 +53,7 @@ def _expected(spec: InputSpec) -> str:
     return f"{spec.shape} {spec.dtype} {spec.layout}"
 
 
-def _cast_hint(images: npt.NDArray[Any], spec: InputSpec) -> str:
+def _cast_hint(images: Array, spec: InputSpec) -> str:
     """Return what to do with images of another dtype."""
     if spec.dtype == "float32":
         if images.dtype == np.uint8:

@@ -10,8 +10,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from deploykit.arrays import Array
 from deploykit.fusion.data_movement import (
-    Array,
     constant,
     is_static,
     joined_again,

@@ -7,13 +7,12 @@ positions is the same for all of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
-Array = npt.NDArray[Any]
+from deploykit.arrays import Array
+
 _MOVES = ("Reshape", "Transpose", "Split", "Squeeze", "Slice", "Concat")
 _CUTS = ("Split", "Slice")
 

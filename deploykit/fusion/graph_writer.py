@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from deploykit.fusion.data_movement import Array, sizes
+from deploykit.arrays import Array
+from deploykit.fusion.data_movement import sizes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from deploykit.fusion.data_movement import Array, constant, only_reader, producer, sizes
+from deploykit.arrays import Array
+from deploykit.fusion.data_movement import constant, only_reader, producer, sizes
 from deploykit.fusion.graph_writer import GraphWriter
 
 _BLOCK = 16

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from deploykit.arrays import FloatArray
+from deploykit.arrays import Array, FloatArray
 from deploykit.errors import FusionError
 from deploykit.fusion.pipeline import FusionRecord
 from deploykit.onnx_session import onnx_session
@@ -76,10 +76,10 @@ def _rounding_db(model: ir.Model, images: FloatArray) -> float:
     return min(_worst_db(other, found) for other in others)
 
 
-def _worst_db(before: list[FloatArray], after: list[FloatArray]) -> float:
+def _worst_db(before: list[Array], after: list[Array]) -> float:
     return min(sqnr_db(old, new) for old, new in zip(before, after, strict=True))
 
 
-def _outputs(model: ir.Model, images: FloatArray, *, optimize: bool = True) -> list[FloatArray]:
+def _outputs(model: ir.Model, images: FloatArray, *, optimize: bool = True) -> list[Array]:
     source = str(model.graph.inputs[0].name)
     return onnx_session(model, optimize=optimize).run(None, {source: images})

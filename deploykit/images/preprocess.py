@@ -7,13 +7,13 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias, TypeGuard
+from typing import TypeAlias, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from deploykit.arrays import FloatArray, ImageArray
+from deploykit.arrays import Array, FloatArray, ImageArray
 from deploykit.errors import ImageError, SpecError
 from deploykit.images.decode import decode_bytes, decode_file, decode_picture
 from deploykit.spec import InputSpec, Preprocessing
@@ -32,7 +32,7 @@ _RESAMPLING = {
 
 PixelArray: TypeAlias = npt.NDArray[np.uint8]
 PathLike: TypeAlias = str | os.PathLike[str]
-OneImage: TypeAlias = "PathLike | bytes | bytearray | memoryview | Image.Image | npt.NDArray[Any]"
+OneImage: TypeAlias = "PathLike | bytes | bytearray | memoryview | Image.Image | Array"
 SomeImages: TypeAlias = "OneImage | Iterable[OneImage]"
 
 
@@ -128,7 +128,7 @@ def prepare_image(picture: Image.Image, spec: InputSpec) -> ImageArray:
     return pixels if spec.embeds_preprocessing else normalize(pixels, spec.preprocessing)
 
 
-def normalize(pixels: PixelArray, preprocessing: Preprocessing) -> FloatArray:
+def normalize(pixels: ImageArray, preprocessing: Preprocessing) -> FloatArray:
     """Turn pixels ``(..., H, W, C)``, 0 to 255, into ``(..., C, H, W)`` with mean and std, in FP32."""
     mean, std = (np.asarray(values, np.float32) for values in (preprocessing.mean, preprocessing.std))
     scaled = (pixels.astype(np.float32) / 255 - mean) / std
@@ -144,7 +144,7 @@ def denormalize(images: FloatArray, preprocessing: Preprocessing) -> PixelArray:
 
 def network_images(given: ImageArray, spec: InputSpec) -> FloatArray:
     """Return what the network inside an engine sees, ``(N, C, H, W)``, when the engine is called with ``given``."""
-    return normalize(given, spec.preprocessing) if spec.embeds_preprocessing else given
+    return normalize(given, spec.preprocessing) if spec.embeds_preprocessing else np.asarray(given, np.float32)
 
 
 def _check_spec(spec: object) -> None:
@@ -152,7 +152,7 @@ def _check_spec(spec: object) -> None:
         raise SpecError(f"spec is {_seen(spec)}; expected an InputSpec. Fix: pass model.input_spec.")
 
 
-def _listed(images: object) -> list[Any]:
+def _listed(images: object) -> list[object]:
     """Several images as a list."""
     is_file = isinstance(images, io.IOBase) or hasattr(images, "read")
     if is_file or hasattr(images, "detach") or isinstance(images, (Mapping, set)) or not isinstance(images, Iterable):
@@ -160,7 +160,7 @@ def _listed(images: object) -> list[Any]:
     return list(images)
 
 
-def _picture(array: npt.NDArray[Any], name: str) -> Image.Image:
+def _picture(array: Array, name: str) -> Image.Image:
     """Return an array of pixels as a picture that shares its memory."""
     channels = array.shape[2:] or (1,)
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels[0] not in (1, 3, 4) or not array.size:
@@ -171,7 +171,7 @@ def _picture(array: npt.NDArray[Any], name: str) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.ndim == 3 and channels[0] == 1 else array))
 
 
-def _array_remedy(array: npt.NDArray[Any]) -> str:
+def _array_remedy(array: Array) -> str:
     if array.dtype == np.uint8 and array.ndim == 3 and array.shape[0] in (1, 3, 4):
         return " Fix: this looks like (C, H, W), so pass array.transpose(1, 2, 0)."
     if array.dtype == np.uint8 and array.ndim == 4:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
+from deploykit.arrays import Array
 from deploykit.errors import ParityError, SpecError
 from deploykit.parity.metrics import ErrorSums, top1_matches
 from deploykit.parity.report import MAX_MAX_ABS, MAX_RELATIVE_L2, MAX_SQNR_DB, LevelParity
 
 LOGITS = "logits"
 
-Outputs: TypeAlias = Mapping[str, npt.NDArray[Any]]
+Outputs: TypeAlias = Mapping[str, Array]
 
 
 class ParityAccumulator:

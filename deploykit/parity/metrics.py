@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from deploykit.arrays import Array
 from deploykit.errors import SpecError
 
 _PIECE = 1 << 18
@@ -39,7 +39,7 @@ class ErrorSums:
     finite: bool = True
 
     @classmethod
-    def of(cls, reference: npt.NDArray[Any], candidate: npt.NDArray[Any]) -> ErrorSums:
+    def of(cls, reference: Array, candidate: Array) -> ErrorSums:
         """Return the sums over two arrays of one shape, of any real dtype.
 
         Raises:
@@ -96,7 +96,7 @@ class ErrorSums:
         return min(1.0, max(-1.0, self.product / norms))
 
 
-def sqnr_db(reference: npt.NDArray[Any], candidate: npt.NDArray[Any]) -> float:
+def sqnr_db(reference: Array, candidate: Array) -> float:
     """Return 10 log10(sum r^2 / sum (c - r)^2) in dB; inf for equal arrays, -inf for a candidate with NaN.
 
     Raises:
@@ -105,7 +105,7 @@ def sqnr_db(reference: npt.NDArray[Any], candidate: npt.NDArray[Any]) -> float:
     return ErrorSums.of(reference, candidate).sqnr_db
 
 
-def cosine(reference: npt.NDArray[Any], candidate: npt.NDArray[Any]) -> float:
+def cosine(reference: Array, candidate: Array) -> float:
     """Return the cosine of the angle between the flattened arrays; 1 for two zeros, 0 for one.
 
     Raises:
@@ -114,7 +114,7 @@ def cosine(reference: npt.NDArray[Any], candidate: npt.NDArray[Any]) -> float:
     return ErrorSums.of(reference, candidate).cosine
 
 
-def relative_l2(reference: npt.NDArray[Any], candidate: npt.NDArray[Any]) -> float:
+def relative_l2(reference: Array, candidate: Array) -> float:
     """sqrt(sum (c - r)^2 / sum r^2); 0 for equal arrays, inf against a reference of zeros.
 
     Raises:
@@ -123,7 +123,7 @@ def relative_l2(reference: npt.NDArray[Any], candidate: npt.NDArray[Any]) -> flo
     return ErrorSums.of(reference, candidate).relative_l2
 
 
-def max_abs(reference: npt.NDArray[Any], candidate: npt.NDArray[Any]) -> float:
+def max_abs(reference: Array, candidate: Array) -> float:
     """Return the largest |c - r|, in the output's own unit; inf for a candidate with NaN.
 
     Raises:
@@ -132,7 +132,7 @@ def max_abs(reference: npt.NDArray[Any], candidate: npt.NDArray[Any]) -> float:
     return ErrorSums.of(reference, candidate).max_abs
 
 
-def top1_agreement(reference: npt.NDArray[Any], candidate: npt.NDArray[Any]) -> float:
+def top1_agreement(reference: Array, candidate: Array) -> float:
     """Return the share of rows of two ``(N, K)`` arrays of logits with the same largest class.
 
     Of equal logits the first counts; a row of the candidate with NaN or infinity disagrees.
@@ -143,7 +143,7 @@ def top1_agreement(reference: npt.NDArray[Any], candidate: npt.NDArray[Any]) -> 
     return top1_matches(reference, candidate) / len(reference)
 
 
-def top1_matches(reference: npt.NDArray[Any], candidate: npt.NDArray[Any]) -> int:
+def top1_matches(reference: Array, candidate: Array) -> int:
     """Return the number of rows that `top1_agreement` is the share of."""
     check_pair(reference, candidate)
     if reference.ndim != 2:
@@ -154,7 +154,7 @@ def top1_matches(reference: npt.NDArray[Any], candidate: npt.NDArray[Any]) -> in
     return int(np.count_nonzero(usable & (reference.argmax(axis=1) == candidate.argmax(axis=1))))
 
 
-def check_pair(reference: npt.NDArray[Any], candidate: npt.NDArray[Any]) -> None:
+def check_pair(reference: Array, candidate: Array) -> None:
     """Two arrays that can be compared.
 
     Raises:

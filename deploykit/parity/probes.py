@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
-ImageArray = npt.NDArray[Any]
+ImageArray = npt.NDArray[np.float32 | np.uint8]
 
 ROUNDING = 1e-5
 """The size of a change that only moves roundings, relative to the largest value."""

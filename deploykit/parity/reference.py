@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
+from deploykit.arrays import Array, FloatArray
 from deploykit.errors import BundleError, DeployKitError, ParityError, SpecError
 from deploykit.npz import open_npz, unpacked_limit
 from deploykit.parity.compare import LOGITS, check_levels
@@ -19,8 +20,6 @@ from deploykit.sampling import hashed_fractions
 REFERENCE_FILE = "reference.npz"
 MAX_VALUES = 16384
 """How many values of each output are kept an image; logits are kept whole."""
-
-FloatArray: TypeAlias = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,7 +64,7 @@ class ParityReference:
         """The name of the logits; None where there are none, or only a map of that name."""
         return LOGITS if len(self.shapes.get(LOGITS, ())) == 1 else None
 
-    def sample(self, outputs: Mapping[str, npt.NDArray[Any]]) -> dict[str, FloatArray]:
+    def sample(self, outputs: Mapping[str, Array]) -> dict[str, FloatArray]:
         """Return an engine's outputs, each ``(n, ...)`` for any n, at the reference's positions: ``(n, K)``.
 
         Raises:
@@ -87,7 +86,7 @@ class ParityReference:
         Raises:
             BundleError: the file cannot be written.
         """
-        arrays: dict[str, npt.NDArray[Any]] = {"images": self.images, "names": np.array(list(self.expected))}
+        arrays: dict[str, Array] = {"images": self.images, "names": np.array(list(self.expected))}
         for name in self.expected:
             arrays[f"expected/{name}"] = self.expected[name]
             arrays[f"positions/{name}"] = self.positions[name]
@@ -116,10 +115,10 @@ class ParityReference:
             packed = len(source) if isinstance(source, bytes) else source.stat().st_size
             with open_npz(source, limit=unpacked_limit(packed)) as arrays:
                 images, names = arrays["images"], [str(name) for name in arrays["names"]]
-                return cls(
-                    images=images,
-                    expected={name: arrays[f"expected/{name}"] for name in names},
-                    positions={name: arrays[f"positions/{name}"] for name in names},
+                return cls(  # which checks the dtypes
+                    images=cast("FloatArray", images),
+                    expected={name: cast("FloatArray", arrays[f"expected/{name}"]) for name in names},
+                    positions={name: cast("npt.NDArray[np.int64]", arrays[f"positions/{name}"]) for name in names},
                     shapes={name: tuple(int(side) for side in arrays[f"shape/{name}"]) for name in names},
                 )
         except (DeployKitError, OSError, ValueError, KeyError, TypeError, OverflowError) as error:
@@ -132,7 +131,7 @@ class ParityReference:
             ) from error
 
 
-def capture(images: FloatArray, outputs: Mapping[str, npt.NDArray[Any]]) -> ParityReference:
+def capture(images: FloatArray, outputs: Mapping[str, Array]) -> ParityReference:
     """Return the reference for these images: at most `MAX_VALUES` values of each output an image.
 
     Args:
@@ -172,10 +171,10 @@ def choose_positions(size: int, *, whole: bool = False) -> npt.NDArray[np.int64]
     return starts + np.floor(hashed_fractions(0, MAX_VALUES) * (ends - starts)).astype(np.int64)
 
 
-def _take(output: npt.NDArray[Any], positions: npt.NDArray[np.int64]) -> FloatArray:
+def _take(output: Array, positions: npt.NDArray[np.int64]) -> FloatArray:
     return output.reshape(len(output), -1)[:, positions].astype(np.float32)
 
 
-def _check_images(images: npt.NDArray[Any]) -> None:
+def _check_images(images: Array) -> None:
     if images.dtype != np.float32 or images.ndim != 4 or images.size == 0:
         raise SpecError(f"the parity images are {images.shape} {images.dtype}; expected (N, C, H, W) float32, N >= 1.")

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from deploykit.arrays import Array
 from deploykit.errors import ParityError
 from deploykit.parity.metrics import sqnr_db
 
-Arrays = dict[str, npt.NDArray[Any]]
+Arrays = dict[str, Array]
 
 
 def compare_runs(runs: Mapping[str, Arrays], *, min_sqnr_db: float) -> None:
@@ -34,7 +33,11 @@ def compare_runs(runs: Mapping[str, Arrays], *, min_sqnr_db: float) -> None:
 
 
 def _fault(
-    expected: npt.NDArray[Any] | None, found: npt.NDArray[Any] | None, first: str, other: str, budget: float
+    expected: Array | None,
+    found: Array | None,
+    first: str,
+    other: str,
+    budget: float,
 ) -> str | None:
     if expected is None or found is None:
         return f"{first if expected is None else other} did not give it"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from deploykit.arrays import FloatArray
+from deploykit.arrays import FloatArray, ImageArray
 from deploykit.backends.engine_file import EngineFile
 from deploykit.backends.inductor.archive import open_package
 from deploykit.backends.runtime import Runtime
@@ -41,7 +41,7 @@ class InductorRuntime(Runtime):
         _check_outputs(self._torch, self._loader, self._output_names, engine)
         return name
 
-    def _run(self, images: FloatArray) -> list[FloatArray]:
+    def _run(self, images: ImageArray) -> list[FloatArray]:
         torch = self._torch
         if not images.flags.writeable:
             images = images.copy()  # torch warns at memory that it may not write

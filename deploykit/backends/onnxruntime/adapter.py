@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
-from deploykit.arrays import FloatArray
+from deploykit.arrays import FloatArray, ImageArray
 from deploykit.backends.engine_file import EngineFile
 from deploykit.backends.onnxruntime.package import PACKAGE, load_onnxruntime
+from deploykit.backends.onnxruntime.protocols import OnnxRuntimePackage, OrtOptions, Session
 from deploykit.backends.onnxruntime.session import KEEP_FLOAT_WEIGHTS, session_options
 from deploykit.backends.runtime import Runtime
 from deploykit.errors import BundleError, DeviceUnavailable, IncompatibleEngine
@@ -59,14 +60,16 @@ class OnnxRuntime(Runtime):
         if active != PROVIDERS[name]:
             raise DeviceUnavailable(_fell_back(PROVIDERS[name], active))
         _check_outputs(session, self._output_names, engine)
-        self._session: Any = session
+        self._session: Session | None = session
         self._input_name = self.input_spec.name
         self._names = list(self._output_names)
         return f"{name}:{ordinal}" if ordinal else name
 
-    def _run(self, images: FloatArray) -> list[FloatArray]:
-        outputs: list[FloatArray] = self._session.run(self._names, {self._input_name: images})
-        return outputs
+    def _run(self, images: ImageArray) -> list[FloatArray]:
+        if self._session is None:
+            raise self._unusable()
+        outputs = self._session.run(self._names, {self._input_name: images})
+        return cast("list[FloatArray]", outputs)  # the graph's outputs are float32
 
     def _close(self) -> None:
         self._session = None
@@ -78,7 +81,9 @@ class OnnxRuntime(Runtime):
         return tuple(device for device, provider in PROVIDERS.items() if provider in available)
 
 
-def _create_session(ort: Any, engine: EngineFile, device: str, ordinal: str, threads: int | None) -> Any:
+def _create_session(
+    ort: OnnxRuntimePackage, engine: EngineFile, device: str, ordinal: str, threads: int | None
+) -> Session:
     """A session on a device's provider, with onnxruntime's fallbacks to the CPU, whole or by node, switched off."""
     options = session_options(ort, threads)
     for key, value in SESSION_SETTINGS.items():
@@ -107,7 +112,7 @@ def _create_session(ort: Any, engine: EngineFile, device: str, ordinal: str, thr
     return session
 
 
-def _source(options: Any, engine: EngineFile) -> bytes | str:
+def _source(options: OrtOptions, engine: EngineFile) -> bytes | str:
     """Return the model's bytes, with its external weights in the options; or the path of a private copy with both."""
     weights = engine.parts()
     if not weights:
@@ -126,7 +131,7 @@ def _fell_back(wanted: str, active: str) -> str:
     )
 
 
-def _check_outputs(session: Any, expected: tuple[str, ...], engine: EngineFile) -> None:
+def _check_outputs(session: Session, expected: tuple[str, ...], engine: EngineFile) -> None:
     found = [output.name for output in session.get_outputs()]
     missing = [name for name in expected if name not in found]
     if missing:

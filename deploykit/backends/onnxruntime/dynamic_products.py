@@ -6,15 +6,14 @@ standard ONNX operators, which ONNX Runtime fuses into one DynamicQuantizeMatMul
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
 from deploykit.calibration.plan import QuantizationPlan, add_constant
-from deploykit.calibration.quantize_weights import array_of, corrected_bias, drop_unread, replace_bias
+from deploykit.calibration.quantize_weights import corrected_bias, drop_unread, replace_bias
+from deploykit.onnx_values import floats_of
 
 DYNAMIC_OPERATORS = frozenset(("MatMul", "Gemm"))
 """A matrix product writes float to LayerNorm, GELU or softmax: between fixed ranges it does not become one kernel."""
@@ -28,7 +27,7 @@ def quantize_products(model: ir.Model, plan: QuantizationPlan) -> QuantizationPl
         if name not in nodes:
             continue
         node, weight = nodes[name], graph.initializers[use.weight]
-        values = array_of(weight)
+        values = floats_of(weight)
         bias = corrected_bias(graph, node, use, plan, values.shape[use.axis])
         if bias is not None:
             replace_bias(node, use, add_constant(graph, f"{name}/bias", bias))
@@ -72,7 +71,7 @@ def quantize_product(
     ir.convenience.replace_nodes_and_values(graph, node, [node], added, node.outputs, added[-1].outputs)
 
 
-def quantized_at_each_call(graph: ir.Graph, source: ir.Value) -> tuple[Any, ...]:
+def quantized_at_each_call(graph: ir.Graph, source: ir.Value) -> tuple[ir.Value, ...]:
     """Return the integers, scale and zero point of a tensor, quantized once for all products that read it."""
     for reader in source.consumers():
         if reader.op_type == "DynamicQuantizeLinear":

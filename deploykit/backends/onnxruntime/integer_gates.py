@@ -14,8 +14,8 @@ import onnx_ir as ir
 
 from deploykit.calibration.placement import is_gate
 from deploykit.calibration.plan import QuantizationPlan, add_constant
-from deploykit.calibration.quantize_weights import array_of
 from deploykit.calibration.ranges import ActivationRange
+from deploykit.onnx_values import array_of
 
 _GATE_SCALE = 1 / 255
 _SATURATED = 6.0

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
+from deploykit.backends.onnxruntime.protocols import OnnxRuntimePackage
 from deploykit.optional import OptionalPackage, require
 
 PACKAGE = OptionalPackage(
@@ -28,6 +27,6 @@ PACKAGE = OptionalPackage(
 )
 
 
-def load_onnxruntime() -> ModuleType:
+def load_onnxruntime() -> OnnxRuntimePackage:
     """Import the package; see `deploykit.optional.require`."""
     return require("onnxruntime", PACKAGE)

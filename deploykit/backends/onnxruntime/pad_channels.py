@@ -7,16 +7,19 @@ left over runs channel by channel.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from deploykit.arrays import Array
 from deploykit.calibration.placement import is_pooled
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.rounded_weight import RoundedWeight
+from deploykit.onnx_values import array_of, sizes_of_constant, tensor_of
 
 GROUP_CHANNELS = 64
 """The fewest channels of a group: RegNetY-008's groups of 16 took 0.4 to 1.3 ms a layer, joined 0.2 to 0.5."""
@@ -24,7 +27,7 @@ LANES = 16
 """The channels that a depthwise kernel works on at a time: MobileNetV3's 5x5 layers of 120 took 0.85 ms, of 128 0.4."""
 _FOLLOWS = ("Relu", "Clip", "HardSwish", "Sigmoid", "HardSigmoid", "Mul", "Add")
 
-Array = npt.NDArray[Any]
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 
 def pad_channels(model: ir.Model, plan: QuantizationPlan) -> QuantizationPlan:
@@ -46,11 +49,11 @@ def pad_channels(model: ir.Model, plan: QuantizationPlan) -> QuantizationPlan:
 
 
 def _join_groups(node: ir.Node, rounded: dict[str, RoundedWeight]) -> None:
-    weight, groups = _initializer(node.inputs[1]), _groups(node)
-    values = _array(weight)
+    weight, groups = node.inputs[1], _groups(node)
+    values = array_of(weight)
     width = values.shape[1]
     joined = next((k for k in range(1, groups + 1) if groups % k == 0 and k * width >= GROUP_CHANNELS), groups)
-    if joined == 1 or len(list(weight.uses())) > 1:
+    if joined == 1 or weight is None or len(list(weight.uses())) > 1:
         return
     _write(weight, _side_by_side(values, groups, joined))
     if (chosen := rounded.get(str(node.name))) is not None:
@@ -58,7 +61,7 @@ def _join_groups(node: ir.Node, rounded: dict[str, RoundedWeight]) -> None:
     node.attributes["group"] = ir.AttrInt64("group", groups // joined)
 
 
-def _side_by_side(values: Array, groups: int, joined: int) -> Array:
+def _side_by_side(values: npt.NDArray[Scalar], groups: int, joined: int) -> npt.NDArray[Scalar]:
     """Return a weight ``(channels, width, ...)`` of groups as that of wider ones, with zeros between those joined."""
     outputs, width = values.shape[0] // groups, values.shape[1]
     wide = np.zeros((values.shape[0], width * joined, *values.shape[2:]), values.dtype)
@@ -82,17 +85,17 @@ class _ChannelGroup:
         self._visit(depthwise.outputs[0])
         self._visit(depthwise.inputs[0])
 
-    def can_be_padded(self, integers: Any) -> bool:
+    def can_be_padded(self, integers: Collection[str]) -> bool:
         """Return whether nothing but integer convolutions with weights of their own reads and writes the channels."""
         nodes = (*self.writers, *self.readers, *self.depthwise)
         alone = all(len(list(value.uses())) == 1 for node in nodes for value in node.inputs[1:] if value is not None)
-        return not self.blocked and alone and all(node.name in integers for node in nodes)
+        return not self.blocked and alone and all(str(node.name) in integers for node in nodes)
 
     def pad(self, count: int, shifts: dict[str, npt.NDArray[np.float32]], rounded: dict[str, RoundedWeight]) -> None:
         """Give every tensor of the group ``count`` channels of zeros more."""
         for node in (*self.writers, *self.depthwise):
             for value in node.inputs[1:]:
-                _write(_initializer(value), _padded(_array(value), count, axis=0))
+                _write(value, _padded(array_of(value), count, axis=0))
             if (shift := shifts.get(str(node.name))) is not None:
                 shifts[str(node.name)] = np.pad(shift, (0, count))
             if (chosen := rounded.get(str(node.name))) is not None:
@@ -101,7 +104,7 @@ class _ChannelGroup:
         for node in self.depthwise:
             node.attributes["group"] = ir.AttrInt64("group", self.channels + count)
         for node in self.readers:
-            _write(_initializer(node.inputs[1]), _padded(_array(node.inputs[1]), count, axis=1))
+            _write(node.inputs[1], _padded(array_of(node.inputs[1]), count, axis=1))
             if (chosen := rounded.get(str(node.name))) is not None:
                 rounded[str(node.name)] = replace(chosen, steps=_padded(chosen.steps, count, axis=1))
 
@@ -129,14 +132,14 @@ class _ChannelGroup:
             self._visit(node.outputs[0])
         elif node.op_type in _FOLLOWS:
             for value in (*node.inputs, *node.outputs):
-                if value is not None and not (value.is_initializer() and value.const_value.size == 1):  # type: ignore[union-attr]
+                if value is not None and not (value.is_initializer() and tensor_of(value).size == 1):
                     self._visit(value)
         else:
             self.blocked = True
 
 
 def _is_depthwise(node: ir.Node) -> bool:
-    return 1 < _groups(node) == _channels(node) and _initializer(node.inputs[1]).shape[1] == 1  # type: ignore[index]
+    return 1 < _groups(node) == _channels(node) and sizes_of_constant(node.inputs[1])[1] == 1
 
 
 def _groups(node: ir.Node) -> int:
@@ -144,22 +147,14 @@ def _groups(node: ir.Node) -> int:
 
 
 def _channels(node: ir.Node) -> int:
-    return int(_initializer(node.inputs[1]).shape[0])  # type: ignore[index, arg-type]
+    return sizes_of_constant(node.inputs[1])[0]
 
 
-def _initializer(value: ir.Value | None) -> ir.Value:
-    assert value is not None and value.const_value is not None  # noqa: S101  (of a planned node; narrows the type)
-    return value
-
-
-def _array(value: ir.Value | None) -> Array:
-    return _initializer(value).const_value.numpy()  # type: ignore[union-attr]
-
-
-def _padded(array: Array, count: int, axis: int) -> Array:
+def _padded(array: npt.NDArray[Scalar], count: int, axis: int) -> npt.NDArray[Scalar]:
     return np.pad(array, [(0, count if place == axis else 0) for place in range(array.ndim)])
 
 
-def _write(value: ir.Value, array: Array) -> None:
+def _write(value: ir.Value | None, array: Array) -> None:
+    assert value is not None  # noqa: S101  (of a planned node; narrows the type)
     value.const_value = ir.tensor(array, name=value.name)
     value.shape = ir.Shape(array.shape)

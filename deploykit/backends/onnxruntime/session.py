@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-import numpy.typing as npt
-
+from deploykit.arrays import Array
 from deploykit.backends.onnxruntime.package import load_onnxruntime
+from deploykit.backends.onnxruntime.protocols import OnnxRuntimePackage, OrtOptions, Session
 from deploykit.optional import require
 from deploykit.threads import thread_limit
 
@@ -25,20 +26,18 @@ LOG_ERRORS = 3
 class OrtSession:
     """An opened graph; every call gives new arrays."""
 
-    def __init__(self, session: Any) -> None:
+    def __init__(self, session: Session) -> None:
         self._session = session
 
-    def run(self, outputs: Sequence[str] | None, feeds: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+    def run(self, outputs: Sequence[str] | None, feeds: Mapping[str, Array]) -> list[Array]:
         """Compute outputs by name (None: all) from inputs by name."""
-        found: list[npt.NDArray[Any]] = self._session.run(outputs, feeds)
-        return found
+        return self._session.run(outputs, feeds)
 
-    def run_path(self, outputs: Sequence[str], feeds: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+    def run_path(self, outputs: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
         """Compute outputs, and nothing that they do not need."""
         options = load_onnxruntime().RunOptions()
         options.only_execute_path_to_fetches = True
-        found: list[npt.NDArray[Any]] = self._session.run(outputs, feeds, options)
-        return found
+        return self._session.run(outputs, feeds, options)
 
     def end_profiling(self) -> Path:
         """Write the profile; returns its file."""
@@ -69,7 +68,7 @@ def ort_session(
     return OrtSession(onnxruntime.InferenceSession(_source(model), options, providers=["CPUExecutionProvider"]))
 
 
-def session_options(onnxruntime: Any, threads: int | None) -> Any:
+def session_options(onnxruntime: OnnxRuntimePackage, threads: int | None) -> OrtOptions:
     """Return options that compute in ``threads``; None: one for each core of the machine, each on its own.
 
     With a number ONNX Runtime ties no thread to a processor, which it otherwise does also where this process may not
@@ -89,6 +88,6 @@ def _source(model: ir.Model | Path) -> str | bytes:
     return serialized
 
 
-def float16_converter() -> Any:
+def float16_converter() -> ModuleType:
     """Return the package's module that casts a graph to FP16."""
     return require("onnxruntime.transformers.float16")

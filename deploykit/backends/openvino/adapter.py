@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from deploykit.arrays import FloatArray
+from deploykit.arrays import FloatArray, ImageArray
 from deploykit.backends.engine_file import EngineFile
 from deploykit.backends.openvino.package import load_openvino
 from deploykit.backends.runtime import Runtime
@@ -52,7 +52,7 @@ class OpenVINORuntime(Runtime):
         self._idle: deque[Any] = deque([compiled.create_infer_request()])
         return target.lower()
 
-    def _run(self, images: FloatArray) -> list[FloatArray]:
+    def _run(self, images: ImageArray) -> list[FloatArray]:
         try:
             request = self._idle.pop()
         except IndexError:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from deploykit.arrays import Array
 from deploykit.fusion.attention_pattern import SelfAttention, replace_attentions
-from deploykit.fusion.data_movement import Array, constant
+from deploykit.fusion.data_movement import constant
 from deploykit.fusion.graph_writer import GraphWriter
 
 

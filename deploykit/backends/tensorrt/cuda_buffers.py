@@ -6,8 +6,8 @@ import importlib.util
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from deploykit.arrays import Array
 from deploykit.errors import DeployKitError, MissingDependency
 from deploykit.optional import installed_version, require
 
@@ -25,11 +25,11 @@ class CudaBuffers(Protocol):
         """Return the address of a buffer of at least ``size`` bytes, kept for the next call."""
         ...
 
-    def upload(self, name: str, array: npt.NDArray[Any]) -> int:
+    def upload(self, name: str, array: Array) -> int:
         """Copy a contiguous array to its buffer on the stream; returns the address."""
         ...
 
-    def download(self, name: str, array: npt.NDArray[Any]) -> None:
+    def download(self, name: str, array: Array) -> None:
         """Copy a buffer into a contiguous array, once the stream gets there."""
         ...
 
@@ -95,7 +95,7 @@ class TorchBuffers:
                 held = self._held[name] = self._torch.empty(size, dtype=self._torch.uint8, device=self._device)
         return int(held.data_ptr())
 
-    def upload(self, name: str, array: npt.NDArray[Any]) -> int:
+    def upload(self, name: str, array: Array) -> int:
         """Copy an array to its buffer."""
         address = self.reserve(name, array.nbytes)
         flat = array.reshape(-1).view(np.uint8)
@@ -104,7 +104,7 @@ class TorchBuffers:
             self._held[name][: array.nbytes].copy_(source)
         return address
 
-    def download(self, name: str, array: npt.NDArray[Any]) -> None:
+    def download(self, name: str, array: Array) -> None:
         """Copy a buffer into an array."""
         with self._torch.cuda.stream(self._stream):
             self._torch.from_numpy(array.reshape(-1).view(np.uint8)).copy_(self._held[name][: array.nbytes])
@@ -142,14 +142,14 @@ class CudaPythonBuffers:
             self._held[name] = (address, size)
         return address
 
-    def upload(self, name: str, array: npt.NDArray[Any]) -> int:
+    def upload(self, name: str, array: Array) -> int:
         """Copy an array to its buffer."""
         address = self.reserve(name, array.nbytes)
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._call("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, kind, self.stream)
         return address
 
-    def download(self, name: str, array: npt.NDArray[Any]) -> None:
+    def download(self, name: str, array: Array) -> None:
         """Copy a buffer into an array."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._call("cudaMemcpyAsync", array.ctypes.data, self._held[name][0], array.nbytes, kind, self.stream)

@@ -13,8 +13,8 @@ from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
+from deploykit.arrays import Array
 from deploykit.errors import ExportError
 from deploykit.optional import require
 
@@ -230,7 +230,7 @@ class _Rewriter:
             return low is not None and bool((self.numpy_helper.to_array(low) >= 0).all())
         return node.op_type in _NEVER_NEGATIVE
 
-    def _add(self, name: str, values: npt.NDArray[Any], kind: int) -> str:
+    def _add(self, name: str, values: Array, kind: int) -> str:
         if name not in self.constants:
             dtype = self.onnx.helper.tensor_dtype_to_np_dtype(kind)
             self.constants[name] = tensor = self.numpy_helper.from_array(np.asarray(values).astype(dtype), name)

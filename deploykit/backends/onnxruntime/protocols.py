@@ -1,0 +1,95 @@
+"""What deploykit calls of the package onnxruntime, which has no types of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from deploykit.arrays import Array
+
+
+class NodeArg(Protocol):
+    """An input or output of a graph."""
+
+    name: str
+
+
+class OrtOptions(Protocol):
+    """``onnxruntime.SessionOptions``."""
+
+    log_severity_level: int
+    intra_op_num_threads: int
+    graph_optimization_level: object
+    optimized_model_filepath: str
+    enable_profiling: bool
+    profile_file_prefix: str
+
+    def add_session_config_entry(self, key: str, value: str) -> None:
+        """Set one of the keys of onnxruntime_session_options_config_keys.h."""
+        ...
+
+
+class OrtRunOptions(Protocol):
+    """``onnxruntime.RunOptions``."""
+
+    only_execute_path_to_fetches: bool
+
+
+class Session(Protocol):
+    """``onnxruntime.InferenceSession``."""
+
+    _model_bytes: bytes | None
+
+    def run(
+        self, outputs: Sequence[str] | None, feeds: Mapping[str, Array], options: OrtRunOptions | None = None
+    ) -> list[Array]:
+        """Compute outputs by name (None: all); new arrays."""
+        ...
+
+    def get_outputs(self) -> Sequence[NodeArg]:
+        """Return the graph's outputs in order."""
+        ...
+
+    def get_providers(self) -> Sequence[str]:
+        """Return the active execution providers, first the preferred one."""
+        ...
+
+    def end_profiling(self) -> str:
+        """Write the profile; its path."""
+        ...
+
+
+class OptimizationLevels(Protocol):
+    """``onnxruntime.GraphOptimizationLevel``."""
+
+    ORT_DISABLE_ALL: object
+
+
+class OnnxRuntimePackage(Protocol):
+    """The module onnxruntime."""
+
+    __version__: str
+    GraphOptimizationLevel: OptimizationLevels
+
+    def SessionOptions(self) -> OrtOptions:  # noqa: N802  (the package's name)
+        """Return the defaults."""
+        ...
+
+    def RunOptions(self) -> OrtRunOptions:  # noqa: N802
+        """Return the defaults."""
+        ...
+
+    def InferenceSession(  # noqa: N802
+        self,
+        model: str | bytes,
+        options: OrtOptions,
+        *,
+        providers: Sequence[str | tuple[str, Mapping[str, str]]],
+        enable_fallback: int = 1,
+    ) -> Session:
+        """Open a file, by its path, or its bytes."""
+        ...
+
+    def get_available_providers(self) -> Sequence[str]:
+        """Return the execution providers that this build carries."""
+        ...

@@ -1,0 +1,46 @@
+"""What the constants and shapes of an ONNX graph hold, for passes that know that they are there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from deploykit.arrays import Array, FloatArray
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+def tensor_of(value: ir.Value | None) -> ir.TensorProtocol:
+    """Return the tensor of an initializer."""
+    assert value is not None and value.const_value is not None  # noqa: S101  (narrows the type)
+    return value.const_value
+
+
+def array_of(value: ir.Value | None) -> Array:
+    """Return the array of an initializer."""
+    return tensor_of(value).numpy()
+
+
+def floats_of(value: ir.Value | None) -> FloatArray:
+    """Return the array of an initializer in float32; that of a master graph is not copied."""
+    return np.asarray(array_of(value), np.float32)
+
+
+def shape_of_value(value: ir.Value | None) -> ir.Shape:
+    """Return the shape of a value whose shape has to be known; its sizes may have names."""
+    assert value is not None and value.shape is not None  # noqa: S101  (narrows the type)
+    return value.shape
+
+
+def sizes_of_constant(value: ir.Value | None) -> tuple[int, ...]:
+    """Return the sizes of an initializer, all of which are numbers."""
+    return tuple(side for side in shape_of_value(value) if isinstance(side, int))
+
+
+def written_by(value: ir.Value) -> ir.Node:
+    """Return the node that writes a value which is neither an input of the graph nor a constant."""
+    node = value.producer()
+    assert node is not None  # noqa: S101  (narrows the type)
+    return node
