@@ -13,6 +13,7 @@ from deploykit.privacy import silence_runtimes
 
 if TYPE_CHECKING:
     from deploykit.accuracy.evaluation import Evaluation, evaluate
+    from deploykit.assertion import assert_parity
     from deploykit.backbones.activation_compression import compressed_activations
     from deploykit.backbones.base import BaseBackbone
     from deploykit.backbones.feature_cache import FeatureCache
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from deploykit.backbones.necks import FeaturePyramid, FeatureSelector, PathAggregation, WithNeck, build_fpn
     from deploykit.backbones.registry import backbone_names, register_backbone
     from deploykit.calibration.images import CalibrationSet
+    from deploykit.changes.comparison import BundleComparison, compare_bundles
+    from deploykit.changes.tolerances import Tolerances
     from deploykit.errors import (
         BundleError,
         CalibrationError,
@@ -63,6 +66,10 @@ _PUBLIC = {
     "verify_bundle": "facade",
     "evaluate": "accuracy.evaluation",
     "Evaluation": "accuracy.evaluation",
+    "assert_parity": "assertion",
+    "compare_bundles": "changes.comparison",
+    "BundleComparison": "changes.comparison",
+    "Tolerances": "changes.tolerances",
     "BaseBackbone": "backbones.base",
     "register_backbone": "backbones.registry",
     "backbone_names": "backbones.registry",
@@ -110,6 +117,7 @@ __all__ = [
     "BatchRange",
     "Bf16",
     "BuildOptions",
+    "BundleComparison",
     "BundleError",
     "CalibrationError",
     "CalibrationSet",
@@ -136,11 +144,14 @@ __all__ = [
     "Preprocessing",
     "SpecError",
     "TensorSpec",
+    "Tolerances",
     "WeightsError",
     "WithNeck",
     "__version__",
+    "assert_parity",
     "backbone_names",
     "build_fpn",
+    "compare_bundles",
     "compressed_activations",
     "create_backbone",
     "evaluate",

@@ -10,7 +10,20 @@ from typing import Annotated
 import typer
 
 import deploykit
-from deploykit.cli import cache, demo, doctor, evaluate, export, inspect, list, run, sensitivity, verify
+from deploykit.cli import (
+    cache,
+    compare,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    inspect,
+    list,
+    report,
+    run,
+    sensitivity,
+    verify,
+)
 from deploykit.cli.output import show, show_error, shown_warnings
 from deploykit.cli.spellings import as_options
 from deploykit.cli.streams import PIPE_CLOSED, OutputLost, standard_streams
@@ -35,6 +48,8 @@ app.command("export", epilog=export.EXAMPLE, context_settings=_SETTINGS)(export.
 app.command("run", epilog=run.EXAMPLE, context_settings=_SETTINGS)(run.run)
 app.command("verify", epilog=verify.EXAMPLE, context_settings=_SETTINGS)(verify.verify)
 app.command("evaluate", epilog=evaluate.EXAMPLE, context_settings=_SETTINGS)(evaluate.evaluate)
+app.command("compare", epilog=compare.EXAMPLE, context_settings=_SETTINGS)(compare.compare)
+app.command("report", epilog=report.EXAMPLE, context_settings=_SETTINGS)(report.report)
 app.command("inspect", epilog=inspect.EXAMPLE, context_settings=_SETTINGS)(inspect.inspect)
 app.command("sensitivity", epilog=sensitivity.EXAMPLE, context_settings=_SETTINGS)(sensitivity.sensitivity)
 app.command("list", epilog=list.EXAMPLE, context_settings=_SETTINGS)(list.list_backbones)

@@ -1,0 +1,1 @@
+"""Comparing two bundles: what a new release changes."""

@@ -1,0 +1,41 @@
+"""``deploykit report``: one page on bundles, for people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deploykit.backends.table import EVALUATOR
+from deploykit.cli.output import DeviceOption, ThreadsOption, TrustOption, show, size_text
+
+EXAMPLE = f"Example: deploykit report resnet18-{EVALUATOR}-fp32 resnet18-{EVALUATOR}-int8 -o report.html"
+
+
+def report(
+    bundles: Annotated[list[str], typer.Argument(metavar="BUNDLE...", help="Folders that `deploykit export` wrote.")],
+    *,
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="FILE", help="The page: .html, or .md for a pull request.")
+    ],
+    run: Annotated[
+        bool, typer.Option("--run/--no-run", help="Run the engines here, or show what the bundles say of themselves.")
+    ] = True,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    trust: TrustOption = None,
+) -> None:
+    """Write one page on bundles: each level's error, latency against accuracy, what quantizer and passes did.
+
+    The HTML page needs no other file and no network (it needs the extra plot, the Markdown page nothing). Exit
+    code 0: written, whatever it says.
+    """
+    from deploykit.reports.write import write_report
+
+    facts = write_report(bundles, output, run=run, device=device, threads=threads, trust=trust)
+    size = size_text(Path(output).stat().st_size)
+    failed = [each.name for each in facts if each.passed is False]
+    verdict = f"outside their budget: {', '.join(failed)}" if failed else "none is outside its budget"
+    show(f"Wrote {output}: {len(facts)} bundle{'s' if len(facts) > 1 else ''}, {size}; {verdict}.")
+    show(f"Next: deploykit verify {' '.join(failed or bundles[:1])}")

@@ -1,0 +1,85 @@
+"""Write a report on bundles to a file."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+
+from deploykit.errors import SpecError
+from deploykit.manifest import own_version
+from deploykit.names import path_of
+from deploykit.places import storage_error
+from deploykit.reports.facts import BundleFacts, collect
+from deploykit.reports.html_page import html_page
+from deploykit.reports.markdown_page import markdown_page
+from deploykit.reports.sections import sections
+
+SUFFIXES = (".html", ".md")
+MOST_BUNDLES = 32
+
+
+def write_report(
+    bundles: Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    *,
+    run: bool = True,
+    device: str = "auto",
+    threads: int | None = None,
+    trust: bool | None = None,
+) -> tuple[BundleFacts, ...]:
+    """Write one page on bundles: each level's error, latency against accuracy, what the quantizer and the passes did.
+
+    Args:
+        bundles: their folders.
+        output: ``.html``, one file that needs no other and no network; or ``.md``, for a pull request. Replaced where
+            it is there.
+        run: run the engines here, where their device is; False: what the bundles say of themselves.
+        device: where they run.
+        threads: as for `deploykit.facade.load_bundle`.
+        trust: as for `deploykit.facade.load_bundle`.
+
+    Returns:
+        What the page says, bundle by bundle.
+
+    Raises:
+        SpecError: no bundles, or another kind of file.
+        BundleError: one is no bundle, or is damaged.
+        StorageError: the file cannot be written.
+        MissingDependency: matplotlib is not installed, for ``.html``.
+    """
+    path, folders = path_of(output), [path_of(each) for each in bundles]
+    if path.suffix.lower() not in SUFFIXES:
+        raise SpecError(f"the report {path} is neither .html nor .md. Fix: give the file one of these endings.")
+    if not 1 <= len(folders) <= MOST_BUNDLES:
+        raise SpecError(f"{len(folders)} bundles were given; expected 1 to {MOST_BUNDLES}.")
+    facts = collect(folders, run=run, device=device, threads=threads, trust=trust)
+    _replace(path, _page(facts, html=path.suffix.lower() == ".html"))
+    return facts
+
+
+def _page(facts: Sequence[BundleFacts], *, html: bool) -> str:
+    names = list(dict.fromkeys(each.side.manifest.backbone.name for each in facts))
+    title = f"Parity of {', '.join(names)}"
+    footer = f"Written by deploykit {own_version().get('deploykit', '')}".strip() + "."
+    if not html:
+        return markdown_page(title, sections(facts), footer)
+    from deploykit.reports.drawings import draw_all
+
+    return html_page(title, sections(facts), draw_all(facts), footer)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    staging = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        staging.write_text(text, encoding="utf-8", newline="\n")
+        staging.replace(path)
+    except OSError as error:
+        staging.unlink(missing_ok=True)
+        raise storage_error(f"the report {path} cannot be written", error, "choose another file") from error
