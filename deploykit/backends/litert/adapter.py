@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from deploykit.arrays import FloatArray, ImageArray
+from deploykit.arrays import Array, FloatArray, ImageArray
 from deploykit.backends.engine_file import EngineFile
 from deploykit.backends.litert.package import PACKAGE, load_interpreter
 from deploykit.backends.runtime import Runtime
@@ -23,13 +22,13 @@ class Interpreter(Protocol):
     def allocate_tensors(self) -> None:
         """Prepare the kernels and their memory."""
 
-    def set_tensor(self, index: int, value: npt.NDArray[Any]) -> None:
+    def set_tensor(self, index: int, value: Array) -> None:
         """Copy an input in."""
 
     def invoke(self) -> None:
         """Compute."""
 
-    def get_tensor(self, index: int) -> npt.NDArray[Any]:
+    def get_tensor(self, index: int) -> Array:
         """Copy an output out."""
         ...
 
@@ -48,19 +47,19 @@ class Port:
 
     index: int
     shape: tuple[int, ...]
-    dtype: np.dtype[Any]
+    dtype: np.dtype[np.generic]
     scale: float
     zero_point: int
 
-    def encode(self, images: ImageArray) -> npt.NDArray[Any]:
+    def encode(self, images: ImageArray) -> Array:
         """Return what the engine reads: the images, rounded where it takes int8."""
         if self.dtype != np.int8 or images.dtype != np.float32:
             return np.ascontiguousarray(images)
-        steps = np.rint(images * np.float32(1 / self.scale))
+        steps: FloatArray = np.rint(np.asarray(images, np.float32) * np.float32(1 / self.scale))
         steps += self.zero_point
         return np.clip(steps, -128, 127, out=steps).astype(np.int8)
 
-    def decode(self, output: npt.NDArray[Any]) -> FloatArray:
+    def decode(self, output: Array) -> FloatArray:
         """Return an output in float32."""
         if self.dtype != np.int8:
             return np.asarray(output, np.float32)
