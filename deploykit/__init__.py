@@ -37,10 +37,11 @@ if TYPE_CHECKING:
         SpecError,
         WeightsError,
     )
-    from deploykit.facade import create_backbone, export_backbone, load_bundle, verify_bundle
+    from deploykit.facade import create_backbone, export_backbone, load_bundle
     from deploykit.feature_dict import Features
     from deploykit.images.preprocess import load_images, preprocess
     from deploykit.predict import Prediction
+    from deploykit.signatures import sign_bundle
     from deploykit.spec import (
         BackboneSpec,
         BatchRange,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
         Preprocessing,
         TensorSpec,
     )
+    from deploykit.verification import verify_bundle
 
 __version__ = "0.1.0"
 
@@ -62,8 +64,9 @@ silence_runtimes()
 _PUBLIC = {
     "create_backbone": "facade",
     "load_bundle": "facade",
+    "sign_bundle": "signatures",
     "export_backbone": "facade",
-    "verify_bundle": "facade",
+    "verify_bundle": "verification",
     "evaluate": "accuracy.evaluation",
     "Evaluation": "accuracy.evaluation",
     "assert_parity": "assertion",
@@ -161,6 +164,7 @@ __all__ = [
     "memory_efficient",
     "preprocess",
     "register_backbone",
+    "sign_bundle",
     "verify_bundle",
 ]
 

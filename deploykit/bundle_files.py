@@ -34,6 +34,9 @@ _VOLUME = re.compile(r"\.\.data(_tmp)?|\.\.\d{4}(_\d\d){5}\.\d+")
 PARTIAL, ASIDE = ".partial", ".aside"
 """How the temporary neighbours of a bundle end: the new one while it is written, and the old one while it goes."""
 
+SIGNATURE = "model.sig"
+"""The signature of a bundle's files, which its manifest cannot record, because it covers the manifest."""
+
 _DEEPEST = 32
 _MOST_NAMES = 100_000
 
@@ -71,7 +74,7 @@ def look_through(folder: Path, recorded: Collection[str] = ()) -> Found:
     )
     found = Found()
     _look(folder, "", found, wanted, seen=(_identity(folder.stat()),), linked=False)
-    for own in (MANIFEST, MANIFEST_DIGEST):
+    for own in (MANIFEST, MANIFEST_DIGEST, SIGNATURE):
         found.sizes.pop(own, None)
     return found
 
@@ -175,7 +178,7 @@ def file_problems(folder: Path, manifest: Manifest, left: Collection[str] = ()) 
 
 
 def unrecorded(found: Found, recorded: Collection[str]) -> list[str]:
-    """Return Name what a folder holds beside recorded files and known litter, and what each is."""
+    """Name what a folder holds beside recorded files and known litter, and what each is."""
     kinds = dict.fromkeys(found.links, "a symbolic link, ") | {name: f"{odd}, " for name, odd in found.odd.items()}
     names = sorted(name for name in (*found.sizes, *found.odd) if name not in recorded)
     return [f"{name}: {kinds.get(name, '')}not recorded in {MANIFEST}" for name in names]
@@ -191,7 +194,7 @@ def strangers(folder: Path) -> tuple[list[str], list[str]]:
         BundleError: the manifest is not readable, so that nobody can tell.
     """
     try:
-        own = recorded_names(read_manifest_text(folder), folder / MANIFEST) | {MANIFEST, MANIFEST_DIGEST}
+        own = recorded_names(read_manifest_text(folder), folder / MANIFEST) | {MANIFEST, MANIFEST_DIGEST, SIGNATURE}
     except BundleError as error:
         raise BundleError(
             f"{folder} will not be replaced, because nobody can tell which of its files deploykit wrote: {error} "

@@ -13,7 +13,7 @@
     ├── ExportError          a graph could not be exported or lowered
     ├── BundleError          a bundle is corrupt, tampered, partial or from a newer schema
     │   ├── StorageError     a folder cannot be read or written here: disk, permissions, open files, a lock
-    │   └── UntrustedEngine  machine code from elsewhere, which trust=False refuses
+    │   └── UntrustedEngine  machine code from elsewhere (trust=False), or not signed by whom it should be
     ├── IncompatibleEngine   an engine was built for another runtime version or device
     │   └── EngineMismatch   a file is not the one that its bundle's manifest describes (a BundleError too)
     ├── DeviceUnavailable    the device asked for is not here
@@ -125,7 +125,10 @@ class StorageError(BundleError):
 
 
 class UntrustedEngine(BundleError):
-    """An engine is machine code that this user's deploykit did not make here, and the caller trusts no other."""
+    """An engine that the caller does not trust.
+
+    It is machine code that this user's deploykit did not make here, or not signed by the signer who was asked for.
+    """
 
 
 class IncompatibleEngine(DeployKitError):

@@ -6,7 +6,6 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -15,15 +14,13 @@ from deploykit.backbones.request import is_module, make_request
 from deploykit.backends.backend import resolve
 from deploykit.backends.runtime import Runtime
 from deploykit.backends.table import load_backend
-from deploykit.bundle import Status, is_bundle, open_bundle
-from deploykit.bundle_status import record_status
-from deploykit.errors import EngineMismatch, WeightsWarning
+from deploykit.bundle import is_bundle, open_bundle
+from deploykit.errors import EngineMismatch, SpecError, WeightsWarning
 from deploykit.labels import LabelSource, folder_labels
 from deploykit.names import TIMM, is_bare, path_of
 from deploykit.options import ExportOptions
-from deploykit.parity.baseline import BASELINE_FILE
-from deploykit.parity.report import ParityReport
 from deploykit.progress import Progress, quiet
+from deploykit.signatures import check_signature
 from deploykit.spec import (
     DEFAULT_BUILD,
     BatchRange,
@@ -36,7 +33,6 @@ from deploykit.spec import (
 )
 from deploykit.threads import check_threads
 from deploykit.unset import UNSET, UnsetType, given
-from deploykit.verification import Verification
 
 if TYPE_CHECKING:
     from torch import nn
@@ -77,6 +73,7 @@ def create_backbone(
     cache: bool = True,
     threads: int | None = None,
     trust: bool | None = None,
+    signed_by: str | os.PathLike[str] | None = None,
 ) -> Model:
     """Make a backbone in a runtime, called the same way whatever the runtime.
 
@@ -116,6 +113,8 @@ def create_backbone(
             ``OMP_NUM_THREADS``). The ``torch`` runtime has one number for the whole process.
         trust: of a bundle whose engine is machine code (torch_compile, a TensorRT plan) and was not made by this user
             on this machine: True opens it, False refuses it; None opens it with a warning.
+        signed_by: of a bundle: the public key (PEM) of who must have signed it with ``deploykit sign``, or the
+            certificate of an authority; such an engine is trusted.
 
     Raises:
         DeployKitError: see `deploykit.errors` for the tree; every message says what to do.
@@ -151,7 +150,9 @@ def create_backbone(
                 "calibration": calibration is not None,
             },
         )
-        return load_bundle(bundle, device=device, threads=threads, trust=trust)
+        return load_bundle(bundle, device=device, threads=threads, trust=trust, signed_by=signed_by)
+    if signed_by is not None:
+        raise SpecError(f"signed_by is for a bundle, and {name!r} is none. Fix: give the path of a bundle.")
     options = ExportOptions(
         runtime=given(runtime, "torch"),
         precision=Fp32() if precision is UNSET else parse_precision(precision),
@@ -294,7 +295,12 @@ def export_asked(
 
 
 def load_bundle(
-    folder: str | os.PathLike[str], *, device: str = "auto", threads: int | None = None, trust: bool | None = None
+    folder: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    trust: bool | None = None,
+    signed_by: str | os.PathLike[str] | None = None,
 ) -> Runtime:
     """Verify a bundle and open its engine; needs the runtime's package and NumPy, not torch.
 
@@ -306,81 +312,26 @@ def load_bundle(
         device: where it runs; ``"auto"`` is the runtime's first device.
         threads: as for `create_backbone`.
         trust: as for `create_backbone`.
+        signed_by: as for `create_backbone`.
 
     Raises:
         BundleError: not a bundle, or one that is damaged, incomplete or from a newer schema.
-        UntrustedEngine: ``trust`` is False, and the engine is machine code from elsewhere.
+        UntrustedEngine: ``trust`` is False, and the engine is machine code from elsewhere; or it is not signed by
+            ``signed_by``.
         MissingDependency: the runtime's package is not installed.
         IncompatibleEngine, DeviceUnavailable: the engine cannot run here.
     """
     path = path_of(folder)
     manifest = open_bundle(path, leave_engine=True)  # the adapter verifies what it reads
+    if signed_by is not None:
+        check_signature(path, manifest, signed_by)
+        trust = True if trust is None else trust
     adapter = load_backend(manifest.runtime).load_adapter()
     try:
         return adapter(manifest, path, device=device, threads=check_threads(threads), trust=trust)
     except EngineMismatch:
         open_bundle(path)  # names everything that is wrong with it; nothing where it was replaced meanwhile
         raise
-
-
-def verify_bundle(
-    folder: str | os.PathLike[str],
-    *,
-    device: str = "auto",
-    record: bool = False,
-    images: CalibrationSource | None = None,
-    reference: str | os.PathLike[str] | None = None,
-    threads: int | None = None,
-    trust: bool | None = None,
-) -> ParityReport:
-    """Run a bundle's engine on the reference images that it carries and compare with torch's outputs.
-
-    Needs no torch and no weights. The report's ``passed`` says whether every output is within the
-    budget that the engine was exported with, and is what the engine gave when it was exported, but for roundings;
-    ``raise_for_failures()`` makes it an error. A bundle of version 0.1.0 carries only the budget.
-
-    ``record`` writes what was seen here into the bundle: ``parity_checked`` where every output is within the
-    budget and else ``executed``, with the machine, the device and the versions. That is for a bundle that was
-    built on a machine without its device. A bundle that is no longer the one that ran is refused.
-
-    Args:
-        folder: the bundle.
-        device: where the engine runs.
-        record: see above.
-        images: images that the bundle does not carry, as for ``calibration``; with ``reference`` both engines are
-            compared on them, and without it answers are looked for that do not follow the images.
-        reference: another bundle of the same network, such as its FP32 one, to compare with; on the bundle's own
-            images where none are given.
-        threads: see `load_bundle`.
-        trust: see `load_bundle`.
-
-    Raises:
-        BundleError: not a bundle, or one that is damaged, or one that cannot be written.
-        SpecError: a reference that takes other images or gives other outputs.
-        IncompatibleEngine, DeviceUnavailable: the engine cannot run here.
-    """
-    path = path_of(folder)
-    with load_bundle(path, device=device, threads=threads, trust=trust) as model:
-        seen_on = model.seen_on()
-        verification = Verification(model)
-        report = verification.report()
-        own = None if images is None else verification.user_images(images)
-        if reference is not None:
-            with load_bundle(reference, device=device, threads=threads, trust=trust) as other:
-                further = verification.report_against(other, path_of(reference), own, report)
-            report = replace(report, further=(further,))
-        elif own is not None:
-            report = replace(report, further=(verification.report_answers(own),))
-        baseline = verification.measure() if record and report.passed and verification.baseline is None else None
-    if record:
-        status: Status = "parity_checked" if report.passed else "executed"
-        add = (lambda staging: baseline.save(staging / BASELINE_FILE)) if baseline is not None else _add_nothing
-        record_status(path, model.manifest, status, seen_on, add)
-    return report
-
-
-def _add_nothing(staging: Path) -> None:
-    """Add no file to a bundle."""
 
 
 def named_bundle(name: Any) -> Path | None:

@@ -99,6 +99,9 @@ PACKAGES: dict[str, OptionalPackage] = {
             extra="debug",
             feature="reducing a failing model",
         ),
+        OptionalPackage(
+            module="model_signing", distribution="model-signing", extra="sign", feature="signatures of bundles"
+        ),
         OptionalPackage(module="matplotlib", distribution="matplotlib", extra="plot", feature="drawing a plot"),
         OptionalPackage(module="skimage", distribution="scikit-image", extra="demo", feature="the demo's photographs"),
         OptionalPackage(

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from deploykit.arrays import ImageArray
 from deploykit.backends.runtime import Runtime, run_in_batches
+from deploykit.bundle import Status
+from deploykit.bundle_status import record_status
 from deploykit.errors import SpecError
+from deploykit.facade import load_bundle
+from deploykit.names import path_of
 from deploykit.parity.baseline import BASELINE_FILE, Baseline, FloatArray, measure_baseline
 from deploykit.parity.reference import REFERENCE_FILE, ParityReference
 from deploykit.parity.report import PARITY_FILE, LevelParity, ParityReport
@@ -23,6 +28,69 @@ if TYPE_CHECKING:
 
 MOST_IMAGES = 64
 """How many of the user's images are used, evenly spaced."""
+
+
+def verify_bundle(
+    folder: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    record: bool = False,
+    images: CalibrationSource | None = None,
+    reference: str | os.PathLike[str] | None = None,
+    threads: int | None = None,
+    trust: bool | None = None,
+    signed_by: str | os.PathLike[str] | None = None,
+) -> ParityReport:
+    """Run a bundle's engine on the reference images that it carries and compare with torch's outputs.
+
+    Needs no torch and no weights. The report's ``passed`` says whether every output is within the
+    budget that the engine was exported with, and is what the engine gave when it was exported, but for roundings;
+    ``raise_for_failures()`` makes it an error. A bundle of version 0.1.0 carries only the budget.
+
+    ``record`` writes what was seen here into the bundle: ``parity_checked`` where every output is within the
+    budget and else ``executed``, with the machine, the device and the versions. That is for a bundle that was
+    built on a machine without its device. A bundle that is no longer the one that ran is refused.
+
+    Args:
+        folder: the bundle.
+        device: where the engine runs.
+        record: see above.
+        images: images that the bundle does not carry, as for ``calibration``; with ``reference`` both engines are
+            compared on them, and without it answers are looked for that do not follow the images.
+        reference: another bundle of the same network, such as its FP32 one, to compare with; on the bundle's own
+            images where none are given.
+        threads: see `load_bundle`.
+        trust: see `load_bundle`.
+        signed_by: see `load_bundle`; holds for the reference too.
+
+    Raises:
+        BundleError: not a bundle, or one that is damaged, or one that cannot be written.
+        SpecError: a reference that takes other images or gives other outputs.
+        IncompatibleEngine, DeviceUnavailable: the engine cannot run here.
+    """
+    path = path_of(folder)
+    with load_bundle(path, device=device, threads=threads, trust=trust, signed_by=signed_by) as model:
+        seen_on = model.seen_on()
+        verification = Verification(model)
+        report = verification.report()
+        own = None if images is None else verification.user_images(images)
+        if reference is not None:
+            options: dict[str, Any] = {"device": device, "threads": threads, "trust": trust, "signed_by": signed_by}
+            with load_bundle(reference, **options) as other:
+                further = verification.report_against(other, path_of(reference), own, report)
+            report = replace(report, further=(further,))
+        elif own is not None:
+            report = replace(report, further=(verification.report_answers(own),))
+        baseline = verification.measure() if record and report.passed and verification.baseline is None else None
+    if record:
+        status: Status = "parity_checked" if report.passed else "executed"
+        add = (lambda staging: baseline.save(staging / BASELINE_FILE)) if baseline is not None else _add_nothing
+        record_status(path, model.manifest, status, seen_on, add)
+    return report
+
+
+def _add_nothing(staging: Path) -> None:
+    """Add no file to a bundle."""
 
 
 class Verification:

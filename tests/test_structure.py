@@ -37,7 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("parity",),
     ("store_entry", "store_folder", "store_upkeep", "store"),
     ("manifest", "bundle_files"),
-    ("bundle", "bundle_status", "cache", "trust", "asked", "predict"),
+    ("bundle", "bundle_status", "cache", "trust", "signatures", "asked", "predict"),
     ("runtime side",),
     ("onnx_session", "onnx_values"),
     ("backbones", "fusion"),

@@ -56,7 +56,7 @@ class DilationPlan:
 
 
 def levels_by_stride(strides: Sequence[int], channels: Sequence[int]) -> list[FeatureLevel]:
-    """Return Name and index levels by deploykit's convention, from strides in the order in which the maps are made."""
+    """Name and index levels by deploykit's convention, from strides in the order in which the maps are made."""
     if len(strides) > 1 and len(set(strides)) == 1:
         indices = list(range(len(strides)))
         names = [f"block{index}" for index in indices]

@@ -33,7 +33,7 @@ HALF_CONVERTER = f"deploykit.backends.{EVALUATOR}.session:float16_converter"
 
 
 def backend_names() -> tuple[str, ...]:
-    """Return Name every runtime: those of the table, then those of other packages."""
+    """Name every runtime: those of the table, then those of other packages."""
     return (*BACKENDS, *_entry_points())
 
 

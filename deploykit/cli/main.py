@@ -22,6 +22,7 @@ from deploykit.cli import (
     report,
     run,
     sensitivity,
+    sign,
     verify,
 )
 from deploykit.cli.output import show, show_error, shown_warnings
@@ -50,6 +51,7 @@ app.command("verify", epilog=verify.EXAMPLE, context_settings=_SETTINGS)(verify.
 app.command("evaluate", epilog=evaluate.EXAMPLE, context_settings=_SETTINGS)(evaluate.evaluate)
 app.command("compare", epilog=compare.EXAMPLE, context_settings=_SETTINGS)(compare.compare)
 app.command("report", epilog=report.EXAMPLE, context_settings=_SETTINGS)(report.report)
+app.command("sign", epilog=sign.EXAMPLE, context_settings=_SETTINGS)(sign.sign)
 app.command("inspect", epilog=inspect.EXAMPLE, context_settings=_SETTINGS)(inspect.inspect)
 app.command("sensitivity", epilog=sensitivity.EXAMPLE, context_settings=_SETTINGS)(sensitivity.sensitivity)
 app.command("list", epilog=list.EXAMPLE, context_settings=_SETTINGS)(list.list_backbones)

@@ -40,6 +40,14 @@ TrustOption = Annotated[
         show_default="open with a warning",
     ),
 ]
+SignedByOption = Annotated[
+    str | None,
+    typer.Option(
+        "--signed-by",
+        metavar="FILE",
+        help="The public key, or the authority's certificate, of who must have signed the bundle.",
+    ),
+]
 BundleArgument = Annotated[str, typer.Argument(metavar="BUNDLE", help="A folder that `deploykit export` wrote.")]
 
 

@@ -14,6 +14,7 @@ from deploykit.cli.output import (
     BundleArgument,
     DeviceOption,
     JsonFlag,
+    SignedByOption,
     ThreadsOption,
     TrustOption,
     show,
@@ -91,6 +92,7 @@ def run(
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     trust: TrustOption = None,
+    signed_by: SignedByOption = None,
     json: JsonFlag = False,
 ) -> None:
     """Preprocess images as the manifest says, run them, and print the best classes or the features' figures."""
@@ -99,7 +101,7 @@ def run(
     if top < 1:
         raise SpecError(f"--top is {top}; give at least 1.")
     given = find_given(images)
-    with load_bundle(bundle, device=device, threads=threads, trust=trust) as model:
+    with load_bundle(bundle, device=device, threads=threads, trust=trust, signed_by=signed_by) as model:
         spec = _with_crop_mode(model.input_spec, crop_mode)
         results = list(_results(model, given, spec, top=top, skip_corrupt=skip_corrupt))
         about = {"bundle": bundle, "runtime": model.runtime, "precision": model.precision.name, "device": model.device}

@@ -12,6 +12,7 @@ from deploykit.cli.output import (
     BundleArgument,
     DeviceOption,
     JsonFlag,
+    SignedByOption,
     ThreadsOption,
     TrustOption,
     show,
@@ -62,6 +63,7 @@ def verify(
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     trust: TrustOption = None,
+    signed_by: SignedByOption = None,
     record: RecordFlag = False,
     images: ImagesOption = None,
     reference: ReferenceOption = None,
@@ -73,7 +75,7 @@ def verify(
     Needs no torch and no weights (--debug needs the extras export and debug). Exit code 0: whole and within
     the budget; 1: not.
     """
-    from deploykit.facade import verify_bundle
+    from deploykit.verification import verify_bundle
 
     try:
         report = verify_bundle(
@@ -84,6 +86,7 @@ def verify(
             reference=reference,
             threads=threads,
             trust=trust,
+            signed_by=signed_by,
         )
     except SpecError:
         raise

@@ -24,16 +24,13 @@ EVERY = tuple(product(SMALL, PRECISIONS, CAPABILITIES, BATCHES, OUTPUTS))
 """The whole matrix; benchmarks/tensorrt_builds.py prints it with times and sizes."""
 
 
-def _one_a_family() -> tuple[tuple[str, ...], ...]:
-    """One case a family, in which every precision, GPU, batch and kind of output comes at least twice."""
-    precisions = list(PRECISIONS)
-    return tuple(
-        (name, precisions[i % 4], CAPABILITIES[i % 3], BATCHES[i // 2 % 2], OUTPUTS[i % 2])
-        for i, name in enumerate(SMALL)
-    )
-
-
-QUICK = _one_a_family()
+QUICK = (
+    ("resnet", "fp32", "sm86", "static", "logits"),
+    ("mobilenet", "int8", "sm89", "dynamic", "features"),
+    ("vit", "int8+fp16", "sm120", "static", "features"),
+    ("convnext", "fp16", "sm89", "dynamic", "logits"),
+)
+"""Four families, in which every precision, GPU, batch and kind of output comes; slow tests build the others."""
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -49,8 +46,8 @@ def test_turing_is_built_for_in_half_precision_or_explains_itself(precision: str
 
 def test_every_family_is_here_and_every_choice_is_made_in_the_quick_cases():
     assert list(SMALL) == list(FAMILIES)
-    chosen = [set(choices) for choices in zip(*QUICK, strict=True)]
-    assert chosen == [set(SMALL), set(PRECISIONS), set(CAPABILITIES), set(BATCHES), set(OUTPUTS)]
+    chosen = [set(choices) for choices in zip(*QUICK, strict=True)][1:]
+    assert chosen == [set(PRECISIONS), set(CAPABILITIES), set(BATCHES), set(OUTPUTS)]
 
 
 @pytest.mark.parametrize(
