@@ -87,7 +87,7 @@ class Parity:
             ParityError: outside the budget; the message has the table.
         """
         __tracebackhide__ = True
-        from deploykit.facade import verify_bundle
+        from deploykit.verification import verify_bundle
 
         return self._checked(verify_bundle(bundle, **options))
 
@@ -196,7 +196,7 @@ def _item(parent: _Bundle, output: str, device: str | None) -> pytest.Item:
 def _report(config: pytest.Config, bundle: str, device: str) -> ParityReport:
     """Verify a bundle on a device, once in this process; an error is kept and raised for each of its levels."""
     from deploykit.errors import DeployKitError
-    from deploykit.facade import verify_bundle
+    from deploykit.verification import verify_bundle
 
     reports = config.stash.setdefault(_REPORTS, {})
     if (bundle, device) not in reports:

@@ -57,7 +57,8 @@ class Port:
             return np.ascontiguousarray(images)
         steps: FloatArray = np.rint(np.asarray(images, np.float32) * np.float32(1 / self.scale))
         steps += self.zero_point
-        return np.clip(steps, -128, 127, out=steps).astype(np.int8)
+        np.clip(steps, -128, 127, out=steps)
+        return steps.astype(np.int8)
 
     def decode(self, output: Array) -> FloatArray:
         """Return an output in float32."""
