@@ -68,6 +68,8 @@ class OnnxDialect:
         activations: the type in which integer nodes read.
         dynamic_operators: those that take their range from each call.
         float_choices: what stays in float because this backend is faster so.
+        legalize: passes over the master graph that write operators which the backend refuses or computes wrongly in
+            an equal form, each proved on numbers; they run before any plan is written.
         optimize: passes over graphs without integers for the backend's own operators, each proved on numbers. In a
             graph with integers the last bit of a float decides which integer comes next, so none of them runs there.
     """
@@ -76,6 +78,7 @@ class OnnxDialect:
     activations: IntegerType = UINT8
     dynamic_operators: frozenset[str] = frozenset()
     float_choices: tuple[FloatChoice, ...] = ()
+    legalize: tuple[OnnxPass, ...] = ()
     optimize: tuple[OnnxPass, ...] = ()
 
     def keep_float(self, model: ir.Model, plan: QuantizationPlan) -> QuantizationPlan:
@@ -88,18 +91,21 @@ class OnnxDialect:
         BF16 leaves the graph in FP32: the adapter pins the precision in which it is computed.
 
         Raises:
-            FusionError: a pass of ``optimize`` failed or changed the numbers.
+            FusionError: a pass of ``legalize`` or ``optimize`` failed or changed the numbers.
         """
-        if isinstance(plan, QuantizationPlan):
-            return Rendered(graph=_with_model(graph, self._quantized(graph.model, plan)))
-        model = cast_to_half(graph.model, plan) if isinstance(plan, HalfPlan) else graph.model
         batch = graph.input.batch if isinstance(graph.input.batch, int) else 2
-        model, records = run_onnx_passes(model, probe[np.arange(batch) % len(probe)], self.optimize)
-        return Rendered(graph=_with_model(graph, model), records=records)
+        images = probe[np.arange(batch) % len(probe)]
+        legal, records = run_onnx_passes(graph.model, images, self.legalize)
+        if isinstance(plan, QuantizationPlan):
+            # The plan is of the master graph: what legal forms add to it has no place in it.
+            model = self._quantized(legal, self.keep_float(graph.model, plan))
+            return Rendered(graph=_with_model(graph, model), records=records)
+        model = cast_to_half(legal, plan) if isinstance(plan, HalfPlan) else legal
+        model, optimized = run_onnx_passes(model, images, self.optimize)
+        return Rendered(graph=_with_model(graph, model), records=(*records, *optimized))
 
-    def _quantized(self, master: ir.Model, plan: QuantizationPlan) -> ir.Model:
-        plan = self.keep_float(master, plan)
-        model = master.clone()
+    def _quantized(self, legal: ir.Model, plan: QuantizationPlan) -> ir.Model:
+        model = legal.clone()
         for step in self.int8:
             plan = step(model, plan)
         return cast_to_half(model, HalfPlan(float_weights={})) if plan.float_dtype == "fp16" else model

@@ -67,7 +67,7 @@ def place(model: ir.Model, keep_float: Mapping[str, str] | None = None) -> Place
     between: dict[str, None] = {}
     same_range: dict[str, str] = {}
     float_nodes: dict[str, str] = {}
-    computed_once = _constants(model.graph)
+    computed_once = constant_values(model.graph)
     for node in model.graph:
         if node.op_type in ("Conv", "Gemm", "MatMul") and _constant(node.inputs[1]):
             reason = kept.get(_name(node)) or _why_float(node, computed_once)
@@ -199,7 +199,7 @@ def _why_float(node: ir.Node, constants: frozenset[ir.Value]) -> str | None:
     return None
 
 
-def _constants(graph: ir.Graph) -> frozenset[ir.Value]:
+def constant_values(graph: ir.Graph) -> frozenset[ir.Value]:
     """Return every value that is the same for all images: initializers, and what is computed from nothing else."""
     found = set(graph.initializers.values())
     for node in graph:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -165,6 +166,18 @@ class Evaluator:
     def fp32(self) -> Runtime:
         """Return the FP32 engine of the same runtime, open until the evaluator closes."""
         return self._float_engine("fp32", None)
+
+    def run_fp32(self, count: int) -> dict[str, FloatArray]:
+        """Return what the FP32 engine gives for the first images.
+
+        Raises:
+            DeviceUnavailable: its device is not here.
+        """
+        return run_in_batches(self.fp32(), self.network.images[:count])
+
+    def expected(self, names: Iterable[str], count: int) -> dict[str, FloatArray]:
+        """Return what torch gives for the first images, of some outputs."""
+        return {name: self._expected[name][:count] for name in names}
 
     def manifest(self, built: Built) -> Manifest:
         """Return the manifest of an engine that was built and not yet run."""

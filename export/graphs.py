@@ -20,7 +20,7 @@ def select(graph: Graph, names: Sequence[str]) -> Graph:
         return graph
     outputs = tuple(chosen[name] for name in names)
     if isinstance(graph, OnnxGraph):
-        return replace(graph, model=_select_model(graph.model, names), outputs=outputs)
+        return replace(graph, model=part_giving(graph.model, names), outputs=outputs)
     part = _Part(graph.program.module(), [list(chosen).index(name) for name in names])
     return replace(graph, program=export_program(part, graph.input), outputs=outputs)
 
@@ -34,7 +34,8 @@ def output_specs(model: ir.Model) -> tuple[TensorSpec, ...]:
     return tuple(specs)
 
 
-def _select_model(model: ir.Model, names: Sequence[str]) -> ir.Model:
+def part_giving(model: ir.Model, names: Sequence[str]) -> ir.Model:
+    """Return a copy of the part of a model that gives these tensors, outputs or not."""
     whole = model.clone()
     part = ir.convenience.extract(whole.graph, list(whole.graph.inputs), list(names))
     part.opset_imports.update(whole.graph.opset_imports)

@@ -20,6 +20,7 @@ from deploykit.calibration.precision import plan_precision
 from deploykit.calibration.precision_plan import PrecisionPlan
 from deploykit.calibration.recipes import RecipeReport
 from deploykit.calibration.search import Measured, SearchReport, SearchResult
+from deploykit.export.conversion import operator_named, prove_conversion
 from deploykit.export.evaluate import Evaluator
 from deploykit.export.graphs import output_specs
 from deploykit.export.job import ExportJob, checked
@@ -98,15 +99,17 @@ def export(job: ExportJob, folder: Path, *, overwrite: bool = False, progress: P
         network = prepare(job, progress)
         expected = torch_outputs(job.backbone, network.probe)
         with Evaluator(job, network, expected, progress) as engines:
+            prove_conversion(engines, progress)
             search = _search(engines, progress)
             plan = search.plan if search is not None else network.plan
-            progress(StageStarted(name="render"))
-            rendered = engines.render(plan)
-            progress(StageStarted(name="lower"))
-            built = engines.lower(rendered, staging)
-            progress(StageStarted(name="parity"))
-            parity, manifest = engines.compare(built, staging)
-            parity.raise_for_failures()
+            with operator_named(engines):
+                progress(StageStarted(name="render"))
+                rendered = engines.render(plan)
+                progress(StageStarted(name="lower"))
+                built = engines.lower(rendered, staging)
+                progress(StageStarted(name="parity"))
+                parity, manifest = engines.compare(built, staging)
+                parity.raise_for_failures()
             baseline = engines.baseline(manifest, staging) if job.options.probe_levels else None
             speed = _speed(engines, plan, manifest, staging, progress)
         progress(StageStarted(name="bundle"))

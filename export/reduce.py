@@ -45,8 +45,8 @@ def reduce_bundle(folder: Path, output: Path) -> str | None:
         ExportError: polygraphy failed, with the end of its log.
     """
     manifest = open_bundle(folder, leave_engine=True)
-    if load_backend(manifest.runtime).debug is None or not manifest.engine.endswith(".onnx"):
-        reducible = [name for name in engine_names() if load_backend(name).debug is not None]
+    if not load_backend(manifest.runtime).reducible or not manifest.engine.endswith(".onnx"):
+        reducible = [name for name in engine_names() if load_backend(name).reducible]
         raise SpecError(
             f"{folder} holds {manifest.engine}, and only bundles that hold an ONNX graph can be reduced: those of "
             f"{', '.join(reducible)} (portable ones). Export the same backbone as one of these, and debug that."

@@ -50,6 +50,7 @@ class Backend:
         profile: ``(float graph, INT8 graph, nodes, batch) -> dict[str, float] | None``: milliseconds that each node
             gains by running in integers.
         debug: ``(part of a graph, inputs, min_sqnr_db) -> str | None``: what the runtime does wrong with it.
+        reducible: its engines, or its portable ones, are ONNX graphs, of which ``verify --debug`` finds a failing part.
         demo: the precisions that ``deploykit demo`` exports.
     """
 
@@ -73,6 +74,7 @@ class Backend:
     inspect: str | None = None
     profile: str | None = None
     debug: str | None = None
+    reducible: bool = False
     demo: tuple[str, ...] = ()
 
     @property

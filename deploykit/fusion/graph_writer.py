@@ -47,6 +47,11 @@ class GraphWriter:
         self.model.graph.register_initializer(value)
         return value
 
+    def finish(self, value: ir.Value) -> None:
+        """Put a value in the place of the one result of the node behind, with its name, and remove the node."""
+        result = self.before.outputs[0]
+        ir.convenience.replace_nodes_and_values(self.model.graph, self.before, [self.before], [], [result], [value])
+
     def shaped(self, value: ir.Value, shape: tuple[int, ...], part: str) -> ir.Value:
         """Return a value in another shape, whose first axis takes what the others leave."""
         if value.shape is not None and tuple(value.shape[1:]) == shape:

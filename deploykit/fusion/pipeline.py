@@ -23,7 +23,9 @@ from deploykit.fusion.fold_pad import fold_pad
 from deploykit.fusion.fold_scale import fold_scale
 from deploykit.fusion.fuse_attention import fuse_attention
 from deploykit.fusion.merge_linears import merge_linears
+from deploykit.fusion.plain_divisor import plain_divisor
 from deploykit.fusion.program import export_program
+from deploykit.fusion.resize_by_matrix import resize_by_matrix
 from deploykit.fusion.silence_masks import silence_masks
 from deploykit.parity.metrics import sqnr_db
 from deploykit.spec import InputSpec
@@ -56,6 +58,9 @@ EXACT_DB = 100.0
 _FOLDS: tuple[FusionPass, ...] = (
     # First: dropout and in-place operators stand between the patterns of all others.
     FusionPass(name="drop-identities", rewrite=drop_identities, min_sqnr_db=EXACT_DB),
+    # Operators that torch's ONNX exporter writes wrongly.
+    FusionPass(name="resize-by-matrix", rewrite=resize_by_matrix, min_sqnr_db=EXACT_DB),
+    FusionPass(name="plain-divisor", rewrite=plain_divisor, min_sqnr_db=EXACT_DB),
     # Before the folds, which take constants and not what computes them.
     FusionPass(name="fold-constants", rewrite=fold_constants, min_sqnr_db=EXACT_DB),
     FusionPass(name="fuse-attention", rewrite=fuse_attention, min_sqnr_db=EXACT_DB),

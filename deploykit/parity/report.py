@@ -186,6 +186,11 @@ class ParityReport:
                 "Calibrate with more images like those it will see, try another calibrator, keep the worst layers "
                 "in float, or lower min_sqnr_db if the task's own accuracy holds."
             )
+        if self.precision == "fp32":
+            return (
+                "Look for the first failing level, which is where the conversion went wrong, or lower min_sqnr_db if "
+                "the task's own accuracy holds."
+            )
         return (
             "Look for the first failing level, which is where the conversion went wrong; export at fp32 to tell a "
             "precision's loss from a wrong graph, or lower min_sqnr_db if the task's own accuracy holds."

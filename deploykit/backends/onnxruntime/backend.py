@@ -17,5 +17,6 @@ BACKEND = Backend(
     inspect="deploykit.backends.onnxruntime.inspect:left_in_float",
     profile="deploykit.backends.onnxruntime.profile:integer_savings",
     debug="deploykit.backends.onnxruntime.debug:find_problem",
+    reducible=True,
     demo=("int8",),
 )

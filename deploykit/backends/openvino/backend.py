@@ -15,5 +15,6 @@ BACKEND = Backend(
     dialect="deploykit.backends.openvino.passes:DIALECT",
     lower="deploykit.backends.openvino.lower:lower",
     inspect="deploykit.backends.openvino.inspect:left_in_float",
+    debug="deploykit.backends.openvino.debug:find_problem",
     demo=("int8", "fp16"),
 )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from deploykit.backends.backend import Engine, LowerOptions
 from deploykit.backends.onnx_file import write_onnx
 from deploykit.backends.openvino.package import PACKAGE, load_openvino
+from deploykit.backends.openvino.read_error import read_error
 from deploykit.errors import ExportError
 from deploykit.graph import OnnxGraph
 from deploykit.optional import installed_version
@@ -40,7 +41,7 @@ def lower(graph: OnnxGraph, folder: Path, options: LowerOptions) -> Engine:
             openvino.save_model(model, str(folder / "model.xml"), compress_to_fp16=False)
         except RuntimeError as error:
             raise ExportError(
-                f"OpenVINO {openvino.__version__} cannot convert the graph: {error}. "
+                f"OpenVINO {openvino.__version__} cannot convert the graph: {read_error(error)}. "
                 "Export for another runtime, or with a newer openvino."
             ) from error
     return Engine(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from deploykit.backends.openvino.flatten_layernorm import flatten_layernorm
 from deploykit.backends.openvino.flatten_spatial import flatten_spatial
 from deploykit.backends.openvino.linear_to_conv import linear_to_conv
+from deploykit.backends.openvino.pad_average_pool import pad_average_pool
 from deploykit.backends.openvino.quantize_before_rolls import quantize_before_rolls
 from deploykit.backends.openvino.separate_heads import separate_heads
 from deploykit.calibration.dialect import OnnxDialect
@@ -16,6 +17,7 @@ from deploykit.calibration.tidy_graph import tidy_graph
 from deploykit.fusion.onnx_groupnorm import spell_out_groupnorm
 from deploykit.fusion.onnx_passes import OnnxPass
 from deploykit.fusion.onnx_pointwise import convolve_last_layers
+from deploykit.fusion.onnx_wrap_pad import concatenate_wraps
 from deploykit.fusion.pipeline import EXACT_DB
 
 POINTLIKE_WEIGHTS = 2**19
@@ -26,6 +28,10 @@ its squeeze-and-excitation would gain 8% and lose 1.6 dB.
 DIALECT = OnnxDialect(
     activations=UINT8,
     float_choices=(keep_pointlike(fewest_weights=POINTLIKE_WEIGHTS),),
+    legalize=(
+        OnnxPass(name="openvino-average-pool", rewrite=pad_average_pool, min_sqnr_db=EXACT_DB),
+        OnnxPass(name="openvino-wrap-pad", rewrite=concatenate_wraps, min_sqnr_db=EXACT_DB),
+    ),
     int8=(
         flatten_spatial,
         quantize_weights(integer_bias=False),

@@ -31,5 +31,6 @@ BACKEND = Backend(
     portable="deploykit.backends.tensorrt.lower:lower_portable",
     options="deploykit.backends.tensorrt.api:check_build_options",
     debug="deploykit.backends.tensorrt.debug:find_problem",
+    reducible=True,
     demo=("int8",),
 )

@@ -12,9 +12,13 @@ from deploykit.calibration.float_fallback import keep_pointlike
 from deploykit.calibration.quantize_activations import INT8, quantize_activations
 from deploykit.calibration.quantize_weights import quantize_weights
 from deploykit.calibration.tidy_graph import tidy_graph
+from deploykit.fusion.onnx_passes import OnnxPass
+from deploykit.fusion.onnx_wrap_pad import concatenate_wraps
+from deploykit.fusion.pipeline import EXACT_DB
 
 DIALECT = OnnxDialect(
     activations=INT8,
     float_choices=(keep_pointlike(),),
+    legalize=(OnnxPass(name="tensorrt-wrap-pad", rewrite=concatenate_wraps, min_sqnr_db=EXACT_DB),),
     int8=(quantize_weights(integer_bias=False), quantize_activations(INT8), tidy_graph),
 )
