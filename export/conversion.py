@@ -14,12 +14,13 @@ from deploykit.fusion.locate import describe_node
 from deploykit.graph import OnnxGraph
 from deploykit.parity.compare import compare
 from deploykit.progress import Progress, StageStarted
-from deploykit.spec import Fp32
+from deploykit.spec import Fp32, Int8
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from deploykit.export.evaluate import Evaluator
+    from deploykit.export.job import ExportJob
 
 PROOF_IMAGES = 4
 """A wrong operator is wrong on every image."""
@@ -30,14 +31,18 @@ _REMEDY = "Fix: write that part of the network with other operators, export for 
 def prove_conversion(engines: Evaluator, progress: Progress) -> None:
     """Hold the runtime's FP32 engine to FP32's budget, where another precision is asked for and its device is here.
 
-    A budget for INT8 would take a wrong border or a wrong resize for rounding.
+    A budget for INT8 would take a wrong border or a wrong resize for rounding. A runtime of torch programs has no
+    operators of its own to convert to, and half a minute of compilation: there the FP32 engine is held to its budget
+    where the export builds one anyway.
 
     Raises:
         ExportError: the runtime cannot convert the network; names the operator.
         ParityError: it converts the network wrongly; names the operator.
     """
-    job = engines.job
-    if job.options.precision.name == Fp32.name or not job.backend.load_devices()():
+    job, needed = engines.job, _needs_fp32(engines.job)
+    if job.options.precision.name == Fp32.name or not (job.backend.source == "onnx" or needed):
+        return
+    if not job.backend.load_devices()():
         return
     progress(StageStarted(name="conversion"))
     with operator_named(engines, fp32=True):
@@ -45,6 +50,8 @@ def prove_conversion(engines: Evaluator, progress: Progress) -> None:
             found = engines.run_fp32(PROOF_IMAGES)
         except DeviceUnavailable:
             return
+        if not needed:
+            engines.close_float()
         budget = Fp32().min_sqnr_db
         levels = compare(engines.expected(found, PROOF_IMAGES), found, min_sqnr_db=budget, logits=None)
         wrong = [f"{level.name}: {level.sqnr_db:.1f} dB" for level in levels if not level.passed]
@@ -53,6 +60,13 @@ def prove_conversion(engines: Evaluator, progress: Progress) -> None:
                 f"{job.options.runtime} computes the network otherwise than torch already in fp32, before "
                 f"{job.options.precision.name}: {', '.join(wrong)}; expected at least {budget:g} dB."
             )
+
+
+def _needs_fp32(job: ExportJob) -> bool:
+    """Return whether the export measures an FP32 engine beside its own."""
+    options = job.options
+    searched = isinstance(options.precision, Int8) and options.precision.mixed_precision
+    return options.time_against_fp32 or options.require_speedup or searched
 
 
 @contextmanager

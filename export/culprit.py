@@ -83,6 +83,11 @@ def wrong_in_runtime(
 def _program_values(master: Master, batch: FloatArray) -> dict[str, tuple[Node, npt.NDArray[Any]]]:
     """Return every float tensor of the torch program by the name that it has in the ONNX graph, in order."""
     module = master.torch.program.module()
+    (output,) = module.graph.find_nodes(op="output")
+    outputs = dict(
+        zip((node.name for node in output.args[0]), (spec.name for spec in master.onnx.outputs), strict=True)
+    )
+    taken = set(outputs.values())  # what else had such a name has another one in the graph
     values: dict[str, tuple[Node, npt.NDArray[Any]]] = {}
 
     class Recorded(Interpreter):
@@ -91,16 +96,14 @@ def _program_values(master: Master, batch: FloatArray) -> dict[str, tuple[Node, 
         def run_node(self, node: Node) -> Any:
             """Run a node and note its tensor."""
             result = super().run_node(node)
-            if node.op == "call_function" and isinstance(result, Tensor) and result.is_floating_point():
-                values[node.name] = node, result.numpy()
+            name = outputs.get(node.name, node.name)
+            known = node.name in outputs or name not in taken
+            if node.op == "call_function" and known and isinstance(result, Tensor) and result.is_floating_point():
+                values[name] = node, result.numpy()
             return result
 
     with torch.no_grad():
         Recorded(module).run(torch.tensor(batch))
-    (output,) = module.graph.find_nodes(op="output")
-    for node, spec in zip(output.args[0], master.onnx.outputs, strict=True):
-        if node.name in values:
-            values[spec.name] = values[node.name]
     return values
 
 

@@ -175,6 +175,11 @@ class Evaluator:
         """
         return run_in_batches(self.fp32(), self.network.images[:count])
 
+    def close_float(self) -> None:
+        """Give the memory of the float engines back; one is built again when it is needed."""
+        self._float.clear()
+        self._open.close()
+
     def expected(self, names: Iterable[str], count: int) -> dict[str, FloatArray]:
         """Return what torch gives for the first images, of some outputs."""
         return {name: self._expected[name][:count] for name in names}

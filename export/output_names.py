@@ -55,7 +55,7 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
 
 
 def _free(name: str, taken: set[str]) -> str:
-    count = 1
-    while f"{name}_{count}" in taken:
+    count = 1  # a slash, which no name of a torch program has
+    while f"{name}/{count}" in taken:
         count += 1
-    return f"{name}_{count}"
+    return f"{name}/{count}"

@@ -24,7 +24,7 @@ def resize_by_matrix(module: GraphModule) -> int:
     """Write each antialiased resize as two matrix products, rows first.
 
     Exact. The constant is the left operand of both, so that no quantizer takes it for the weight of a layer. Left
-    alone: sides that are not static.
+    alone: sides that are not static, and results one pixel wide, which torch 2.13 computes by the memory's layout.
 
     Returns:
         How many resizes were rewritten.
@@ -43,6 +43,8 @@ def _rewrite(module: GraphModule, resize: Node) -> bool:
     if len(sides) != 4 or not all(isinstance(side, int) for side in sides):
         return False
     height, width, new_height, new_width = sides
+    if new_width == 1 < new_height:
+        return False
     vertical, horizontal = _scales(resize)
     rows = _weights(resize, height, new_height, vertical)
     columns = _weights(resize, width, new_width, horizontal)

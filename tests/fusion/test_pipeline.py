@@ -154,3 +154,16 @@ def test_a_level_that_is_a_raw_convolution_is_the_same_after_it():
         torch.testing.assert_close(graph(images())[0], module.conv(images()), rtol=0, atol=0)
     assert calls(graph, "batch_norm") == 1
     assert calls(graph, "mul") == 0
+
+
+def test_a_constant_that_falls_to_another_side_in_double_is_folded():
+    def sampled(m, x):
+        turned = torch.tensor([[[0.9, 0.3, 0.1], [-0.2, 1.1, -0.1]]])
+        grid = nn.functional.affine_grid(turned, (1, 4, 12, 12), align_corners=True)
+        return nn.functional.grid_sample(m.conv(x), grid, mode="nearest", align_corners=True)
+
+    graph = traced(Calls(sampled, conv=nn.Conv2d(4, 4, 1)))
+    expected = graph(images())[0]
+    records = run_passes(graph, images())
+    assert next(record for record in records if record.name == "fold-constants").rewrites
+    torch.testing.assert_close(graph(images())[0], expected)
