@@ -22,11 +22,14 @@ _DROPOUTS = (
     _aten.alpha_dropout.default,
     _aten.feature_alpha_dropout.default,
 )
-_COPIES = (_aten.alias.default, _aten.clone.default, _aten.contiguous.default, _aten.detach.default)
+_CONSTANT = _aten.lift_fresh_copy.default
+"""``torch.tensor([...])`` in a forward: a copy of a buffer."""
+_COPIES = (_aten.alias.default, _aten.clone.default, _aten.contiguous.default, _aten.detach.default, _CONSTANT)
 _CASTS = (_aten.to.dtype, _aten.to.dtype_layout, _aten.to.device, _aten._to_copy.default, _aten.type_as.default)
 _TRACED_FACTS = (_aten._assert_tensor_metadata.default,)
 _VIEWS = (_aten.view.default, _aten._unsafe_view.default)
-_FRESH = (*LAYERS, _aten.batch_norm.default, _aten.layer_norm.default, _aten.group_norm.default, _aten.cat.default)
+_NORMS = (_aten.batch_norm.default, _aten.layer_norm.default, _aten.group_norm.default)
+_FRESH = (*LAYERS, *_NORMS, _aten.cat.default, _CONSTANT)
 _SAME_WHEN_SHAPE_IS = (
     _aten.reshape.default,
     _aten.flatten.using_ints,

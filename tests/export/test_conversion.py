@@ -70,19 +70,35 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("inner", FORMS.values(), ids=FORMS)
+class Branches(nn.Module):
+    """Every form between two convolutions of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.branches = nn.ModuleDict({name: network(inner) for name, inner in FORMS.items()})
+
+    def forward(self, images):
+        return {name: branch(images) for name, branch in self.branches.items()}
+
+
 @pytest.mark.parametrize(
     ("runtime", "precision"), [("openvino", "fp32"), ("openvino", "int8"), ("onnxruntime", "int8")]
 )
-def test_an_equal_form_gives_torchs_numbers_up_to_the_border(runtime, precision, inner):
+def test_an_equal_form_gives_torchs_numbers_up_to_the_border(runtime, precision):
     pytest.importorskip(runtime, reason=f"{runtime} is not installed")
-    module = network(inner)
+    module = Branches().eval()
     with torch.no_grad():
-        expected = module(torch.from_numpy(IMAGES[:1])).numpy()
-    (found,) = engine(module, runtime, precision)(IMAGES[:1]).values()
-    for part in (np.s_[...], np.s_[..., -1], np.s_[..., -1, :]):
-        error = np.square(found[part] - expected[part]).sum() / np.square(expected[part]).sum()
-        assert error < (1e-8 if precision == "fp32" else 4e-3)
+        expected = module(torch.from_numpy(IMAGES[:1]))
+    found = engine(module, runtime, precision)(IMAGES[:1])
+    limit = 1e-8 if precision == "fp32" else 4e-3
+    wrong = {}
+    for name, features in expected.items():
+        for part in (np.s_[...], np.s_[..., -1], np.s_[..., -1, :]):
+            right = features.numpy()[part]
+            error = np.square(found[name][part] - right).sum() / np.square(right).sum()
+            if not error < limit:
+                wrong[name] = error
+    assert not wrong
 
 
 def test_what_a_runtime_refuses_is_named():
@@ -91,9 +107,7 @@ def test_what_a_runtime_refuses_is_named():
     def transformed(features):
         return torch.fft.rfft2(features, s=(40, 40)).abs()[..., :12, :12]
 
-    with pytest.raises(
-        (ExportError, ParityError), match=r"openvino converts DFT .*aten\._fft_r2c|openvino converts DFT"
-    ):
+    with pytest.raises((ExportError, ParityError), match=r"openvino converts DFT"):
         engine(network(transformed), "openvino", "fp32")
 
 

@@ -100,6 +100,16 @@ def test_operators_that_work_in_place_become_plain_ones():
     assert targets(graph) == ["aten.conv2d.default", "aten.silu.default", "aten.relu.default"]
 
 
+def test_a_tensor_of_the_forward_is_a_constant_and_keeps_no_copies():
+    def normalized(m, x):
+        mean = torch.tensor([0.1, 0.2, 0.3, 0.4]).view(1, 4, 1, 1)
+        return m.conv(x - mean).clone()
+
+    graph = traced(Calls(normalized, conv=nn.Conv2d(4, 4, 1)))
+    rewrites(graph, drop_identities)
+    assert targets(graph) == ["aten.reshape.default", "aten.sub.Tensor", "aten.conv2d.default"]
+
+
 def test_what_is_written_in_place_and_read_elsewhere_keeps_its_copies():
     def shared(_, x):
         first = x.exp()
