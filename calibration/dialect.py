@@ -112,7 +112,9 @@ class OnnxDialect:
 
 
 def keep_float(model: ir.Model, plan: QuantizationPlan, choices: tuple[FloatChoice, ...]) -> QuantizationPlan:
-    """Take the nodes that these choices name out of a plan."""
+    """Take the nodes that these choices name out of a plan; a plan that is another tool's stays as it is."""
+    if plan.imported:
+        return plan
     kept = {node: reason for choose in choices for node, reason in choose(model, plan).items()}
     return plan.without(model, kept) if kept else plan
 

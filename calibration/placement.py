@@ -8,8 +8,8 @@ runtime is faster so.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
@@ -55,6 +55,20 @@ class Placement:
         """Every tensor that needs a range of its own."""
         return tuple(
             name for name in dict.fromkeys((*self.reads, *self.writes, *self.between)) if name not in self.same_range
+        )
+
+    def limited_to(self, tensors: Container[str]) -> Placement:
+        """Return the placement without the tensors that are not among these; a plan of another tool lacks some."""
+
+        def known(name: str) -> bool:
+            return self.same_range.get(name, name) in tensors
+
+        return replace(
+            self,
+            reads=tuple(filter(known, self.reads)),
+            writes=tuple(filter(known, self.writes)),
+            between=tuple(filter(known, self.between)),
+            same_range={pooled: source for pooled, source in self.same_range.items() if source in tensors},
         )
 
 

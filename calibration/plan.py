@@ -30,6 +30,8 @@ SHIFT_FILE = "quantization-plan.npz"
 SCHEMA_VERSION = 2
 """From version 2 on a plan carries the digest of both its files; version 1 is still read, unproved."""
 
+IMPORTED = "imported"
+"""What the plan of another tool's model says instead of a calibrator."""
 MOST_PLAN_BYTES = 64 << 20
 MOST_ARRAY_BYTES = 1 << 30
 _DIGEST = re.compile(rb'"digest": "([0-9a-f]{64})"')
@@ -83,6 +85,11 @@ class QuantizationPlan:
             return chosen.integers_of(weight, axis, least, reduce_range=self.reduce_range)
         return quantize_weight(weight, axis, least, reduce_range=self.reduce_range)
 
+    @property
+    def imported(self) -> bool:
+        """Whether the plan is another tool's, whose placement is kept: nothing is left in float for speed."""
+        return self.calibrator == IMPORTED
+
     def range_of(self, tensor: str) -> ActivationRange:
         """Return the range of a tensor, or of the tensor whose range it shares."""
         return self.ranges[self.placement.same_range.get(tensor, tensor)]
@@ -93,9 +100,16 @@ class QuantizationPlan:
         Raises:
             CalibrationError: a node does not run in integers.
         """
-        placement = without(model, self.placement, nodes)
+        placement = self._with_own_ranges(without(model, self.placement, nodes))
         ranges = self.ranges | {name: self.range_of(name) for name in placement.tensors}
         return replace(self, placement=placement, ranges=ranges)
+
+    def _with_own_ranges(self, placement: Placement) -> Placement:
+        """Return a placement as far as the plan has ranges, each tensor with that of its own."""
+        shared = {pooled: of for pooled, of in placement.same_range.items() if pooled not in self.ranges}
+        known = {name for name in placement.tensors if self.placement.same_range.get(name, name) in self.ranges}
+        own = {pooled for pooled in placement.same_range if pooled in self.ranges}
+        return replace(placement, same_range=shared).limited_to(known | own)
 
     def check_fits(self, model: ir.Model, weights_digest: str) -> None:
         """Refuse a plan that was made for another network.

@@ -28,8 +28,9 @@ def quantize_weights(
 
     def rewrite(model: ir.Model, plan: QuantizationPlan) -> QuantizationPlan:
         nodes = {node.name: node for node in model.graph}
+        elsewhere = frozenset() if plan.imported else dynamic_operators
         for name, use in plan.placement.weights.items():
-            if name in nodes and nodes[name].op_type not in dynamic_operators:
+            if name in nodes and nodes[name].op_type not in elsewhere:
                 _quantize(model.graph, nodes[name], use, plan, integer_bias=integer_bias)
         return plan
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         SpecError,
         WeightsError,
     )
+    from deploykit.export.import_quantized import import_quantized
     from deploykit.facade import create_backbone, export_backbone, load_bundle
     from deploykit.feature_dict import Features
     from deploykit.images.preprocess import load_images, preprocess
@@ -67,6 +68,7 @@ _PUBLIC = {
     "sign_bundle": "signatures",
     "export_backbone": "facade",
     "verify_bundle": "verification",
+    "import_quantized": "export.import_quantized",
     "evaluate": "accuracy.evaluation",
     "Evaluation": "accuracy.evaluation",
     "assert_parity": "assertion",
@@ -159,6 +161,7 @@ __all__ = [
     "create_backbone",
     "evaluate",
     "export_backbone",
+    "import_quantized",
     "load_bundle",
     "load_images",
     "memory_efficient",

@@ -11,6 +11,7 @@
     ├── FusionError          a fusion pass broke its numeric contract
     ├── CalibrationError     images or settings from which no INT8 ranges can be had
     ├── ExportError          a graph could not be exported or lowered
+    │   └── QuantizedModelError  another quantizer's model holds something that a plan has no place for
     ├── BundleError          a bundle is corrupt, tampered, partial or from a newer schema
     │   ├── StorageError     a folder cannot be read or written here: disk, permissions, open files, a lock
     │   └── UntrustedEngine  machine code from elsewhere (trust=False), or not signed by whom it should be
@@ -111,6 +112,10 @@ class TrustWarning(DeployKitWarning):
 
 class ExportError(DeployKitError):
     """A graph could not be exported, quantized or lowered to a runtime's form."""
+
+
+class QuantizedModelError(ExportError):
+    """A model that another tool quantized, of which a quantization plan cannot be made."""
 
 
 class BundleError(DeployKitError):

@@ -129,7 +129,7 @@ def export(job: ExportJob, folder: Path, *, overwrite: bool = False, progress: P
             search=None if search is None else search.report,
             recipes=recipes,
         )
-        written = _write(result, staging, job.labels or job.backbone.labels)
+        written = write_reports(result, staging, job.labels or job.backbone.labels)
     if job.backend.is_code(written.manifest.engine):
         remember_engine(written.manifest)
     return written
@@ -219,7 +219,7 @@ def _speed(
     return report
 
 
-def _write(result: ExportResult, staging: Path, labels: tuple[str, ...] | None) -> ExportResult:
+def write_reports(result: ExportResult, staging: Path, labels: tuple[str, ...] | None) -> ExportResult:
     """Write the reports, the labels, and last the manifest with every file's digest."""
     result.parity.save(staging / PARITY_FILE)
     if result.search is not None:

@@ -217,12 +217,8 @@ def chosen_backbone(
         SpecError: a word that cannot be, or options that exclude each other.
     """
     chosen, source = choose_weights(name, backbone=backbone, pretrained=pretrained, weights=weights)
-    preprocessing = given(
-        mean=None if mean is None else numbers_of(mean, "--mean"),
-        std=None if std is None else numbers_of(std, "--std"),
-        interpolation=interpolation,
-        crop_pct=crop_pct,
-        crop_mode=crop_mode,
+    preprocessing = preprocessing_of(
+        mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct, crop_mode=crop_mode
     )
     options = given(
         pretrained=source,
@@ -237,9 +233,30 @@ def chosen_backbone(
         checkpoint_key=checkpoint_key,
         new_head=new_head or None,
         labels=labels,
-        preprocessing=preprocessing or None,
+        preprocessing=preprocessing,
     )
     return BackboneChoice(name=chosen, options=options)
+
+
+def preprocessing_of(
+    *,
+    mean: str | None,
+    std: str | None,
+    interpolation: str | None,
+    crop_pct: float | None,
+    crop_mode: str | None,
+) -> dict[str, Any] | None:
+    """Return the fields of `deploykit.spec.Preprocessing` that were given; None: none was."""
+    return (
+        given(
+            mean=None if mean is None else numbers_of(mean, "--mean"),
+            std=None if std is None else numbers_of(std, "--std"),
+            interpolation=interpolation,
+            crop_pct=crop_pct,
+            crop_mode=crop_mode,
+        )
+        or None
+    )
 
 
 def takes_backbone(command: Callable[..., None]) -> Callable[..., None]:

@@ -17,6 +17,7 @@ from deploykit.cli import (
     doctor,
     evaluate,
     export,
+    import_model,
     inspect,
     list,
     report,
@@ -46,6 +47,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("export", epilog=export.EXAMPLE, context_settings=_SETTINGS)(export.export)
+app.command("import", epilog=import_model.EXAMPLE, context_settings=_SETTINGS)(import_model.import_model)
 app.command("run", epilog=run.EXAMPLE, context_settings=_SETTINGS)(run.run)
 app.command("verify", epilog=verify.EXAMPLE, context_settings=_SETTINGS)(verify.verify)
 app.command("evaluate", epilog=evaluate.EXAMPLE, context_settings=_SETTINGS)(evaluate.evaluate)

@@ -20,7 +20,12 @@ DYNAMIC_OPERATORS = frozenset(("MatMul", "Gemm"))
 
 
 def quantize_products(model: ir.Model, plan: QuantizationPlan) -> QuantizationPlan:
-    """Quantize every planned MatMul and Gemm at each call, its weight as the plan has it."""
+    """Quantize every planned MatMul and Gemm at each call, its weight as the plan has it.
+
+    Those of another tool's plan have been quantized as the tool does it, with a range for all calls.
+    """
+    if plan.imported:
+        return plan
     graph = model.graph
     nodes = {node.name: node for node in graph if node.op_type in DYNAMIC_OPERATORS}
     for name, use in plan.placement.weights.items():

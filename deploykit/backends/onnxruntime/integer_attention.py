@@ -35,7 +35,9 @@ def quantize_attentions(model: ir.Model, plan: QuantizationPlan) -> Quantization
     Left to the standard operators: projections that two attentions read, and all that `match_attention`
     does not know.
     """
-    if replace_attentions(model, partial(_attend, plan=plan), lambda found: _is_integer(found, plan)):
+    if not plan.imported and replace_attentions(
+        model, partial(_attend, plan=plan), lambda found: _is_integer(found, plan)
+    ):
         model.graph.opset_imports.update({"": ATTENTION_OPSET, _DOMAIN: 1})
     return plan
 

@@ -1,0 +1,198 @@
+"""Models of other quantizers: their numbers, scales and integers, and what cannot be taken."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import QuantFormat, QuantType
+
+import deploykit
+from deploykit.backends.backend import resolve
+from deploykit.backends.table import load_backend
+from deploykit.calibration.ranges import ActivationRange
+from deploykit.errors import QuantizedModelError, SpecError
+from deploykit.export.import_quantized import import_quantized
+from deploykit.onnx_session import onnx_session
+from deploykit.parity.metrics import sqnr_db
+from tests.export.quantized_models import CLASSES, SIDE, images, network, quantize_static, with_channel_scales
+
+pytestmark = pytest.mark.filterwarnings("ignore::deploykit.errors.SaturationWarning")  # on some processors
+
+FORMS = {
+    "uint8": {"per_channel": True, "activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8},
+    "int8": {"activation_type": QuantType.QInt8, "weight_type": QuantType.QInt8},
+    "symmetric": {
+        "per_channel": True,
+        "activation_type": QuantType.QInt8,
+        "weight_type": QuantType.QInt8,
+        "extra_options": {"ActivationSymmetric": True, "DedicatedQDQPair": True},
+    },
+    "scalar uint8 weights": {
+        "activation_type": QuantType.QUInt8,
+        "weight_type": QuantType.QUInt8,
+        "extra_options": {"WeightSymmetric": True},
+    },
+}
+
+
+@pytest.fixture(scope="module", params=[*FORMS, "channels", "relu", "opset 13"])
+def source(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantized")
+    model = network("Relu") if request.param == "relu" else network(opset=13 if "13" in request.param else 21)
+    path = quantize_static(folder, model, **FORMS.get(request.param, FORMS["uint8"]))
+    return with_channel_scales(path, "expand") if request.param == "channels" else path
+
+
+@pytest.fixture(scope="module")
+def imported(source):
+    return import_quantized(source)
+
+
+def rendered(network, runtime):
+    """What a runtime's dialect makes of the plan, node by node."""
+    dialect = resolve(load_backend(runtime).dialect)
+    graph = dialect.render(network.master, dialect.keep_float(network.master.model, network.plan), images()).graph
+    session = onnx_session(graph.model, optimize=False)
+    return np.concatenate([session.run(["logits"], {"images": image[None]})[0] for image in images()])
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_dialect_gives_the_models_own_numbers(imported, runtime):
+    want = imported.outputs_of_source(images())["logits"]
+    assert want.shape == (8, CLASSES)
+    assert sqnr_db(want, rendered(imported, runtime)) > 35
+    assert len(imported.plan.placement.weights) == 7
+    assert imported.plan.placement.float_nodes == {}
+
+
+def test_integers_and_scales_are_those_of_the_file(source, imported):
+    model = onnx.load(source)
+    arrays = {each.name: numpy_helper.to_array(each) for each in model.graph.initializer}
+    nodes = {node.name: node for node in model.graph.node}
+    writers = {output: node for node in model.graph.node for output in node.output}
+    master = imported.master.model
+    for name, use in imported.plan.placement.weights.items():
+        dequantize = writers[nodes[name.partition("/")[0]].input[1]]
+        theirs = arrays[dequantize.input[0]].astype(np.int16)
+        theirs -= 128 if arrays[dequantize.input[0]].dtype == np.uint8 else 0
+        values = master.graph.initializers[use.weight].const_value.numpy()
+        integers, scales = imported.plan.integers_of(name, values, use.axis)
+        np.testing.assert_array_equal(integers, theirs)
+        if "channel_scale" not in arrays:
+            np.testing.assert_allclose(scales, np.broadcast_to(arrays[dequantize.input[1]], scales.shape), rtol=1e-6)
+    scale, zero = next(
+        (arrays[node.input[1]], arrays[node.input[2]])
+        for node in model.graph.node
+        if node.op_type == "QuantizeLinear" and node.input[0] == "images"
+    )
+    shift = 128 if zero.dtype == np.int8 else 0
+    assert imported.plan.range_of("images").affine() == (pytest.approx(float(scale), rel=1e-6), int(zero) + shift)
+
+
+def test_bundles_of_two_runtimes_give_the_models_numbers(tmp_path):
+    path = quantize_static(tmp_path, network(), **FORMS["uint8"])
+    found = import_quantized(path, labels=[f"class {index}" for index in range(CLASSES)])
+    want = found.outputs_of_source(images())["logits"]
+    for runtime in ("onnxruntime", "openvino"):
+        result = found.export(tmp_path / runtime, runtime=runtime, images=images(), min_sqnr_db=15)
+        assert result.status == "parity_checked"
+        assert result.parity.reference == "the model that was imported"
+        with deploykit.load_bundle(tmp_path / runtime) as engine:
+            own = np.concatenate([engine(image[None]) for image in images()])
+            assert engine.labels == tuple(f"class {index}" for index in range(CLASSES))
+        assert sqnr_db(want, own) > 15  # less than node by node where products saturate
+        assert deploykit.verify_bundle(tmp_path / runtime).passed
+
+
+def test_the_range_of_a_quantizer_gives_its_integers_back():
+    from deploykit.calibration.imported_plan import quantizer_range
+    from deploykit.calibration.strip_quantizers import TensorQuantizer
+
+    for zero in (0, 3, 128, 255):
+        scale = float(np.float32(0.0371))
+        assert quantizer_range(TensorQuantizer(scale=scale, zero_point=zero)).affine() == (pytest.approx(scale), zero)
+    assert quantizer_range(TensorQuantizer(scale=0.5, zero_point=128)).symmetric() == 0.5
+    assert isinstance(quantizer_range(TensorQuantizer(scale=0.5, zero_point=0)), ActivationRange)
+
+
+def test_a_clip_that_the_integers_made_needless_is_back_in_float(tmp_path):
+    """ONNX Runtime's quantizer removes a ReLU whose bounds are those of the integers behind it."""
+    path = quantize_static(tmp_path, network("Relu"), **FORMS["uint8"])
+    assert not [node for node in onnx.load(path).graph.node if node.op_type == "Relu"]
+    found = import_quantized(path)
+    assert sum(node.op_type == "Clip" for node in found.master.model.graph) == 4
+
+
+def changed(path, change):
+    model = onnx.load(path)
+    change(model)
+    onnx.save(model, path)
+    return path
+
+
+def test_what_cannot_be_taken_is_named(tmp_path):
+    with pytest.raises(QuantizedModelError, match="integer operators: stem_quant"):
+        import_quantized(quantize_static(tmp_path, network(), quant_format=QuantFormat.QOperator))
+    with pytest.raises(QuantizedModelError, match="UINT16"):
+        import_quantized(quantize_static(tmp_path, network(), activation_type=QuantType.QUInt16))
+    with pytest.raises(QuantizedModelError, match=r"stem\S*: its weight has zero points"):
+        import_quantized(
+            quantize_static(tmp_path, network(), weight_type=QuantType.QUInt8, activation_type=QuantType.QUInt8)
+        )
+    with pytest.raises(QuantizedModelError, match="no convolution or matrix product"):
+        path = tmp_path / "float.onnx"
+        onnx.save(network(), path)
+        import_quantized(path)
+    with pytest.raises(QuantizedModelError, match="cannot be read as ONNX"):
+        import_quantized(tmp_path / "nowhere.onnx")
+    (tmp_path / "junk.onnx").write_bytes(b"junk")
+    with pytest.raises(QuantizedModelError, match=r"junk\.onnx"):
+        import_quantized(tmp_path / "junk.onnx")
+
+
+def test_channel_scales_elsewhere_are_named(tmp_path):
+    path = quantize_static(tmp_path, network(), **FORMS["uint8"])
+    with_channel_scales(path, "depthwise")  # which a plain convolution reads
+    with pytest.raises(QuantizedModelError, match=r"depthwise one: depthwise"):
+        import_quantized(path)
+
+
+def test_graphs_of_other_shapes_are_named(tmp_path):
+    path = quantize_static(tmp_path, network(), **FORMS["uint8"])
+
+    def second_input(model):
+        model.graph.input.append(helper.make_tensor_value_info("other", TensorProto.FLOAT, [1, 3]))
+
+    def foreign(model):
+        model.opset_import.append(helper.make_opsetid("my.domain", 1))
+        model.graph.node[-1].domain = "my.domain"
+
+    for change, message in ((second_input, "expected one input"), (foreign, r"my\.domain")):
+        kept = path.read_bytes()
+        with pytest.raises(QuantizedModelError, match=message):
+            import_quantized(changed(path, change))
+        path.write_bytes(kept)
+    with pytest.raises(SpecError, match="6 labels"):
+        import_quantized(path, labels=list("abcdef"))
+    with pytest.raises(SpecError, match="takes no ONNX graphs"):
+        import_quantized(path).export(tmp_path / "bundle", runtime="torch_compile")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_the_command_writes_a_bundle(tmp_path):
+    from tests.cli.conftest import call
+
+    path = quantize_static(tmp_path, network(), **FORMS["uint8"])
+    np.save(tmp_path / "images.npy", images())
+    words = ("--runtime", "onnxruntime", "--images", tmp_path / "images.npy", "-o", tmp_path / "bundle")
+    done = call("import", path, *words, "--mean", "0.5,0.5,0.5", "--std", "0.5,0.5,0.5")
+    assert done.code == 0, done.err
+    assert "7 layers in integers, 0 in float." in done.out
+    assert "against the model that was imported" in " ".join(done.out.split())
+    with deploykit.load_bundle(tmp_path / "bundle") as engine:
+        assert engine.input_spec.preprocessing.mean == (0.5, 0.5, 0.5)
+        assert engine.input_spec.height == SIDE
+    refused = call("import", tmp_path / "images.npy", "--runtime", "onnxruntime")
+    assert (refused.code, "cannot be read as ONNX" in refused.err) == (1, True)
