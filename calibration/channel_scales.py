@@ -12,9 +12,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from deploykit.calibration.plan import add_constant
-from deploykit.calibration.quantize_weights import array_of
 from deploykit.calibration.strip_quantizers import Stripped, TensorQuantizer
 from deploykit.errors import QuantizedModelError
+from deploykit.onnx_values import array_of
 
 LEAST_SHARE = 1e-4
 """The smallest scale of a channel, as a share of the largest: that of a channel that is always zero means nothing."""
@@ -38,11 +38,16 @@ def fold_channel_scales(stripped: Stripped) -> None:
             continue
         writer, activation, readers = parts
         largest = np.float32(scales.max())
-        factors = largest / np.maximum(scales, largest * np.float32(LEAST_SHARE))
+        factors = np.asarray(largest / np.maximum(scales, largest * LEAST_SHARE), np.float32)
         _scale(stripped, writer, factors)
         for reader in readers:
-            shape = array_of(reader.inputs[1]).shape  # type: ignore[arg-type]  # a constant
-            _scale(stripped, reader, np.repeat(1 / factors, shape[0] // len(factors)), with_bias=False)
+            shape = array_of(reader.inputs[1]).shape
+            _scale(
+                stripped,
+                reader,
+                np.asarray(np.repeat(1 / factors, shape[0] // len(factors)), np.float32),
+                with_bias=False,
+            )
         if activation is not None and activation.op_type == "Clip":
             bound = add_constant(stripped.model.graph, f"{name}/bound", np.array(255 * largest, np.float32))
             activation.replace_input_with(2, bound)
@@ -86,7 +91,7 @@ def _scale(stripped: Stripped, conv: ir.Node, factors: ScaleArray, *, with_bias:
     weight = conv.inputs[1]
     assert weight is not None  # noqa: S101  (a convolution has a weight; narrows the type)
     old = stripped.weights.get(str(weight.name))
-    values = array_of(weight)
+    values: ScaleArray = np.asarray(array_of(weight), np.float32)
     shape = [-1] + [1] * (values.ndim - 1)
     scaled = add_constant(
         graph, f"{conv.name}/{weight.name}/scaled", (values * factors.reshape(shape)).astype(np.float32)
@@ -97,7 +102,7 @@ def _scale(stripped: Stripped, conv: ir.Node, factors: ScaleArray, *, with_bias:
     bias = conv.inputs[2] if len(conv.inputs) > 2 else None
     if with_bias and bias is not None:
         conv.replace_input_with(
-            2, add_constant(graph, f"{conv.name}/bias/scaled", (array_of(bias) * factors).astype(np.float32))
+            2, add_constant(graph, f"{conv.name}/bias/scaled", np.asarray(array_of(bias), np.float32) * factors)
         )
     for unread in (weight, *([bias] if bias is not None and with_bias else [])):
         if not unread.uses() and not unread.is_graph_output():

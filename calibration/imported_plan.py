@@ -10,11 +10,11 @@ import onnx_ir as ir
 
 from deploykit.calibration.placement import IntegerWeight, Placement, place
 from deploykit.calibration.plan import IMPORTED, QuantizationPlan, constants_digest
-from deploykit.calibration.quantize_weights import array_of
 from deploykit.calibration.ranges import ActivationRange
 from deploykit.calibration.rounded_weight import RoundedWeight
 from deploykit.calibration.strip_quantizers import KEEPS_RANGE, UINT8_ZERO, Stripped, TensorQuantizer, WeightQuantizer
 from deploykit.errors import QuantizedModelError
+from deploykit.onnx_values import array_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,9 @@ def plan_of(stripped: Stripped, digest: str) -> ImportedPlan:
     if problems:
         raise QuantizedModelError("\n".join(problems))
     weights = {
-        node: _rounded(use, stripped.weights[use.weight], array_of(model.graph.initializers[use.weight]))
+        node: _rounded(
+            use, stripped.weights[use.weight], np.asarray(array_of(model.graph.initializers[use.weight]), np.float32)
+        )
         for node, use in placement.weights.items()
     }
     plan = QuantizationPlan(

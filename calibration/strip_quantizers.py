@@ -14,8 +14,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from deploykit.calibration.plan import add_constant
-from deploykit.calibration.quantize_weights import array_of
 from deploykit.errors import QuantizedModelError
+from deploykit.onnx_values import array_of
 
 UINT8_ZERO = 128
 """What is added to int8 to make uint8 of it."""
@@ -312,8 +312,9 @@ def _check_types(graph: ir.Graph) -> None:
 
 
 def _check_pair(quantize: ir.Node, dequantize: ir.Node) -> None:
-    own, other = _parameters(quantize), _parameters(dequantize)
-    if not all(np.array_equal(a, b) for a, b in zip(own, other, strict=True)):
+    scale, zero_point = _parameters(quantize)
+    other_scale, other_zero_point = _parameters(dequantize)
+    if not np.array_equal(scale, other_scale) or not np.array_equal(zero_point, other_zero_point):
         raise QuantizedModelError(
             f"{quantize.name} and {dequantize.name} differ in scale or zero point: the integers are rescaled between "
             "them. Fix: quantize the float model in the Q/DQ format."

@@ -108,7 +108,7 @@ class ImportedNetwork:
             lower = _lowering(backend, target)
             manifest = self._manifest(backend, lower(rendered.graph, staging), rendered, precision, target)
             progress(StageStarted(name="parity"))
-            expected = self.outputs_of_source(compared_on)
+            expected = self.outputs_of_source(network_images(compared_on, self.input))
             parity, manifest = measure(
                 manifest,
                 staging,
@@ -197,7 +197,7 @@ def import_quantized(
 def _describe(source: ir.Model, taken: InputSpec, name: str) -> BackboneSpec:
     """Run a graph once to see what it gives, name its outputs by deploykit's convention, and describe them."""
     try:
-        found = _run(source, taken, np.zeros((graph_batch(source), *taken.shape[1:]), np.float32))  # type: ignore[arg-type]
+        found = _run(source, taken, np.zeros((graph_batch(source), *taken.shape[1:]), np.float32))
     except Exception as error:  # the runtime raises classes of its own
         raise QuantizedModelError(
             f"the graph does not run on one batch of zeros ({plain_reason(error)}). Fix: check the file with "
