@@ -76,7 +76,7 @@ def wrong_in_runtime(
             return node, problem
         if time.monotonic() > until:
             return None
-    source = {str(model.graph.inputs[0].name): batch}
+    source: Arrays = {str(model.graph.inputs[0].name): batch}
     return _bisected(model, nodes, lambda part: find_problem(part, source, min_sqnr_db))
 
 
