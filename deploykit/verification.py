@@ -25,6 +25,7 @@ from deploykit.processor import machine_key
 
 if TYPE_CHECKING:
     from deploykit.calibration.images import CalibrationSource
+    from deploykit.parity.budget import Budget
 
 MOST_IMAGES = 64
 """How many of the user's images are used, evenly spaced."""
@@ -37,6 +38,7 @@ def verify_bundle(
     record: bool = False,
     images: CalibrationSource | None = None,
     reference: str | os.PathLike[str] | None = None,
+    budget: Budget | None = None,
     threads: int | None = None,
     trust: bool | None = None,
     signed_by: str | os.PathLike[str] | None = None,
@@ -59,6 +61,7 @@ def verify_bundle(
             compared on them, and without it answers are looked for that do not follow the images.
         reference: another bundle of the same network, such as its FP32 one, to compare with; on the bundle's own
             images where none are given.
+        budget: other limits than those that the bundle was exported with; ``record`` keeps to the bundle's.
         threads: see `load_bundle`.
         trust: see `load_bundle`.
         signed_by: see `load_bundle`; holds for the reference too.
@@ -73,20 +76,22 @@ def verify_bundle(
         seen_on = model.seen_on()
         verification = Verification(model)
         report = verification.report()
+        held = report if budget is None else budget.hold(report, verification.exported())
         own = None if images is None else verification.user_images(images)
         if reference is not None:
             options: dict[str, Any] = {"device": device, "threads": threads, "trust": trust, "signed_by": signed_by}
             with load_bundle(reference, **options) as other:
                 further = verification.report_against(other, path_of(reference), own, report)
-            report = replace(report, further=(further,))
+            report, held = (replace(each, further=(further,)) for each in (report, held))
         elif own is not None:
-            report = replace(report, further=(verification.report_answers(own),))
+            answers = verification.report_answers(own)
+            report, held = (replace(each, further=(answers,)) for each in (report, held))
         baseline = verification.measure() if record and report.passed and verification.baseline is None else None
     if record:
         status: Status = "parity_checked" if report.passed else "executed"
         add = (lambda staging: baseline.save(staging / BASELINE_FILE)) if baseline is not None else _add_nothing
         record_status(path, model.manifest, status, seen_on, add)
-    return report
+    return held
 
 
 def _add_nothing(staging: Path) -> None:
@@ -156,6 +161,11 @@ class Verification:
         expected = {level.name: _together(level, its, other.precision.min_sqnr_db) for level in own.levels}
         levels = compare_engines(self.run, lambda batch: run_in_batches(other, batch), chosen, expected)
         return self._report(f"{other.runtime} {other.precision.name} of {folder}", len(chosen), levels)
+
+    def exported(self) -> ParityReport | None:
+        """Return what the bundle says that its engine gave when it was exported; None where it does not."""
+        carried = PARITY_FILE in self.model.manifest.files
+        return ParityReport.load(self.model.read_file(PARITY_FILE)) if carried else None
 
     def measure(self) -> Baseline:
         """Measure what the engine gives here, for a bundle that does not carry it."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypedDict
 
 import typer
 
 from deploykit.backends.table import EVALUATOR
 from deploykit.cli.output import (
-    BundleArgument,
     DeviceOption,
     JsonFlag,
     SignedByOption,
@@ -21,6 +20,10 @@ from deploykit.cli.output import (
     show_warning,
 )
 from deploykit.errors import BundleError, DeployKitError, DeviceUnavailable, SpecError
+
+if TYPE_CHECKING:
+    from deploykit.parity.budget import Budget
+    from deploykit.parity.report import ParityReport
 
 EXAMPLE = f"Example: deploykit verify resnet18-{EVALUATOR}-fp32"
 
@@ -57,8 +60,35 @@ ReferenceOption = Annotated[
 ]
 
 
+MinSqnrOption = Annotated[
+    float | None,
+    typer.Option(
+        "--min-sqnr-db", metavar="DB", help="What every output must reach.", show_default="as the bundle was exported"
+    ),
+]
+
+
+MinAgreementOption = Annotated[
+    float | None,
+    typer.Option(
+        "--min-top1-agreement",
+        metavar="SHARE",
+        help="The share of images, 0 to 1, that must get torch's class.",
+        show_default="as the bundle was exported",
+    ),
+]
+
+
+MaxDropOption = Annotated[
+    float | None,
+    typer.Option(
+        "--max-drop-db", metavar="DB", help="How much farther from torch than when exported an output may be."
+    ),
+]
+
+
 def verify(
-    bundle: BundleArgument,
+    bundles: Annotated[list[str], typer.Argument(metavar="BUNDLE...", help="Folders that `deploykit export` wrote.")],
     *,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
@@ -67,55 +97,92 @@ def verify(
     record: RecordFlag = False,
     images: ImagesOption = None,
     reference: ReferenceOption = None,
+    min_sqnr_db: MinSqnrOption = None,
+    min_top1_agreement: MinAgreementOption = None,
+    max_drop_db: MaxDropOption = None,
     debug: DebugFlag = False,
     json: JsonFlag = False,
 ) -> None:
     """Check every file of a bundle, run its engine, and compare with torch's outputs and with its own of the export.
 
-    Needs no torch and no weights (--debug needs the extras export and debug). Exit code 0: whole and within
-    the budget; 1: not.
+    Needs no torch and no weights (--debug needs the extras export and debug). Exit code 0: every bundle is whole and
+    within the budget; 1: not.
     """
+    from deploykit.parity.budget import Budget
+
+    budget = Budget(min_sqnr_db=min_sqnr_db, min_top1_agreement=min_top1_agreement, max_drop_db=max_drop_db)
+    options: VerifyOptions = {
+        "device": device,
+        "record": record,
+        "images": images or None,
+        "reference": reference,
+        "budget": budget,
+        "threads": threads,
+        "trust": trust,
+        "signed_by": signed_by,
+    }
+    results = [_verify(bundle, options, debug=debug, quiet=json) for bundle in bundles]
+    passed = all(result["passed"] for result in results)
+    if json:
+        show_json(results[0] if len(results) == 1 else {"passed": passed, "bundles": results})
+    elif len(results) > 1:
+        failed = [str(result["bundle"]) for result in results if not result["passed"]]
+        show(f"{len(results) - len(failed)} of {len(results)} bundles passed{_list(failed)}.")
+    if not passed:
+        raise typer.Exit(1)
+
+
+class VerifyOptions(TypedDict):
+    """What `deploykit.verification.verify_bundle` is asked beside the bundle."""
+
+    device: str
+    record: bool
+    images: list[str] | None
+    reference: str | None
+    budget: Budget
+    threads: int | None
+    trust: bool | None
+    signed_by: str | None
+
+
+def _list(failed: list[str]) -> str:
+    return f"; not {', '.join(failed)}" if failed else ""
+
+
+def _verify(bundle: str, options: VerifyOptions, *, debug: bool, quiet: bool) -> dict[str, object]:
+    """Verify one bundle; show what was found, unless ``quiet``, and return it for JSON."""
     from deploykit.verification import verify_bundle
 
     try:
-        report = verify_bundle(
-            *(bundle,),
-            device=device,
-            record=record,
-            images=images or None,
-            reference=reference,
-            threads=threads,
-            trust=trust,
-            signed_by=signed_by,
-        )
+        report = verify_bundle(bundle, **options)
     except SpecError:
         raise
     except DeployKitError as error:
         message = _explain(bundle, error)
-        if json:
-            show_json({"bundle": bundle, "passed": False, "error": type(error).__name__, "message": message})
         show_error(message)
         if debug and not isinstance(error, BundleError):
             _reduce(bundle)
-        raise typer.Exit(1) from error
-    if json:
-        show_json({"bundle": bundle, "passed": report.passed, "report": report})
-    else:
-        for each in (report, *report.further):
-            show(each.render())
-        show(*(f"{level.name}: {'; '.join(level.faults)}" for level in report.failures() if level.faults))
-        if report.passed:
-            show(f"{bundle} is whole and within its budget.", _next(bundle))
-        else:
-            names = ", ".join(level.name for level in report.failures()) or "no level was compared"
-            show(
-                f"{bundle} is whole, and OUTSIDE its budget: {names}.",
-                f"Next: deploykit inspect {bundle} shows what it gave when it was exported.",
-            )
-    if not report.passed:
-        if debug:
-            _reduce(bundle)
-        raise typer.Exit(1)
+        return {"bundle": bundle, "passed": False, "error": type(error).__name__, "message": message}
+    if not quiet:
+        _show(bundle, report)
+    if debug and not report.passed:
+        _reduce(bundle)
+    return {"bundle": bundle, "passed": report.passed, "report": report}
+
+
+def _show(bundle: str, report: ParityReport) -> None:
+    for each in (report, *report.further):
+        show(each.render())
+    show(*(f"{level.name}: {'; '.join(level.faults)}" for level in report.failures() if level.faults))
+    show(*(f"note: {note}." for note in report.notes()))
+    if report.passed:
+        show(f"{bundle} is whole and within its budget.", _next(bundle))
+        return
+    names = ", ".join(level.name for level in report.failures()) or "no level was compared"
+    show(
+        f"{bundle} is whole, and OUTSIDE its budget: {names}.",
+        f"Next: deploykit inspect {bundle} shows what it gave when it was exported.",
+    )
 
 
 def _next(bundle: str) -> str:

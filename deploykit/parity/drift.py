@@ -86,7 +86,7 @@ def with_drift(levels: tuple[LevelParity, ...], drift: Mapping[str, LevelDrift])
                 level,
                 agreement_db=own.agreement_db,
                 min_agreement_db=own.min_agreement_db,
-                faults=own.faults,
+                faults=(*level.faults, *own.faults),
                 passed=level.passed and not own.faults,
             )
         )

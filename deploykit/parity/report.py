@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from deploykit.errors import BundleError, ParityError
+from deploykit.parity.interval import Interval, wilson
 from deploykit.printable import printable
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ MAX_SQNR_DB = 300.0
 
 MAX_RELATIVE_L2 = 1e15
 """The relative L2 of -300 dB, stored for a broken level."""
+
+NEAR_DB = 1.0
+"""A level that passes by less than this is said to be near its budget."""
 
 MAX_MAX_ABS = 3.4028234663852886e38
 """float32's largest value, stored as the max-abs of a level with NaN or infinity."""
@@ -138,7 +142,8 @@ class ParityReport:
 
         title = f"{self.runtime} {self.runtime_version} {self.precision} against {self.reference}"
         table = Table(
-            title=Text(printable(title), style="italic"), caption=f"{self.images} images; budget {self._budget()}"
+            title=Text(printable(title), style="italic"),
+            caption=f"{self.images} images; budget {self._budget()}{self._interval()}",
         )
         elsewhere = any(level.measured_on != "engine" for level in self.levels)
         agreement = any(level.top1_agreement is not None for level in self.levels)
@@ -158,6 +163,29 @@ class ParityReport:
             verdict = Text("pass", style="green") if level.passed else Text("FAIL", style="red")
             table.add_row(*map(Text, row), verdict)
         return table
+
+    def notes(self) -> list[str]:
+        """Say which levels passed by so little that other images could decide otherwise."""
+        found = []
+        for level in (each for each in self.levels if each.passed):
+            if level.sqnr_db < self.min_sqnr_db + NEAR_DB:
+                found.append(f"{level.name}: {level.sqnr_db:.1f} dB, near its budget of {self.min_sqnr_db:g} dB")
+            gate, agreement = self.min_top1_agreement, level.top1_agreement
+            if gate is not None and agreement is not None and self._of(agreement).low < gate:
+                found.append(
+                    f"{level.name}: top-1 agreement {self._of(agreement)} on {self.images} images, of {gate:.1%}"
+                )
+        return found + [note for report in self.further for note in report.notes()]
+
+    def _of(self, agreement: float) -> Interval:
+        return wilson(round(agreement * self.images), self.images)
+
+    def _interval(self) -> str:
+        shares = [level.top1_agreement for level in self.levels if level.top1_agreement is not None]
+        if not shares or self.images < 1:
+            return ""
+        found = self._of(shares[-1])
+        return f"\n95% interval of top-1: {found.low:.1%} to {found.high:.1%}"
 
     def _budget(self) -> str:
         gate = "" if self.min_top1_agreement is None else f", top-1 agreement {self.min_top1_agreement:.1%}"

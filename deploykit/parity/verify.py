@@ -13,6 +13,7 @@ import numpy.typing as npt
 from deploykit.errors import SpecError
 from deploykit.parity.baseline import CHUNK, Baseline, FloatArray, LevelBaseline, Run, gain, sampled
 from deploykit.parity.compare import LOGITS, ParityAccumulator, compare
+from deploykit.parity.dead import dead_outputs
 from deploykit.parity.drift import NAMED_CLASSES, RESPONSE_DB, find_drift, response_fault, with_drift
 from deploykit.parity.metrics import sqnr_db
 from deploykit.parity.probes import ImageArray, noisy_images
@@ -59,11 +60,17 @@ def verify_levels(
     """
     order = generator.permutation(len(images))
     accumulator = ParityAccumulator(logits=reference.logits)
+    dead: dict[str, str] = {}
     for start in range(0, len(order), CHUNK):
         chosen = order[start : start + CHUNK]
         expected = {name: values[chosen] for name, values in reference.expected.items()}
-        accumulator.update(expected, reference.sample(run(images[chosen])))
+        found = reference.sample(run(images[chosen]))
+        accumulator.update(expected, found)
+        dead = dead_outputs(expected, found) | dead
     levels = accumulator.result(min_sqnr_db=precision.min_sqnr_db, min_top1_agreement=precision.min_top1_agreement)
+    levels = tuple(
+        replace(level, faults=(dead[level.name],), passed=False) if level.name in dead else level for level in levels
+    )
     if baseline is None:
         return levels
     return with_drift(levels, find_drift(run, images, baseline, machine, generator))
