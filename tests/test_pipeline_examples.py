@@ -24,14 +24,14 @@ RELEASE = ROOT / "tests" / "data" / "bundles-0.1.0" / "onnxruntime-int8"
 COMMAND = f"{sys.executable} -m deploykit"
 
 
-def drifted(folder: Path) -> Path:
+def drifted(folder: Path, factor: float = 1.1) -> Path:
     """The release's bundle with one scale a tenth larger: still within its own budget."""
     shutil.copytree(RELEASE, folder)
     model = onnx.load(folder / "model.onnx")
     scales = {name for node in model.graph.node if node.op_type == "DequantizeLinear" for name in node.input[1:2]}
     weights = [each for each in model.graph.initializer if each.name in scales and each.dims]
     weights[-1].CopyFrom(
-        numpy_helper.from_array(numpy_helper.to_array(weights[-1]) * np.float32(1.1), weights[-1].name)
+        numpy_helper.from_array(numpy_helper.to_array(weights[-1]) * np.float32(factor), weights[-1].name)
     )
     onnx.save(model, folder / "model.onnx")
     manifest = read_manifest(folder)

@@ -19,6 +19,7 @@ from deploykit.cli.output import (
     show_json,
     show_warning,
 )
+from deploykit.cli.verify_layers import show_layers, walk_layers
 from deploykit.errors import BundleError, DeployKitError, DeviceUnavailable, SpecError
 
 if TYPE_CHECKING:
@@ -87,6 +88,16 @@ MaxDropOption = Annotated[
 ]
 
 
+LayersFlag = Annotated[
+    bool,
+    typer.Option(
+        "--layers",
+        help="Also walk the layers of an engine that is an ONNX graph, beside those of --reference, or of itself with "
+        "its activations in float, and name the culprit (needs the extra export).",
+    ),
+]
+
+
 def verify(
     bundles: Annotated[list[str], typer.Argument(metavar="BUNDLE...", help="Folders that `deploykit export` wrote.")],
     *,
@@ -100,6 +111,7 @@ def verify(
     min_sqnr_db: MinSqnrOption = None,
     min_top1_agreement: MinAgreementOption = None,
     max_drop_db: MaxDropOption = None,
+    layers: LayersFlag = False,
     debug: DebugFlag = False,
     json: JsonFlag = False,
 ) -> None:
@@ -121,7 +133,7 @@ def verify(
         "trust": trust,
         "signed_by": signed_by,
     }
-    results = [_verify(bundle, options, debug=debug, quiet=json) for bundle in bundles]
+    results = [_verify(bundle, options, layers=layers, debug=debug, quiet=json) for bundle in bundles]
     passed = all(result["passed"] for result in results)
     if json:
         show_json(results[0] if len(results) == 1 else {"passed": passed, "bundles": results})
@@ -149,7 +161,7 @@ def _list(failed: list[str]) -> str:
     return f"; not {', '.join(failed)}" if failed else ""
 
 
-def _verify(bundle: str, options: VerifyOptions, *, debug: bool, quiet: bool) -> dict[str, object]:
+def _verify(bundle: str, options: VerifyOptions, *, layers: bool, debug: bool, quiet: bool) -> dict[str, object]:
     """Verify one bundle; show what was found, unless ``quiet``, and return it for JSON."""
     from deploykit.verification import verify_bundle
 
@@ -165,9 +177,15 @@ def _verify(bundle: str, options: VerifyOptions, *, debug: bool, quiet: bool) ->
         return {"bundle": bundle, "passed": False, "error": type(error).__name__, "message": message}
     if not quiet:
         _show(bundle, report)
+    result: dict[str, object] = {"bundle": bundle, "passed": report.passed, "report": report}
+    if layers:
+        found = walk_layers(bundle, options["reference"])
+        result |= {"layers": found, "culprit": found.culprit}
+        if not quiet:
+            show_layers(bundle, found)
     if debug and not report.passed:
         _reduce(bundle)
-    return {"bundle": bundle, "passed": report.passed, "report": report}
+    return result
 
 
 def _show(bundle: str, report: ParityReport) -> None:

@@ -1,0 +1,102 @@
+"""Walk the layers of a bundle's engine, beside those of another bundle or of itself in float."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import onnx_ir as ir
+
+from deploykit.backends.engine_file import EngineFile
+from deploykit.backends.onnx_external import load_external_data
+from deploykit.backends.table import engine_names, load_backend
+from deploykit.bundle import open_bundle
+from deploykit.errors import SpecError
+from deploykit.export.layers import SAME_DB, LayerReport, compare_layers
+from deploykit.manifest import Manifest
+from deploykit.parity.reference import REFERENCE_FILE, ParityReference
+
+PLAN_FILES = ("quantization-plan.json", "quantization-plan.npz")
+EQUALIZED = "equalize-channels"
+
+
+def bundle_layers(folder: Path, reference: Path | None = None, *, reproducer: Path | None = None) -> LayerReport:
+    """Return each layer's own error and the whole network's, on the bundle's images.
+
+    Args:
+        folder: the bundle.
+        reference: a bundle of the same backbone that holds an ONNX graph, such as the last release's. With the same
+            precision and plan every layer must give the same, and the first that does not is the culprit; with
+            another precision, the layer with the largest own error is. None: the engine itself with its activations in
+            float.
+        reproducer: where to write a culprit that gives something else than the same, see `compare_layers`.
+
+    Raises:
+        SpecError: a bundle that holds no ONNX graph, of another network, or equalized otherwise.
+        BundleError: a bundle is damaged.
+    """
+    manifest = open_bundle(folder)
+    model, images = engine_graph(folder, manifest)
+    other = None if reference is None else open_bundle(reference)
+    if reference is None or other is None:
+        return compare_layers(model, images, modules=_modules(folder, manifest))
+    _check_pair(manifest, other)
+    same = manifest.precision == other.precision and all(
+        manifest.files.get(name) == other.files.get(name) for name in PLAN_FILES
+    )
+    return compare_layers(
+        model,
+        images,
+        reference=engine_graph(reference, other)[0],
+        reference_name=f"{other.runtime} {other.precision} of {reference}",
+        min_own_db=SAME_DB if same else None,
+        modules=_modules(folder, manifest),
+        reproducer=reproducer,
+    )
+
+
+def engine_graph(folder: Path, manifest: Manifest) -> tuple[ir.Model, Any]:
+    """Return the graph of a bundle with its weights, and the images as it takes them.
+
+    Raises:
+        SpecError: the engine is no ONNX graph.
+    """
+    if not manifest.engine.endswith(".onnx"):
+        readable = [name for name in engine_names() if load_backend(name).source == "onnx" and load_backend(name).debug]
+        raise SpecError(
+            f"{folder} holds {manifest.engine}, whose layers cannot be read; expected an ONNX graph. Fix: export the "
+            f"same backbone for one of {', '.join(readable)}, and look at that."
+        )
+    with closing(EngineFile(manifest, folder)) as engine:
+        load_external_data(engine)
+        model = ir.load(Path(str(engine)))
+        for value in model.graph.initializers.values():  # the file is gone after this
+            if value.const_value is not None:
+                value.const_value = ir.tensor(value.const_value.numpy().copy(), name=value.name)
+        reference = ParityReference.load(engine.read_beside(REFERENCE_FILE))
+    return model, reference.images.astype(manifest.input.dtype, copy=False)
+
+
+def _check_pair(manifest: Manifest, other: Manifest) -> None:
+    if (manifest.backbone.name, manifest.input.shape[1:]) != (other.backbone.name, other.input.shape[1:]):
+        raise SpecError(
+            f"the reference is {other.backbone.name} {other.input.shape[1:]} and the bundle {manifest.backbone.name} "
+            f"{manifest.input.shape[1:]}. Fix: give a reference of the same backbone and image size."
+        )
+    if manifest.fusions.get(EQUALIZED, 0) != other.fusions.get(EQUALIZED, 0):
+        raise SpecError(
+            "the channels of one of the two bundles were scaled against each other before it was quantized, so that "
+            "their tensors do not correspond. Fix: give a reference of the same precision, or none."
+        )
+
+
+def _modules(folder: Path, manifest: Manifest) -> dict[str, str]:
+    """Return the path in torch of each quantized node's weights."""
+    if PLAN_FILES[0] not in manifest.files:
+        return {}
+    plan = msgspec.json.decode((folder / PLAN_FILES[0]).read_bytes(), type=dict[str, Any])
+    weights = plan["placement"]["weights"]
+    paths = {node: str(entry["weight"]).removeprefix("backbone.") for node, entry in weights.items()}
+    return {node: path.removesuffix(".weight") for node, path in paths.items()}

@@ -1,0 +1,135 @@
+"""The walk over layers: a fault is named where it is, whatever the layers after it inherit."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from deploykit.bundle import read_manifest, write_manifest
+from deploykit.errors import SpecError
+from deploykit.export.bundle_layers import bundle_layers
+from deploykit.export.layers import compare_layers, without_activation_quantizers
+from tests.cli.conftest import call
+from tests.test_pipeline_examples import drifted as with_drift
+
+BUNDLES = Path(__file__).parent.parent / "data" / "bundles-0.1.0"
+INT8 = BUNDLES / "onnxruntime-int8"
+IMAGES = np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)
+
+
+def network(**changes) -> ir.Model:
+    """Four convolutions with a residual; ``changes`` is a weight's factor by its name, or ``drop="relu"``."""
+    generator = np.random.default_rng(1)
+    nodes, weights, source = [], [], "images"
+    for index in range(4):
+        name = f"conv{index}"
+        weight = generator.standard_normal((3, 3, 3, 3)).astype(np.float32) / 5
+        weights.append(numpy_helper.from_array(weight * np.float32(changes.get(name, 1)), f"{name}.weight"))
+        nodes.append(helper.make_node("Conv", [source, f"{name}.weight"], [name], f"node_{name}", pads=[1] * 4))
+        source = name
+        if index == 1 and changes.get("drop") != "relu":
+            nodes.append(helper.make_node("Relu", [name], ["relu"], "node_relu"))
+            source = "relu"
+    nodes.append(helper.make_node("Add", ["conv3", "conv0"], ["out"], "node_add"))
+    shape = [2, 3, 8, 8]
+    graph = helper.make_graph(
+        nodes,
+        "network",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, shape)],
+        weights,
+    )
+    return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9))
+
+
+@pytest.mark.parametrize("fault", [1.01, -1.0, 0.0])
+@pytest.mark.parametrize("name", ["conv0", "conv2", "conv3"])
+def test_a_wrong_weight_is_found_at_its_node(name, fault):
+    report = compare_layers(network(**{name: fault}), IMAGES, reference=network(), min_own_db=60)
+    wrong = [layer.tensor for layer in report.layers if layer.own_db < 300]
+    assert wrong == [name]
+    assert (report.culprit.node, report.culprit.module) == (f"node_{name}", name)
+    inherited = {layer.tensor: layer.whole_db for layer in report.layers}
+    assert inherited["out"] < 60
+
+
+def test_an_activation_that_is_gone_is_named_and_found_at_its_reader():
+    report = compare_layers(network(drop="relu"), IMAGES, reference=network(), min_own_db=60)
+    assert report.culprit.node == "node_conv2"
+    assert (report.only_reference, report.only_candidate) == ({"Relu": 1}, {})
+
+
+def test_equal_graphs_have_no_culprit():
+    report = compare_layers(network(), IMAGES, reference=network(), min_own_db=60)
+    assert report.culprit is None
+    assert {layer.own_db for layer in report.layers} == {300.0}
+
+
+def test_graphs_that_share_no_name_are_refused():
+    other = network()
+    for node in other.graph:
+        node.outputs[0].name = f"other_{node.outputs[0].name}"
+    with pytest.raises(SpecError, match="name no tensor alike"):
+        compare_layers(network(), IMAGES, reference=other)
+
+
+def test_without_quantizers_there_is_nothing_to_leave_out():
+    with pytest.raises(SpecError, match="quantizes no activations"):
+        without_activation_quantizers(network())
+
+
+def test_a_quantized_engine_is_compared_with_itself_in_float():
+    report = bundle_layers(INT8)
+    assert report.min_own_db is None
+    assert report.culprit.own_db == min(layer.own_db for layer in report.layers)
+    assert 20 < report.culprit.own_db < 80
+    assert any(layer.quantizer and "zero point" in layer.quantizer for layer in report.layers)
+    assert any(layer.module for layer in report.layers)
+
+
+@pytest.fixture
+def drifted(tmp_path) -> tuple[Path, str]:
+    """The INT8 bundle with one weight's scale one percent larger, and the node that reads it."""
+    folder = with_drift(tmp_path / "drifted", 1.01)
+    before, after = (onnx.load(each / "model.onnx") for each in (INT8, folder))
+    (name,) = (
+        a.name
+        for a, b in zip(before.graph.initializer, after.graph.initializer, strict=True)
+        if a.raw_data != b.raw_data
+    )
+    (restored,) = (node.output[0] for node in after.graph.node if name in node.input)
+    (reader,) = (node.name for node in after.graph.node if restored in node.input)
+    return folder, reader
+
+
+def test_one_percent_of_an_int8_weight_is_found_beside_the_release(drifted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder, reader = drifted
+    done = call("verify", folder, "--layers", "--reference", INT8, "--json")
+    found = done.json()
+    assert found["culprit"]["node"] == reader
+    assert sum(layer["own_db"] < 60 for layer in found["layers"]["layers"]) == 1
+    arrays = np.load(tmp_path / "drifted-culprit.npz", allow_pickle=False)
+    alone = onnx.load(tmp_path / "drifted-culprit.onnx")
+    assert {f"input/{value.name}" for value in alone.graph.input} == set(arrays.files) - {"expected"}
+    text = call("verify", folder, "--layers", "--reference", INT8)
+    assert f"The first culprit is {reader}" in text.out
+
+
+def test_what_cannot_be_walked_is_refused(tmp_path):
+    with pytest.raises(SpecError, match=r"holds model\.xml, whose layers cannot be read"):
+        bundle_layers(BUNDLES / "openvino-int8")
+    other = shutil.copytree(INT8, tmp_path / "other")
+    manifest = read_manifest(other)
+    for name in ("manifest.json", "manifest.sha256"):
+        (other / name).unlink()
+    write_manifest(other, dataclasses.replace(manifest, fusions={"equalize-channels": 3}))
+    with pytest.raises(SpecError, match="do not correspond"):
+        bundle_layers(INT8, other)
