@@ -15,6 +15,7 @@ from deploykit.changes.sides import Side, read_side
 from deploykit.errors import DeviceUnavailable, IncompatibleEngine, MissingDependency
 from deploykit.facade import load_bundle
 from deploykit.parity.report import LevelParity, ParityReport
+from deploykit.reports.errors import ErrorApart, errors_apart
 from deploykit.timing import time_calls
 from deploykit.verification import Verification
 
@@ -69,9 +70,15 @@ class BundleFacts:
         return min((level.sqnr_db for level in self.levels if level.name in outputs), default=None)
 
 
-def collect(
-    folders: Sequence[Path], *, run: bool, device: str, threads: int | None, trust: bool | None
-) -> tuple[BundleFacts, ...]:
+@dataclass(frozen=True, kw_only=True)
+class Collected:
+    """The bundles of a report, and the errors between them."""
+
+    bundles: tuple[BundleFacts, ...]
+    errors: tuple[ErrorApart, ...] = ()
+
+
+def collect(folders: Sequence[Path], *, run: bool, device: str, threads: int | None, trust: bool | None) -> Collected:
     """Read bundles, and run those that can run here: on their own images, and timed in turns.
 
     Raises:
@@ -80,7 +87,7 @@ def collect(
     names = _names(folders)
     facts = [BundleFacts(name=name, side=read_side(folder)) for name, folder in zip(names, folders, strict=True)]
     if not run:
-        return tuple(replace(each, not_run="not asked for") for each in facts)
+        return Collected(bundles=tuple(replace(each, not_run="not asked for") for each in facts))
     with ExitStack() as stack:
         models: dict[int, Runtime] = {}
         for place, each in enumerate(facts):
@@ -92,7 +99,8 @@ def collect(
             models[place] = stack.enter_context(model)
             facts[place] = _verified(each, model)
         _time(facts, models)
-    return tuple(facts)
+        errors = errors_apart({facts[place].name: model for place, model in models.items()})
+    return Collected(bundles=tuple(facts), errors=errors)
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -9,7 +9,8 @@ from typing import Any
 from deploykit.changes.plans import range_text
 from deploykit.parity.interval import wilson
 from deploykit.parity.report import MAX_SQNR_DB, LevelParity
-from deploykit.reports.facts import BundleFacts
+from deploykit.reports.errors import ErrorApart
+from deploykit.reports.facts import BundleFacts, Collected
 
 NOISIEST = 10
 SHOWN_FLOAT = 12
@@ -35,10 +36,13 @@ class Section:
     bundle: str | None = None
 
 
-def sections(facts: Sequence[BundleFacts]) -> Iterator[Section]:
+def sections(collected: Collected) -> Iterator[Section]:
     """Yield the report's sections: all bundles side by side, then each on its own."""
+    facts = collected.bundles
     yield _summary(facts)
     yield _levels(facts)
+    if collected.errors:
+        yield _errors(collected.errors)
     if sum(each.latency_ms is not None for each in facts) > 1:
         text = "Medians of calls in turns on this machine; left and high is better."
         yield Section(title="Latency against accuracy", text=text, drawing="latency")
@@ -105,6 +109,16 @@ def _level_text(level: LevelParity | None) -> str:
     if level is None:
         return ""
     return f"{decibels(level.sqnr_db)}{'' if level.measured_on == 'engine' else ' *'}{'' if level.passed else ' FAIL'}"
+
+
+def _errors(errors: Sequence[ErrorApart]) -> Section:
+    text = (
+        "Conversion: a runtime's FP32 against torch. Quantization: a lower precision against FP32 in one runtime. "
+        "Runtime: INT8 of one calibration in two runtimes. On the same images, in dB."
+    )
+    rows = tuple((each.kind, each.bundle, each.against, each.level, decibels(each.sqnr_db)) for each in errors)
+    table = Table(columns=("error", "bundle", "against", "output", "SQNR dB"), rows=rows, right=frozenset((4,)))
+    return Section(title="Three errors apart", text=text, table=table)
 
 
 def _own(facts: BundleFacts) -> Iterator[Section]:

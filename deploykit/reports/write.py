@@ -11,7 +11,7 @@ from deploykit.errors import SpecError
 from deploykit.manifest import own_version
 from deploykit.names import path_of
 from deploykit.places import storage_error
-from deploykit.reports.facts import BundleFacts, collect
+from deploykit.reports.facts import BundleFacts, Collected, collect
 from deploykit.reports.html_page import html_page
 from deploykit.reports.markdown_page import markdown_page
 from deploykit.reports.sections import sections
@@ -54,20 +54,21 @@ def write_report(
         raise SpecError(f"the report {path} is neither .html nor .md. Fix: give the file one of these endings.")
     if not 1 <= len(folders) <= MOST_BUNDLES:
         raise SpecError(f"{len(folders)} bundles were given; expected 1 to {MOST_BUNDLES}.")
-    facts = collect(folders, run=run, device=device, threads=threads, trust=trust)
-    _replace(path, _page(facts, html=path.suffix.lower() == ".html"))
-    return facts
+    collected = collect(folders, run=run, device=device, threads=threads, trust=trust)
+    _replace(path, _page(collected, html=path.suffix.lower() == ".html"))
+    return collected.bundles
 
 
-def _page(facts: Sequence[BundleFacts], *, html: bool) -> str:
+def _page(collected: Collected, *, html: bool) -> str:
+    facts = collected.bundles
     names = list(dict.fromkeys(each.side.manifest.backbone.name for each in facts))
     title = f"Parity of {', '.join(names)}"
     footer = f"Written by deploykit {own_version().get('deploykit', '')}".strip() + "."
     if not html:
-        return markdown_page(title, sections(facts), footer)
+        return markdown_page(title, sections(collected), footer)
     from deploykit.reports.drawings import draw_all
 
-    return html_page(title, sections(facts), draw_all(facts), footer)
+    return html_page(title, sections(collected), draw_all(facts), footer)
 
 
 def _replace(path: Path, text: str) -> None:

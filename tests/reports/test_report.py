@@ -16,6 +16,8 @@ import pytest
 from deploykit.bundle import read_manifest, write_manifest
 from deploykit.cli.main import main
 from deploykit.errors import BundleError, MissingDependency, SpecError, StorageError
+from deploykit.facade import load_bundle
+from deploykit.reports.errors import errors_apart
 from deploykit.reports.write import write_report
 
 BUNDLES = Path(__file__).parent.parent / "data" / "bundles-0.1.0"
@@ -63,7 +65,13 @@ def test_it_is_small_and_needs_nothing_else(page):
 
 def test_it_says_what_each_bundle_gives(page):
     found = Elements(page.read_text())
-    for title in ("Summary", "Error of each level", "What the quantizer did", "How it was made and where it runs"):
+    for title in (
+        "Summary",
+        "Error of each level",
+        "Three errors apart",
+        "What the quantizer did",
+        "How it was made and where it runs",
+    ):
         assert title in found.text
     assert all(bundle.name in found.text for bundle in THREE)
     assert "tensorrt-int8 did not run here" in found.text
@@ -72,6 +80,26 @@ def test_it_says_what_each_bundle_gives(page):
     for svg in drawn:
         ElementTree.fromstring(re.sub(r"<svg ", '<svg xmlns:xlink="x" ', svg, count=1))  # noqa: S314
         assert not re.search(r"#[0-9a-f]{6}", svg), "every colour comes from the page"
+
+
+def test_three_errors_are_told_apart(tmp_path):
+    """An engine said to be FP32, INT8 in the same runtime, and INT8 of the same calibration in another."""
+    said = shutil.copytree(THREE[0], tmp_path / "said")
+    manifest = read_manifest(said)
+    for name in ("manifest.json", "manifest.sha256"):
+        (said / name).unlink()
+    write_manifest(said, dataclasses.replace(manifest, precision="fp32", precision_settings={"min_sqnr_db": 30.0}))
+    with load_bundle(said) as full, load_bundle(THREE[0]) as one, load_bundle(THREE[1]) as other:
+        errors = errors_apart({"full": full, "one": one, "other": other})
+    found = {(each.kind, each.bundle, each.against): each.sqnr_db for each in errors if each.level == "stage1"}
+    assert set(found) == {
+        ("conversion", "full", "torch fp32"),
+        ("quantization", "one", "full"),
+        ("runtime", "other", "one"),
+    }
+    assert 30 < found["conversion", "full", "torch fp32"] < 60
+    assert found["quantization", "one", "full"] == 300.0
+    assert 30 < found["runtime", "other", "one"] < 300
 
 
 def test_no_two_drawings_share_an_id(page):
