@@ -132,7 +132,8 @@ def _hints(function: Callable[..., object]) -> dict[str, object]:
 
 def _fits(value: object, hint: object) -> bool:
     """Return whether a value may be of a type; True where that cannot be told, and for what was not given."""
-    if hint in (typing.Any, object) or isinstance(hint, (_Open, typing.TypeVar)) or isinstance(value, Unset):
+    hint = _bound(hint)
+    if hint in (typing.Any, object, None) or isinstance(hint, _Open) or isinstance(value, Unset):
         return True
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
@@ -140,6 +141,11 @@ def _fits(value: object, hint: object) -> bool:
     if origin is Literal:  # which of its texts it is, whoever takes it says, with the nearest spelling
         return any(value is each or (isinstance(value, str) and isinstance(each, str)) for each in arguments)
     return _is_instance(value, origin or hint)
+
+
+def _bound(hint: object) -> object:
+    """Return what a type variable stands for; None: anything."""
+    return hint.__bound__ if isinstance(hint, typing.TypeVar) else hint
 
 
 def _is_instance(value: object, base: object) -> bool:
@@ -160,6 +166,7 @@ def _is_sequence(value: object) -> bool:
 
 def _expected(hint: object) -> str:
     """Say what a type means for whoever passes a value."""
+    hint = _bound(hint)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         named = dict.fromkeys(_expected(each) for each in arguments if each != Literal[UNSET])

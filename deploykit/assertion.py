@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from deploykit.arguments import check_arguments
 from deploykit.backends.runtime import Runtime, run_in_batches
 from deploykit.errors import ParityError, SpecError, nearest
 from deploykit.facade import load_bundle
@@ -64,6 +65,7 @@ def assert_parity(
         ParityError: a level is outside its budget, missing or of another shape; the message has the table.
         SpecError: a budget for a level that is not there, a torch module in training mode, or outputs of no images.
     """
+    check_arguments(assert_parity, locals())
     __tracebackhide__ = True
     report = compare_models(
         engine, reference, images, min_sqnr=min_sqnr, per_level=per_level, min_top1_agreement=min_top1_agreement

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from deploykit.arguments import check_arguments
 from deploykit.asked import check_asked
 from deploykit.backbones.request import is_module, make_request
 from deploykit.backends.backend import resolve
@@ -119,6 +120,7 @@ def create_backbone(
     Raises:
         DeployKitError: see `deploykit.errors` for the tree; every message says what to do.
     """
+    check_arguments(create_backbone, locals())
     shape: dict[str, Any] = {
         "features_only": features_only,
         "output_indices": output_indices,
@@ -238,6 +240,7 @@ def export_backbone(
     Raises:
         DeployKitError: see `deploykit.errors`; nothing is left at ``output`` then.
     """
+    check_arguments(export_backbone, locals())
     asked = ExportOptions(
         runtime=runtime,
         precision=parse_precision(precision),
@@ -321,6 +324,7 @@ def load_bundle(
         MissingDependency: the runtime's package is not installed.
         IncompatibleEngine, DeviceUnavailable: the engine cannot run here.
     """
+    check_arguments(load_bundle, locals())
     path = path_of(folder)
     manifest = open_bundle(path, leave_engine=True)  # the adapter verifies what it reads
     if signed_by is not None:

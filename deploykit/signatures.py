@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from deploykit.arguments import check_arguments
 from deploykit.bundle import open_bundle
 from deploykit.bundle_files import PARTIAL, SIGNATURE, read_manifest_text
 from deploykit.errors import BundleError, SpecError, UntrustedEngine
@@ -78,6 +79,7 @@ def sign_bundle(
         StorageError: the signature cannot be written.
         MissingDependency: the package model-signing is not installed.
     """
+    check_arguments(sign_bundle, locals())
     folder = Path(folder)
     manifest = open_bundle(folder)
     library = require("model_signing")

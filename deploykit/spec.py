@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
+from deploykit.arguments import check_fields
 from deploykit.errors import SpecError, nearest
 from deploykit.unset import UNSET, UnsetType
 
@@ -64,6 +65,9 @@ class FeatureLevel:
     stride: int
     receptive_field: int
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 class FeatureInfo(tuple[FeatureLevel, ...]):
     """The levels that a model returns, shallow to deep, with timm's accessors beside them."""
@@ -103,6 +107,7 @@ class Preprocessing:
     crop_mode: CropMode = "center"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if len(self.mean) != len(self.std):
             raise SpecError(
                 f"mean has {len(self.mean)} channels and std has {len(self.std)}. Give both one value a channel."
@@ -124,6 +129,7 @@ class BatchRange:
     max: int = 8
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 1 <= self.min <= self.opt <= self.max:
             raise SpecError(
                 f"the batch range is min={self.min}, opt={self.opt}, max={self.max}; "
@@ -151,6 +157,7 @@ class InputSpec:
     preprocessing: Preprocessing = Preprocessing()
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if (self.dtype, self.layout) not in (("float32", "NCHW"), ("uint8", "NHWC")):
             raise SpecError(f"the input is {self.dtype} {self.layout}; expected float32 NCHW or uint8 NHWC.")
 
@@ -233,6 +240,9 @@ class Fp32:
     min_sqnr_db: float = 80.0
     min_top1_agreement: float | None = None
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fp16:
@@ -242,6 +252,9 @@ class Fp16:
     min_sqnr_db: float = 45.0
     min_top1_agreement: float | None = None
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bf16:
@@ -250,6 +263,9 @@ class Bf16:
     name: ClassVar[str] = "bf16"
     min_sqnr_db: float = 15.0
     min_top1_agreement: float | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,6 +318,7 @@ class Int8:
     max_metric_drop: float | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.max_metric_drop is not None and not self.max_metric_drop >= 0:
             raise SpecError(f"max_metric_drop is {self.max_metric_drop}; it must be 0 or more.")
         if not self.recipe_budget_s > 0:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from deploykit.arguments import check_arguments
 from deploykit.arrays import ImageArray
 from deploykit.backends.runtime import Runtime, run_in_batches
 from deploykit.bundle import Status
@@ -71,6 +72,7 @@ def verify_bundle(
         SpecError: a reference that takes other images or gives other outputs.
         IncompatibleEngine, DeviceUnavailable: the engine cannot run here.
     """
+    check_arguments(verify_bundle, locals())
     path = path_of(folder)
     with load_bundle(path, device=device, threads=threads, trust=trust, signed_by=signed_by) as model:
         seen_on = model.seen_on()

@@ -23,14 +23,28 @@ from tests.backends.bundles import write_bundle
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
 NAME = "mobilenetv2_050"
-EXAMPLES = 2000 if os.environ.get("HYPOTHESIS_PROFILE") == "default" else 150
+WHOLE = os.environ.get("HYPOTHESIS_PROFILE") == "default"
+"""make test-all, which tries 2,000 misuses."""
 
 THINGS: list[Any] = [
     *(None, True, False, 0, 1, -1, 3, 2**63, 10**30, 1.5, float("nan"), float("inf"), 1j, b"", b"bytes", ...),
-    *("", " ", "resnet18", "Resnet18", NAME, "timm/", "timm/nothing", "\x00", "ü", "\ud800", "a" * 5000, "../..", "/"),
-    *("int8", "fp32", "onnxruntime", "cpu", "cuda:99", "auto", "sm89", "[red]markup[/red]", "\x1b[31m", "-1", "1e9"),
+    *(
+        "",
+        " ",
+        "resnet18",
+        "Resnet18",
+        NAME,
+        "timm/",
+        "timm/nothing",
+        "\x00",
+        "ü",
+        "\ud800",
+        "a" * 5000,
+        "nothing/there",
+    ),
+    *("int8", "fp32", "onnxruntime", "cpu", "cuda:99", "auto", "sm89", "[red]markup[/red]", "\x1b[31m", "-1"),
     *([], [1], ["stage1"], [None], (), (1, 2), (1, 2, 3), (2.5, "x"), {}, {"a": 1}, {1: 2}, set(), range(3), object()),
-    *(int, len, Path("nothing-there"), Path("/"), Path("/dev/null"), np.float32(3), np.int64(-2), np.array(4)),
+    *(int, len, Path("nothing-there"), Path("/dev/null"), np.float32(3), np.int64(-2), np.array(4)),
     *(np.zeros(0), np.zeros((1, 3, 32, 32), np.float32), np.zeros((32, 32, 3), np.uint8), np.zeros((1, 3, 0, 32))),
     *(np.zeros((2, 2), object), np.array(["a"]), np.full((1, 3, 32, 32), np.nan, np.float32), np.zeros((1,) * 7)),
     *(torch.zeros(3), torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 32, device="meta"), torch.nn.Identity()),
@@ -39,7 +53,7 @@ THINGS: list[Any] = [
 ]
 things = st.sampled_from(THINGS)
 WORDS = [
-    *("", "--", "-", "resnet18", NAME, "nothing", "0", "-1", "1e99", "nan", "\x00", "ü", "a" * 3000, "[b]", "/", "."),
+    *("", "--", "-", "resnet18", NAME, "nothing", "0", "-1", "1e99", "nan", "\x00", "ü", "a" * 3000, "[b]", "."),
     *(
         "--json",
         "--help",
@@ -124,7 +138,7 @@ def called(function: Any, data: st.DataObject, usual: list[Any]) -> None:
 
 
 @settings(
-    max_examples=EXAMPLES,
+    max_examples=1600 if WHOLE else 100,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -148,7 +162,7 @@ def test_a_function_answers_or_raises_a_typed_error(data, places, model, monkeyp
 
 
 @settings(
-    max_examples=EXAMPLES,
+    max_examples=400 if WHOLE else 15,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -31,7 +31,7 @@ PREFIXES = {"deploykit": "deploykit", "export": "deploykit.export", "calibration
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("printable", "unset", "privacy", "child_process", "interruption"),
     ("errors", "arrays", "processor", "feature_dict", "labels", "timing", "plain_files", "torchvision_operators"),
-    ("spec", "progress", "optional", "locks", "names", "sampling", "images", "threads"),
+    ("arguments", "spec", "progress", "optional", "locks", "names", "sampling", "images", "threads"),
     ("places", "npz"),
     ("options", "graph", "dataset"),
     ("parity",),

@@ -15,6 +15,7 @@ from deploykit.accuracy.answers import Answers, Subject, collect_answers, subjec
 from deploykit.accuracy.class_indices import class_indices, own_indices
 from deploykit.accuracy.intervals import mcnemar, paired_drop, wilson
 from deploykit.accuracy.neighbours import neighbour_agreement, neighbour_classes
+from deploykit.arguments import check_arguments
 from deploykit.backends.runtime import Runtime
 from deploykit.dataset import Dataset, DatasetSource, open_dataset
 from deploykit.errors import SpecError
@@ -124,6 +125,7 @@ def evaluate(
     Raises:
         DeployKitError: as `evaluate_models`.
     """
+    check_arguments(evaluate, locals())
     return evaluate_models([model], images, against=against, **options)[0]
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from deploykit.arguments import check_arguments
 from deploykit.errors import DeployKitError, SpecError
 
 STEPS = 254
@@ -117,6 +118,7 @@ def compressed_activations(bits: Literal[8, 16] = 8, min_size: int = 4096) -> It
     Raises:
         SpecError: ``bits`` is neither 8 nor 16.
     """
+    check_arguments(compressed_activations, locals())
     if bits not in (8, 16):
         raise SpecError(f"bits is {bits!r}; expected 8 or 16.")
     packed: WeakValueDictionary[TensorKey, Any] = WeakValueDictionary()

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deploykit.arguments import check_arguments
 from deploykit.arrays import Array
 from deploykit.backbones.base import BaseBackbone
 from deploykit.backbones.user_module import described
@@ -61,6 +62,7 @@ class FeatureCache:
         folder: Path | str | None = None,
         max_folder_bytes: int = 16 << 30,
     ) -> None:
+        check_arguments(FeatureCache.__init__, locals())
         if max_bytes < 0 or max_folder_bytes < 0:
             raise SpecError(f"max_bytes={max_bytes}, max_folder_bytes={max_folder_bytes}; expected 0 or more.")
         self.backbone = backbone = described(backbone)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deploykit.arguments import check_arguments
 from deploykit.backbones.activation_compression import (
     Kept,
     Saved,
@@ -60,6 +61,7 @@ def memory_efficient(model: Module) -> Module:
     Returns:
         The model.
     """
+    check_arguments(memory_efficient, locals())
     if _enter in model._forward_pre_hooks.values():
         return model
     for module in list(model.modules()):

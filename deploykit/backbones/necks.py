@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deploykit.arguments import check_arguments
 from deploykit.backbones.base import BaseBackbone, PretrainedSource
 from deploykit.backbones.features import WHOLE_IMAGE
 from deploykit.backbones.user_module import described
@@ -56,6 +57,7 @@ class FeatureSelector(Neck):
         output_indices: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        check_arguments(FeatureSelector.__init__, locals())
         source: Any = levels if backbone is None else backbone
         chosen: Any = names if output_indices is None else output_indices
         if source is None or chosen is None:
@@ -134,6 +136,7 @@ class FeaturePyramid(Neck):
         fpn_channels: int | None = None,
     ) -> None:
         super().__init__()
+        check_arguments(FeaturePyramid.__init__, locals())
         source: Any = levels if backbone is None else backbone
         self.channels = channels if fpn_channels is None else fpn_channels
         if extra not in ("pool", "conv"):
@@ -234,6 +237,7 @@ class PathAggregation(Neck):
 
     def __init__(self, levels: Sequence[FeatureLevel], channels: int = 256) -> None:
         super().__init__()
+        check_arguments(PathAggregation.__init__, locals())
         self.top_down = FeaturePyramid(levels, channels)
         factors = self.top_down.factors
         self.down = nn.ModuleList(nn.Conv2d(channels, channels, 3, stride=factor, padding=1) for factor in factors)
@@ -274,6 +278,7 @@ class WithNeck(BaseBackbone):
     takes_patch_size: ClassVar[bool] = True
 
     def __init__(self, backbone: BaseBackbone, neck: Neck) -> None:
+        check_arguments(WithNeck.__init__, locals())
         backbone = described(backbone)
         if getattr(neck, "backbone", None) is not None:
             raise SpecError(f"the {type(neck).__name__} holds a backbone already. Give one of levels, or use it alone.")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
+from deploykit.arguments import check_arguments
 from deploykit.backbones.base import BackboneOptions, BaseBackbone
 from deploykit.backbones.fit import layout_of, settle_channels, settle_classes
 from deploykit.backbones.request import BackboneRequest, Pretrained, completed
@@ -65,6 +66,7 @@ def register_backbone(backbone: BackboneClass) -> BackboneClass:
     Raises:
         SpecError: a name that is taken.
     """
+    check_arguments(register_backbone, locals())
     known = _classes()
     for name in backbone.variants:
         if name in known or name in ALIASES:

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from deploykit.arguments import check_arguments
 from deploykit.changes.differences import Difference, contract_differences, making_differences
 from deploykit.changes.outputs import Ran, run_both
 from deploykit.changes.plans import plan_differences
@@ -93,6 +94,7 @@ def compare_bundles(
         ParityError: the old engine gives NaN or infinity.
         ImageError: an image file cannot be read.
     """
+    check_arguments(compare_bundles, locals())
     files = None if images is None else [Path(os.fsdecode(each)) for each in images]
     if files is not None and (not run or not files):
         raise SpecError("images were given that nothing runs on" if files else "the list of images is empty.")
