@@ -32,7 +32,7 @@ from deploykit.spec import (
     parse_batch,
     parse_precision,
 )
-from deploykit.threads import check_threads
+from deploykit.threads import Hint, check_threads, checked_hint
 from deploykit.unset import UNSET, UnsetType, given
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def create_backbone(
     target: str | UnsetType | None = UNSET,
     cache: bool = True,
     threads: int | None = None,
+    hint: Hint = "latency",
     trust: bool | None = None,
     signed_by: str | os.PathLike[str] | None = None,
 ) -> Model:
@@ -112,6 +113,8 @@ def create_backbone(
         cache: keep built engines and INT8 plans, keyed by all that decides them.
         threads: how many threads compute; None: as many as the process may use (its affinity mask, its cgroup's quota,
             ``OMP_NUM_THREADS``). The ``torch`` runtime has one number for the whole process.
+        hint: ``"latency"``, one call at a time in all threads; or ``"throughput"``, several calls at a time, from
+            `model.stream()` or several threads, that share them. The ``torch`` runtime has no such choice.
         trust: of a bundle whose engine is machine code (torch_compile, a TensorRT plan) and was not made by this user
             on this machine: True opens it, False refuses it; None opens it with a warning.
         signed_by: of a bundle: the public key (PEM) of who must have signed it with ``deploykit sign``, or the
@@ -152,7 +155,7 @@ def create_backbone(
                 "calibration": calibration is not None,
             },
         )
-        return load_bundle(bundle, device=device, threads=threads, trust=trust, signed_by=signed_by)
+        return load_bundle(bundle, device=device, threads=threads, hint=hint, trust=trust, signed_by=signed_by)
     if signed_by is not None:
         raise SpecError(f"signed_by is for a bundle, and {name!r} is none. Fix: give the path of a bundle.")
     options = ExportOptions(
@@ -187,7 +190,7 @@ def create_backbone(
         return placed
     from deploykit.opening import open_built
 
-    return open_built(_job(backbone, options, calibration), device=device, threads=check_threads(threads))
+    return open_built(_job(backbone, options, calibration), device=device, threads=check_threads(threads), hint=hint)
 
 
 def export_backbone(
@@ -302,6 +305,7 @@ def load_bundle(
     *,
     device: str = "auto",
     threads: int | None = None,
+    hint: Hint = "latency",
     trust: bool | None = None,
     signed_by: str | os.PathLike[str] | None = None,
 ) -> Runtime:
@@ -314,6 +318,7 @@ def load_bundle(
         folder: the bundle.
         device: where it runs; ``"auto"`` is the runtime's first device.
         threads: as for `create_backbone`.
+        hint: as for `create_backbone`.
         trust: as for `create_backbone`.
         signed_by: as for `create_backbone`.
 
@@ -332,7 +337,9 @@ def load_bundle(
         trust = True if trust is None else trust
     adapter = load_backend(manifest.runtime).load_adapter()
     try:
-        return adapter(manifest, path, device=device, threads=check_threads(threads), trust=trust)
+        return adapter(
+            manifest, path, device=device, threads=check_threads(threads), hint=checked_hint(hint), trust=trust
+        )
     except EngineMismatch:
         open_bundle(path)  # names everything that is wrong with it; nothing where it was replaced meanwhile
         raise

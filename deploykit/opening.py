@@ -12,9 +12,10 @@ from deploykit.export.job import ExportJob
 from deploykit.export.pipeline import export
 from deploykit.facade import load_bundle
 from deploykit.places import scratch_folder
+from deploykit.threads import Hint
 
 
-def open_built(job: ExportJob, *, device: str, threads: int | None) -> Runtime:
+def open_built(job: ExportJob, *, device: str, threads: int | None, hint: Hint = "latency") -> Runtime:
     """Open the engine of a job: from the cache, built into it, or built in a folder that goes with the model.
 
     Raises:
@@ -26,10 +27,10 @@ def open_built(job: ExportJob, *, device: str, threads: int | None) -> Runtime:
 
     if job.options.cache:
         with EngineCache().opened(job.cache_parts(), build, title=job.title, expected=job.differs_from) as folder:
-            return load_bundle(folder, device=device, threads=threads, trust=True)
+            return load_bundle(folder, device=device, threads=threads, hint=hint, trust=True)
     with ExitStack() as scratch:
         folder = scratch.enter_context(scratch_folder("engine")) / "bundle"
         build(folder)
-        model = load_bundle(folder, device=device, threads=threads, trust=True)
+        model = load_bundle(folder, device=device, threads=threads, hint=hint, trust=True)
         weakref.finalize(model, scratch.pop_all().close)
     return model

@@ -7,8 +7,12 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import Literal, TypeAlias, cast, get_args
 
 from deploykit.errors import SpecError
+
+Hint: TypeAlias = Literal["latency", "throughput"]
+"""What an engine is opened for: the shortest call, or the most images a second of several calls at a time."""
 
 CGROUPS = Path("/proc/self/cgroup")
 MOUNTS = Path("/proc/self/mountinfo")
@@ -30,6 +34,17 @@ def check_threads(threads: int | None) -> int | None:
             f"threads is {threads!r}; expected a whole number from 1, or None for what the process may use."
         )
     return threads
+
+
+def checked_hint(hint: str) -> Hint:
+    """Return what an engine is opened for.
+
+    Raises:
+        SpecError: no such hint.
+    """
+    if hint not in get_args(Hint):
+        raise SpecError(f"hint is {hint!r}; expected 'latency' or 'throughput'.")
+    return cast("Hint", hint)
 
 
 def thread_limit() -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from deploykit.calibration.images import CalibrationSource, calibration_set
 from deploykit.calibration.imported_plan import plan_of
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.strip_quantizers import strip_quantizers
-from deploykit.errors import QuantizedModelError, SpecError, plain_reason
+from deploykit.errors import CalibrationWarning, QuantizedModelError, SpecError, plain_reason
 from deploykit.export.graphs import output_specs
 from deploykit.export.job import tool_versions
 from deploykit.export.measure import measure, parity_images
@@ -36,7 +37,7 @@ from deploykit.onnx_session import graph_batch, onnx_session
 from deploykit.parity.baseline import BASELINE_FILE, measure_baseline
 from deploykit.parity.compare import LOGITS
 from deploykit.parity.reference import REFERENCE_FILE, capture
-from deploykit.processor import machine_key
+from deploykit.processor import machine_key, saturates
 from deploykit.progress import Progress, StageStarted, quiet
 from deploykit.spec import BATCH_DIM, BackboneSpec, InputSpec, Int8, Preprocessing
 
@@ -73,18 +74,22 @@ class ImportedNetwork:
         *,
         runtime: str,
         images: CalibrationSource | None = None,
-        min_sqnr_db: float = MIN_SQNR_DB,
+        min_sqnr_db: float | None = None,
         target: str | None = None,
         overwrite: bool = False,
         progress: Progress = quiet,
     ) -> ExportResult:
         """Write the network as a bundle of one runtime, compared with the tool's own graph.
 
+        On processors whose products of 8-bit weights saturate, this one or the target's, the weights are rounded
+        anew so that they do not, with a warning: the tool's integers would give other numbers there than the tool's.
+
         Args:
             output: the folder to write.
             runtime: the engine's runtime, one that lowers ONNX graphs.
             images: to compare on, as for calibration; None: synthetic ones, which show whether the conversion is right.
-            min_sqnr_db: the budget, in dB of the worst output against the tool's graph.
+            min_sqnr_db: the budget, in dB of the worst output against the tool's graph; None: 20, and 12 where the
+                weights are rounded anew.
             target: what the engine is built for, where the runtime has targets.
             overwrite: replace an existing bundle.
             progress: hears of the stages.
@@ -96,13 +101,15 @@ class ImportedNetwork:
             BundleError: the folder is taken, or cannot be written.
         """
         backend = _backend(runtime, target)
-        precision = Int8(min_sqnr_db=min_sqnr_db, recipe=None).filled()
+        coarse = backend.uses_cpu and saturates(target)
+        budget = min_sqnr_db if min_sqnr_db is not None else Int8.min_sqnr_db if coarse else MIN_SQNR_DB
+        precision = Int8(min_sqnr_db=budget, recipe=None, reduce_range=coarse).filled()
         chosen = None if images is None else calibration_set(images, self.input)
         compared_on = parity_images(chosen, self.input)
         with writing(Path(output), overwrite=overwrite) as staging:
             progress(StageStarted(name="render"))
             dialect: Dialect = resolve(str(backend.dialect))
-            plan = dialect.keep_float(self.master.model, self.plan)
+            plan = dialect.keep_float(self.master.model, _without_saturation(self.plan) if coarse else self.plan)
             rendered = dialect.render(self.master, plan, network_images(compared_on, self.input))
             progress(StageStarted(name="lower"))
             lower = _lowering(backend, target)
@@ -276,6 +283,18 @@ def _backend(runtime: str, target: str | None) -> Backend:
         known = ", ".join(backend.targets) or "no targets"
         raise SpecError(f"unknown {runtime} target {target!r}; it has {known}.")
     return backend
+
+
+def _without_saturation(plan: QuantizationPlan) -> QuantizationPlan:
+    """Return the plan with weights that are rounded so that no sum of two products leaves 16 bits."""
+    warnings.warn(
+        "products of 8-bit weights saturate on the engine's processor, so the weights are rounded anew to about 7 "
+        "bits, and the imported integers are not kept. Fix: run the engine on a processor with VNNI and export it "
+        "there, or name such a target.",
+        CalibrationWarning,
+        stacklevel=3,
+    )
+    return replace(plan, reduce_range=True, weights={})
 
 
 def _lowering(backend: Backend, target: str | None) -> Any:

@@ -45,7 +45,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("backends",),
     ("export",),
     ("facade", "opening", "verification", "assertion"),
-    ("accuracy",),
+    (
+        "accuracy",
+        "bench",
+    ),
     ("changes",),
     ("reports",),
     ("cli", "__main__"),
@@ -56,8 +59,9 @@ ENTRY_POINTS = {"deploykit.parity.pytest_plugin"}
 """What another program starts: it stands above everything, as the commands do."""
 
 RUNTIME_SIDE = re.compile(
-    r"deploykit\.backends(\.(backend|table|runtime|input_checks|engine_file|onnx_external)|"
-    r"\.\w+\.(backend|adapter|package|archive|session|targets|api|protocols|cuda_\w+|build|builder|plan_file|portable))?"
+    r"deploykit\.backends(\.(backend|table|runtime|input_checks|engine_file|onnx_external|run_queue|stream)|"
+    r"\.\w+\.(backend|adapter|package|archive|session|targets|api|protocols|cuda_\w+|build|builder|plan_file|"
+    r"portable|request_queue))?"
 )
 """What opens an engine: it stands below everything that builds one, and imports neither torch nor onnx."""
 

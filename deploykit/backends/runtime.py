@@ -11,7 +11,9 @@ import re
 import warnings
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,8 @@ from deploykit.backends.backend import Backend
 from deploykit.backends.engine_file import EngineFile, read_verified
 from deploykit.backends.input_checks import check_images, from_torch
 from deploykit.backends.onnx_external import load_external_data
+from deploykit.backends.run_queue import RunQueue, ThreadQueue
+from deploykit.backends.stream import mapped, streamed
 from deploykit.backends.table import load_backend
 from deploykit.errors import DeployKitError, IncompatibleEngine, SaturationWarning, SpecError
 from deploykit.feature_dict import Features
@@ -30,12 +34,15 @@ from deploykit.labels import LABELS_FILE, decode_labels
 from deploykit.predict import Prediction, predict
 from deploykit.processor import read_processor, this_processor
 from deploykit.spec import FeatureInfo, InputSpec, Int8, Precision, parse_precision
-from deploykit.threads import check_threads, thread_limit
+from deploykit.threads import Hint, allowed_processors, check_threads, checked_hint, count_cores, thread_limit
 from deploykit.trust import check_trust
 
 if TYPE_CHECKING:
     from deploykit.bundle import Manifest
     from deploykit.images.preprocess import SomeImages
+
+LATENCY_IN_FLIGHT = 2
+"""Runs of a stream under the hint ``latency``: the next frame is read while one computes."""
 
 
 class Runtime(ABC):
@@ -54,6 +61,8 @@ class Runtime(ABC):
         folder: where the engine's files are.
         device: where it runs; ``"auto"`` is the runtime's first device.
         threads: how many threads compute; None: as many as the process may use.
+        hint: ``"latency"``: one call at a time uses all threads; ``"throughput"``: several calls at a time, from
+            `stream` or from several threads, share them.
         trust: of an engine that is machine code and not this user's own: True opens it, False refuses it; None opens
             it with a warning.
 
@@ -70,11 +79,14 @@ class Runtime(ABC):
         *,
         device: str = "auto",
         threads: int | None = None,
+        hint: Hint = "latency",
         trust: bool | None = None,
     ) -> None:
         self.threads = check_threads(threads) or thread_limit()
+        self.hint = checked_hint(hint)
+        self.in_flight = self._cores() if hint == "throughput" else LATENCY_IN_FLIGHT
         # A copy has the same digests, so that it is as trusted as this one.
-        self._options: dict[str, Any] = {"device": device, "threads": threads, "trust": True}
+        self._options: dict[str, Any] = {"device": device, "threads": threads, "hint": hint, "trust": True}
         self._folder = folder.absolute()
         self._process = os.getpid()
         self.backend: Backend = load_backend(manifest.runtime)
@@ -129,12 +141,67 @@ class Runtime(ABC):
                 images, or the model is closed.
             DeployKitError: the runtime itself failed; its error is chained.
         """
+        array, to_caller = self._taken(images)
+        return self._answer(partial(self._run, array), to_caller)
+
+    def stream(self, frames: Iterable[Images], in_flight: int | None = None) -> Iterator[Any]:
+        """Run frame after frame, several at a time, and yield what a call would give for each, in their order.
+
+        A frame is what a call takes, and is copied, so that its buffer may be used again. No frame is taken from
+        ``frames`` before there is room for it: at most ``in_flight`` are taken and not yet answered.
+
+        Args:
+            frames: batches of images, also from a generator that never ends.
+            in_flight: how many runs go on at a time; None: as many as the runtime and the hint make use of.
+
+        Raises:
+            SpecError: as a call, for the frame at fault, or for ``in_flight``.
+            DeployKitError: as a call.
+        """
+        return streamed(self, frames, in_flight)
+
+    def map(self, images: Iterable[ImageArray], in_flight: int | None = None) -> Iterator[Any]:
+        """Run single images, ``(C, H, W)`` each, in batches that the engine takes; yield what each gives, in order.
+
+        Args:
+            images: an array ``(N, C, H, W)``, or any iterable of images.
+            in_flight: as for `stream`.
+
+        Raises:
+            SpecError, DeployKitError: as `stream`.
+        """
+        return mapped(self, images, in_flight)
+
+    def open_queue(self, in_flight: int) -> RunQueue:
+        """Return the queue of a stream; see `stream`."""
+        if self._closed or os.getpid() != self._process:
+            raise self._unusable()
+        return self._queue(in_flight)
+
+    def start(self, queue: RunQueue, images: Images) -> Callable[[], Any]:
+        """Start a run on a copy of some images; what is returned waits for it and gives what a call would."""
+        array, to_caller = self._taken(images)
+        return partial(self._answer, queue.start(array.copy()), to_caller)
+
+    def _queue(self, in_flight: int) -> RunQueue:
+        """Return what starts runs without waiting for them; threads, where the runtime has nothing of its own."""
+        return ThreadQueue(self._run, in_flight)
+
+    def _cores(self) -> int:
+        """Return how many runs of one thread each the process has processors for."""
+        return self.threads or count_cores(allowed_processors())
+
+    def _taken(self, images: Images) -> tuple[ImageArray, Callable[[FloatArray], Any] | None]:
+        """Check a call's images; return them as an array, and what brings outputs into the caller's form."""
         if self._closed or os.getpid() != self._process:
             raise self._unusable()
         array, to_caller = (images, None) if isinstance(images, np.ndarray) else from_torch(images, self.input_spec)
-        array = check_images(array, self.input_spec)
+        return check_images(array, self.input_spec), to_caller
+
+    def _answer(self, run: Callable[[], list[FloatArray]], to_caller: Callable[[FloatArray], Any] | None) -> Any:
+        """Run, or wait for a run, and return its outputs in the caller's form."""
         try:
-            outputs: list[Any] = self._run(array)
+            outputs: list[Any] = run()
         except (DeployKitError, MemoryError):
             raise
         except Exception as error:

@@ -38,7 +38,12 @@ def import_model(
     ] = None,
     min_sqnr_db: Annotated[
         float | None,
-        typer.Option("--min-sqnr-db", metavar="DB", help="Budget of each output against MODEL.", show_default="20"),
+        typer.Option(
+            "--min-sqnr-db",
+            metavar="DB",
+            help="Budget of each output against MODEL.",
+            show_default="20, 12 where weights are rounded anew",
+        ),
     ] = None,
     target: opt.TargetOption = None,
     labels: backbone.LabelsOption = None,
@@ -57,7 +62,7 @@ def import_model(
     is compared with MODEL itself, run node by node.
     """
     from deploykit.cli.progress import export_progress
-    from deploykit.export.import_quantized import MIN_SQNR_DB, import_quantized
+    from deploykit.export.import_quantized import import_quantized
 
     preprocessing = backbone.preprocessing_of(
         mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct, crop_mode=crop_mode
@@ -68,7 +73,7 @@ def import_model(
             output or f"{Path(model).stem}-{runtime}-int8",
             runtime=runtime,
             images=images,
-            min_sqnr_db=MIN_SQNR_DB if min_sqnr_db is None else min_sqnr_db,
+            min_sqnr_db=min_sqnr_db,
             target=target,
             overwrite=overwrite,
             progress=progress,

@@ -11,6 +11,7 @@ import typer
 
 import deploykit
 from deploykit.cli import (
+    bench,
     cache,
     compare,
     demo,
@@ -50,6 +51,7 @@ app.command("export", epilog=export.EXAMPLE, context_settings=_SETTINGS)(export.
 app.command("import", epilog=import_model.EXAMPLE, context_settings=_SETTINGS)(import_model.import_model)
 app.command("run", epilog=run.EXAMPLE, context_settings=_SETTINGS)(run.run)
 app.command("verify", epilog=verify.EXAMPLE, context_settings=_SETTINGS)(verify.verify)
+app.command("bench", epilog=bench.EXAMPLE, context_settings=_SETTINGS)(bench.bench)
 app.command("evaluate", epilog=evaluate.EXAMPLE, context_settings=_SETTINGS)(evaluate.evaluate)
 app.command("compare", epilog=compare.EXAMPLE, context_settings=_SETTINGS)(compare.compare)
 app.command("report", epilog=report.EXAMPLE, context_settings=_SETTINGS)(report.report)

@@ -1,0 +1,87 @@
+"""A stream of frames through an engine: several in flight, answers in order, no more frames taken than have room."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from deploykit.errors import SpecError
+from deploykit.feature_dict import Features
+
+if TYPE_CHECKING:
+    from deploykit.arrays import ImageArray, Images
+    from deploykit.backends.runtime import Runtime
+
+MOST_IN_FLIGHT = 1024
+MOST_IN_BATCH = 16
+"""How many images `mapped` puts into a call where the engine takes any number."""
+
+
+def streamed(engine: Runtime, frames: Iterable[Images], in_flight: int | None) -> Iterator[Any]:
+    """Yield what the engine gives for each frame, in their order; see `Runtime.stream`."""
+    room = checked_in_flight(in_flight, engine.in_flight)
+    queue = engine.open_queue(room)
+    waiting: deque[Callable[[], Any]] = deque()
+    try:
+        for frame in frames:
+            waiting.append(engine.start(queue, frame))
+            if len(waiting) == room:
+                yield waiting.popleft()()
+        while waiting:
+            yield waiting.popleft()()
+    finally:
+        queue.close()
+
+
+def mapped(engine: Runtime, images: Iterable[ImageArray], in_flight: int | None) -> Iterator[Any]:
+    """Yield what the engine gives for each single image, in their order; see `Runtime.map`."""
+    batch = engine.input_spec.batch
+    most = batch if isinstance(batch, int) else min(batch.max, max(batch.opt, batch.min, MOST_IN_BATCH))
+    least = batch if isinstance(batch, int) else batch.min
+    sizes: deque[int] = deque()
+    for outputs in streamed(engine, _batches(images, least, most, sizes), in_flight):
+        for position in range(sizes.popleft()):
+            yield _one(outputs, position)
+
+
+def _batches(images: Iterable[ImageArray], least: int, most: int, sizes: deque[int]) -> Iterator[ImageArray]:
+    """Cut single images into batches; a last one that is too small repeats its images."""
+    pending: list[ImageArray] = []
+    for image in images:
+        pending.append(np.asarray(image))
+        if len(pending) == most:
+            sizes.append(most)
+            yield _stacked(pending)
+            pending = []
+    if pending:
+        sizes.append(len(pending))
+        yield _stacked([pending[index % len(pending)] for index in range(max(least, len(pending)))])
+
+
+def _stacked(images: list[ImageArray]) -> ImageArray:
+    different = {image.shape for image in images}
+    if len(different) > 1:
+        raise SpecError(f"images of one batch have the shapes {sorted(different)}; expected one size for all.")
+    return np.stack(images)
+
+
+def _one(outputs: Any, position: int) -> Any:
+    if isinstance(outputs, Features):
+        return outputs.map(lambda output: output[position])
+    return outputs[position]
+
+
+def checked_in_flight(asked: int | None, own: int) -> int:
+    """Return how many runs may go on at a time.
+
+    Raises:
+        SpecError: no number of runs.
+    """
+    if asked is None:
+        return own
+    if isinstance(asked, bool) or not isinstance(asked, (int, np.integer)) or not 1 <= asked <= MOST_IN_FLIGHT:
+        raise SpecError(f"in_flight is {asked!r}; expected how many runs may go on at a time, 1 to {MOST_IN_FLIGHT}.")
+    return int(asked)
