@@ -6,15 +6,11 @@ int8 per-channel weights to oneDNN's integer kernels when it freezes the weights
 
 from __future__ import annotations
 
-import copy
-import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
-import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -26,14 +22,18 @@ from deploykit.calibration.half import HalfPlan
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.precision_plan import PrecisionPlan
 from deploykit.calibration.quantize_activations import UINT8, IntegerType
+from deploykit.calibration.torch_integers import (
+    WEIGHTED,
+    Activations,
+    Integers,
+    copy_of,
+    planned_nodes,
+    value_of,
+    weighted_nodes,
+    write_weight,
+)
 from deploykit.fusion.program import export_program
 from deploykit.graph import TorchProgram
-
-_WEIGHTED = (
-    torch.ops.aten.conv2d.default,
-    torch.ops.aten.conv2d.padding,
-    torch.ops.aten.linear.default,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +58,9 @@ DIALECT = InductorDialect()
 def _render(master: TorchProgram, plan: PrecisionPlan) -> TorchProgram:
     if plan is None:
         return master
-    module = _copy_of(master.program)
+    module = copy_of(master.program)
     if isinstance(plan, QuantizationPlan):
-        _Renderer(module, plan).render()
+        _write_integers(module, plan)
         wrapped: nn.Module = module
     elif isinstance(plan, HalfPlan):
         _keep_in_float(module, plan, torch.float16)
@@ -68,13 +68,6 @@ def _render(master: TorchProgram, plan: PrecisionPlan) -> TorchProgram:
     else:
         wrapped = _Cast(module.to(torch.bfloat16), torch.bfloat16)
     return replace(master, program=export_program(wrapped, master.input))
-
-
-def _copy_of(program: torch.export.ExportedProgram) -> GraphModule:
-    """Return the program's module with weights of its own: `module()` shares the program's."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own, where it copies a graph module
-        return copy.deepcopy(program.module())
 
 
 class _Cast(nn.Module):
@@ -93,9 +86,9 @@ class _Cast(nn.Module):
 def _keep_in_float(module: GraphModule, plan: HalfPlan, dtype: torch.dtype) -> None:
     """Convert a module but for the nodes of some weights, with casts around those."""
     kept_names = {name.removesuffix(TRANSPOSED) for name in plan.float_weights}
-    kept = {node: node.args[1] for node in _weighted_nodes(module) if str(node.args[1].target) in kept_names}
+    kept = {node: node.args[1] for node in weighted_nodes(module) if str(node.args[1].target) in kept_names}
     floats = {
-        str(argument.target): _value(module, argument).clone()
+        str(argument.target): value_of(module, argument).clone()
         for node in kept
         for argument in node.args[1:3]
         if isinstance(argument, Node)
@@ -114,45 +107,17 @@ def _keep_in_float(module: GraphModule, plan: HalfPlan, dtype: torch.dtype) -> N
     module.recompile()
 
 
-class _Renderer:
-    """One rendering: the module being rewritten and the activations that are integers so far."""
-
-    def __init__(self, module: GraphModule, plan: QuantizationPlan) -> None:
-        self.module = module
-        self.plan = plan
-        self._integers: dict[tuple[Node, str], Node] = {}
-
-    def render(self) -> None:
-        placed = reversed(self.plan.placement.weights.items())  # of nodes that share a weight the first counts
-        by_weight = {use.weight.removesuffix(TRANSPOSED): (name, use) for name, use in placed}
-        for node in _weighted_nodes(self.module):
-            name, use = by_weight.get(str(node.args[1].target), ("", None))
-            if use is not None and not use.pointlike:
-                self._read_integers(node, 0, use.input)
-                _quantize_weight(self.module, node, self.plan, name, transposed=use.axis == 1)
-        for node in _residual_adds(self.module, self.plan):
-            # The convolution that is the other operand adds the integers as it writes.
-            shortcut = 0 if _is_fusible(node.args[1]) else 1
-            self._read_integers(node, shortcut, node.args[shortcut].name)
-        self.module.recompile()
-
-    def _read_integers(self, node: Any, position: int, tensor: str) -> None:
-        """Let a node read an argument through Q/DQ, in the range of a tensor of the plan.
-
-        Each reader has a DQ of its own: inductor fuses none that several share.
-        """
-        source = node.args[position]
-        scale, zero_point = self.plan.range_of(tensor).affine()
-        settings = (scale, zero_point, 0, 255, torch.uint8)
-        operators, graph = torch.ops.quantized_decomposed, self.module.graph
-        if (source, tensor) not in self._integers:
-            with graph.inserting_after(source):
-                quantized = graph.call_function(operators.quantize_per_tensor.default, (source, *settings))
-            self._integers[source, tensor] = quantized
-        with graph.inserting_before(node):
-            parts = (self._integers[source, tensor], *settings)
-            restored = graph.call_function(operators.dequantize_per_tensor.default, parts)
-        node.update_arg(position, restored)
+def _write_integers(module: GraphModule, plan: QuantizationPlan) -> None:
+    activations = Activations(module, plan, Integers(dtype=torch.uint8))
+    for planned in list(planned_nodes(module, plan)):
+        if not planned.use.pointlike:
+            activations.read(planned.node, planned.node.args[0], planned.use.input)
+            write_weight(module, planned, plan)
+    for node in _residual_adds(module, plan):
+        # The convolution that is the other operand adds the integers as it writes.
+        shortcut = node.args[0 if _is_fusible(node.args[1]) else 1]
+        activations.read(node, shortcut, shortcut.name)
+    module.recompile()
 
 
 def _residual_adds(module: GraphModule, plan: QuantizationPlan) -> list[Any]:
@@ -173,56 +138,4 @@ def _residual_adds(module: GraphModule, plan: QuantizationPlan) -> list[Any]:
 
 
 def _is_fusible(node: Any) -> bool:
-    return node.target in _WEIGHTED and len(node.users) == 1  # which is the sum
-
-
-def _quantize_weight(
-    module: GraphModule, node: Node, plan: QuantizationPlan, planned: str, *, transposed: bool
-) -> None:
-    """Write a weight as the plan's node has it, whose own is transposed where it is a MatMul."""
-    weight_node: Any = node.args[1]
-    target = str(weight_node.target)
-    owner = target.rpartition(".")[0]
-    holder = module.get_submodule(owner)
-    values = _value(module, weight_node).numpy()
-    integers, scales = plan.integers_of(planned, values.T if transposed else values, int(transposed))
-    if transposed:
-        integers = np.ascontiguousarray(integers.T)
-    # Named by the node: two that share a weight would share its DQ, and inductor fuses none that is shared.
-    names = {part: f"{node.name}_{part}" for part in ("integers", "scales", "zeros")}
-    holder.register_buffer(names["integers"], torch.from_numpy(integers))
-    holder.register_buffer(names["scales"], torch.from_numpy(scales))
-    holder.register_buffer(names["zeros"], torch.zeros(len(scales), dtype=torch.int64))
-    with module.graph.inserting_before(node):
-        parts = [module.graph.get_attr(f"{owner}.{name}" if owner else name) for name in names.values()]
-        restored = module.graph.call_function(
-            torch.ops.quantized_decomposed.dequantize_per_channel.default, (*parts, 0, -127, 127, torch.int8)
-        )
-    node.update_arg(1, restored)
-    shift = plan.bias_shift.get(planned)
-    if shift is not None and np.any(shift):
-        _shift_bias(module, node, owner, torch.from_numpy(np.asarray(shift, np.float32)))
-
-
-def _shift_bias(module: GraphModule, node: Node, owner: str, shift: Tensor) -> None:
-    bias_node: Any = node.args[2] if len(node.args) > 2 else None
-    bias = shift if bias_node is None else _value(module, bias_node) + shift
-    name = f"{node.name}_shifted_bias"
-    module.get_submodule(owner).register_buffer(name, bias)
-    with module.graph.inserting_before(node):
-        shifted = module.graph.get_attr(f"{owner}.{name}" if owner else name)
-    node.args = (node.args[0], node.args[1], shifted, *node.args[3:])
-
-
-def _weighted_nodes(module: GraphModule) -> list[Any]:
-    return [
-        node
-        for node in module.graph.nodes
-        if node.target in _WEIGHTED and isinstance(node.args[1], Node) and node.args[1].op == "get_attr"
-    ]
-
-
-def _value(module: GraphModule, node: Node) -> Tensor:
-    owner, _, name = str(node.target).rpartition(".")
-    value: Tensor = getattr(module.get_submodule(owner), name)
-    return value.detach()
+    return node.target in WEIGHTED and len(node.users) == 1  # which is the sum

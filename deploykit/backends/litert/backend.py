@@ -6,11 +6,12 @@ from deploykit.backends.litert.package import PACKAGE
 BACKEND = Backend(
     name="litert",
     package=PACKAGE,
-    precisions=("fp32",),
+    precisions=("fp32", "int8"),
     version_rule="same_or_newer",
     source="torch",
     devices="deploykit.backends.litert.adapter:LiteRTRuntime.devices",
     adapter="deploykit.backends.litert.adapter:LiteRTRuntime",
     dialect="deploykit.backends.litert.passes:DIALECT",
     lower="deploykit.backends.litert.lower:lower",
+    inspect="deploykit.backends.litert.inspect:left_in_float",
 )

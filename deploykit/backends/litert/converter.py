@@ -17,9 +17,16 @@ import msgspec
 import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed, which programs may call
 from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from deploykit.backends.litert.integer_weights import IntegerWeight, check_integers, write_integers
+from deploykit.errors import ExportError
 
 REFUSED = 3
-"""The exit status where the network cannot be converted; the reason is the file ``reason`` beside the program."""
+"""The exit status where the converter refuses the network; the file ``reason`` has the converter's words."""
+
+UNPROVED = 4
+"""The exit status where the file is not what the plan says; the file ``reason`` has the whole message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +67,48 @@ def convert(request: ConversionRequest) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module = Named(torch.export.load(request.program), request.outputs)
+        weights = adapt_weights(module.whole) if request.quantized else []
         example = {request.input: torch.zeros(request.shape, dtype=getattr(torch, request.dtype))}
         with torch.no_grad():
             model = litert_torch.convert(module, sample_kwargs=example, quant_config=_quantization(request))
-        Path(request.engine).write_bytes(model.model_content())
+        content = write_integers(model.model_content(), weights)
+        check_integers(content, weights)
+        Path(request.engine).write_bytes(content)
+
+
+def adapt_weights(module: GraphModule) -> list[IntegerWeight]:
+    """Rewrite each ``DQ(int8)`` of a weight, in place, as the converter takes it; return all of them.
+
+    Those of convolutions become ``DQ(Q(float))``, since the converter refuses constants of int8. Those of linears
+    become float constants, into which `write_integers` writes their integers later.
+    """
+    operators = torch.ops.quantized_decomposed
+    weights = []
+    for node in list(module.graph.nodes):
+        if node.target != operators.dequantize_per_channel.default:
+            continue
+        integers, scales = (_constant(module, argument).numpy() for argument in node.args[:2])
+        (reader,) = node.users
+        dynamic = reader.target == torch.ops.aten.linear.default
+        weight = IntegerWeight(name=reader.name, integers=integers, scales=scales, dynamic=dynamic)
+        module.register_buffer(f"{node.name}_floats", torch.from_numpy(weight.floats))
+        with module.graph.inserting_before(node):
+            constant = module.graph.get_attr(f"{node.name}_floats")
+            if dynamic:
+                node.replace_all_uses_with(constant)
+            else:
+                parts = (constant, *node.args[1:])
+                node.update_arg(0, module.graph.call_function(operators.quantize_per_channel.default, parts))
+        weights.append(weight)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return weights
+
+
+def _constant(module: GraphModule, node: Any) -> Tensor:
+    owner, _, name = str(node.target).rpartition(".")
+    value: Tensor = getattr(module.get_submodule(owner), name)
+    return value.detach()
 
 
 def _quantization(request: ConversionRequest) -> Any:
@@ -82,6 +127,9 @@ def main(path: str) -> int:
     request = msgspec.json.decode(Path(path).read_bytes(), type=ConversionRequest)
     try:
         convert(request)
+    except ExportError as error:
+        Path(request.reason).write_text(str(error), encoding="utf-8")
+        return UNPROVED
     except Exception as error:  # the converter raises what its stages raise; none of it is a type of its own
         Path(request.reason).write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
         return REFUSED
@@ -89,5 +137,6 @@ def main(path: str) -> int:
 
 
 if __name__ == "__main__":
-    os.environ["LITERT_TORCH_SHOW_PROGRESS"] = "n"
+    # The default partitioner transposes maps between convolutions and back.
+    os.environ |= {"LITERT_TORCH_SHOW_PROGRESS": "n", "LAYOUT_OPTIMIZE_PARTITIONER": "GREEDY"}
     sys.exit(main(sys.argv[1]))

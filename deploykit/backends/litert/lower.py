@@ -11,7 +11,7 @@ import msgspec
 import torch
 
 from deploykit.backends.backend import Engine, LowerOptions
-from deploykit.backends.litert.converter import REFUSED, ConversionRequest
+from deploykit.backends.litert.converter import REFUSED, UNPROVED, ConversionRequest
 from deploykit.backends.litert.package import CONVERTER, PACKAGE
 from deploykit.child_process import child_environment, run_module
 from deploykit.errors import ExportError, MissingDependency
@@ -112,8 +112,9 @@ def _convert(request: ConversionRequest, graph: TorchProgram, scratch: Path) -> 
         ) from error
     if done.returncode == 0:
         return
-    if done.returncode == REFUSED:
-        raise _refused(graph, Path(request.reason).read_text(encoding="utf-8"))
+    if done.returncode in (REFUSED, UNPROVED):
+        reason = Path(request.reason).read_text(encoding="utf-8")
+        raise _refused(graph, reason) if done.returncode == REFUSED else ExportError(reason)
     tail = "".join(f"\n  {line}" for line in done.stderr.splitlines()[-_LOG_LINES:])
     cause = f"crashed (signal {-done.returncode})" if done.returncode < 0 else "failed"
     hint = " Out of memory is the usual cause: free some, or try a smaller model." if done.returncode == -9 else ""
