@@ -214,6 +214,7 @@ def test_a_full_disk_leaves_nothing(call, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow  # tests/cli/test_interruption.py has one signal in the quick tests
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_export_gives_130_and_leaves_nothing(tmp_path, stop):
     words = ["export", "resnet18", *HERE, "-o", str(tmp_path / "out")]

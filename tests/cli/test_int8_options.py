@@ -42,6 +42,7 @@ def test_few_calibration_images_are_warned_of(told):
     assert told[1].err.count("warning: only 4 different calibration images were given") == 1
 
 
+@pytest.mark.slow
 def test_json_holds_the_speed_and_the_search(call, photos, tmp_path):
     done = call(*WORDS, "--calibration", photos, "--min-sqnr-db", "1", "-o", tmp_path / "out", "--json")
     assert done.code == 0, done.err
@@ -49,6 +50,7 @@ def test_json_holds_the_speed_and_the_search(call, photos, tmp_path):
     assert done.json()["search"] is None
 
 
+@pytest.mark.slow
 def test_no_speed_leaves_the_timing_out(call, photos, tmp_path):
     done = call(*WORDS, "--calibration", photos, "--min-sqnr-db", "1", "--no-speed", "-o", tmp_path / "out")
     assert done.code == 0, done.err

@@ -67,7 +67,9 @@ def start(*words: object, environment: dict[str, str] | None = None) -> subproce
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("number", ENDING)
+@pytest.mark.parametrize(
+    "number", [ENDING[0], *(pytest.param(number, marks=pytest.mark.slow) for number in ENDING[1:])]
+)
 def test_an_export_that_is_stopped_leaves_nothing(number, tmp_path):
     temporary = tmp_path / "tmp"
     temporary.mkdir()
