@@ -102,6 +102,7 @@ PACKAGES: dict[str, OptionalPackage] = {
         OptionalPackage(
             module="model_signing", distribution="model-signing", extra="sign", feature="signatures of bundles"
         ),
+        OptionalPackage(module="pyarrow", distribution="pyarrow", extra="parquet", feature="writing Parquet files"),
         OptionalPackage(module="matplotlib", distribution="matplotlib", extra="plot", feature="drawing a plot"),
         OptionalPackage(module="skimage", distribution="scikit-image", extra="demo", feature="the demo's photographs"),
         OptionalPackage(

@@ -18,6 +18,7 @@ from deploykit.cli import (
     doctor,
     evaluate,
     export,
+    extract,
     import_model,
     inspect,
     list,
@@ -56,6 +57,7 @@ app.command("evaluate", epilog=evaluate.EXAMPLE, context_settings=_SETTINGS)(eva
 app.command("compare", epilog=compare.EXAMPLE, context_settings=_SETTINGS)(compare.compare)
 app.command("report", epilog=report.EXAMPLE, context_settings=_SETTINGS)(report.report)
 app.command("sign", epilog=sign.EXAMPLE, context_settings=_SETTINGS)(sign.sign)
+app.command("extract", epilog=extract.EXAMPLE, context_settings=_SETTINGS)(extract.extract)
 app.command("inspect", epilog=inspect.EXAMPLE, context_settings=_SETTINGS)(inspect.inspect)
 app.command("sensitivity", epilog=sensitivity.EXAMPLE, context_settings=_SETTINGS)(sensitivity.sensitivity)
 app.command("list", epilog=list.EXAMPLE, context_settings=_SETTINGS)(list.list_backbones)

@@ -1,0 +1,118 @@
+"""Features in Parquet: the rows are those of calls, whatever stopped the run on the way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import deploykit
+from deploykit.errors import SpecError
+from deploykit.extraction import extract
+from tests.accuracy.small_classifier import export, pixels
+
+parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return export(tmp_path_factory.mktemp("bundles") / "features", classes=0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    for index, image in enumerate(pixels()):
+        path = folder / f"class{index % 3}" / f"{index:03}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(image).save(path)
+    return folder
+
+
+def test_rows_are_those_of_calls(bundle, folder, tmp_path):
+    heard = []
+    done = extract(folder, bundle, tmp_path / "out.parquet", shard=25, progress=heard.append)
+    table = parquet.read_table(tmp_path / "out.parquet").to_pydict()
+    assert (done.rows, done.skipped, done.resumed) == (60, 0, 0)
+    assert list(table) == ["image", "label", "error", "deep"]
+    files = sorted(folder.rglob("*.png"))
+    assert table["image"] == list(map(str, files))
+    assert table["label"] == [file.parent.name for file in files]
+    assert set(table["error"]) == {None}
+    with deploykit.load_bundle(bundle) as engine:
+        for row, file in zip(table["deep"][::17], files[::17], strict=True):
+            own = engine(deploykit.load_images([file], engine.input_spec))["deep"].mean((2, 3))[0]
+            np.testing.assert_allclose(row, own, rtol=1e-4, atol=1e-5)
+    assert [event.done for event in heard][-1] == 60
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.parquet"]
+
+
+def test_whole_maps_and_arrays(bundle, tmp_path):
+    extract((pixels()[:5], list("abcde")), bundle, tmp_path / "out.parquet", pool=False)
+    table = parquet.read_table(tmp_path / "out.parquet").to_pydict()
+    assert (table["image"], table["label"]) == (list("01234"), list("abcde"))
+    with deploykit.load_bundle(bundle) as engine:
+        own = engine(deploykit.preprocess(pixels()[3], engine.input_spec))["deep"][0]
+    np.testing.assert_allclose(table["deep"][3], own.reshape(-1), rtol=1e-4, atol=1e-5)
+
+
+def test_killed_runs_give_the_rows_of_an_unbroken_one(bundle, folder, tmp_path):
+    script = "import sys; from deploykit.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    words = ("extract", str(folder), "--bundle", str(bundle), "-o", str(tmp_path / "broken.parquet"), "--shard", "7")
+    shards = tmp_path / ".broken.parquet.shards"
+    for kills in (1, 3):
+        process = subprocess.Popen([sys.executable, "-c", script, *words], stderr=subprocess.DEVNULL)
+        end = time.monotonic() + 60
+        while len(list(shards.glob("*.parquet"))) < kills and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    if not (tmp_path / "broken.parquet").exists():
+        done = extract(folder, bundle, tmp_path / "broken.parquet", shard=7)
+        assert done.resumed >= 7
+    extract(folder, bundle, tmp_path / "whole.parquet", shard=7)
+    assert parquet.read_table(tmp_path / "broken.parquet").equals(parquet.read_table(tmp_path / "whole.parquet"))
+
+
+def test_unreadable_images_have_their_reason(bundle, tmp_path):
+    for index, image in enumerate(pixels()[:3]):
+        Image.fromarray(image).save(tmp_path / f"{index}.png")
+    (tmp_path / "1.png").write_bytes(b"nothing")
+    with pytest.raises(deploykit.ImageError, match=r"1\.png"):
+        extract(tmp_path, bundle, tmp_path / "out.parquet")
+    with pytest.raises(SpecError, match="differs in skip_corrupt"):
+        extract(tmp_path, bundle, tmp_path / "out.parquet", skip_corrupt=True)
+    done = extract(tmp_path, bundle, tmp_path / "other.parquet", skip_corrupt=True)
+    table = parquet.read_table(tmp_path / "other.parquet").to_pydict()
+    assert done.skipped == 1
+    assert table["deep"][1] is None
+    assert "1.png" in table["error"][1]
+    assert len(table["deep"][2]) == 32
+
+
+def test_bad_outputs_are_refused_before_any_work(bundle, folder, tmp_path):
+    for name, message in (("out.csv", "ends in .parquet"), ("nowhere/out.parquet", "in none that exists")):
+        with pytest.raises(SpecError, match=message):
+            extract(folder, bundle, tmp_path / name)
+    (tmp_path / "there.parquet").write_bytes(b"mine")
+    with pytest.raises(SpecError, match="exists already"):
+        extract(folder, bundle, tmp_path / "there.parquet")
+    assert (tmp_path / "there.parquet").read_bytes() == b"mine"
+    with pytest.raises(SpecError, match="shard is 0"):
+        extract(folder, bundle, tmp_path / "out.parquet", shard=0)
+
+
+def test_the_command_says_what_it_wrote(bundle, folder, tmp_path):
+    from tests.cli.conftest import call
+
+    done = call("extract", folder, "--bundle", bundle, "-o", tmp_path / "out.parquet")
+    assert done.code == 0, done.err
+    assert done.out.endswith("out.parquet: 60 rows.\n")
+    assert "extract: 60 of 60 images" in done.err
+    assert call("extract", folder, "--bundle", bundle, "-o", tmp_path / "out.parquet").code == 2
