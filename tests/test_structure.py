@@ -45,10 +45,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("backends",),
     ("export",),
     ("facade", "opening", "verification", "assertion"),
-    (
-        "accuracy",
-        "bench",
-    ),
+    ("accuracy", "bench", "extraction"),
     ("changes",),
     ("reports",),
     ("cli", "__main__"),
