@@ -18,13 +18,15 @@ REFERENCE := deploykit deploykit.errors deploykit.spec deploykit.progress deploy
 	deploykit.calibration.recipes deploykit.calibration.search deploykit.calibration.dialect \
 	deploykit.fusion.pipeline deploykit.fusion.program deploykit.backends.backend deploykit.backends.runtime
 
-.PHONY: help demo test test-fast test-all lint format docs bench clean
+.PHONY: help demo test test-fast test-all test-matrix wheel lint format docs bench clean
 
 help:
 	@echo "make demo      export EfficientNet-Lite0 to four engines and prove the numbers"
 	@echo "make test      the tests, without those marked slow"
 	@echo "make test-fast the tests that export and compile nothing, under a minute"
 	@echo "make test-all  every test"
+	@echo "make test-matrix bundles in bare environments: each Python that is there, newest and oldest versions"
+	@echo "make wheel     the wheel, in dist"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    let ruff format the code"
 	@echo "make docs      the API reference, from the docstrings, in build/docs"
@@ -41,6 +43,12 @@ test-fast: $(READY)
 
 test-all: $(READY)
 	HYPOTHESIS_PROFILE=default $(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "slow or not slow"
+
+test-matrix: $(READY)
+	$(BIN)/python tests/bare_environments.py
+
+wheel: $(READY)
+	$(BIN)/python -m build --wheel --outdir dist .
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -73,7 +73,8 @@ def plan_precision(
         return offered
     check_images_given(precision, calibration)
     assert calibration is not None  # noqa: S101  (just checked; narrows the type)
-    images, settings = calibration, precision.filled()
+    # What stays in float changes no range: targets that differ in it alone share the calibration.
+    images, settings = calibration, replace(precision.filled(), float_dtype="fp32")
     key = plan_key(weights_digest, images.digest, settings)
 
     kept = PlanKey.of(key, model)
@@ -105,4 +106,7 @@ def plan_precision(
     plan = make() if cache is None else cache.get_or_make(kept, make)
     for problem in (*plan.warnings, *images.surprises()):
         warnings.warn(problem, CalibrationWarning, stacklevel=2)
-    return plan
+    if precision.float_dtype == settings.float_dtype:
+        return plan
+    own_key = plan_key(weights_digest, images.digest, precision)
+    return replace(plan, key=own_key, float_dtype=precision.float_dtype)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from deploykit.errors import CalibrationError, SpecError, nearest
+from deploykit.optional import require
 from deploykit.spec import FAMILY_RECIPE, BiasCorrection, Calibrator, Int8, Rounding, WeightScales
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ class RecipeReport:
 
     def render(self) -> Table:
         """Return a table for a terminal, one row a recipe."""
+        require("rich")
         from rich.table import Table
 
         title = f"Recipes, calibrated with {self.calibrated} images and measured on {self.held_out} others"

@@ -96,6 +96,7 @@ class SearchReport:
 
     def render(self) -> Table:
         """Return a table for a terminal, one row a candidate."""
+        require("rich")
         from rich.table import Table
 
         table = Table(

@@ -5,7 +5,11 @@ from __future__ import annotations
 import sys
 
 from deploykit.child_process import drop_working_folder
+from deploykit.errors import MissingDependency
 from deploykit.interruption import INTERRUPTED, interruptible
+from deploykit.optional import require
+
+FAILED = 1
 
 
 def main() -> int:
@@ -13,9 +17,14 @@ def main() -> int:
     drop_working_folder()
     try:
         with interruptible():
+            require("typer")
+            require("rich")
             from deploykit.cli.main import main as run
 
             return run()
+    except MissingDependency as error:
+        sys.stderr.write(f"error: {error}\n")
+        return FAILED
     except KeyboardInterrupt:
         sys.stderr.write("deploykit: interrupted; nothing was left half-written.\n")
         return INTERRUPTED

@@ -9,6 +9,7 @@ from typing import Any
 from deploykit.bundle import Manifest, read_manifest
 from deploykit.errors import SpecError
 from deploykit.spec import BatchRange, parse_batch, parse_image_size, parse_precision
+from deploykit.target import find_target
 from deploykit.unset import UNSET
 
 
@@ -58,6 +59,12 @@ def _held(manifest: Manifest) -> dict[str, Any]:
     }
 
 
+def _target_name(value: Any) -> Any:
+    """Return an edge target's name for its alias or its file; any other value as it is."""
+    described = find_target(value) if isinstance(value, str) else None
+    return described.name if described is not None else value
+
+
 def _normal(name: str, value: Any, held: Any) -> Any:
     """Return the value as the manifest spells it; what stands for "the default" is what the bundle holds."""
     if name == "precision":
@@ -72,4 +79,4 @@ def _normal(name: str, value: Any, held: Any) -> Any:
         return parse_image_size(value)
     if name == "output_indices":
         return tuple(sorted(value))
-    return value
+    return _target_name(value) if name == "target" and value != held else value

@@ -24,6 +24,7 @@
     ├── WeightsWarning       a checkpoint holds more than was taken, or leaves something unsaid
     ├── CalibrationWarning   images that calibrate badly: few, identical, constant or not normalised
     ├── TrustWarning         an engine is machine code that this user did not make here
+    ├── TargetWarning        an engine was made for another machine than this one
     └── SaturationWarning    an INT8 engine on a processor whose products of 8-bit weights saturate
 
 A message says what was observed, what was expected, and what to do.
@@ -33,7 +34,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from deploykit.printable import printable
 
@@ -106,6 +107,10 @@ class SaturationWarning(DeployKitWarning):
     """An INT8 engine was opened on a processor where its products can saturate, and its numbers differ."""
 
 
+class TargetWarning(DeployKitWarning):
+    """An engine was opened on a machine that is not its target: its speed, and perhaps its numbers, are others."""
+
+
 class TrustWarning(DeployKitWarning):
     """An engine that is machine code was opened, and this user's deploykit did not make it on this machine."""
 
@@ -149,7 +154,15 @@ class DeviceUnavailable(DeployKitError):
 
 
 class ParityError(DeployKitError):
-    """An engine's numbers are outside their budget."""
+    """An engine's numbers are outside their budget.
+
+    Attributes:
+        levels: the SQNR of each level in dB, where it was measured.
+    """
+
+    def __init__(self, message: str, *, levels: Mapping[str, float] | None = None) -> None:
+        super().__init__(message)
+        self.levels = dict(levels or {})
 
 
 _TERMINAL_CODES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -16,8 +15,10 @@ from deploykit.backends.backend import resolve
 from deploykit.backends.runtime import Runtime
 from deploykit.backends.table import load_backend
 from deploykit.bundle import is_bundle, open_bundle
-from deploykit.errors import EngineMismatch, SpecError, WeightsWarning
-from deploykit.labels import LabelSource, folder_labels
+from deploykit.errors import EngineMismatch, SpecError
+from deploykit.export.target_options import export_options
+from deploykit.jobs import make_job
+from deploykit.labels import LabelSource
 from deploykit.names import TIMM, is_bare, path_of
 from deploykit.options import ExportOptions
 from deploykit.progress import Progress, quiet
@@ -26,11 +27,9 @@ from deploykit.spec import (
     DEFAULT_BUILD,
     BatchRange,
     BuildOptions,
-    Fp32,
     Precision,
     Preprocessing,
     parse_batch,
-    parse_precision,
 )
 from deploykit.threads import Hint, check_threads, checked_hint
 from deploykit.unset import UNSET, UnsetType, given
@@ -40,8 +39,7 @@ if TYPE_CHECKING:
 
     from deploykit.backbones.base import BaseBackbone
     from deploykit.backends.torch.adapter import PixelBackbone
-    from deploykit.calibration.images import CalibrationSet, CalibrationSource
-    from deploykit.export.job import ExportJob
+    from deploykit.calibration.images import CalibrationSource
     from deploykit.export.pipeline import ExportResult
 
 Model: TypeAlias = "BaseBackbone | PixelBackbone | Runtime"
@@ -109,7 +107,8 @@ def create_backbone(
         embed_preprocessing: the model takes decoded RGB pixels, uint8 ``(N, H, W, C)`` of its size,
             and does the cast, the transpose and the mean and std itself.
         device: where it runs; ``"auto"`` is the runtime's first device.
-        target: what an engine is built for, where the runtime has targets (``"sm89"``, ``"x86-avx2"``).
+        target: what an engine is for: a device that ``deploykit targets`` lists, or a TOML file that describes one,
+            which decides all that is not given; or one of the runtime's own (``"sm89"``, ``"x86-avx2"``).
         cache: keep built engines and INT8 plans, keyed by all that decides them.
         threads: how many threads compute; None: as many as the process may use (its affinity mask, its cgroup's quota,
             ``OMP_NUM_THREADS``). The ``torch`` runtime has one number for the whole process.
@@ -158,12 +157,13 @@ def create_backbone(
         return load_bundle(bundle, device=device, threads=threads, hint=hint, trust=trust, signed_by=signed_by)
     if signed_by is not None:
         raise SpecError(f"signed_by is for a bundle, and {name!r} is none. Fix: give the path of a bundle.")
-    options = ExportOptions(
-        runtime=given(runtime, "torch"),
-        precision=Fp32() if precision is UNSET else parse_precision(precision),
-        batch=1 if batch_size is UNSET else parse_batch(batch_size),
-        embed_preprocessing=given(embed_preprocessing, False),
-        target=given(target, None),
+    named = given(target, None)
+    options = export_options(
+        named,
+        runtime="torch" if runtime is UNSET and named is None else runtime,
+        precision=precision,
+        batch=UNSET if batch_size is UNSET else parse_batch(batch_size),
+        embed_preprocessing=embed_preprocessing,
         probe_levels=False,
         cache=cache,
     )
@@ -190,20 +190,21 @@ def create_backbone(
         return placed
     from deploykit.opening import open_built
 
-    return open_built(_job(backbone, options, calibration), device=device, threads=check_threads(threads), hint=hint)
+    job = make_job(backbone, options, calibration)
+    return open_built(job, device=device, threads=check_threads(threads), hint=hint)
 
 
 def export_backbone(
     name: str | nn.Module,
     output: str | os.PathLike[str],
     *,
-    runtime: str,
-    precision: str | Precision = "fp32",
+    runtime: str | UnsetType = UNSET,
+    precision: str | Precision | UnsetType = UNSET,
     calibration: CalibrationSource | None = None,
-    batch_size: BatchSize = 1,
-    embed_preprocessing: bool = False,
+    batch_size: BatchSize | UnsetType = UNSET,
+    embed_preprocessing: bool | UnsetType = UNSET,
     target: str | None = None,
-    portable: bool = False,
+    portable: bool | UnsetType = UNSET,
     build_options: BuildOptions = DEFAULT_BUILD,
     overwrite: bool = False,
     skip_corrupt: bool = False,
@@ -218,7 +219,7 @@ def export_backbone(
     Args:
         name: as for `create_backbone`, without bundles.
         output: the folder to write; taken only when it is a bundle and ``overwrite`` is on.
-        runtime: the engine's runtime.
+        runtime: the engine's runtime; not given: the target's.
         precision: as for `create_backbone`.
         calibration: as for `create_backbone`.
         batch_size: as for `create_backbone`.
@@ -244,12 +245,12 @@ def export_backbone(
         DeployKitError: see `deploykit.errors`; nothing is left at ``output`` then.
     """
     check_arguments(export_backbone, locals())
-    asked = ExportOptions(
+    asked = export_options(
+        target,
         runtime=runtime,
-        precision=parse_precision(precision),
-        batch=parse_batch(batch_size),
+        precision=precision,
+        batch=UNSET if batch_size is UNSET else parse_batch(batch_size),
         embed_preprocessing=embed_preprocessing,
-        target=target,
         portable=portable,
         build=build_options,
         time_against_fp32=time_against_fp32,
@@ -296,7 +297,7 @@ def export_asked(
 
     load_backend(asked.runtime)
     built = build_any(name, make_request(**backbone))
-    job = _job(built, asked, calibration, skip_corrupt=skip_corrupt)
+    job = make_job(built, asked, calibration, skip_corrupt=skip_corrupt)
     return export(job, output, overwrite=overwrite, progress=progress)
 
 
@@ -366,47 +367,3 @@ def _is_backbone_name(text: str) -> bool:
     from deploykit.backbones.registry import is_known
 
     return is_known(text)
-
-
-def _job(
-    backbone: BaseBackbone,
-    options: ExportOptions,
-    calibration: CalibrationSource | None,
-    *,
-    skip_corrupt: bool = False,
-) -> ExportJob:
-    from deploykit.calibration.images import calibration_set
-    from deploykit.export.job import ExportJob, checked
-
-    _warn_of_guess(backbone)
-    images = None
-    if calibration is not None:
-        spec = backbone.input_spec.as_pixels() if options.embed_preprocessing else backbone.input_spec
-        images = calibration_set(calibration, spec, skip_corrupt=skip_corrupt)
-    labels = _labels(backbone, calibration, images)
-    return checked(ExportJob(backbone=backbone, options=options, images=images, labels=labels))
-
-
-def _labels(
-    backbone: BaseBackbone, calibration: CalibrationSource | None, images: CalibrationSet | None
-) -> tuple[str, ...] | None:
-    """Return the class names of a backbone; else those of the class folders that it is calibrated with."""
-    if backbone.labels is not None or "logits" not in backbone.spec.output_names:
-        return backbone.labels
-    if images is None or not isinstance(calibration, (str, os.PathLike)) or not Path(calibration).is_dir():
-        return None
-    return folder_labels(Path(calibration), images.files, backbone.spec.num_classes)
-
-
-def _warn_of_guess(backbone: BaseBackbone) -> None:
-    """Say that an engine will be fed as the variant's weights are, where the user's own say nothing of it."""
-    if not backbone.guesses_preprocessing:
-        return
-    how = backbone.input_spec.preprocessing
-    warnings.warn(
-        f"{backbone.spec.weights} does not say how its images were prepared, so the engine takes {backbone.name}'s own "
-        f"preprocessing: mean {how.mean}, std {how.std}, {how.interpolation}, crop_pct {how.crop_pct}, crop_mode "
-        f"{how.crop_mode}. Fix: say how the weights were trained with preprocessing=, also where it is the same.",
-        WeightsWarning,
-        stacklevel=2,
-    )

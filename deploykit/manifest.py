@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 import re
@@ -13,7 +12,9 @@ from typing import Any, Literal, NoReturn, TypeAlias
 
 import msgspec
 
+import deploykit
 from deploykit.errors import BundleError, SpecError
+from deploykit.optional import DISTRIBUTION
 from deploykit.printable import is_printable
 from deploykit.spec import BackboneSpec, InputSpec, TensorSpec, parse_precision
 
@@ -40,11 +41,28 @@ class FileRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MadeFor:
+    """The device that an engine was made for: its instruction set, its INT8 instructions, where the engine runs there.
+
+    ``options`` are the runtime's own settings when the engine is opened. ``memory_mb`` is the budget of its files.
+    """
+
+    name: str
+    title: str
+    machine: str | None = None
+    instructions: tuple[str, ...] = ()
+    device: str = "auto"
+    options: dict[str, str] = field(default_factory=dict)
+    memory_mb: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What a bundle says of itself.
 
     ``engine`` is the file that the runtime opens. ``requires`` is what the engine is tied to
-    beyond ``runtime_version`` (a compute capability, an instruction set). ``status`` is what was seen
+    beyond ``runtime_version`` (a compute capability, an instruction set). ``made_for`` is the device that ``target``
+    names; None: a target of the runtime's own, or none. ``status`` is what was seen
     of the engine: ``built``, no more; ``executed``, it ran, and its numbers were not all within the
     budget; ``parity_checked``, it ran, and they were. ``seen_on`` is where: machine, device, versions.
     ``compiler`` is what the runtime's compiler chose by measuring, and what each choice cost.
@@ -63,6 +81,7 @@ class Manifest:
     status: Status = "built"
     seen_on: dict[str, str] = field(default_factory=dict)
     target: str | None = None
+    made_for: MadeFor | None = None
     requires: dict[str, str] = field(default_factory=dict)
     weights_digest: str
     calibration_digest: str | None = None
@@ -137,11 +156,8 @@ def engine_parts(engine: str, names: Iterable[str]) -> tuple[str, ...]:
 
 
 def own_version() -> dict[str, str]:
-    """Return deploykit's installed version, as a manifest's ``tools`` name it; empty where it is not installed."""
-    try:
-        return {"deploykit": importlib.metadata.version("deploykit")}
-    except importlib.metadata.PackageNotFoundError:
-        return {}
+    """Return deploykit's version, as a manifest's ``tools`` name it."""
+    return {"deploykit": deploykit.__version__}
 
 
 def _parse(text: bytes, path: Path) -> Any:
@@ -241,8 +257,8 @@ def _newer(path: Path, version: int, raw: dict[str, Any]) -> str:
     writer = tools.get("deploykit") if isinstance(tools, dict) else None
     here = own_version().get("deploykit")
     known = isinstance(writer, str) and re.fullmatch(r"[\w.+!-]{1,40}", writer)
-    wanted = f"deploykit>={writer}" if known else "--upgrade deploykit"
+    wanted = f"'{DISTRIBUTION}>={writer}'" if known else f"--upgrade {DISTRIBUTION}"
     return (
         f"{path} has schema version {version!r:.40}; this deploykit{f' ({here})' if here else ''} reads up to "
-        f"{SCHEMA_VERSION}. Upgrade: pip install '{wanted}', or export the bundle with this version."
+        f"{SCHEMA_VERSION}. Upgrade: pip install {wanted}, or export the bundle with this version."
     )

@@ -15,6 +15,9 @@ from types import ModuleType
 
 from deploykit.errors import DeployKitError, MissingDependency
 
+DISTRIBUTION = "deploykit-vision"
+"""What pip calls deploykit: the name deploykit on the public index belongs to another project."""
+
 _VERSION_LINE = re.compile(
     r"^__version__(?::\s*\w+)?\s*=\s*(?P<quote>['\"])(?P<version>[^'\"]+)(?P=quote)", re.MULTILINE
 )
@@ -43,8 +46,10 @@ class OptionalPackage:
 
     @property
     def command(self) -> str:
-        """The pip command that installs it: with the extra of deploykit that needs it, where there is one."""
-        return f"pip install 'deploykit[{self.extra}]'" if self.extra else f"pip install {self.distribution}"
+        """The pip command that installs it, and what else its extra of deploykit has that is not here."""
+        beside = (each for each in PACKAGES.values() if self.extra is not None and each.extra == self.extra)
+        absent = (each.distribution for each in beside if each.module != self.module and _spec_of(each.module) is None)
+        return f"pip install {' '.join((self.distribution, *absent))}"
 
     @property
     def repair(self) -> str:
@@ -103,6 +108,12 @@ PACKAGES: dict[str, OptionalPackage] = {
             module="model_signing", distribution="model-signing", extra="sign", feature="signatures of bundles"
         ),
         OptionalPackage(module="pyarrow", distribution="pyarrow", extra="parquet", feature="writing Parquet files"),
+        OptionalPackage(module="PIL", distribution="pillow", extra="images", feature="reading images"),
+        OptionalPackage(
+            module="rich", distribution="rich", extra="cli", feature="the deploykit command and its tables"
+        ),
+        OptionalPackage(module="typer", distribution="typer", extra="cli", feature="the deploykit command"),
+        OptionalPackage(module="platformdirs", distribution="platformdirs", feature="the folder of the engine cache"),
         OptionalPackage(module="matplotlib", distribution="matplotlib", extra="plot", feature="drawing a plot"),
         OptionalPackage(module="skimage", distribution="scikit-image", extra="demo", feature="the demo's photographs"),
         OptionalPackage(

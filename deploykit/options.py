@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from deploykit.spec import DEFAULT_BUILD, Batch, BuildOptions, Fp32, Precision
+from deploykit.target import Target
 
 if TYPE_CHECKING:
     from deploykit.backends.runtime import Runtime
@@ -21,7 +22,8 @@ class ExportOptions:
         precision: with its settings and its budget.
         batch: a number of images, or a range of them.
         embed_preprocessing: the engine takes uint8 pixels ``(N, H, W, C)`` and normalises them itself.
-        target: what the engine is built for, where the runtime has targets.
+        target: which of the runtime's own targets the engine is built for, where it has some.
+        made_for: the device that the engine is for; None: this machine, or whatever ``target`` says.
         portable: the device that opens the engine finishes it, where the runtime has such a form.
         build: what its build is told beside the target, where the runtime takes build options.
         probe_levels: also compare the levels inside an engine that returns only the head.
@@ -37,6 +39,7 @@ class ExportOptions:
     batch: Batch = 1
     embed_preprocessing: bool = False
     target: str | None = None
+    made_for: Target | None = None
     portable: bool = False
     build: BuildOptions = DEFAULT_BUILD
     probe_levels: bool = True
@@ -44,3 +47,8 @@ class ExportOptions:
     require_speedup: bool = False
     metric: Callable[[Runtime], float] | None = None
     cache: bool = True
+
+    @property
+    def target_name(self) -> str | None:
+        """What the bundle says that it is for."""
+        return self.made_for.name if self.made_for is not None else self.target

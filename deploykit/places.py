@@ -14,6 +14,7 @@ from pathlib import Path
 
 from deploykit.errors import SpecError, StorageError
 from deploykit.locks import try_lock
+from deploykit.optional import require
 
 CACHE = "DEPLOYKIT_CACHE"
 """The environment variable that names the cache's folder."""
@@ -84,7 +85,7 @@ def cache_root() -> Path | None:
     Raises:
         SpecError: the variable begins with ``~`` and there is no home folder.
     """
-    import platformdirs  # not on a device that only opens bundles
+    platformdirs = require("platformdirs")  # not on a device that only opens bundles
 
     chosen = os.environ.get(CACHE)
     try:

@@ -35,6 +35,7 @@ PROCESSOR_TARGETS: dict[str, bool] = {
 }
 """Processors that an INT8 engine can be made for, and whether products of 8-bit weights saturate there."""
 
+_MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
 _EXACT_X86 = frozenset({"AVX512-VNNI", "AVX-VNNI", "AMX-INT8"})
 
 
@@ -91,6 +92,12 @@ def machine_key(seen_on: Mapping[str, str], threads: int | None = None, cpuinfo:
     flags = sorted((fields.get("Features") or fields.get("flags") or "").split())
     text = json.dumps([dict(seen_on), threads, flags, read_processor(cpuinfo).cores], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def this_machine() -> str:
+    """Return this machine's instruction set as Linux names it: ``x86_64``, ``aarch64``."""
+    name = platform.machine().lower()
+    return _MACHINES.get(name, name)
 
 
 def saturates(target: str | None) -> bool:

@@ -26,6 +26,11 @@ Value = TypeVar("Value")
 Default = TypeVar("Default")
 
 
+def or_unset(value: Value | None) -> Value | UnsetType:
+    """Return the value, or `UNSET` for None, where None stands for "not given", as on a command line."""
+    return UNSET if value is None else value
+
+
 def given(value: Value | UnsetType, default: Default) -> Value | Default:
     """Return the value, or the default where none was given."""
     return default if isinstance(value, Unset) else value

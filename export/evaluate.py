@@ -22,7 +22,7 @@ from deploykit.calibration.search import Measured
 from deploykit.errors import DeviceUnavailable
 from deploykit.export.graphs import select
 from deploykit.export.job import ExportJob, tool_versions
-from deploykit.export.measure import measure
+from deploykit.export.measure import measure, open_here
 from deploykit.export.speed import SpeedReport, time_in_turns
 from deploykit.fusion.embed_preprocessing import embed_preprocessing
 from deploykit.fusion.pipeline import FusionRecord
@@ -109,6 +109,7 @@ class Evaluator:
             graph=built.graph,
             whole=built.whole if self.job.options.probe_levels else None,
             lower=self._lower_graph,
+            elsewhere=self.job.is_elsewhere,
         )
 
     def baseline(self, manifest: Manifest, folder: Path) -> Baseline | None:
@@ -139,8 +140,10 @@ class Evaluator:
                 return replace(found, speedup=fp32_ms / own_ms, metric=None if metric is None else float(metric(model)))
 
     def speed(self, manifest: Manifest, folder: Path, plan: QuantizationPlan) -> SpeedReport | None:
-        """Time a built engine against the float ones; None where its device is not here."""
+        """Time a built engine against the float ones; None where its device is not here, or is for another machine."""
         backend = self.job.backend
+        if self.job.is_elsewhere:
+            return None
         try:
             with self._opened(manifest, folder) as model:
                 floats = [self.fp32()]
@@ -197,7 +200,8 @@ class Evaluator:
             precision=options.precision.name,
             precision_settings=asdict(options.precision),
             engine=built.engine.file,
-            target=options.target,
+            target=options.target_name,
+            made_for=job.made_for,
             requires=built.engine.requires,
             weights_digest=weights_digest(job.backbone),
             calibration_digest=job.images.digest if job.images and quantized else None,
@@ -215,7 +219,7 @@ class Evaluator:
         self._progress(BuildStep(phase=phase, done=done, total=total))
 
     def _opened(self, manifest: Manifest, folder: Path) -> Runtime:
-        return self.job.backend.load_adapter()(manifest, folder)
+        return open_here(manifest, folder)
 
     def _float_engine(self, precision: str, plan: HalfPlan | None) -> Runtime:
         if precision not in self._float:

@@ -16,10 +16,13 @@ from deploykit.calibration.ranges import STATISTICS_VERSION
 from deploykit.calibration.recipes import with_recipe
 from deploykit.errors import SpecError, nearest
 from deploykit.export.network_digest import network_digest
+from deploykit.export.target_options import is_here
+from deploykit.manifest import MadeFor
 from deploykit.optional import installed_version
 from deploykit.options import ExportOptions
 from deploykit.processor import saturates
 from deploykit.spec import DEFAULT_BUILD, InputSpec, Int8
+from deploykit.target import known_names
 
 _TOOLS = ("torch", "onnx", "onnx_ir", "onnxscript")
 
@@ -60,10 +63,33 @@ class ExportJob:
             "runtime": (self.options.runtime, manifest.runtime),
             "precision": (self.options.precision.name, manifest.precision),
             "input": (self.input, manifest.input),
-            "target": (self.options.target, manifest.target),
+            "target": (self.options.target_name, manifest.target),
         }
         other = [name for name, (wanted, found) in asked.items() if wanted != found]
         return f"it is an engine with another {' and '.join(other)}" if other else None
+
+    @property
+    def made_for(self) -> MadeFor | None:
+        """What the manifest says of the device that the engine is for."""
+        target = self.options.made_for
+        if target is None:
+            return None
+        choice = target.choice(self.options.runtime)
+        return MadeFor(
+            name=target.name,
+            title=target.title,
+            machine=target.machine,
+            instructions=target.instructions,
+            device=choice.device,
+            options=choice.options,
+            memory_mb=target.memory_mb,
+        )
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the engine is for another machine than this one, which then says nothing of its speed."""
+        target = self.options.made_for
+        return target is not None and not is_here(target)
 
     def with_precision(self, precision: Int8, images: CalibrationSet | None = None) -> ExportJob:
         """Return the job with other INT8 settings, and other images where some are given."""
@@ -88,6 +114,7 @@ class ExportJob:
             "batch": options.batch if isinstance(options.batch, int) else asdict(options.batch),
             "calibration": self.images.digest if self.images is not None else None,
             "target": options.target,
+            "made_for": options.made_for,
             "labels": self.labels,
             "portable": options.portable,
             "build_options": options.build,
@@ -129,9 +156,10 @@ def tool_versions() -> dict[str, str]:
 def _settled(options: ExportOptions, backend: Backend) -> ExportOptions:
     """Decide whether 8-bit weights would saturate on the target, where the options leave that open."""
     precision = options.precision
+    processor = options.made_for.processor if options.made_for is not None else options.target
     if not isinstance(precision, Int8) or precision.reduce_range is not None:
         return options
-    return replace(options, precision=replace(precision, reduce_range=backend.uses_cpu and saturates(options.target)))
+    return replace(options, precision=replace(precision, reduce_range=backend.uses_cpu and saturates(processor)))
 
 
 def _check_target(backend: Backend, options: ExportOptions) -> None:
@@ -140,7 +168,7 @@ def _check_target(backend: Backend, options: ExportOptions) -> None:
         return
     if not backend.targets:
         raise SpecError(f"the {backend.name} runtime has no targets, and target={target!r} was given. Leave it out.")
-    raise SpecError(f"unknown {backend.name} target {target!r}. {nearest(target, backend.targets)}")
+    raise SpecError(f"unknown {backend.name} target {target!r}. {nearest(target, (*backend.targets, *known_names()))}")
 
 
 def _check_build(backend: Backend, options: ExportOptions) -> None:

@@ -15,7 +15,7 @@ from deploykit.backbones.base import BaseBackbone
 from deploykit.backbones.inference_copy import inference_copy
 from deploykit.backbones.random_state import kept_random_states
 from deploykit.backends.backend import Engine
-from deploykit.backends.runtime import machine, run_in_batches
+from deploykit.backends.runtime import Runtime, machine, run_in_batches
 from deploykit.backends.table import load_backend
 from deploykit.bundle import Manifest
 from deploykit.calibration.images import CalibrationSet
@@ -24,9 +24,10 @@ from deploykit.graph import Graph, OnnxGraph
 from deploykit.images.preprocess import denormalize
 from deploykit.onnx_session import graph_batch, onnx_session
 from deploykit.parity.compare import LOGITS, compare
-from deploykit.parity.report import LevelParity, ParityReport
+from deploykit.parity.report import ELSEWHERE, LevelParity, ParityReport
 from deploykit.places import scratch_folder
-from deploykit.spec import InputSpec, Precision
+from deploykit.processor import this_processor
+from deploykit.spec import InputSpec, Int8, Precision
 
 PARITY_IMAGES = 16
 PROXY = "proxy: the same graph, evaluated node by node on the CPU"
@@ -74,6 +75,7 @@ def measure(
     graph: Graph,
     whole: Graph | None,
     lower: Callable[[Graph, Path], Engine],
+    elsewhere: bool = False,
 ) -> tuple[ParityReport, Manifest]:
     """Run an engine where this machine can, and compare every output with torch.
 
@@ -87,14 +89,19 @@ def measure(
         whole: the same graph with every level as an output. Where it has more of them than the engine,
             it is lowered in the same way and shows the levels inside. None: only what the engine gives.
         lower: the lowering that made the engine.
+        elsewhere: the engine is for another machine: what it gives on this one is in the report, and the status
+            stays ``built``.
 
     Returns:
         The report, and the manifest with what was seen of the engine and where. Where its device is not here,
         the report holds what the same graph gives node by node on the CPU, marked as a proxy, and the status stays
         ``built``.
     """
+    own = ELSEWHERE if elsewhere else "engine"
     try:
-        levels, seen_on = _levels_of(manifest, folder, images, expected, precision, measured_on="engine")
+        if elsewhere:
+            _check_products(precision)
+        levels, seen_on = _levels_of(manifest, folder, images, expected, precision, measured_on=own)
         seen = replace(manifest, seen_on=seen_on)
         if whole is not None and whole.outputs != graph.outputs:
             inner = _compare_lowered(
@@ -115,6 +122,8 @@ def measure(
         min_top1_agreement=precision.min_top1_agreement,
         levels=levels,
     )
+    if elsewhere:
+        seen = replace(seen, seen_on=machine())
     if "device" in seen.seen_on:
         seen = replace(seen, status="parity_checked" if report.passed else "executed")
     return report, seen
@@ -154,10 +163,31 @@ def _levels_of(
     measured_on: str,
 ) -> tuple[tuple[LevelParity, ...], dict[str, str]]:
     """Open an engine and compare what it gives; also the machine that ran it."""
-    adapter = load_backend(manifest.runtime).load_adapter()
-    with adapter(manifest, folder) as model:
+    with open_here(manifest, folder) as model:
         levels = _compare(run_in_batches(model, images), expected, precision, measured_on=measured_on)
         return levels, model.seen_on()
+
+
+def _check_products(precision: Precision) -> None:
+    """Refuse to compare an engine for another processor where this one's products saturate.
+
+    Raises:
+        DeviceUnavailable: they do.
+    """
+    if isinstance(precision, Int8) and not precision.reduce_range and this_processor().saturates:
+        raise DeviceUnavailable("the products of this engine saturate on this processor, and not on its target.")
+
+
+def open_here(manifest: Manifest, folder: Path) -> Runtime:
+    """Open an engine on the device that it is for, whatever machine this is: an export says where its numbers are from.
+
+    Raises:
+        DeviceUnavailable: there is no such device here.
+    """
+    adapter, made_for = load_backend(manifest.runtime).load_adapter(), manifest.made_for
+    if made_for is not None:
+        manifest = replace(manifest, made_for=replace(made_for, machine=None, instructions=()))
+    return adapter(manifest, folder)
 
 
 def _by_proxy(graph: OnnxGraph, images: ImageArray) -> dict[str, FloatArray]:

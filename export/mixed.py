@@ -70,7 +70,7 @@ def _log(plan: QuantizationPlan, engines: Evaluator) -> SearchLog:
         "runtime_version": job.backend.installed_version(),
         "outputs": job.backbone.spec.output_names,
         "input": engines.network.input,
-        "target": job.options.target,
+        "target": job.options.target_name,
         "tie": job.backend.machine_tie(),
         "deploykit": deploykit.__version__,
     }

@@ -28,6 +28,7 @@ from deploykit.export.measure import parity_images, torch_outputs
 from deploykit.export.mixed import search_mixed_precision
 from deploykit.export.recipe_trials import settle_recipe
 from deploykit.export.speed import SpeedReport, check_speedup
+from deploykit.export.target_checks import check_fits
 from deploykit.export.to_onnx import to_onnx
 from deploykit.export.trace import output_names, trace
 from deploykit.fusion.pipeline import FusionRecord, export_passes, fuse
@@ -107,6 +108,7 @@ def export(job: ExportJob, folder: Path, *, overwrite: bool = False, progress: P
                 rendered = engines.render(plan)
                 progress(StageStarted(name="lower"))
                 built = engines.lower(rendered, staging)
+                check_fits(job, built.engine, staging)
                 progress(StageStarted(name="parity"))
                 parity, manifest = engines.compare(built, staging)
                 parity.raise_for_failures()

@@ -64,8 +64,8 @@ def check_speedup(report: SpeedReport | None, runtime: str) -> None:
     """
     if report is None:
         raise ExportError(
-            f"a speedup is required, and {runtime} has no device here to time the engine on. Export on its device, or "
-            "leave require_speedup out."
+            f"a speedup is required, and {runtime} cannot time the engine here: its device is another. Export there, "
+            "or leave require_speedup out."
         )
     if report.slower:
         lines = "".join(f"\n  {line}" for line in report.reasons())

@@ -89,7 +89,7 @@ def test_a_path_that_is_no_bundle_is_said_so(tmp_path):
 
 WITHOUT = """
 import sys
-BLOCKED = {"torch", "onnx", "onnx_ir", "onnxscript", "timm", "PIL", "typer", "rich", "filelock", "platformdirs"}
+BLOCKED = {"torch", "onnx", "onnx_ir", "onnxscript", "timm", "PIL", "typer", "rich", "platformdirs"}
 class Blocker:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in BLOCKED:

@@ -77,6 +77,7 @@ def test_the_wheel_holds_both_linked_folders_once(tmp_path):
         "deploykit/backends/onnxruntime/passes.py",
         "deploykit/data/imagenet_labels.txt",
         "deploykit/py.typed",
+        "deploykit/export/targets/raspberry-pi-5.toml",
     ):
         assert path in names
     assert not [name for name in names if name.startswith(("export/", "calibration/", "tests/", "benchmarks/"))]

@@ -33,6 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "arrays", "processor", "feature_dict", "labels", "timing", "plain_files", "torchvision_operators"),
     ("arguments", "spec", "progress", "optional", "locks", "names", "sampling", "images", "threads"),
     ("places", "npz"),
+    ("target",),
     ("options", "graph", "dataset"),
     ("parity",),
     ("store_entry", "store_folder", "store_upkeep", "store"),
@@ -44,9 +45,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("calibration",),
     ("backends",),
     ("export",),
+    ("jobs",),
     ("facade", "opening", "verification", "assertion"),
+    ("several_targets",),
     ("accuracy", "bench", "extraction"),
-    ("changes",),
+    ("changes", "sweep"),
     ("reports",),
     ("cli", "__main__"),
 )
@@ -56,8 +59,9 @@ ENTRY_POINTS = {"deploykit.parity.pytest_plugin"}
 """What another program starts: it stands above everything, as the commands do."""
 
 RUNTIME_SIDE = re.compile(
-    r"deploykit\.backends(\.(backend|table|runtime|input_checks|engine_file|onnx_external|run_queue|stream)|"
-    r"\.\w+\.(backend|adapter|package|archive|session|targets|api|protocols|cuda_\w+|build|builder|plan_file|"
+    r"deploykit\.backends(\.(backend|table|runtime|input_checks|engine_file|onnx_external|onnx_header|protobuf|"
+    r"run_queue|stream)|"
+    r"\.\w+\.(backend|adapter|package|archive|session|targets|needs|api|protocols|cuda_\w+|build|builder|plan_file|"
     r"portable|request_queue))?"
 )
 """What opens an engine: it stands below everything that builds one, and imports neither torch nor onnx."""

@@ -43,12 +43,13 @@ def pinned(package: str) -> str:
 @pytest.mark.parametrize("heading", ["The build host", "The device"])
 def test_packages_have_the_versions_of_the_settings(heading):
     table = rows(heading)
-    assert len(table) >= 7
+    assert len(table) >= 6
     assert table == {package: [oldest(package), pinned(plain(package))] for package in table}
 
 
-def test_the_device_table_is_what_every_installation_brings():
+def test_the_device_table_is_what_every_installation_and_the_command_bring():
     required = re.search(r"^dependencies = \[(.*?)^\]", PROJECT, re.DOTALL | re.MULTILINE)[1]
+    required += re.search(r"^cli = \[(.*)\]$", PROJECT, re.MULTILINE)[1]
     assert list(rows("The device")) == re.findall(r'"([\w-]+)[><=]', required)
 
 

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from deploykit.backends.runtime import Runtime
 
 VersionRule: TypeAlias = Literal["exact", "same_or_newer"]
-"""Which installed versions open an engine: the one that built it, or that one and newer ones."""
+"""Which installed versions open an engine: the one that built it, or that one, newer ones and those older ones that
+have all that the engine needs.
+"""
 
 StepListener: TypeAlias = Callable[[str, int, int], None]
 """Hears of a phase of a build, the steps done and the steps in all."""
@@ -32,12 +34,15 @@ class Backend:
         precisions: those that it has.
         int8_float_dtypes: what may stay in float beside INT8.
         version_rule: which installed versions open an engine.
+        least_version: ``(engine, name) -> str | None``: the oldest version that reads an engine's bytes; None: the one
+            that built it.
         uses_cpu: INT8 products run on the CPU, where some processors saturate.
         targets: what engines can be built for, by name; empty: nothing to choose.
         source: the form that is lowered: an ONNX graph or a torch program.
         devices: ``() -> tuple[str, ...]``: the devices of this machine; needs the package.
         tie: ``() -> dict[str, str]``: what an engine that is built here is tied to beside its target and the version,
             such as the processor's instructions; None: nothing.
+        open_options: the runtime's own settings that an edge target may give when an engine is opened.
         place: ``(backbone, precision, device, embed_preprocessing, threads) -> module``, for a runtime that runs the
             torch module itself and has no engines; None: engines.
         adapter: the `Runtime` class that opens its engines; None with ``place``.
@@ -59,11 +64,13 @@ class Backend:
     precisions: tuple[str, ...]
     int8_float_dtypes: tuple[str, ...] = ("fp32",)
     version_rule: VersionRule = "exact"
+    least_version: str | None = None
     uses_cpu: bool = True
     targets: tuple[str, ...] = ()
     source: Literal["onnx", "torch"] = "onnx"
     devices: str
     tie: str | None = None
+    open_options: tuple[str, ...] = ()
     place: str | None = None
     adapter: str | None = None
     dialect: str | None = None
@@ -98,6 +105,11 @@ class Backend:
         """Return what an engine that is built on this machine is tied to; needs the package."""
         tied: dict[str, str] = resolve(self.tie)() if self.tie is not None else {}
         return tied
+
+    def oldest_version(self, engine: bytes, name: str) -> str | None:
+        """Return the oldest version of the runtime that reads an engine's bytes; None: it cannot be told."""
+        oldest: str | None = resolve(self.least_version)(engine, name) if self.least_version is not None else None
+        return oldest
 
     def is_code(self, engine: str) -> bool:
         """Return whether an engine file is machine code, which runs with the user's rights when it is opened."""

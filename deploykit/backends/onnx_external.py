@@ -10,11 +10,11 @@ from pathlib import PurePosixPath
 from typing import TypeAlias
 
 from deploykit.backends.engine_file import EngineFile
+from deploykit.backends.protobuf import fields
 from deploykit.errors import BundleError
 
 _EXTERNAL_KEY = b"location"
 _PRECOMPILED = b"EPContext"
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _DEEPEST = 100
 
 _Messages: TypeAlias = dict[str, dict[int, str]]
@@ -87,7 +87,7 @@ def _walk(data: bytes, kind: str, start: int, end: int, depth: int) -> Iterator[
         yield kind, 0, start, end
         return
     inner = _MESSAGES[kind]
-    for number, begin, stop in _fields(data, start, end):
+    for number, begin, stop in fields(data, start, end):
         if number in inner:
             # Strings stand in the bytes as they are, so that a node without these words needs no closer look.
             if inner[number] == "node" and not _mentions(data, begin, stop):
@@ -103,45 +103,8 @@ def _mentions(data: bytes, start: int, end: int) -> bool:
 
 def _locations(data: bytes, start: int, end: int) -> Iterator[str]:
     """Yield the values of an entry that has ``location`` as a key, whichever of its keys a reader takes."""
-    fields = list(_fields(data, start, end))
-    if any(number == _KEY and data[begin:stop] == _EXTERNAL_KEY for number, begin, stop in fields):
-        for number, begin, stop in fields:
+    found = list(fields(data, start, end))
+    if any(number == _KEY and data[begin:stop] == _EXTERNAL_KEY for number, begin, stop in found):
+        for number, begin, stop in found:
             if number == _VALUE:
                 yield data[begin:stop].decode(errors="surrogateescape")
-
-
-def _fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Yield the fields of bytes in a message, as (number, start, end)."""
-    position = start
-    while position < end:
-        tag, position = _varint(data, position)
-        number, wire = tag >> 3, tag & 7
-        if wire == _VARINT:
-            _, position = _varint(data, position)
-        elif wire == _FIXED64:
-            position += 8
-        elif wire == _FIXED32:
-            position += 4
-        elif wire == _BYTES:
-            length, position = _varint(data, position)
-            if position + length > end:
-                raise ValueError(f"a field of {length} bytes at byte {position} is longer than its message")
-            yield number, position, position + length
-            position += length
-        else:
-            raise ValueError(f"a field of wire type {wire} at byte {position}")
-    if position > end:
-        raise ValueError(f"a field ends behind its message at byte {end}")
-
-
-def _varint(data: bytes, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-        shift += 7
-        if shift > 63:
-            raise ValueError(f"a number of more than 64 bits at byte {position}")

@@ -28,11 +28,19 @@ from deploykit.backends.onnx_external import load_external_data
 from deploykit.backends.run_queue import RunQueue, ThreadQueue
 from deploykit.backends.stream import mapped, streamed
 from deploykit.backends.table import load_backend
-from deploykit.errors import DeployKitError, IncompatibleEngine, SaturationWarning, SpecError
+from deploykit.errors import (
+    BundleError,
+    DeployKitError,
+    IncompatibleEngine,
+    SaturationWarning,
+    SpecError,
+    TargetWarning,
+    nearest,
+)
 from deploykit.feature_dict import Features
 from deploykit.labels import LABELS_FILE, decode_labels
 from deploykit.predict import Prediction, predict
-from deploykit.processor import read_processor, this_processor
+from deploykit.processor import read_processor, this_machine, this_processor
 from deploykit.spec import FeatureInfo, InputSpec, Int8, Precision, parse_precision
 from deploykit.threads import Hint, allowed_processors, check_threads, checked_hint, count_cores, thread_limit
 from deploykit.trust import check_trust
@@ -86,6 +94,8 @@ class Runtime(ABC):
         self.hint = checked_hint(hint)
         self.in_flight = self._cores() if hint == "throughput" else LATENCY_IN_FLIGHT
         # A copy has the same digests, so that it is as trusted as this one.
+        made_for = manifest.made_for
+        device = made_for.device if made_for is not None and device == "auto" else device
         self._options: dict[str, Any] = {"device": device, "threads": threads, "hint": hint, "trust": True}
         self._folder = folder.absolute()
         self._process = os.getpid()
@@ -102,6 +112,7 @@ class Runtime(ABC):
         self._closed = False
         self.labels = self._read_labels()
         self._check_version()
+        self.open_options = self._checked_options()
         self._engine_file = EngineFile(manifest, folder)
         try:
             if manifest.files and self.backend.is_code(manifest.engine):
@@ -115,6 +126,7 @@ class Runtime(ABC):
         self._engine_file.release()
         _OPEN.add(self)
         self._warn_of_saturation()
+        self._warn_of_another_machine()
 
     @abstractmethod
     def _open(self, engine: EngineFile, device: str) -> str:
@@ -298,15 +310,52 @@ class Runtime(ABC):
             stacklevel=4,
         )
 
+    def _warn_of_another_machine(self) -> None:
+        """Say so where this machine is not of the kind that the engine was made for."""
+        target = self.manifest.made_for
+        if target is None:
+            return
+        here = this_processor()
+        missing = [name for name in target.instructions if name not in here.int8]
+        if target.machine not in (None, this_machine()):
+            reason = f"which is {target.machine}, and this machine is {this_machine()}"
+        elif missing:
+            reason = f"which has {', '.join(missing)}, and this processor ({here.model}) has not"
+        else:
+            return
+        warnings.warn(
+            f"this engine was made for {target.title}, {reason}. It runs, at another speed and perhaps with other "
+            "numbers. Run deploykit verify on its target, or export it for this machine.",
+            TargetWarning,
+            stacklevel=4,
+        )
+
+    def _checked_options(self) -> dict[str, str]:
+        """The runtime's own settings that the bundle asks for, which are of the few that a target may give."""
+        options = self.manifest.made_for.options if self.manifest.made_for is not None else {}
+        for name in options:
+            if name not in self.backend.open_options:
+                raise BundleError(
+                    f"the manifest sets {name!r} of {self.runtime}, which no target may. "
+                    f"{nearest(name, self.backend.open_options)} Export the bundle again."
+                )
+        return options
+
     def _check_version(self) -> None:
         built, here = self.manifest.runtime_version, self.backend.installed_version() or "unknown"
         exact, package = self.backend.version_rule == "exact", self.backend.package.build
         usable = built == here if exact else version_key(here) >= version_key(built)
+        if not usable and not exact:
+            needed = self.backend.oldest_version(self.read_file(self.manifest.engine), self.manifest.engine)
+            usable = needed is not None and version_key(here) >= version_key(needed)
+            built = needed or built
         if not usable:
             relation = "exactly" if exact else "at least"
+            wrote = self.manifest.runtime_version
             raise IncompatibleEngine(
-                f"this engine was built with {package} {built} and {here} is installed here; it needs {relation} "
-                f"{built}. Install {package}=={built.partition('+')[0]}, or export the bundle again here."
+                f"this engine was built with {package} {wrote} and {here} is installed here; it needs {relation} "
+                f"{built}. Install '{package}{'==' if exact else '>='}{built.partition('+')[0]}', or export the bundle "
+                "again here."
             )
 
 

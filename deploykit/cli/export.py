@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 from deploykit.backends.table import EVALUATOR
 from deploykit.cli import export_options as opt
 from deploykit.cli.backbone_options import BackboneChoice, takes_backbone
-from deploykit.cli.output import JsonFlag, input_text, show, show_json, size_text
+from deploykit.cli.output import JsonFlag, input_text, show, show_json, size_text, table
+from deploykit.export.target_options import export_options
 from deploykit.labels import LABELS_FILE
-from deploykit.options import ExportOptions
-from deploykit.spec import DEFAULT_BUILD, BuildOptions, parse_precision
+from deploykit.parity.report import ELSEWHERE
+from deploykit.spec import DEFAULT_BUILD, BuildOptions
+from deploykit.unset import UNSET, or_unset
 
 if TYPE_CHECKING:
     from deploykit.cli.export_check import ExportPlan
@@ -27,12 +29,12 @@ EXAMPLE = f"Example: deploykit export resnet18 --runtime {EVALUATOR}"
 def export(
     backbone: BackboneChoice,
     *,
-    runtime: opt.RuntimeOption,
-    precision: opt.PrecisionOption = opt.DEFAULTS.precision.name,
-    batch_size: opt.BatchOption = str(opt.DEFAULTS.batch),
-    embed_preprocessing: opt.EmbedFlag = opt.DEFAULTS.embed_preprocessing,
+    runtime: opt.RuntimeOption = None,
+    precision: opt.PrecisionOption = None,
+    batch_size: opt.BatchOption = None,
+    embed_preprocessing: opt.EmbedFlag = None,
     target: opt.TargetOption = None,
-    portable: opt.PortableFlag = False,
+    portable: opt.PortableFlag = None,
     hardware_compatibility: opt.HardwareOption = DEFAULT_BUILD.hardware_compatibility,
     version_compatible: opt.VersionFlag = False,
     timing_cache: opt.TimingOption = None,
@@ -64,15 +66,15 @@ def export(
         float_dtype=float_dtype,
         mixed_precision=mixed_precision or None,
     )
-    choice = opt.ExportChoice(
-        backbone=backbone,
-        options=ExportOptions(
-            runtime=runtime,
-            precision=parse_precision(precision, settings),
-            batch=opt.batch_of(batch_size),
-            embed_preprocessing=embed_preprocessing,
-            target=target,
-            portable=portable,
+    options = tuple(
+        export_options(
+            name,
+            runtime=or_unset(runtime),
+            precision=or_unset(precision),
+            settings=settings,
+            batch=UNSET if batch_size is None else opt.batch_of(batch_size),
+            embed_preprocessing=or_unset(embed_preprocessing),
+            portable=or_unset(portable),
             build=BuildOptions(
                 hardware_compatibility=hardware_compatibility,  # type: ignore[arg-type]  # checked by the class
                 version_compatible=version_compatible,
@@ -80,10 +82,15 @@ def export(
             ),
             time_against_fp32=speed,
             require_speedup=require_speedup,
-        ),
+        )
+        for name in target or (None,)
+    )
+    choice = opt.ExportChoice(
+        backbone=backbone,
+        options=options,
         calibration=tuple(calibration or ()),
         skip_corrupt=skip_corrupt,
-        output=Path(output) if output is not None else opt.default_output(backbone.name, runtime, precision),
+        output=Path(output) if output is not None else opt.default_output(backbone.name, options),
         overwrite=overwrite,
     )
     _check_and_export(choice, dry_run=dry_run, json=json)
@@ -92,11 +99,33 @@ def export(
 def _check_and_export(choice: opt.ExportChoice, *, dry_run: bool, json: bool) -> None:
     from deploykit.cli.export_check import check_export
 
-    plan = check_export(choice)
+    plans = check_export(choice)
     if dry_run:
-        show_json({"dry_run": True, "plan": plan}) if json else show(*_planned(plan))
+        whole = {"plan": plans[0]} if len(plans) == 1 else {"plans": plans}
+        show_json({"dry_run": True} | whole) if json else show(*(line for plan in plans for line in _planned(plan)))
+        return
+    if len(plans) > 1:
+        _report_several(_export_several(choice), json=json)
         return
     _report(_export(choice), json=json)
+
+
+def _export_several(choice: opt.ExportChoice) -> dict[str, ExportResult]:
+    from deploykit.cli.export_check import calibration_source
+    from deploykit.cli.progress import export_progress
+    from deploykit.several_targets import export_asked_targets
+
+    with export_progress() as progress:
+        return export_asked_targets(
+            choice.backbone.name,
+            choice.output,
+            choice.options,
+            backbone=choice.backbone.options,
+            calibration=calibration_source(choice.calibration),
+            skip_corrupt=choice.skip_corrupt,
+            overwrite=choice.overwrite,
+            progress=progress,
+        )
 
 
 def _export(choice: opt.ExportChoice) -> ExportResult:
@@ -108,7 +137,7 @@ def _export(choice: opt.ExportChoice) -> ExportResult:
         return export_asked(
             choice.backbone.name,
             choice.output,
-            choice.options,
+            choice.options[0],
             backbone=choice.backbone.options,
             calibration=calibration_source(choice.calibration),
             skip_corrupt=choice.skip_corrupt,
@@ -137,11 +166,33 @@ def _planned(plan: ExportPlan) -> list[str]:
     ]
 
 
+def _told(result: ExportResult) -> dict[str, Any]:
+    """Return what JSON says of an export."""
+    manifest = result.manifest
+    told = {"bundle": str(result.folder), "status": manifest.status, "manifest": manifest, "parity": result.parity}
+    return told | {"recipes": result.recipes, "search": result.search, "speed": result.speed}
+
+
+def _report_several(results: dict[str, ExportResult], *, json: bool) -> None:
+    if json:
+        show_json({"targets": {name: _told(result) for name, result in results.items()}})
+        return
+    rows = []
+    for name, result in results.items():
+        manifest = result.manifest
+        worst = min(result.parity.levels, key=lambda level: level.sqnr_db, default=None)
+        size = size_text(sum(record.size for record in manifest.files.values()))
+        figure = "not compared" if worst is None else f"{worst.sqnr_db:.1f} ({worst.name})"
+        rows.append((name, manifest.runtime, manifest.precision, figure, size, manifest.status, str(result.folder)))
+    columns = ("target", "runtime", "precision", "worst level dB", "size", "status", "bundle")
+    show(table(columns, rows, right=("size",)))
+    show("Next: copy each bundle to its device, and run there: deploykit verify BUNDLE --record")
+
+
 def _report(result: ExportResult, *, json: bool) -> None:
     folder, manifest, speed = result.folder, result.manifest, result.speed
     if json:
-        told = {"bundle": str(folder), "status": manifest.status, "manifest": manifest, "parity": result.parity}
-        show_json(told | {"recipes": result.recipes, "search": result.search, "speed": speed})
+        show_json(_told(result))
         return
     for report in (result.recipes, result.search):
         if report is not None:
@@ -157,9 +208,14 @@ def _report(result: ExportResult, *, json: bool) -> None:
         show(f"Class names: {', '.join(names[:SHOWN_LABELS])}{', ...' if len(names) > SHOWN_LABELS else ''}.")
     show(f"Wrote {folder}: {len(manifest.files)} files, {size}, status {manifest.status}.")
     if manifest.status == "built":
-        show(
-            f"It was built and never executed: {manifest.runtime} has no device here. "
-            f"Copy it to its device, and run there: deploykit verify {folder}"
-        )
+        show(f"{_why_built(result)} Copy it to its device, and run there: deploykit verify {folder} --record")
         return
     show(f"Next: deploykit verify {folder}", f"      deploykit run {folder} IMAGE")
+
+
+def _why_built(result: ExportResult) -> str:
+    """Say why an engine has no higher status than built."""
+    manifest = result.manifest
+    if manifest.made_for is not None and any(level.measured_on == ELSEWHERE for level in result.parity.levels):
+        return f"It is for {manifest.made_for.title}, and was compared here, on another machine."
+    return f"It was built and never executed: {manifest.runtime} has no device here."

@@ -12,6 +12,8 @@ from deploykit.bundle import is_bundle
 from deploykit.cli.export_options import ExportChoice
 from deploykit.errors import BundleError, SpecError
 from deploykit.optional import require
+from deploykit.options import ExportOptions
+from deploykit.several_targets import target_folders
 from deploykit.spec import BackboneSpec, FeatureLevel, InputSpec
 from deploykit.unset import UNSET
 
@@ -41,15 +43,18 @@ class ExportPlan:
     output: str
 
 
-def check_export(choice: ExportChoice) -> ExportPlan:
-    """Check every option, by building the backbone without memory or weights.
+def check_export(choice: ExportChoice) -> list[ExportPlan]:
+    """Check every option of every target, by building the backbone without memory or weights.
 
     Raises:
         SpecError, WeightsError, CalibrationError, BundleError, MissingDependency: what is wrong.
     """
     from deploykit.facade import named_bundle
 
-    check_output(choice.output, overwrite=choice.overwrite)
+    several = len(choice.options) > 1
+    folders = [*target_folders(choice.output, choice.options).values()] if several else [choice.output]
+    for folder in folders:
+        check_output(folder, overwrite=choice.overwrite)
     if named_bundle(choice.backbone.name) is not None:
         raise SpecError(
             f"{choice.backbone.name} is a bundle already. Give a backbone's name: `deploykit list` shows them."
@@ -58,7 +63,14 @@ def check_export(choice: ExportChoice) -> ExportPlan:
         require(package)
     load_backend(EVALUATOR).require()
     backbone, weights = _without_memory(choice)
-    job = _checked_job(choice, backbone)
+    return [
+        _plan(_checked_job(choice, options, backbone), weights, folder)
+        for options, folder in zip(choice.options, folders, strict=True)
+    ]
+
+
+def _plan(job: ExportJob, weights: str, output: Path) -> ExportPlan:
+    backbone = job.backbone
     return ExportPlan(
         backbone=backbone.spec,
         weights=weights,
@@ -69,9 +81,9 @@ def check_export(choice: ExportChoice) -> ExportPlan:
         runtime_version=job.backend.installed_version() or "unknown",
         precision=job.options.precision.name,
         settings={name: value for name, value in vars(job.options.precision).items() if value is not UNSET},
-        target=job.options.target,
+        target=job.options.target_name,
         calibration_images=len(job.images or ()),
-        output=str(choice.output),
+        output=str(output),
     )
 
 
@@ -90,11 +102,11 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
         raise BundleError(f"{parent} is not a folder that can be written to. Choose another place with -o.")
 
 
-def _checked_job(choice: ExportChoice, backbone: BaseBackbone) -> ExportJob:
+def _checked_job(choice: ExportChoice, options: ExportOptions, backbone: BaseBackbone) -> ExportJob:
     from deploykit.calibration.images import calibration_set
     from deploykit.export.job import ExportJob, checked
 
-    job = ExportJob(backbone=backbone, options=choice.options)
+    job = ExportJob(backbone=backbone, options=options)
     source = calibration_source(choice.calibration)
     if source is not None:
         spec = replace(job.input, batch=1)

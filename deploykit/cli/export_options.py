@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -31,49 +32,65 @@ _BUDGETS = ", ".join(
 _ENGINE, _NUMBERS, _BUNDLE = "Engine", "Calibration and budget", "Output"
 
 RuntimeOption = Annotated[
+    str | None,
+    option(
+        "--runtime",
+        panel=_ENGINE,
+        metavar="|".join(engine_names()),
+        default="the target's",
+        help="The runtime that will open the engine; needed where no target decides it.",
+    ),
+]
+RuntimeChoiceOption = Annotated[
     str,
-    option("--runtime", panel=_ENGINE, metavar="|".join(engine_names()), help="The runtime that will open the engine."),
+    option("--runtime", panel=_ENGINE, metavar="|".join(engine_names()), help="The runtime to measure with."),
 ]
 PrecisionOption = Annotated[
-    str,
+    str | None,
     option(
         "--precision",
         panel=_ENGINE,
         metavar="|".join(PRECISIONS),
+        default=f"{DEFAULTS.precision.name}, or the target's",
         help="What the engine computes in; int8 needs images.",
     ),
 ]
 BatchOption = Annotated[
-    str,
+    str | None,
     option(
         "--batch-size",
         panel=_ENGINE,
         metavar="N|dynamic|MIN,OPT,MAX",
+        default=f"{DEFAULTS.batch}, or the target's",
         help=f"Images a call: fixed, or a range; dynamic is {BatchRange().min},{BatchRange().opt},{BatchRange().max}.",
     ),
 ]
 EmbedFlag = Annotated[
-    bool,
+    bool | None,
     option(
-        "--embed-preprocessing",
+        "--embed-preprocessing/--no-embed-preprocessing",
         panel=_ENGINE,
+        default="off, or the target's",
         help="The engine takes decoded uint8 pixels, N x H x W x C, and does mean and std itself.",
     ),
 ]
 TargetOption = Annotated[
-    str | None,
+    list[str] | None,
     option(
         "--target",
         panel=_ENGINE,
-        default="the runtime's own",
-        help="What the engine is built for, where the runtime has targets: x86-avx2, sm89, rtx-4090, fastest.",
+        metavar="NAME|FILE.toml",
+        default="this machine, or the runtime's own",
+        help="The device to export for, which decides all that is not given: `deploykit targets`. Give it again "
+        "for more. With --runtime also one of the runtime's own: x86-avx2, sm89, fastest.",
     ),
 ]
 PortableFlag = Annotated[
-    bool,
+    bool | None,
     option(
-        "--portable",
+        "--portable/--no-portable",
         panel=_ENGINE,
+        default="off, or the target's",
         help="The device that opens the bundle finishes the engine, where the runtime has such a form.",
     ),
 ]
@@ -204,8 +221,8 @@ OutputOption = Annotated[
         "-o",
         panel=_BUNDLE,
         metavar="FOLDER",
-        default="NAME-RUNTIME-PRECISION",
-        help="The bundle to write.",
+        default="NAME-RUNTIME-PRECISION, or NAME-TARGET-PRECISION",
+        help="The bundle to write; with several targets the folder above theirs.",
     ),
 ]
 OverwriteFlag = Annotated[
@@ -219,10 +236,10 @@ DryRunFlag = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class ExportChoice:
-    """What the user asked for."""
+    """What the user asked for; several ``options`` are for several targets, with a folder each in ``output``."""
 
     backbone: BackboneChoice
-    options: ExportOptions
+    options: tuple[ExportOptions, ...]
     calibration: tuple[str, ...]
     skip_corrupt: bool
     output: Path
@@ -255,6 +272,11 @@ def settings_of(**settings: Any) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def default_output(name: str, runtime: str, precision: str) -> Path:
-    """Return ``NAME-RUNTIME-PRECISION`` in the current folder."""
-    return Path(f"{name.replace('/', '-').replace(os.sep, '-')}-{runtime}-{precision}")
+def default_output(name: str, options: Sequence[ExportOptions]) -> Path:
+    """Return ``NAME-RUNTIME-PRECISION``, ``NAME-TARGET-PRECISION`` or ``NAME-targets`` in the current folder."""
+    plain = name.replace("/", "-").replace(os.sep, "-")
+    if len(options) > 1:
+        return Path(f"{plain}-targets")
+    (only,) = options
+    place = only.made_for.name if only.made_for is not None else only.runtime
+    return Path(f"{plain}-{place}-{only.precision.name}")

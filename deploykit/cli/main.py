@@ -26,6 +26,8 @@ from deploykit.cli import (
     run,
     sensitivity,
     sign,
+    sweep,
+    targets,
     verify,
 )
 from deploykit.cli.output import show, show_error, shown_warnings
@@ -61,6 +63,8 @@ app.command("extract", epilog=extract.EXAMPLE, context_settings=_SETTINGS)(extra
 app.command("inspect", epilog=inspect.EXAMPLE, context_settings=_SETTINGS)(inspect.inspect)
 app.command("sensitivity", epilog=sensitivity.EXAMPLE, context_settings=_SETTINGS)(sensitivity.sensitivity)
 app.command("list", epilog=list.EXAMPLE, context_settings=_SETTINGS)(list.list_backbones)
+app.command("sweep", epilog=sweep.EXAMPLE, context_settings=_SETTINGS)(sweep.sweep)
+app.command("targets", epilog=targets.EXAMPLE, context_settings=_SETTINGS)(targets.list_targets)
 app.command("demo", epilog=demo.EXAMPLE, context_settings=_SETTINGS)(demo.demo)
 app.command("doctor", epilog=doctor.EXAMPLE, context_settings=_SETTINGS)(doctor.doctor)
 

@@ -26,7 +26,7 @@ SHOWN_NODES = 12
 def sensitivity(
     backbone: BackboneChoice,
     *,
-    runtime: opt.RuntimeOption = EVALUATOR,
+    runtime: opt.RuntimeChoiceOption = EVALUATOR,
     calibration: opt.CalibrationOption = None,
     skip_corrupt: opt.SkipFlag = False,
     calibrator: opt.CalibratorOption = None,

@@ -3,3 +3,7 @@
 ``find`` lists the image files below a folder, ``decode`` turns a file, bytes or pixels in memory into an upright
 8-bit picture, and ``preprocess`` resizes, crops and normalises that as the weights were trained.
 """
+
+from deploykit.optional import require
+
+require("PIL.Image")

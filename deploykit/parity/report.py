@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from deploykit.errors import BundleError, ParityError
+from deploykit.optional import require
 from deploykit.parity.interval import Interval, wilson
 from deploykit.printable import printable
 
@@ -28,6 +29,9 @@ NEAR_DB = 1.0
 
 MAX_MAX_ABS = 3.4028234663852886e38
 """float32's largest value, stored as the max-abs of a level with NaN or infinity."""
+
+ELSEWHERE = "engine, on another machine"
+"""Where the levels of an engine were measured that is for another machine than the one that ran it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +100,8 @@ class ParityReport:
                 f"the parity report covers {len(self.levels)} levels and {self.images} images; expected at least one "
                 "of each. Compare again with images."
             )
-        raise ParityError("\n".join(report._message() for report in (self, *self.further) if not report.passed))
+        text = "\n".join(report._message() for report in (self, *self.further) if not report.passed)
+        raise ParityError(text, levels={level.name: level.sqnr_db for level in self.levels})
 
     def _message(self) -> str:
         failures = [level for level in self.levels if not level.passed]
@@ -137,6 +142,7 @@ class ParityReport:
 
     def render(self) -> Table:
         """Return a table for a terminal, one row a level."""
+        require("rich")
         from rich.table import Table
         from rich.text import Text
 

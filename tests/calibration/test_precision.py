@@ -66,6 +66,21 @@ def test_a_cached_plan_is_not_calibrated_again_and_other_settings_are(residual, 
     assert heard == [1, 2, 3, 4, 5, 6] * 2
 
 
+def test_another_float_type_beside_int8_is_not_calibrated_again(residual, tmp_path):
+    cache, heard = PlanCache(Store(tmp_path / "store")), []
+    single, half = (
+        planned(residual, precision, cache=cache, on_image=heard.append)
+        for precision in (Int8(), Int8(float_dtype="fp16"))
+    )
+    assert heard == [1, 2, 3, 4, 5, 6]
+    assert (single.float_dtype, half.float_dtype) == ("fp32", "fp16")
+    assert single.key != half.key
+    assert half.ranges == single.ranges
+    (tmp_path / "saved").mkdir()
+    half.save(tmp_path / "saved")
+    assert QuantizationPlan.load(tmp_path / "saved").float_dtype == "fp16"
+
+
 def test_an_offered_plan_is_used_as_it_is(residual):
     made = planned(residual)
     assert planned(residual, offered=made) is made

@@ -28,8 +28,8 @@ def test_an_absent_runtime_has_its_pip_command(call, monkeypatch):
     monkeypatch.setattr(Backend, "installed_version", lambda backend: None)
     done = call("doctor")
     assert done.code == 0
-    for extra in ("export", "onnxruntime", "openvino", "tensorrt"):
-        assert f"pip install 'deploykit[{extra}]'" in done.out
+    for package in ("torch", "onnxruntime", "openvino", "tensorrt_rtx"):
+        assert f"pip install {package}" in done.out
     assert done.out.splitlines()[-1] == "Next: install a runtime, as above."
 
 

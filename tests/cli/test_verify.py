@@ -88,7 +88,7 @@ def test_debug_without_polygraphy_gives_the_pip_command_and_still_1(call, copy, 
     done = call("verify", copy, "--debug")
     assert done.code == 1
     assert "OUTSIDE its budget" in done.out
-    assert "pip install 'deploykit[debug]'" in done.err
+    assert "pip install polygraphy" in done.err
 
 
 def test_debug_says_when_the_runtime_is_not_at_fault(call, copy, tmp_path, monkeypatch):
@@ -155,4 +155,4 @@ def test_a_missing_runtime_gives_the_pip_command(call, classifier, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     done = call("verify", classifier)
     assert done.code == 1
-    assert "pip install 'deploykit[onnxruntime]'" in done.err
+    assert "pip install onnxruntime" in done.err

@@ -57,7 +57,7 @@ class OnnxRuntime(Runtime):
             )
         # For throughput each of several calls computes in its own thread, which costs no waiting for one another.
         threads = 1 if self.hint == "throughput" and name == "cpu" else self.threads
-        session = _create_session(ort, engine, name, ordinal, threads)
+        session = _create_session(ort, engine, name, ordinal, threads=threads, chosen=self.open_options)
         active = session.get_providers()[0]
         if active != PROVIDERS[name]:
             raise DeviceUnavailable(_fell_back(PROVIDERS[name], active))
@@ -84,13 +84,19 @@ class OnnxRuntime(Runtime):
 
 
 def _create_session(
-    ort: OnnxRuntimePackage, engine: EngineFile, device: str, ordinal: str, threads: int | None
+    ort: OnnxRuntimePackage,
+    engine: EngineFile,
+    device: str,
+    ordinal: str,
+    *,
+    threads: int | None,
+    chosen: dict[str, str],
 ) -> Session:
     """A session on a device's provider, with onnxruntime's fallbacks to the CPU, whole or by node, switched off."""
     options = session_options(ort, threads)
     for key, value in SESSION_SETTINGS.items():
         options.add_session_config_entry(key, value)
-    settings = dict(PROVIDER_OPTIONS.get(device, {}))
+    settings = chosen | PROVIDER_OPTIONS.get(device, {})
     if device != "cpu":
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     if ordinal:

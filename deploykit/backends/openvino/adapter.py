@@ -33,6 +33,7 @@ class OpenVINORuntime(Runtime):
                 "Choose one of these, or install the driver of the device."
             )
         config: dict[str, Any] = {
+            **self.open_options,
             "INFERENCE_PRECISION_HINT": _pinned_precision(core, target, self.precision.name),
             "PERFORMANCE_HINT": self.hint.upper(),
         }

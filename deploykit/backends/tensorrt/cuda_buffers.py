@@ -9,7 +9,7 @@ import numpy as np
 
 from deploykit.arrays import Array
 from deploykit.errors import DeployKitError, MissingDependency
-from deploykit.optional import installed_version, require
+from deploykit.optional import PACKAGES, installed_version, require
 
 
 class CudaBuffers(Protocol):
@@ -52,7 +52,7 @@ def buffers_for(ordinal: int) -> CudaBuffers:
         return TorchBuffers(ordinal)
     if _has_cuda_python():
         return CudaPythonBuffers(ordinal)
-    command = "pip install 'deploykit[cuda]'"
+    command = PACKAGES["cuda"].command
     raise MissingDependency(
         "running a TensorRT plan needs buffers on the GPU, which deploykit takes from a torch with CUDA or from "
         f"cuda-python; neither is installed. Install the lighter one: {command}",

@@ -1,0 +1,126 @@
+"""One export for several targets: the backbone is loaded once, and targets with equal settings share one plan."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploykit.arguments import check_arguments
+from deploykit.errors import DeployKitError, ExportError, ParityError, SpecError
+from deploykit.export.target_options import export_options
+from deploykit.jobs import make_job
+from deploykit.options import ExportOptions
+from deploykit.progress import Progress, quiet
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from deploykit.calibration.images import CalibrationSource
+    from deploykit.export.pipeline import ExportResult
+
+
+def export_targets(
+    name: str | nn.Module,
+    output: str | os.PathLike[str],
+    *,
+    targets: Sequence[str],
+    calibration: CalibrationSource | None = None,
+    overwrite: bool = False,
+    skip_corrupt: bool = False,
+    progress: Progress = quiet,
+    backbone: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, ExportResult]:
+    """Export a backbone for several targets: one bundle for each, in a folder of the target's name.
+
+    Args:
+        name: as for `deploykit.export_backbone`.
+        output: the folder above the bundles.
+        targets: names, aliases or TOML files.
+        calibration: as for `deploykit.export_backbone`.
+        overwrite: replace existing bundles, each once the new one is whole.
+        skip_corrupt: leave unreadable calibration images out with a warning.
+        progress: called with each event, target after target.
+        backbone: options of `deploykit.create_backbone` that say which backbone it is.
+        options: ``runtime``, ``precision``, ``batch`` and the other options that hold for every target.
+
+    Returns:
+        What `deploykit.export_backbone` gives, by the target's name.
+
+    Raises:
+        SpecError: an unknown target, or two of one name; nothing is built then.
+        ParityError, ExportError: a target failed; the message names each, and the others' bundles are written.
+    """
+    check_arguments(export_targets, locals())
+    asked = [export_options(target, **options) for target in targets]
+    return export_asked_targets(
+        name,
+        Path(output),
+        asked,
+        backbone=backbone or {},
+        calibration=calibration,
+        skip_corrupt=skip_corrupt,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def export_asked_targets(
+    name: str | nn.Module,
+    output: Path,
+    asked: Sequence[ExportOptions],
+    *,
+    backbone: Mapping[str, Any],
+    calibration: CalibrationSource | None = None,
+    skip_corrupt: bool = False,
+    overwrite: bool = False,
+    progress: Progress = quiet,
+) -> dict[str, ExportResult]:
+    """Export what both doors ask for, `export_targets` and the command line; see there."""
+    from deploykit.backbones.build import build_any
+    from deploykit.backbones.request import make_request
+    from deploykit.export.pipeline import export
+
+    folders = target_folders(output, asked)
+    built = build_any(name, make_request(**backbone))
+    if calibration is not None and not isinstance(calibration, (str, os.PathLike, list, tuple)):
+        from deploykit.calibration.images import calibration_set
+
+        calibration = calibration_set(calibration, built.input_spec, skip_corrupt=skip_corrupt)
+    jobs = {
+        target: make_job(built, options, calibration, skip_corrupt=skip_corrupt)
+        for target, options in zip(folders, asked, strict=True)
+    }
+    results: dict[str, ExportResult] = {}
+    failed: dict[str, DeployKitError] = {}
+    for target, job in jobs.items():
+        try:
+            results[target] = export(job, folders[target], overwrite=overwrite, progress=progress)
+        except DeployKitError as error:
+            failed[target] = error
+    if failed:
+        raise _failure(failed, tuple(results))
+    return results
+
+
+def target_folders(output: Path, asked: Sequence[ExportOptions]) -> dict[str, Path]:
+    """Return the bundle's folder of each target, by the target's name.
+
+    Raises:
+        SpecError: two targets of one name.
+    """
+    names = [str(options.target_name) for options in asked]
+    doubled = next((name for name in names if names.count(name) > 1), None)
+    if doubled is not None:
+        raise SpecError(f"the target {doubled} was given twice, and each has one bundle. Leave one out.")
+    return {name: output / name for name in names}
+
+
+def _failure(failed: Mapping[str, DeployKitError], written: tuple[str, ...]) -> DeployKitError:
+    """Return one error that names every target that failed."""
+    kind = ParityError if all(isinstance(error, ParityError) for error in failed.values()) else ExportError
+    lines = "".join(f"\n  {name}: {error}" for name, error in failed.items())
+    kept = f" Written: {', '.join(written)}." if written else " No bundle was written."
+    return kind(f"{len(failed)} of {len(failed) + len(written)} targets failed.{kept}{lines}")
