@@ -43,7 +43,7 @@ RuntimeOption = Annotated[
 ]
 RuntimeChoiceOption = Annotated[
     str,
-    option("--runtime", panel=_ENGINE, metavar="|".join(engine_names()), help="The runtime to measure with."),
+    option("--runtime", panel=_ENGINE, metavar="|".join(engine_names()), help="The runtime of the engine."),
 ]
 PrecisionOption = Annotated[
     str | None,
@@ -83,6 +83,15 @@ TargetOption = Annotated[
         default="this machine, or the runtime's own",
         help="The device to export for, which decides all that is not given: `deploykit targets`. Give it again "
         "for more. With --runtime also one of the runtime's own: x86-avx2, sm89, fastest.",
+    ),
+]
+OwnTargetOption = Annotated[
+    str | None,
+    option(
+        "--target",
+        panel=_ENGINE,
+        default="the runtime's own",
+        help="What the engine is built for, where the runtime has targets: x86-avx2, sm89, rtx-4090, fastest.",
     ),
 ]
 PortableFlag = Annotated[

@@ -26,7 +26,7 @@ def import_model(
         str, typer.Argument(metavar="MODEL.onnx", help="A graph with QuantizeLinear and DequantizeLinear.")
     ],
     *,
-    runtime: opt.RuntimeOption,
+    runtime: opt.RuntimeChoiceOption,
     images: Annotated[
         str | None,
         typer.Option(
@@ -45,7 +45,7 @@ def import_model(
             show_default="20, 12 where weights are rounded anew",
         ),
     ] = None,
-    target: opt.TargetOption = None,
+    target: opt.OwnTargetOption = None,
     labels: backbone.LabelsOption = None,
     mean: backbone.MeanOption = None,
     std: backbone.StdOption = None,
