@@ -93,7 +93,9 @@ def shifted(model: ir.Model, node: ir.Node) -> bool:
         return False
     moved = ir.Value(name=f"{point.name}/moved", shape=point.shape, type=point.type)
     array = point.const_value.numpy()
-    moved.const_value = ir.tensor(np.asarray(array + (1 if int(array) < 127 else -1), array.dtype), name=moved.name)
+    moved.const_value = ir.tensor(
+        np.asarray(int(array) + (1 if int(array) < np.iinfo(array.dtype).max else -1), array.dtype), name=moved.name
+    )
     model.graph.initializers.add(moved)
     node.replace_input_with(2, moved)
     return True

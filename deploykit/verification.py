@@ -127,7 +127,9 @@ class Verification:
             machine=self.machine,
             generator=self._generator,
         )
-        return self._report("torch fp32", len(self.reference), levels)
+        exported = self.exported()
+        report = self._report("torch fp32", len(self.reference), levels)
+        return report if exported is None else report.with_conversion(exported.conversion())
 
     def report_answers(self, images: ImageArray) -> ParityReport:
         """Look for answers that were not computed from images of the user's own."""

@@ -28,12 +28,15 @@ PROOF_IMAGES = 4
 _REMEDY = "Fix: write that part of the network with other operators, export for another runtime, or report it."
 
 
-def prove_conversion(engines: Evaluator, progress: Progress) -> None:
+def prove_conversion(engines: Evaluator, progress: Progress) -> dict[str, float]:
     """Hold the runtime's FP32 engine to FP32's budget, where another precision is asked for and its device is here.
 
     A budget for INT8 would take a wrong border or a wrong resize for rounding. A runtime of torch programs has no
     operators of its own to convert to, and half a minute of compilation: there the FP32 engine is held to its budget
     where the export builds one anyway.
+
+    Returns:
+        The SQNR of each output of the FP32 engine against torch, in dB; empty where none was built.
 
     Raises:
         ExportError: the runtime cannot convert the network; names the operator.
@@ -41,15 +44,15 @@ def prove_conversion(engines: Evaluator, progress: Progress) -> None:
     """
     job, needed = engines.job, _needs_fp32(engines.job)
     if job.options.precision.name == Fp32.name or not (job.backend.source == "onnx" or needed):
-        return
+        return {}
     if not job.backend.load_devices()():
-        return
+        return {}
     progress(StageStarted(name="conversion"))
     with operator_named(engines, fp32=True):
         try:
             found = engines.run_fp32(PROOF_IMAGES)
         except DeviceUnavailable:
-            return
+            return {}
         if not needed:
             engines.close_float()
         budget = Fp32().min_sqnr_db
@@ -60,6 +63,7 @@ def prove_conversion(engines: Evaluator, progress: Progress) -> None:
                 f"{job.options.runtime} computes the network otherwise than torch already in fp32, before "
                 f"{job.options.precision.name}: {', '.join(wrong)}; expected at least {budget:g} dB."
             )
+    return {level.name: level.sqnr_db for level in levels}
 
 
 def _needs_fp32(job: ExportJob) -> bool:

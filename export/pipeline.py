@@ -100,7 +100,7 @@ def export(job: ExportJob, folder: Path, *, overwrite: bool = False, progress: P
         network = prepare(job, progress)
         expected = torch_outputs(job.backbone, network.probe)
         with Evaluator(job, network, expected, progress) as engines:
-            prove_conversion(engines, progress)
+            conversion = prove_conversion(engines, progress)
             search = _search(engines, progress)
             plan = search.plan if search is not None else network.plan
             with operator_named(engines):
@@ -112,6 +112,7 @@ def export(job: ExportJob, folder: Path, *, overwrite: bool = False, progress: P
                 progress(StageStarted(name="parity"))
                 parity, manifest = engines.compare(built, staging)
                 parity.raise_for_failures()
+            parity = parity.with_conversion(conversion)
             baseline = engines.baseline(manifest, staging) if job.options.probe_levels else None
             speed = _speed(engines, plan, manifest, staging, progress)
         progress(StageStarted(name="bundle"))

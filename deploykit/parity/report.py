@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,8 +41,10 @@ class LevelParity:
 
     ``sqnr_db`` is in dB, capped at +-`MAX_SQNR_DB`; ``top1_agreement`` is from 0 to 1, and None
     where there are no logits. ``measured_on`` says what ran: ``engine``, or another runtime that
-    ran the same graph where the engine cannot run here. ``agreement_db`` is in dB against what the
-    engine itself gave when it was exported, ``min_agreement_db`` what is needed, and ``faults`` say in
+    ran the same graph where the engine cannot run here. ``conversion_db`` is that of the runtime's
+    FP32 engine against torch, where the export built one beside this precision: what ``sqnr_db``
+    has less is the precision's. ``agreement_db`` is in dB against what the engine itself gave when
+    it was exported, ``min_agreement_db`` what is needed, and ``faults`` say in
     words what else differs; None: the bundle does not carry that.
     """
 
@@ -52,6 +55,7 @@ class LevelParity:
     max_abs: float
     top1_agreement: float | None = None
     measured_on: str = "engine"
+    conversion_db: float | None = None
     agreement_db: float | None = None
     min_agreement_db: float | None = None
     faults: tuple[str, ...] = ()
@@ -149,7 +153,7 @@ class ParityReport:
         title = f"{self.runtime} {self.runtime_version} {self.precision} against {self.reference}"
         table = Table(
             title=Text(printable(title), style="italic"),
-            caption=f"{self.images} images; budget {self._budget()}{self._interval()}",
+            caption=f"{self.images} images; budget {self._budget()}{self._interval()}{self._conversion()}",
         )
         elsewhere = any(level.measured_on != "engine" for level in self.levels)
         agreement = any(level.top1_agreement is not None for level in self.levels)
@@ -169,6 +173,27 @@ class ParityReport:
             verdict = Text("pass", style="green") if level.passed else Text("FAIL", style="red")
             table.add_row(*map(Text, row), verdict)
         return table
+
+    def with_conversion(self, conversion: Mapping[str, float]) -> ParityReport:
+        """Return the report with the SQNR of the runtime's FP32 engine by level, in dB."""
+        levels = tuple(
+            replace(level, conversion_db=min(MAX_SQNR_DB, conversion[level.name]))
+            if level.name in conversion
+            else level
+            for level in self.levels
+        )
+        return replace(self, levels=levels)
+
+    def conversion(self) -> dict[str, float]:
+        """Return the SQNR of the runtime's FP32 engine by level, in dB, where it is known."""
+        return {level.name: level.conversion_db for level in self.levels if level.conversion_db is not None}
+
+    def _conversion(self) -> str:
+        known = self.conversion()
+        if not known:
+            return ""
+        name = min(known, key=lambda level: known[level])
+        return f"\nof this the conversion to the runtime, in fp32: {name} {_decibels(known[name])} dB"
 
     def notes(self) -> list[str]:
         """Say which levels passed by so little that other images could decide otherwise."""

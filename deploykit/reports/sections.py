@@ -172,7 +172,9 @@ def _range_row(tensor: str, seen: Mapping[str, Any], span: Mapping[str, Any] | N
 def _making(facts: BundleFacts) -> Section:
     manifest = facts.side.manifest
     done = ", ".join(f"{name} {count}" for name, count in manifest.fusions.items() if count)
+    known = [level.conversion_db for level in facts.levels if level.conversion_db is not None]
     rows = {
+        "conversion to the runtime, in FP32": f"{decibels(min(known))} dB against torch" if known else "see its levels",
         "weights": f"{manifest.backbone.weights or 'random'}, digest {manifest.weights_digest[:12]}",
         "input": f"{' x '.join(map(str, manifest.input.shape))} {manifest.input.dtype}",
         "fusion passes that found something": done or "none",

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import affine_grid, grid_sample, interpolate
 
-from deploykit import create_backbone, export_backbone
+from deploykit import create_backbone, export_backbone, verify_bundle
 from deploykit.errors import ExportError, ParityError
 from deploykit.export import conversion
 from deploykit.progress import StageStarted
@@ -129,6 +129,11 @@ def test_the_proof_comes_before_the_engine_and_not_for_fp32(tmp_path):
     stages = stages_of(module, tmp_path / "int8", runtime="onnxruntime", precision="int8", calibration=IMAGES)
     assert stages.index("plan") < stages.index("conversion") < stages.index("lower")
     assert "conversion" not in stages_of(module, tmp_path / "fp32", runtime="onnxruntime")
+    quantized, plain = (verify_bundle(tmp_path / name) for name in ("int8", "fp32"))
+    found = quantized.conversion()
+    assert set(found) == {level.name for level in quantized.levels}
+    assert all(found[level.name] > 100 > level.sqnr_db for level in quantized.levels)
+    assert not plain.conversion()
 
 
 def test_the_proof_is_left_out_where_the_device_is_absent(tmp_path, monkeypatch):
