@@ -56,6 +56,11 @@ class OpenBundle:
         taken: ImageArray = self.reference.images.astype(self.model.input_spec.dtype, copy=False)
         return taken
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the engine computes in integers."""
+        return self.model.precision.name == "int8"
+
     def against_torch(self, truth: ParityReference, images: ImageArray) -> dict[str, float]:
         """Return each output's distance from ``truth``, in dB; `MAX_SQNR_DB` at most."""
         accumulator = ParityAccumulator(logits=truth.logits)
@@ -108,14 +113,16 @@ def _comparable(old: Runtime, new: Runtime) -> list[str]:
 def _paired_references(old: OpenBundle, new: OpenBundle) -> tuple[ParityReference, ImageArray, ImageArray] | None:
     """Return the reference whose images both can take, and these as each takes them; None where the inputs differ.
 
-    The old bundle's, but for an old engine of normalised images beside a new one of pixels: pixels can be normalised
-    without a loss.
+    The old bundle's, but for: a new one of pixels beside an old one of normalised images, since pixels can be
+    normalised without a loss; and a new one of INT8 beside an old one of floats.
     """
     before, after = old.model.input_spec, new.model.input_spec
     if (before.channels, before.height, before.width) != (after.channels, after.height, after.width):
         return None
     if before.embeds_preprocessing == after.embeds_preprocessing:
-        return old.reference, old.images, old.images
+        # Images that INT8 was calibrated for: an FP32 export may carry synthetic ones, which INT8 cuts off.
+        chosen = new if new.is_quantized and not old.is_quantized else old
+        return chosen.reference, chosen.images, chosen.images
     pixels = old if before.embeds_preprocessing else new
     images = network_images(pixels.images, pixels.model.input_spec)
     return (old.reference, old.images, images) if pixels is old else (new.reference, images, new.images)

@@ -134,7 +134,7 @@ def _noisiest(axes: Any, facts: BundleFacts) -> None:
         axes.plot([middle - spread, middle + spread], [place, place], color=INK, linewidth=1.6)
     axes.set_yticks(range(len(chosen[:NOISIEST])), chosen[:NOISIEST])
     axes.invert_yaxis()
-    axes.set_xlabel("bar: the range; thin line: what was seen; black: mean ± deviation")
+    axes.set_xlabel("share of the range")
 
 
 def _series(place: int) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class ErrorApart:
 
 
 def errors_apart(models: Mapping[str, Runtime]) -> tuple[ErrorApart, ...]:
-    """Compare engines of the same weights and input, by name, on the images of the first of them.
+    """Compare engines of the same weights and input, by name, on the images of the first in a lower precision.
 
     What cannot be compared is left out: a quantization error needs an FP32 engine of the same runtime beside it.
     """
@@ -55,7 +55,8 @@ def _network(model: Runtime) -> tuple[Any, ...]:
 
 
 def _of_group(models: Mapping[str, Runtime]) -> Iterator[ErrorApart]:
-    first = next(iter(models.values()))
+    # Images that one of them was calibrated for: an FP32 export may carry synthetic ones, which INT8 cuts off.
+    first = next((model for model in models.values() if model.precision.name != FULL), next(iter(models.values())))
     truth = ParityReference.load(first.read_file(REFERENCE_FILE))
     images = truth.images.astype(first.input_spec.dtype, copy=False)
     outputs = {name: truth.sample(run_in_batches(model, images)) for name, model in models.items()}

@@ -143,7 +143,8 @@ def _quantizer(name: str, plan: Mapping[str, Any]) -> Iterator[Section]:
         text = (
             f"Calibrated by {plan.get('calibrator')} on {plan.get('images')} images: {len(placement['weights'])} "
             f"weights and {len(ranges)} activations in integers, {len(placement['float_nodes'])} nodes in float. The "
-            "activations that lose most by rounding:"
+            "activations that lose most by rounding are below. In the drawing the bar is an activation's range, the "
+            "thin line what was seen of it, the black one its mean and deviation."
         )
         columns = ("activation", "SQNR of its range dB", "range", "seen", "mean", "deviation")
         rows = tuple(_range_row(tensor, seen[tensor], ranges.get(tensor)) for tensor in noisiest)
