@@ -18,6 +18,8 @@ CGROUPS = Path("/proc/self/cgroup")
 MOUNTS = Path("/proc/self/mountinfo")
 PROCESSORS = Path("/sys/devices/system/cpu")
 
+MOST_THREADS = 4096
+
 _LIMITS = ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT")
 
 
@@ -25,13 +27,14 @@ def check_threads(threads: int | None) -> int | None:
     """Return the number of threads that the user asked for.
 
     Raises:
-        SpecError: no whole number from 1.
+        SpecError: no whole number from 1 to `MOST_THREADS`.
     """
     if threads is None:
         return None
-    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= MOST_THREADS:
         raise SpecError(
-            f"threads is {threads!r}; expected a whole number from 1, or None for what the process may use."
+            f"threads is {threads!r}; expected a whole number from 1 to {MOST_THREADS}, or None for what the process "
+            "may use."
         )
     return threads
 

@@ -23,7 +23,7 @@ from deploykit.backbones.feature_tree import register_features
 from deploykit.backbones.kept_statistics import KeptStatistics
 from deploykit.backbones.module_copy import copy_module, detached
 from deploykit.backbones.own_forward import to_numpy, to_tensor, with_indices
-from deploykit.backends.input_checks import check_images
+from deploykit.backends.input_checks import check_has_values, check_images
 from deploykit.errors import SpecError, nearest
 from deploykit.feature_dict import Features
 from deploykit.predict import Prediction, predict
@@ -407,9 +407,13 @@ class BaseBackbone(nn.Module):
                 f"the images are a {type(images).__name__}; expected a numpy.ndarray or a torch.Tensor. "
                 "Files are read with deploykit.load_images(files, model.input_spec)."
             )
+        check_has_values(images)
         spec = self._spec_for(tuple(images.shape))
+        here = computes_in(self).device
+        if images.device != here:
+            raise SpecError(f"the images are on {images.device}, and the model is on {here}. Fix: images.to('{here}').")
         if images.device.type == "cpu" and images.dtype == torch.float32:
-            check_images(images.detach().numpy(), spec)
+            check_images(images.detach().resolve_neg().numpy(), spec)
         elif images.dtype not in (torch.float32, torch.float16, torch.bfloat16) or images.shape[1:] != spec.shape[1:]:
             raise SpecError(
                 f"the images are {tuple(images.shape)} {images.dtype}; "

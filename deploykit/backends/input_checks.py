@@ -99,7 +99,7 @@ def check_tensor(images: Any, spec: InputSpec) -> Any:
             f"the images are a {type(images).__name__}; expected a numpy.ndarray or a torch.Tensor. "
             "Files are read with deploykit.load_images(files, model.input_spec)."
         )
-    _check_has_values(images)
+    check_has_values(images)
     if images.dtype != getattr(torch_module, spec.dtype) or images.layout != torch_module.strided:
         remedy = (
             "convert with .to_dense() and .float()"
@@ -113,8 +113,12 @@ def check_tensor(images: Any, spec: InputSpec) -> Any:
     return torch_module
 
 
-def _check_has_values(images: Any) -> None:
-    """Refuse tensors that are no array of values: meta, nested, and those of a trace."""
+def check_has_values(images: Any) -> None:
+    """Refuse tensors that are no array of values: meta and nested ones.
+
+    Raises:
+        SpecError: such a tensor.
+    """
     if images.is_meta:
         raise SpecError(
             "the images are a meta tensor, which has no values. Fix: make them on a device that holds memory, "
