@@ -22,6 +22,10 @@ def report(
     run: Annotated[
         bool, typer.Option("--run/--no-run", help="Run the engines here, or show what the bundles say of themselves.")
     ] = True,
+    layers: Annotated[
+        bool,
+        typer.Option("--layers", help="Also walk the layers of engines that are ONNX graphs (needs the extra export)."),
+    ] = False,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     trust: TrustOption = None,
@@ -33,7 +37,7 @@ def report(
     """
     from deploykit.reports.write import write_report
 
-    facts = write_report(bundles, output, run=run, device=device, threads=threads, trust=trust)
+    facts = write_report(bundles, output, run=run, layers=layers, device=device, threads=threads, trust=trust)
     size = size_text(Path(output).stat().st_size)
     failed = [each.name for each in facts if each.passed is False]
     verdict = f"outside their budget: {', '.join(failed)}" if failed else "none is outside its budget"

@@ -6,18 +6,23 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from deploykit.backends.runtime import Runtime
 from deploykit.changes.outputs import one_call
 from deploykit.changes.sides import Side, read_side
-from deploykit.errors import DeviceUnavailable, IncompatibleEngine, MissingDependency
+from deploykit.errors import DeviceUnavailable, IncompatibleEngine, MissingDependency, SpecError
 from deploykit.facade import load_bundle
+from deploykit.optional import require
 from deploykit.parity.report import LevelParity, ParityReport
 from deploykit.reports.errors import ErrorApart, errors_apart
 from deploykit.timing import time_calls
 from deploykit.verification import Verification
+
+if TYPE_CHECKING:
+    from deploykit.export.layers import LayerReport
 
 BINS = 48
 
@@ -39,7 +44,8 @@ class Histogram:
 class BundleFacts:
     """One bundle: ``name`` is unique in the report; what needs a run is None where there was none.
 
-    ``not_run`` says why the engine did not run here.
+    ``not_run`` says why the engine did not run here; ``layers`` are those of an engine that is an ONNX graph with
+    activations in integers, where they were asked for.
     """
 
     name: str
@@ -49,6 +55,7 @@ class BundleFacts:
     latency_ms: float | None = None
     worst: Histogram | None = None
     not_run: str | None = None
+    layers: LayerReport | None = None
 
     @property
     def levels(self) -> tuple[LevelParity, ...]:
@@ -101,6 +108,25 @@ def collect(folders: Sequence[Path], *, run: bool, device: str, threads: int | N
         _time(facts, models)
         errors = errors_apart({facts[place].name: model for place, model in models.items()})
     return Collected(bundles=tuple(facts), errors=errors)
+
+
+def with_layers(collected: Collected) -> Collected:
+    """Return the same with each engine's layers, beside itself in float, where it is a graph that can be walked.
+
+    Raises:
+        MissingDependency: the extra export is not installed.
+    """
+    require("onnx_ir")
+    return replace(collected, bundles=tuple(replace(each, layers=_layers(each)) for each in collected.bundles))
+
+
+def _layers(facts: BundleFacts) -> LayerReport | None:
+    from deploykit.export.bundle_layers import bundle_layers
+
+    try:
+        return bundle_layers(facts.side.folder)
+    except SpecError:  # another kind of engine, or one of floats
+        return None
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

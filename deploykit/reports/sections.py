@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deploykit.changes.plans import range_text
 from deploykit.parity.interval import wilson
 from deploykit.parity.report import MAX_SQNR_DB, LevelParity
 from deploykit.reports.errors import ErrorApart
 from deploykit.reports.facts import BundleFacts, Collected
+
+if TYPE_CHECKING:
+    from deploykit.export.layers import LayerReport
 
 NOISIEST = 10
 SHOWN_FLOAT = 12
@@ -131,9 +134,34 @@ def _own(facts: BundleFacts) -> Iterator[Section]:
     if facts.worst is not None:
         text = f"Values of {facts.worst.output} on the bundle's images: torch FP32 and the engine."
         yield Section(title="Worst output", text=text, drawing="worst", bundle=facts.name)
+    if facts.layers is not None:
+        yield _layers(facts.name, facts.layers)
     if facts.side.plan is not None:
         yield from _quantizer(facts.name, facts.side.plan)
     yield _making(facts)
+
+
+def _layers(name: str, found: LayerReport) -> Section:
+    worst = sorted(found.layers, key=lambda layer: layer.own_db)[:NOISIEST]
+    rows = tuple(
+        (
+            layer.tensor,
+            f"{layer.operator} {layer.node}",
+            layer.module or "",
+            decibels(layer.own_db),
+            decibels(layer.whole_db),
+            layer.quantizer or "float",
+        )
+        for layer in worst
+    )
+    text = (
+        f"The largest of {len(found.layers)} layers' errors of their own, against {found.reference}: on the same "
+        "input, and with all that they inherit."
+    )
+    columns = ("layer gives", "node", "torch", "own dB", "whole dB", "reads")
+    return Section(
+        title="Layers", text=text, table=Table(columns=columns, rows=rows, right=frozenset((3, 4))), bundle=name
+    )
 
 
 def _quantizer(name: str, plan: Mapping[str, Any]) -> Iterator[Section]:

@@ -11,7 +11,7 @@ from deploykit.errors import SpecError
 from deploykit.manifest import own_version
 from deploykit.names import path_of
 from deploykit.places import storage_error
-from deploykit.reports.facts import BundleFacts, Collected, collect
+from deploykit.reports.facts import BundleFacts, Collected, collect, with_layers
 from deploykit.reports.html_page import html_page
 from deploykit.reports.markdown_page import markdown_page
 from deploykit.reports.sections import sections
@@ -25,6 +25,7 @@ def write_report(
     output: str | os.PathLike[str],
     *,
     run: bool = True,
+    layers: bool = False,
     device: str = "auto",
     threads: int | None = None,
     trust: bool | None = None,
@@ -36,6 +37,7 @@ def write_report(
         output: ``.html``, one file that needs no other and no network; or ``.md``, for a pull request. Replaced where
             it is there.
         run: run the engines here, where their device is; False: what the bundles say of themselves.
+        layers: also walk the layers of engines that are ONNX graphs in integers; needs the extra export.
         device: where they run.
         threads: as for `deploykit.facade.load_bundle`.
         trust: as for `deploykit.facade.load_bundle`.
@@ -47,7 +49,7 @@ def write_report(
         SpecError: no bundles, or another kind of file.
         BundleError: one is no bundle, or is damaged.
         StorageError: the file cannot be written.
-        MissingDependency: matplotlib is not installed, for ``.html``.
+        MissingDependency: matplotlib is not installed, for ``.html``; or the extra export, for the layers.
     """
     path, folders = path_of(output), [path_of(each) for each in bundles]
     if path.suffix.lower() not in SUFFIXES:
@@ -55,6 +57,7 @@ def write_report(
     if not 1 <= len(folders) <= MOST_BUNDLES:
         raise SpecError(f"{len(folders)} bundles were given; expected 1 to {MOST_BUNDLES}.")
     collected = collect(folders, run=run, device=device, threads=threads, trust=trust)
+    collected = with_layers(collected) if layers else collected
     _replace(path, _page(collected, html=path.suffix.lower() == ".html"))
     return collected.bundles
 

@@ -144,6 +144,13 @@ def test_markdown_has_the_tables_and_needs_no_matplotlib(tmp_path, monkeypatch):
     assert not (tmp_path / "report.html").exists()
 
 
+def test_the_layers_of_an_onnx_graph_are_shown_where_they_are_asked_for(tmp_path):
+    facts = write_report(THREE[:2], tmp_path / "report.md", run=False, layers=True)
+    assert [each.layers is not None for each in facts] == [True, False]
+    worst = min(facts[0].layers.layers, key=lambda layer: layer.own_db)
+    assert f"| {worst.own_db:.1f} |" in (tmp_path / "report.md").read_text()
+
+
 def test_bad_files_are_refused(tmp_path):
     with pytest.raises(SpecError, match=r"neither \.html nor \.md"):
         write_report(THREE[:1], tmp_path / "report.pdf")
