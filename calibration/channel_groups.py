@@ -9,15 +9,14 @@ anything else touches (GELU, softmax, a LayerNorm that reads it) cannot be scale
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from deploykit.fusion.affine import LINEAR, PERMUTATIONS, channel_axis, permutation
-from deploykit.fusion.constants import argument, constant, sizes
+from deploykit.fusion.constants import argument, constant, operand, sizes
 
 _aten = torch.ops.aten
 _CONVOLUTIONS = (_aten.conv2d.default, _aten.conv2d.padding)
@@ -84,7 +83,7 @@ class _Finder:
             kept = self._kept_axis(node)
             if self._is_layer(node):
                 self._layer(node)
-            elif node.target == _NORM and len(node.args[1]) == 1:  # type: ignore[arg-type]
+            elif node.target == _NORM and len(argument(node, 1, "normalized_shape", ())) == 1:
                 self._block(node)
                 self._write(node, len(sizes(node)) - 1, argument(node, 2, "weight", None))
             elif kept is None or not self._follow(node, kept):
@@ -94,7 +93,7 @@ class _Finder:
         return node.target in (LINEAR, *_CONVOLUTIONS) and constant(self.module, node.args[1]) is not None
 
     def _layer(self, node: Node) -> None:
-        source: Any = node.args[0]
+        source = operand(node, 0)
         axis = channel_axis(node)  # of what it reads too, whose rank is the same
         groups = 1 if node.target == LINEAR else int(argument(node, 6, "groups", 1))
         depthwise = groups > 1 and groups == sizes(source)[1] == sizes(node)[1]
@@ -108,12 +107,12 @@ class _Finder:
                 self._share(node.args[1], "read", group)
         self._write(node, axis, node.args[1])
 
-    def _write(self, node: Node, axis: int, weight: Any) -> None:
+    def _write(self, node: Node, axis: int, weight: object) -> None:
         group = ChannelGroup(channels=sizes(node)[axis], writers=[node])
         self.members[node] = (group, axis)
         self._share(weight, "written", group)
 
-    def _share(self, weight: Any, role: str, group: ChannelGroup) -> None:
+    def _share(self, weight: object, role: str, group: ChannelGroup) -> None:
         """Join the groups of nodes that share a weight."""
         if isinstance(weight, Node):
             other = self.weights.setdefault((str(weight.target), role), group)
@@ -208,7 +207,7 @@ def _reshaped(node: Node, before: tuple[int, ...], axis: int) -> int | None:
 
 
 def _averaged(node: Node, before: tuple[int, ...], axis: int) -> int | None:
-    dims: Any = node.args[1]
+    dims: Sequence[int] = argument(node, 1, "dim", ())
     removed = [dim % len(before) for dim in dims]
     if axis in removed:
         return None
@@ -221,11 +220,11 @@ def _along_one(node: Node, before: tuple[int, ...], axis: int) -> int | None:
 
 
 def _rolled(node: Node, before: tuple[int, ...], axis: int) -> int | None:
-    dims: Any = argument(node, 2, "dims", ())
+    dims: Sequence[int] = argument(node, 2, "dims", ())
     return axis if dims and axis not in [dim % len(before) for dim in dims] else None
 
 
-_FOLLOWS: dict[Any, Callable[[Node, tuple[int, ...], int], int | None]] = {
+_FOLLOWS: dict[object, Callable[[Node, tuple[int, ...], int], int | None]] = {
     **dict.fromkeys((*_HOMOGENEOUS, *_ADDS, *_PRODUCTS), _same_axis),
     **dict.fromkeys(PERMUTATIONS, _permuted),
     **dict.fromkeys(_RESHAPES, _reshaped),

@@ -11,7 +11,6 @@ here one rule serves both, ``s = a**alpha / w**(1 - alpha)`` with the largest ac
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +73,7 @@ def _measure(module: GraphModule, groups: list[ChannelGroup], batches: Iterable[
     found = [torch.zeros(group.channels) for group in groups]
 
     class Listener(fx.Interpreter):
-        def run_node(self, node: Node) -> Any:
+        def run_node(self, node: Node) -> object:
             value = super().run_node(node)
             if node in wanted:
                 index, axis = wanted[node]
@@ -119,9 +118,11 @@ def _scale(module: GraphModule, group: ChannelGroup, factors: Tensor) -> None:
     """Divide what the group writes by the factors and multiply what reads it."""
     done: set[tuple[str, str]] = set()
 
-    def multiply(node: Any, axis: int, by: Tensor, role: str) -> None:
+    def multiply(node: object, axis: int, by: Tensor, role: str) -> None:
         value = constant(module, node)
-        if value is None or (str(node.target), role) in done:  # two layers may share a weight
+        if (
+            value is None or not isinstance(node, Node) or (str(node.target), role) in done
+        ):  # two layers may share a weight
             return
         done.add((str(node.target), role))
         shape = [1] * value.dim()

@@ -6,7 +6,6 @@ import copy
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from deploykit.backbones.attention import TRANSPOSED
 from deploykit.calibration.placement import IntegerWeight
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.ranges import ActivationRange
+from deploykit.fusion.constants import operand
 
 CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding)
 WEIGHTED = (*CONVOLUTIONS, torch.ops.aten.linear.default)
@@ -28,7 +28,7 @@ _OPERATORS = torch.ops.quantized_decomposed
 class PlannedNode:
     """A node of a program that a plan has in integers: its name and its use in the plan's ONNX graph."""
 
-    node: Any
+    node: Node
     name: str
     use: IntegerWeight
 
@@ -60,7 +60,7 @@ class Activations:
         self._kind = kind
         self._integers: dict[tuple[Node, str], Node] = {}
 
-    def read(self, node: Any, source: Node, tensor: str) -> None:
+    def read(self, node: Node, source: Node, tensor: str) -> None:
         """Let a node read a value through Q/DQ, in the range of a tensor of the plan."""
         settings = self._kind.settings(self._plan.range_of(tensor))
         if (source, tensor) not in self._integers:
@@ -80,7 +80,7 @@ def copy_of(program: torch.export.ExportedProgram) -> GraphModule:
         return copy.deepcopy(program.module())
 
 
-def weighted_nodes(module: GraphModule) -> list[Any]:
+def weighted_nodes(module: GraphModule) -> list[Node]:
     """Return the convolutions and linears of constant weights."""
     return [
         node
@@ -94,7 +94,7 @@ def planned_nodes(module: GraphModule, plan: QuantizationPlan) -> Iterator[Plann
     placed = reversed(plan.placement.weights.items())
     by_weight = {use.weight.removesuffix(TRANSPOSED): (name, use) for name, use in placed}
     for node in weighted_nodes(module):
-        found = by_weight.get(str(node.args[1].target))
+        found = by_weight.get(str(operand(node, 1).target))
         if found is not None:
             yield PlannedNode(node=node, name=found[0], use=found[1])
 
@@ -105,7 +105,7 @@ def write_weight(module: GraphModule, planned: PlannedNode, plan: QuantizationPl
     The constants are named by the node: two nodes that share a weight would share its DQ, which no runtime fuses.
     """
     node, transposed = planned.node, planned.transposed
-    values = value_of(module, node.args[1]).numpy()
+    values = value_of(module, operand(node, 1)).numpy()
     integers, scales = plan.integers_of(planned.name, values.T if transposed else values, int(transposed))
     if transposed:
         integers = np.ascontiguousarray(integers.T)
@@ -127,16 +127,16 @@ def _shift_bias(module: GraphModule, planned: PlannedNode, plan: QuantizationPla
     if shift is None or not np.any(shift):
         return
     node = planned.node
-    bias: Any = node.args[2] if len(node.args) > 2 else None
+    bias = node.args[2] if len(node.args) > 2 else None
     correction = torch.from_numpy(np.asarray(shift, np.float32))
-    shifted = correction if bias is None else value_of(module, bias) + correction
+    shifted = value_of(module, bias) + correction if isinstance(bias, Node) else correction
     constant = add_constant(module, node, "shifted_bias", shifted)
     node.args = (node.args[0], node.args[1], constant, *node.args[3:])
 
 
-def add_constant(module: GraphModule, node: Any, part: str, value: Tensor) -> Node:
+def add_constant(module: GraphModule, node: Node, part: str, value: Tensor) -> Node:
     """Register a constant for one node, beside its weight, and return what reads it, in front of the node."""
-    owner = str(node.args[1].target).rpartition(".")[0] if node.args[1].op == "get_attr" else ""
+    owner = str(operand(node, 1).target).rpartition(".")[0] if operand(node, 1).op == "get_attr" else ""
     name = f"{node.name}_{part}"
     module.get_submodule(owner).register_buffer(name, value)
     with module.graph.inserting_before(node):

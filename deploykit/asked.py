@@ -13,7 +13,7 @@ from deploykit.target import find_target
 from deploykit.unset import UNSET
 
 
-def check_asked(folder: Path, options: Mapping[str, Any], *, refused: Mapping[str, bool]) -> None:
+def check_asked(folder: Path, options: Mapping[str, object], *, refused: Mapping[str, bool]) -> None:
     """Refuse options that a bundle does not have.
 
     Args:
@@ -40,7 +40,7 @@ def check_asked(folder: Path, options: Mapping[str, Any], *, refused: Mapping[st
         )
 
 
-def _held(manifest: Manifest) -> dict[str, Any]:
+def _held(manifest: Manifest) -> dict[str, object]:
     backbone = manifest.backbone
     return {
         "features_only": backbone.features_only,
@@ -59,13 +59,13 @@ def _held(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _target_name(value: Any) -> Any:
+def _target_name(value: object) -> object:
     """Return an edge target's name for its alias or its file; any other value as it is."""
     described = find_target(value) if isinstance(value, str) else None
     return described.name if described is not None else value
 
 
-def _normal(name: str, value: Any, held: Any) -> Any:
+def _normal(name: str, value: Any, held: object) -> object:
     """Return the value as the manifest spells it; what stands for "the default" is what the bundle holds."""
     if name == "precision":
         return parse_precision(value).name

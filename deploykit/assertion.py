@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
-import numpy.typing as npt
 
 from deploykit.arguments import check_arguments
+from deploykit.arrays import Array, ImageArray
 from deploykit.backends.runtime import Runtime, run_in_batches
 from deploykit.errors import ParityError, SpecError, nearest
 from deploykit.facade import load_bundle
@@ -26,8 +26,8 @@ from deploykit.spec import Fp32
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-Arrays: TypeAlias = "dict[str, npt.NDArray[Any]]"
-Model: TypeAlias = "Callable[[Any], Any] | Mapping[str, Any] | str | os.PathLike[str]"
+Arrays: TypeAlias = dict[str, Array]
+Model: TypeAlias = "Callable[[Any], object] | Mapping[str, object] | str | os.PathLike[str]"
 """A model or a function of images, its outputs by name, or a bundle's folder."""
 
 OUTPUT = "output"
@@ -39,7 +39,7 @@ TEXT_WIDTH = 120
 def assert_parity(
     engine: Model,
     reference: Model,
-    images: npt.NDArray[Any],
+    images: Array,
     *,
     min_sqnr: float | None = None,
     per_level: Mapping[str, float] | None = None,
@@ -78,7 +78,7 @@ def assert_parity(
 def compare_models(
     engine: Model,
     reference: Model,
-    images: npt.NDArray[Any],
+    images: Array,
     *,
     min_sqnr: float | None = None,
     per_level: Mapping[str, float] | None = None,
@@ -149,20 +149,20 @@ def _levels(
     return tuple(levels)
 
 
-def _opened(model: Model, stack: ExitStack) -> Any:
+def _opened(model: Model, stack: ExitStack) -> object:
     if isinstance(model, (str, os.PathLike)):
         return stack.enter_context(load_bundle(Path(os.fsdecode(model))))
     return model
 
 
-def _outputs(model: Any, images: npt.NDArray[Any]) -> Arrays:
+def _outputs(model: object, images: Array) -> Arrays:
     """Return a model's outputs for all images, by name; `OUTPUT` for one without a name.
 
     Raises:
         SpecError: not a model, a torch module in training mode, or outputs that are no arrays of N.
     """
     if isinstance(model, Runtime):
-        return dict(run_in_batches(model, images))
+        return dict(run_in_batches(model, cast("ImageArray", images)))  # which checks their dtype
     answer = model if isinstance(model, Mapping) else _called(model, images)
     if isinstance(answer, (tuple, list)):
         answer = {f"{OUTPUT}{index}": each for index, each in enumerate(answer)}
@@ -174,7 +174,7 @@ def _outputs(model: Any, images: npt.NDArray[Any]) -> Arrays:
     return arrays
 
 
-def _called(model: Any, images: npt.NDArray[Any]) -> Any:
+def _called(model: object, images: Array) -> object:
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(model, torch.nn.Module):
         if not callable(model):
@@ -187,7 +187,7 @@ def _called(model: Any, images: npt.NDArray[Any]) -> Any:
         return model(torch.tensor(images, device=anchor.device))
 
 
-def _array(value: Any) -> npt.NDArray[Any]:
+def _array(value: object) -> Array:
     return np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
 
 
@@ -209,11 +209,11 @@ def _checked(per_level: Mapping[str, float], expected: Arrays) -> dict[str, floa
     return dict(per_level)
 
 
-def _budget(model: Any) -> float:
+def _budget(model: object) -> float:
     return model.precision.min_sqnr_db if isinstance(model, Runtime) else Fp32().min_sqnr_db
 
 
-def _about(model: Any) -> tuple[str, str, str]:
+def _about(model: object) -> tuple[str, str, str]:
     """Return what ran, its version, and its precision."""
     if isinstance(model, Runtime):
         return model.runtime, model.manifest.runtime_version, model.precision.name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, TypeVar, overload
 
 from deploykit.errors import UnknownLevel
 
@@ -47,7 +47,7 @@ class Features(dict[str, T]):
     def get(self, key: str | int) -> T | None: ...
     @overload
     def get(self, key: str | int, default: S) -> T | S: ...
-    def get(self, key: str | int, default: Any = None) -> Any:
+    def get(self, key: str | int, default: object = None) -> object:
         """Return the map of a level's name or index, or ``default``."""
         return self[key] if key in self else default  # noqa: SIM401  (this is get)
 

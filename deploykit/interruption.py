@@ -18,7 +18,7 @@ _ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasat
 def interruptible() -> Iterator[None]:
     """Raise KeyboardInterrupt at SIGTERM and SIGHUP, once; a signal that is ignored (``nohup``) stays ignored."""
 
-    def interrupt(*_: Any) -> None:
+    def interrupt(*_: object) -> None:
         for number in before:  # the cleaning up is not interrupted again
             signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, SupportsIndex, TypeAlias
 
 from deploykit.errors import BundleError, SpecError
 
@@ -18,7 +18,7 @@ LABELS_FILE = "labels.txt"
 LABEL_FILES: dict[str, str] = {"imagenet-1k": "imagenet_labels.txt"}
 """Label set to its file in deploykit/data: one name a line, in the order of the class index."""
 
-LabelSource: TypeAlias = "str | os.PathLike[str] | Sequence[str] | Mapping[Any, Any]"
+LabelSource: TypeAlias = "str | os.PathLike[str] | Sequence[str] | Mapping[Any, object]"
 """A file; names in index order; or a mapping between index and name, either way round."""
 
 
@@ -109,7 +109,7 @@ def folder_labels(folder: Path, files: Iterable[Path], num_classes: int) -> tupl
     return tuple(names) if len(names) == num_classes and {parts[0] for parts in inside} == set(names) else None
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> object:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
@@ -129,7 +129,7 @@ def _read(path: Path) -> Any:
     return [line.strip() for line in text.rstrip().splitlines()]
 
 
-def _names(source: Any, where: str) -> tuple[str, ...]:
+def _names(source: object, where: str) -> tuple[str, ...]:
     names = _in_order(source, where) if isinstance(source, Mapping) else source
     if not isinstance(names, Iterable) or isinstance(names, (str, bytes)):
         raise SpecError(f"{where}: got {type(source).__name__}; expected names, or a mapping between index and name.")
@@ -142,7 +142,7 @@ def _names(source: Any, where: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in listed)
 
 
-def _in_order(mapping: Mapping[Any, Any], where: str) -> list[Any]:
+def _in_order(mapping: Mapping[Any, object], where: str) -> list[object]:
     """Return the names of a mapping between index and name, by index."""
     pairs = [(_index(value), key) if _index(key) is None else (_index(key), value) for key, value in mapping.items()]
     by_index = {index: name[-1] if isinstance(name, list) and name else name for index, name in pairs}
@@ -154,12 +154,12 @@ def _in_order(mapping: Mapping[Any, Any], where: str) -> list[Any]:
     return [by_index[index] for index in range(len(mapping))]
 
 
-def _index(value: Any) -> int | None:
+def _index(value: object) -> int | None:
     if isinstance(value, bool):
         return None
     if isinstance(value, str):
         return int(value) if value.isascii() and value.isdecimal() else None
-    return int(value) if hasattr(value, "__index__") else None
+    return int(value) if isinstance(value, SupportsIndex) else None
 
 
 def _shown(indices: Iterable[int | None]) -> str:

@@ -172,7 +172,7 @@ def _parse(text: bytes, path: Path) -> Any:
         ) from error
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -241,7 +241,7 @@ def _odd_precision(manifest: Manifest) -> Iterator[str]:
 
 def _texts(manifest: Manifest) -> Iterator[str]:
     """Yield the strings of a manifest that hold control characters."""
-    stack: list[Any] = [msgspec.to_builtins(manifest)]
+    stack: list[object] = [msgspec.to_builtins(manifest)]
     while stack:
         value = stack.pop()
         if isinstance(value, str) and not is_printable(value):
@@ -252,7 +252,7 @@ def _texts(manifest: Manifest) -> Iterator[str]:
             stack += value
 
 
-def _newer(path: Path, version: int, raw: dict[str, Any]) -> str:
+def _newer(path: Path, version: int, raw: dict[str, object]) -> str:
     tools = raw.get("tools")
     writer = tools.get("deploykit") if isinstance(tools, dict) else None
     here = own_version().get("deploykit")

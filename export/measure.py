@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from deploykit.arrays import FloatArray, ImageArray
 from deploykit.backbones.base import BaseBackbone
@@ -57,7 +57,7 @@ def _synthetic_images(spec: InputSpec) -> FloatArray:
 
 def torch_outputs(backbone: BaseBackbone, images: FloatArray) -> dict[str, FloatArray]:
     """Return every level and the head of a backbone in eval mode and FP32 on the CPU, one image at a time."""
-    parts: list[dict[str, Any]] = []
+    parts: list[dict[str, Tensor]] = []
     with kept_random_states(), torch.no_grad():
         twin = inference_copy(backbone)
         # torch.tensor copies: a module may work in place on its input.

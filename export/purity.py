@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -147,7 +146,7 @@ def _events(backbone: BaseBackbone, images: Tensor, seed: int) -> list[tuple[str
     """Return a number for the input and the output of each submodule, in the order in which they run."""
     events: list[tuple[str, str, float]] = []
 
-    def note(path: str, what: str, value: Any) -> None:
+    def note(path: str, what: str, value: object) -> None:
         tensors = [each for each in (value if isinstance(value, tuple) else (value,)) if isinstance(each, Tensor)]
         events.append((path, what, sum(float(each.double().abs().sum()) for each in tensors)))
 
@@ -159,7 +158,9 @@ def _events(backbone: BaseBackbone, images: Tensor, seed: int) -> list[tuple[str
     return events
 
 
-def _watch(part: nn.Module, path: str, note: Any) -> tuple[RemovableHandle, RemovableHandle]:
+def _watch(
+    part: nn.Module, path: str, note: Callable[[str, str, object], None]
+) -> tuple[RemovableHandle, RemovableHandle]:
     return (
         part.register_forward_pre_hook(lambda module, inputs: note(path, "input", inputs)),
         part.register_forward_hook(lambda module, inputs, output: note(path, "output", output)),

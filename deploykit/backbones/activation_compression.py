@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 from weakref import WeakValueDictionary
 
 import torch
@@ -121,7 +121,7 @@ def compressed_activations(bits: Literal[8, 16] = 8, min_size: int = 4096) -> It
     check_arguments(compressed_activations, locals())
     if bits not in (8, 16):
         raise SpecError(f"bits is {bits!r}; expected 8 or 16.")
-    packed: WeakValueDictionary[TensorKey, Any] = WeakValueDictionary()
+    packed: WeakValueDictionary[TensorKey, Saved] = WeakValueDictionary()
 
     def pack(tensor: Tensor) -> Saved:
         if is_parameter(tensor) or not _worth_packing(tensor, bits, min_size):

@@ -5,7 +5,8 @@ Parameter names are timm's: ``attn.qkv``, ``attn.proj``, ``mlp.fc1``, ``mlp.fc2`
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,26 @@ from deploykit.optional import require
 
 TRANSPOSED = ".T"
 """Ends the name of a linear layer's weight in an ONNX graph, where it stands transposed, ``(in, out)``."""
+
+
+class ElementType(Protocol):
+    """The type of the numbers of a `GraphValue`."""
+
+    name: str
+
+
+class GraphValue(Protocol):
+    """A value of the ONNX graph that torch's exporter is writing, onnxscript's ``SymbolicTensor``."""
+
+    name: str
+    shape: Sequence[int]
+    dtype: ElementType
+
+
+class Operators(Protocol):
+    """An opset of onnxscript: each attribute adds the node of that operator and gives its output."""
+
+    def __getattr__(self, operator: str) -> Callable[..., GraphValue]: ...
 
 
 def attend(
@@ -35,7 +56,7 @@ def attend(
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
 
 
-def onnx_translations() -> dict[Any, Any]:
+def onnx_translations() -> dict[Callable[..., object], Callable[..., object]]:
     """The ONNX forms of `attend`, linear layers and GroupNorm, for ``torch.onnx.export(custom_translation_table=...)``.
 
     Attention becomes two matrix products and a softmax of static shapes; torch's own translation
@@ -43,19 +64,19 @@ def onnx_translations() -> dict[Any, Any]:
     the name of its parameter, by which a quantization plan finds it. GroupNorm is in `_group_norm`.
     Needs onnxscript.
     """
-    op = require("onnxscript").opset21
-    transposed: dict[str, Any] = {}  # of one export: a weight that two layers share is turned once
+    op: Operators = require("onnxscript").opset21
+    transposed: dict[str, GraphValue] = {}  # of one export: a weight that two layers share is turned once
 
     def attention(  # noqa: PLR0917  (torch's signature)
-        query: Any,
-        key: Any,
-        value: Any,
-        attn_mask: Any = None,
+        query: GraphValue,
+        key: GraphValue,
+        value: GraphValue,
+        attn_mask: GraphValue | None = None,
         dropout_p: float = 0.0,
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
-    ) -> Any:
+    ) -> GraphValue:
         if is_causal or enable_gqa or dropout_p:
             raise NotImplementedError("attention with is_causal, enable_gqa or dropout has no ONNX form in deploykit")
         factor = query.shape[-1] ** -0.5 if scale is None else scale
@@ -68,7 +89,7 @@ def onnx_translations() -> dict[Any, Any]:
             scores = op.Add(scores, attn_mask)
         return op.MatMul(op.Softmax(scores, axis=-1), value)
 
-    def linear(source: Any, weight: Any, bias: Any = None) -> Any:
+    def linear(source: GraphValue, weight: GraphValue, bias: GraphValue | None = None) -> GraphValue:
         if len(source.shape) == 2:
             return op.Gemm(source, weight, bias, transB=1)
         if weight.name not in transposed:
@@ -84,7 +105,7 @@ def onnx_translations() -> dict[Any, Any]:
     }
 
 
-def _group_norm(op: Any) -> Any:
+def _group_norm(op: Operators) -> Callable[..., GraphValue]:
     """GroupNorm as an InstanceNormalization of ``(N, groups, -1)``, then its affine part as a BatchNormalization.
 
     OpenVINO 2026.4.1 crashes where a static graph has two dozen GroupNormalization nodes, and ONNX
@@ -93,8 +114,13 @@ def _group_norm(op: Any) -> Any:
     """
 
     def group_norm(  # noqa: PLR0917  (torch's signature)
-        source: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enabled: bool = True
-    ) -> Any:
+        source: GraphValue,
+        groups: int,
+        weight: GraphValue | None = None,
+        bias: GraphValue | None = None,
+        eps: float = 1e-5,
+        cudnn_enabled: bool = True,
+    ) -> GraphValue:
         channels, *sides = source.shape[1:]
         weight = filled(1.0, channels) if weight is None else weight
         bias = filled(0.0, channels) if bias is None else bias
@@ -107,7 +133,7 @@ def _group_norm(op: Any) -> Any:
         mean, variance = filled(0.0, channels), filled(1.0, channels)
         return op.BatchNormalization(op.Reshape(normalised, shape), weight, bias, mean, variance, epsilon=0.0)
 
-    def filled(value: float, count: int) -> Any:
+    def filled(value: float, count: int) -> GraphValue:
         return op.Constant(value_floats=[value] * count)
 
     return group_norm
@@ -137,7 +163,8 @@ class SelfAttention(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Map ``(N, T, dim)`` to ``(N, T, dim)``."""
         query, key, value = split_heads(self.qkv(tokens), 3 * self.heads).chunk(3, dim=1)
-        return self.proj(merge_heads(attend(query, key, value)))  # type: ignore[no-any-return]
+        output: Tensor = self.proj(merge_heads(attend(query, key, value)))
+        return output
 
 
 class Mlp(nn.Module):
@@ -151,7 +178,8 @@ class Mlp(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Turn ``(..., dim)`` into ``(..., dim)``."""
-        return self.fc2(self.act(self.fc1(tokens)))  # type: ignore[no-any-return]
+        output: Tensor = self.fc2(self.act(self.fc1(tokens)))
+        return output
 
 
 class LayerScale(nn.Module):
@@ -199,4 +227,5 @@ class TransformerBlock(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Map ``(N, T, dim)`` to ``(N, T, dim)``."""
         tokens = tokens + self.ls1(self.attn(self.norm1(tokens)))
-        return tokens + self.ls2(self.mlp(self.norm2(tokens)))  # type: ignore[no-any-return]
+        output: Tensor = tokens + self.ls2(self.mlp(self.norm2(tokens)))
+        return output

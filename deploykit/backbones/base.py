@@ -65,7 +65,7 @@ class BackboneOptions:
     image_size: tuple[int, int] | None = None
     patch_size: int | None = None
     hierarchical: bool | str = False
-    architecture: tuple[tuple[str, Any], ...] = ()
+    architecture: tuple[tuple[str, object], ...] = ()
 
     def __post_init__(self) -> None:
         if self.output_stride not in (8, 16, 32):
@@ -113,7 +113,7 @@ class BaseBackbone(nn.Module):
     """
 
     family: ClassVar[str] = "custom"
-    variants: ClassVar[Mapping[str, Any]] = {}
+    variants: ClassVar[Mapping[str, object]] = {}
     output_strides: ClassVar[tuple[int, ...]] = (32,)
     """The values of ``output_stride`` that the family can make."""
     why_not_output_stride: ClassVar[str] = "its stages cannot be dilated"
@@ -160,7 +160,7 @@ class BaseBackbone(nn.Module):
         self.grad_checkpointing = False
         self._frozen_stages: tuple[str, ...] = ()
 
-    def build_backbone(self, config: Any) -> None:
+    def build_backbone(self, config: object) -> None:
         """Make the modules of a backbone of your own; a subclass defines it, and calls it in ``__init__``.
 
         Raises:
@@ -259,7 +259,7 @@ class BaseBackbone(nn.Module):
         chosen = {level.name: outputs[level.name] for level in self.feature_info}
         return {**chosen, self.spec.head_name: self.forward_head(trunk)}
 
-    def __call__(self, images: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, images: Any, *args: object, **kwargs: object) -> Any:
         """Check the images, run, and answer in the caller's kind of array.
 
         Raises:
@@ -279,7 +279,7 @@ class BaseBackbone(nn.Module):
         outputs = super().__call__(images.to(dtype), *args, **kwargs)
         return outputs if dtype == torch.float32 else _to_float(outputs)
 
-    def _run_own_forward(self, images: Any, *args: Any, **kwargs: Any) -> Any:
+    def _run_own_forward(self, images: Any, *args: object, **kwargs: object) -> Any:
         """Run the ``forward`` of a subclass that defines nothing else."""
         if type(self).forward is BaseBackbone.forward:
             raise SpecError(f"{self.name} defines no forward(images). Define it, or call self.finish(levels).")
@@ -401,7 +401,7 @@ class BaseBackbone(nn.Module):
             return self.input_spec
         return replace(self.input_spec, height=shape[2], width=shape[3])
 
-    def _check_tensor(self, images: Any) -> None:
+    def _check_tensor(self, images: object) -> None:
         if not isinstance(images, Tensor):
             raise SpecError(
                 f"the images are a {type(images).__name__}; expected a numpy.ndarray or a torch.Tensor. "
@@ -427,9 +427,9 @@ def computes_in(module: nn.Module) -> Tensor:
     return next((tensor for tensor in tensors if tensor.dtype in FLOATS), torch.zeros(()))
 
 
-def _to_float(outputs: Any) -> Any:
+def _to_float(outputs: Tensor | Features[Tensor]) -> Tensor | Features[Tensor]:
     if isinstance(outputs, Features):
-        return outputs.map(_to_float)
+        return outputs.map(Tensor.float)
     return outputs.float()
 
 

@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -39,7 +39,7 @@ class CheckpointFile:
     """A checkpoint that was read: what it holds, and the metadata of a safetensors header."""
 
     path: Path
-    content: Mapping[Any, Any]
+    content: Mapping[str, object]
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -193,7 +193,7 @@ def _read_shards(path: Path) -> CheckpointFile:
         raise WeightsError(f"{path} names the shards {foreign or names}; expected checkpoint files beside it.")
     if absent := [name for name in names if not (path.parent / name).is_file()]:
         raise WeightsError(f"{path} names {len(names)} shards, of which {absent} are not beside it. Copy them there.")
-    content: dict[str, Any] = {}
+    content: dict[str, object] = {}
     metadata: dict[str, str] = {}
     for name in names:
         shard = read_checkpoint(path.parent / name)

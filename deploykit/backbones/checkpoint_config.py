@@ -47,7 +47,7 @@ class CheckpointConfig:
         return self.preprocessing is not None
 
 
-def read_config(path: Path, content: Mapping[Any, Any], metadata: Mapping[str, str]) -> CheckpointConfig:
+def read_config(path: Path, content: Mapping[str, object], metadata: Mapping[str, str]) -> CheckpointConfig:
     """Find what a checkpoint says of itself, the nearest place first.
 
     Args:
@@ -63,7 +63,7 @@ def read_config(path: Path, content: Mapping[Any, Any], metadata: Mapping[str, s
 
 
 def _of_metadata(path: Path, metadata: Mapping[str, str]) -> CheckpointConfig | None:
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for key, text in metadata.items():
         try:
             value = json.loads(text)
@@ -88,7 +88,7 @@ def _of_file(path: Path) -> CheckpointConfig | None:
     return _of_mapping(content, str(path)) if isinstance(content, dict) else None
 
 
-def _of_torch(path: Path, content: Mapping[Any, Any]) -> CheckpointConfig | None:
+def _of_torch(path: Path, content: Mapping[str, object]) -> CheckpointConfig | None:
     said = {key: content[key] for key in LABEL_KEYS if key in content}
     arguments = content.get("args")
     if isinstance(arguments, argparse.Namespace):
@@ -102,13 +102,13 @@ def _of_torch(path: Path, content: Mapping[Any, Any]) -> CheckpointConfig | None
     return _of_mapping(said, f"{path.name}", trusted=False)
 
 
-def _of_mapping(said: Mapping[str, Any], source: str, *, trusted: bool = True) -> CheckpointConfig | None:
+def _of_mapping(said: Mapping[str, object], source: str, *, trusted: bool = True) -> CheckpointConfig | None:
     """Return a configuration of timm's, nested or flat; None where it is none.
 
     ``trusted``: a value that cannot be is an error; otherwise it was meant for something else.
     """
     nested = said.get("pretrained_cfg")
-    inner: Mapping[str, Any] = nested if isinstance(nested, Mapping) else said
+    inner: Mapping[str, object] = nested if isinstance(nested, Mapping) else said
     labels = _labels({**inner, **said}, source, trusted=trusted)
     architecture = said.get("architecture", inner.get("architecture"))
     if nested is None and architecture is None and labels is None and not ({"mean", "std"} & said.keys()):
@@ -139,7 +139,7 @@ def _checked(preprocessing: Mapping[str, Any], source: str) -> dict[str, Any]:
     return values
 
 
-def _count(value: Any, source: str) -> int | None:
+def _count(value: object, source: str) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -147,7 +147,7 @@ def _count(value: Any, source: str) -> int | None:
     return value
 
 
-def _size(inner: Mapping[str, Any]) -> tuple[int, int] | None:
+def _size(inner: Mapping[str, object]) -> tuple[int, int] | None:
     """Return ``input_size`` (C, H, W) or ``img_size``, in pixels."""
     size = inner.get("input_size") or (3, inner.get("img_size"), inner.get("img_size"))
     if isinstance(size, Sequence) and len(size) == 3 and all(isinstance(side, int) and side > 0 for side in size):
@@ -155,7 +155,7 @@ def _size(inner: Mapping[str, Any]) -> tuple[int, int] | None:
     return None
 
 
-def _labels(said: Mapping[str, Any], source: str, *, trusted: bool) -> tuple[str, ...] | None:
+def _labels(said: Mapping[str, object], source: str, *, trusted: bool) -> tuple[str, ...] | None:
     for key in LABEL_KEYS:
         value = said.get(key)
         if not isinstance(value, (Mapping, list, tuple)) or not value:

@@ -13,13 +13,16 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from deploykit.backbones.pickle_allowlist import PlainArray
 from deploykit.errors import WeightsError, WeightsWarning
+
+Content: TypeAlias = Mapping[str, object]
+"""What a checkpoint holds, by name; a foreign file may have names of other types."""
 
 _DEPTH = 4
 """How deep a state dict may be nested in a checkpoint."""
@@ -65,7 +68,7 @@ class FoundState:
     others: tuple[Place, ...] = ()
 
 
-def find_state(content: Mapping[Any, Any], wanted: Collection[str], *, source: str, key: str | None) -> FoundState:
+def find_state(content: Content, wanted: Collection[str], *, source: str, key: str | None) -> FoundState:
     """Take the one state dict of a network out of a checkpoint.
 
     Args:
@@ -87,7 +90,7 @@ def find_state(content: Mapping[Any, Any], wanted: Collection[str], *, source: s
     return _take(content, place, rivals)
 
 
-def _mappings(content: Mapping[Any, Any], keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _mappings(content: Content, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Content]]:
     """Yield every mapping in a checkpoint, with the keys that lead to it."""
     yield keys, content
     if len(keys) < _DEPTH:
@@ -96,7 +99,7 @@ def _mappings(content: Mapping[Any, Any], keys: tuple[str, ...] = ()) -> Iterato
                 yield from _mappings(value, (*keys, str(key)))
 
 
-def _tensors(mapping: Mapping[Any, Any]) -> dict[str, Tensor]:
+def _tensors(mapping: Content) -> dict[str, Tensor]:
     """Return the tensors and arrays of numbers in a mapping by their names in an unwrapped network."""
     found: dict[str, Tensor] = {}
     for key, value in mapping.items():
@@ -107,7 +110,7 @@ def _tensors(mapping: Mapping[Any, Any]) -> dict[str, Tensor]:
     return found
 
 
-def _find_places(content: Mapping[Any, Any], wanted: frozenset[str]) -> list[Place]:
+def _find_places(content: Content, wanted: frozenset[str]) -> list[Place]:
     places = []
     for keys, mapping in _mappings(content):
         matched: Counter[str] = Counter()
@@ -120,7 +123,7 @@ def _find_places(content: Mapping[Any, Any], wanted: frozenset[str]) -> list[Pla
     return places
 
 
-def _choose(content: Mapping[Any, Any], rivals: list[Place], source: str) -> Place:
+def _choose(content: Content, rivals: list[Place], source: str) -> Place:
     averages = _different(content, [place for place in rivals if place.is_average])
     raw = _different(content, [place for place in rivals if not place.is_average])
     chosen = averages or raw
@@ -140,7 +143,7 @@ def _choose(content: Mapping[Any, Any], rivals: list[Place], source: str) -> Pla
     return chosen[0]
 
 
-def _different(content: Mapping[Any, Any], places: list[Place]) -> list[Place]:
+def _different(content: Content, places: list[Place]) -> list[Place]:
     """Return the places that match best, without those whose tensors are the ones of a place before them."""
     best = max((place.matched for place in places), default=0)
     kept: list[tuple[Place, dict[str, Tensor]]] = []
@@ -155,7 +158,7 @@ def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-def _named(content: Mapping[Any, Any], rivals: list[Place], key: str, source: str) -> Place:
+def _named(content: Content, rivals: list[Place], key: str, source: str) -> Place:
     wanted = key.strip(".")
     exact = [place for place in rivals if place.name == wanted]
     below = [place for place in rivals if place.name.startswith(f"{wanted}.")]
@@ -167,22 +170,21 @@ def _named(content: Mapping[Any, Any], rivals: list[Place], key: str, source: st
     return exact[0] if exact else _choose(content, below, source)
 
 
-def _mapping_of(content: Mapping[Any, Any], place: Place) -> Mapping[Any, Any]:
-    mapping: Any = content
+def _mapping_of(content: Content, place: Place) -> Content:
+    mapping = content
     for key in place.keys:
-        mapping = next(value for own, value in mapping.items() if str(own) == key)
-    found: Mapping[Any, Any] = mapping
-    return found
+        mapping = next(value for own, value in mapping.items() if str(own) == key and isinstance(value, Mapping))
+    return mapping
 
 
-def _under(content: Mapping[Any, Any], place: Place) -> dict[str, Tensor]:
+def _under(content: Content, place: Place) -> dict[str, Tensor]:
     """Return the tensors of a place by the names behind its prefix."""
     prefix = place.prefix
     tensors = _tensors(_mapping_of(content, place))
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _take(content: Mapping[Any, Any], place: Place, rivals: list[Place]) -> FoundState:
+def _take(content: Content, place: Place, rivals: list[Place]) -> FoundState:
     # State dicts of the same network in the same mapping, whose prefix goes on where this one's ends.
     inner = tuple(
         other.prefix
@@ -204,7 +206,7 @@ def _take(content: Mapping[Any, Any], place: Place, rivals: list[Place]) -> Foun
     return FoundState(place=place, tensors=tensors, outside=outside, others=others)
 
 
-def _nothing_found(content: Mapping[Any, Any], wanted: Collection[str], source: str) -> WeightsError:
+def _nothing_found(content: Content, wanted: Collection[str], source: str) -> WeightsError:
     every = [name for _, mapping in _mappings(content) for name in _tensors(mapping)]
     if not every:
         kinds = ", ".join(f"{key} ({type(value).__name__})" for key, value in list(content.items())[:_LISTED])

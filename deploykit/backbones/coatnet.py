@@ -78,7 +78,8 @@ class Downsample(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map ``(N, C, H, W)`` to ``(N, D, H/2, W/2)``."""
-        return self.expand(F.avg_pool2d(features, 2))  # type: ignore[no-any-return]
+        output: Tensor = self.expand(F.avg_pool2d(features, 2))
+        return output
 
 
 class SqueezeExcite(nn.Module):
@@ -115,7 +116,8 @@ class ConvBlock(nn.Module):
         """Map ``(N, C, H, W)`` to ``(N, D, H/stride, W/stride)``."""
         residual = self.norm1(self.conv1_1x1(self.down(self.pre_norm(features))))
         residual = self.norm2(self.se_early(self.conv2_kxk(residual)))
-        return self.conv3_1x1(residual) + self.shortcut(features)  # type: ignore[no-any-return]
+        output: Tensor = self.conv3_1x1(residual) + self.shortcut(features)
+        return output
 
 
 class RelativePosition(nn.Module):
@@ -156,7 +158,8 @@ class MapAttention(GraphConstants):
         query, key, value = (part.transpose(2, 3) for part in parts)
         attended = attend(query, key, value, bias=self.constants()["position_bias"])
         merged = attended.transpose(2, 3).reshape(-1, self.heads * _HEAD_WIDTH, height, width)
-        return self.proj(merged)  # type: ignore[no-any-return]
+        output: Tensor = self.proj(merged)
+        return output
 
 
 class ConvMlp(nn.Module):
@@ -169,7 +172,8 @@ class ConvMlp(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map ``(N, C, H, W)`` to the same."""
-        return self.fc2(F.gelu(self.fc1(features)))  # type: ignore[no-any-return]
+        output: Tensor = self.fc2(F.gelu(self.fc1(features)))
+        return output
 
 
 class AttentionBlock(nn.Module):
@@ -190,7 +194,8 @@ class AttentionBlock(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Map ``(N, C, H, W)`` to ``(N, D, H/stride, W/stride)``."""
         features = self.shortcut(features) + self.attn(self.norm1(features))
-        return features + self.mlp(self.norm2(features))  # type: ignore[no-any-return]
+        output: Tensor = features + self.mlp(self.norm2(features))
+        return output
 
 
 class Stem(nn.Module):
@@ -204,7 +209,8 @@ class Stem(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map ``(N, C, H, W)`` to ``(N, D, H/2, W/2)``."""
-        return self.conv2(self.norm1(self.conv1(images)))  # type: ignore[no-any-return]
+        output: Tensor = self.conv2(self.norm1(self.conv1(images)))
+        return output
 
 
 class Stage(nn.Module):
@@ -224,7 +230,8 @@ class Head(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map ``(N, C, H, W)`` to ``(N, num_classes)`` or ``(N, C)``."""
-        return self.fc(features.mean((2, 3)))  # type: ignore[no-any-return]
+        output: Tensor = self.fc(features.mean((2, 3)))
+        return output
 
 
 class CoAtNet(BaseBackbone):
@@ -309,7 +316,8 @@ class CoAtNet(BaseBackbone):
 
     def forward_head(self, trunk: Tensor) -> Tensor:
         """See `BaseBackbone.forward_head`."""
-        return self.head(self.norm(trunk))  # type: ignore[no-any-return]
+        output: Tensor = self.head(self.norm(trunk))
+        return output
 
     def stage_modules(self) -> dict[str, tuple[nn.Module, ...]]:
         """See `BaseBackbone.stage_modules`."""

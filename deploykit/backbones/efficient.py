@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -235,7 +235,8 @@ class EfficientNet(BaseBackbone):
 
     def __init__(self, name: str, options: BackboneOptions) -> None:
         super().__init__(name, options)
-        variant = replace(self.variants[name], **dict(options.architecture))
+        architecture: dict[str, Any] = dict(options.architecture)  # fields of the variant
+        variant = replace(self.variants[name], **architecture)
         style = variant.style
         stem = variant.stem_channels if variant.lite else variant.scaled(variant.stem_channels)
         head = 1280 if variant.lite else variant.scaled(1280)

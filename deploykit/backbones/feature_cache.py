@@ -10,7 +10,7 @@ import threading
 import time
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -83,7 +83,7 @@ class FeatureCache:
         """The bytes of features that are in memory now."""
         return self._bytes
 
-    def __call__(self, images: Array | Tensor) -> Any:
+    def __call__(self, images: Array | Tensor) -> Array | Tensor | Features[Array | Tensor]:
         """Return the backbone's answer to ``(N, C, H, W)`` images, in the caller's kind of array and without autograd.
 
         Raises:
@@ -92,7 +92,8 @@ class FeatureCache:
         if self.backbone.training:
             raise SpecError("the backbone is in training mode; a cache needs fixed features. Call backbone.eval().")
         if not isinstance(images, (np.ndarray, Tensor)) or images.ndim != 4 or len(images) == 0:
-            return self.backbone(images)
+            answer: Tensor | Features[Array | Tensor] = self.backbone(images)
+            return answer
         array = images if isinstance(images, np.ndarray) else images.detach().cpu().float().numpy()
         keys = self._keys(array)
         found = {key: entry for key in dict.fromkeys(keys) if (entry := self._lookup(key)) is not None}
@@ -107,7 +108,7 @@ class FeatureCache:
             self.misses += len(missing)
             self.hits += len(keys) - len(missing)
         stacked = {name: np.stack([found[key][name] for key in keys]) for name in self._names}
-        outputs: Features[Any] = Features(stacked, self.backbone.feature_info.by_index())
+        outputs: Features[Array | Tensor] = Features(stacked, self.backbone.feature_info.by_index())
         if isinstance(images, Tensor):
             device = images.device
             outputs = outputs.map(lambda feature: torch.from_numpy(feature).to(device))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from torch.utils import _pytree as pytree
 
@@ -26,14 +26,14 @@ def register_features() -> None:
     )
 
 
-def _flatten(features: Features[Any]) -> tuple[list[Any], Context]:
+def _flatten(features: Features[object]) -> tuple[list[object], Context]:
     return list(features.values()), (tuple(features), tuple(features.indices.items()))
 
 
-def _flatten_with_keys(features: Features[Any]) -> tuple[list[tuple[Any, Any]], Context]:
+def _flatten_with_keys(features: Features[object]) -> tuple[list[tuple[pytree.KeyEntry, object]], Context]:
     values, context = _flatten(features)
     return [(pytree.MappingKey(name), value) for name, value in zip(context[0], values, strict=True)], context
 
 
-def _unflatten(values: Iterable[Any], context: Context) -> Features[Any]:
+def _unflatten(values: Iterable[object], context: Context) -> Features[object]:
     return Features(zip(context[0], values, strict=True), dict(context[1]))

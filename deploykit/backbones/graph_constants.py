@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ class GraphConstants(nn.Module):
         for name, constant in constants.items():
             self.register_buffer(name, constant.detach().clone(), persistent=False)
 
-    def train(self, mode: bool = True) -> Any:
+    def train(self, mode: bool = True) -> Self:
         """As torch's; eval mode brings the buffers up to date."""
         super().train(mode)
         if not mode:

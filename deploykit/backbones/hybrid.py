@@ -93,7 +93,8 @@ class Downsample(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map ``(N, C, H, W)`` to ``(N, D, ceil(H/stride), ceil(W/stride))``."""
-        return self.norm(self.conv(features))  # type: ignore[no-any-return]
+        output: Tensor = self.norm(self.conv(features))
+        return output
 
 
 class Bottleneck(nn.Module):
@@ -130,7 +131,8 @@ class Stage(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map ``(N, C, H, W)`` to ``(N, D, ceil(H/stride), ceil(W/stride))``."""
-        return self.blocks(features)  # type: ignore[no-any-return]
+        output: Tensor = self.blocks(features)
+        return output
 
 
 class ResNetStem(nn.Module):
@@ -154,7 +156,8 @@ class ResNetStem(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map ``(N, C, H, W)`` to ``(N, width, ceil(H/stride), ceil(W/stride))``."""
-        return self.stages(self.stem(images))  # type: ignore[no-any-return]
+        output: Tensor = self.stages(self.stem(images))
+        return output
 
 
 class HybridEmbed(PatchEmbed):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from deploykit.backbones.base import BaseBackbone, computes_in
 from deploykit.backbones.module_checks import check_traceable
 from deploykit.backbones.module_copy import copy_module, detached
 from deploykit.errors import SpecError, plain_reason
+
+Hook: TypeAlias = Callable[..., object]
 
 _FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _BACKWARD_HOOKS = ("_backward_pre_hooks", "_backward_hooks")
@@ -77,7 +79,7 @@ def _drop_watching_hooks(twin: BaseBackbone) -> None:
             hooks.update(entries)
 
 
-def _remove_hooks(twin: nn.Module, chosen: Callable[[Any], bool]) -> list[tuple[dict[int, Any], dict[int, Any]]]:
+def _remove_hooks(twin: nn.Module, chosen: Callable[[Hook], bool]) -> list[tuple[dict[int, Hook], dict[int, Hook]]]:
     """Remove the chosen forward hooks; each dict of hooks with what it held before."""
     before = []
     for part in twin.modules():
@@ -106,11 +108,11 @@ def _recording(twin: nn.Module, idle: set[int]) -> Iterator[None]:
 class _Recorded:
     """A hook that notes whether it returned None."""
 
-    def __init__(self, hook: Callable[..., Any], idle: set[int]) -> None:
+    def __init__(self, hook: Hook, idle: set[int]) -> None:
         self._hook = hook
         self._idle = idle
 
-    def __call__(self, *arguments: Any, **settings: Any) -> Any:
+    def __call__(self, *arguments: object, **settings: object) -> object:
         result = self._hook(*arguments, **settings)
         if result is None:
             self._idle.add(id(self._hook))

@@ -11,12 +11,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from deploykit.arguments import check_arguments
 from deploykit.backbones.activation_compression import (
@@ -180,14 +181,20 @@ class _Tape:
         return known
 
 
+class _ReLUContext(FunctionCtx):
+    """What autograd gives `_ReLUFromInput`; torch declares no saved tensors."""
+
+    saved_tensors: tuple[Tensor]
+
+
 class _ReLUFromInput(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, features: Tensor) -> Tensor:
         ctx.save_for_backward(features)
         return F.relu(features)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: _ReLUContext, gradient: Tensor) -> Tensor:
         (features,) = ctx.saved_tensors
         result: Tensor = torch.ops.aten.threshold_backward(gradient, features, 0)
         return result
@@ -198,7 +205,7 @@ def _active_tape() -> _Tape | None:
     return tape
 
 
-def _enter(model: nn.Module, args: Any) -> None:
+def _enter(model: nn.Module, args: object) -> None:
     if torch.compiler.is_compiling():
         return
     wanted = model.training and torch.is_grad_enabled() and not compression_depth()
@@ -211,7 +218,7 @@ def _enter(model: nn.Module, args: Any) -> None:
     _state.owners = [*getattr(_state, "owners", []), hooks]
 
 
-def _leave(model: nn.Module, args: Any, output: Any) -> None:
+def _leave(model: nn.Module, args: object, output: object) -> None:
     if torch.compiler.is_compiling():
         return
     *_state.owners, hooks = _state.owners
@@ -221,7 +228,7 @@ def _leave(model: nn.Module, args: Any, output: Any) -> None:
         _state.tape = None
 
 
-def _record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+def _record(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
     if torch.compiler.is_compiling():
         return
     tape = _active_tape()
@@ -237,7 +244,8 @@ def _state_versions(module: nn.Module) -> tuple[tuple[int, int], ...]:
     return tuple((tensor.data_ptr(), tensor._version) for tensor in read)
 
 
-def _batch_norm(module: Any) -> Compute:
+def _batch_norm(module: nn.Module) -> Compute:
+    assert isinstance(module, nn.modules.batchnorm._BatchNorm)  # noqa: S101  (by the table)
     weight, bias, eps = module.weight, module.bias, module.eps
     mean, var = module.running_mean, module.running_var
     if module.training or mean is None:
@@ -245,26 +253,28 @@ def _batch_norm(module: Any) -> Compute:
     return lambda features: F.batch_norm(features, mean, var, weight, bias, False, 0.0, eps)
 
 
-def _layer_norm(module: Any) -> Compute:
+def _layer_norm(module: nn.Module) -> Compute:
+    assert isinstance(module, nn.LayerNorm)  # noqa: S101  (by the table)
     return partial(
         F.layer_norm,
-        normalized_shape=module.normalized_shape,
+        normalized_shape=list(module.normalized_shape),
         weight=module.weight,
         bias=module.bias,
         eps=module.eps,
     )
 
 
-def _group_norm(module: Any) -> Compute:
+def _group_norm(module: nn.Module) -> Compute:
+    assert isinstance(module, nn.GroupNorm)  # noqa: S101  (by the table)
     return partial(F.group_norm, num_groups=module.num_groups, weight=module.weight, bias=module.bias, eps=module.eps)
 
 
-_COMPUTE: dict[type[nn.Module], Callable[[Any], Compute]] = {
+_COMPUTE: dict[type[nn.Module], Callable[[nn.Module], Compute]] = {
     RecomputedReLU: lambda module: F.relu,
     nn.ReLU6: lambda module: F.relu6,
     nn.SiLU: lambda module: F.silu,
     nn.Hardswish: lambda module: F.hardswish,
-    nn.GELU: lambda module: partial(F.gelu, approximate=module.approximate),
+    nn.GELU: lambda module: partial(F.gelu, approximate=str(module.approximate)),
     nn.BatchNorm1d: _batch_norm,
     nn.BatchNorm2d: _batch_norm,
     nn.LayerNorm: _layer_norm,

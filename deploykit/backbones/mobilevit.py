@@ -133,7 +133,8 @@ class MobileVitBlock(nn.Module):
         seen = places.reshape(-1, dim, *even)
         if even != size:
             seen = F.interpolate(seen, size=size, mode="bilinear", align_corners=False)
-        return self.conv_fusion(torch.cat([features, self.conv_proj(seen)], dim=1))  # type: ignore[no-any-return]
+        output: Tensor = self.conv_fusion(torch.cat([features, self.conv_proj(seen)], dim=1))
+        return output
 
 
 class SeparableAttention(nn.Module):
@@ -149,7 +150,8 @@ class SeparableAttention(nn.Module):
         """Return ``(N, dim, P, T)``, P places in each of T patches, to the same."""
         query, key, value = self.qkv_proj(tokens).split([1, self.dim, self.dim], dim=1)
         context = (key * query.softmax(dim=-1)).sum(dim=-1, keepdim=True)
-        return self.out_proj(F.relu(value) * context)  # type: ignore[no-any-return]
+        output: Tensor = self.out_proj(F.relu(value) * context)
+        return output
 
 
 class ConvMlp(nn.Module):
@@ -163,7 +165,8 @@ class ConvMlp(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map ``(N, dim, P, T)`` to the same."""
-        return self.fc2(self.act(self.fc1(tokens)))  # type: ignore[no-any-return]
+        output: Tensor = self.fc2(self.act(self.fc1(tokens)))
+        return output
 
 
 class SeparableBlock(nn.Module):
@@ -179,7 +182,8 @@ class SeparableBlock(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Map ``(N, dim, P, T)`` to the same."""
         tokens = tokens + self.attn(self.norm1(tokens))
-        return tokens + self.mlp(self.norm2(tokens))  # type: ignore[no-any-return]
+        output: Tensor = tokens + self.mlp(self.norm2(tokens))
+        return output
 
 
 class MobileVitV2Block(nn.Module):
@@ -203,7 +207,8 @@ class MobileVitV2Block(nn.Module):
         patches = local.reshape(-1, dim, rows, _PATCH, columns, _PATCH).permute(0, 1, 3, 5, 2, 4)
         tokens = self.norm(self.transformer(patches.reshape(-1, dim, _PATCH * _PATCH, rows * columns)))
         places = tokens.reshape(-1, dim, _PATCH, _PATCH, rows, columns).permute(0, 1, 4, 2, 5, 3)
-        return self.conv_proj(places.reshape(-1, dim, *even))  # type: ignore[no-any-return]
+        output: Tensor = self.conv_proj(places.reshape(-1, dim, *even))
+        return output
 
 
 class Head(nn.Module):
@@ -215,7 +220,8 @@ class Head(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map ``(N, C, H, W)`` to ``(N, num_classes)`` or ``(N, C)``."""
-        return self.fc(features.mean(dim=(2, 3)))  # type: ignore[no-any-return]
+        output: Tensor = self.fc(features.mean(dim=(2, 3)))
+        return output
 
 
 class MobileViT(BaseBackbone):
@@ -298,7 +304,8 @@ class MobileViT(BaseBackbone):
 
     def forward_head(self, trunk: Tensor) -> Tensor:
         """See `BaseBackbone.forward_head`."""
-        return self.head(trunk)  # type: ignore[no-any-return]
+        output: Tensor = self.head(trunk)
+        return output
 
     def stage_modules(self) -> dict[str, tuple[nn.Module, ...]]:
         """See `BaseBackbone.stage_modules`."""

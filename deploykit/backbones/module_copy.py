@@ -73,7 +73,7 @@ class _Copier:
 
     def __init__(self, convert: Convert) -> None:
         self._convert = convert
-        self._memo: dict[int, tuple[Any, Any]] = {}
+        self._memo: dict[int, tuple[object, object]] = {}
 
     def copy(self, value: Any) -> Any:
         """Copy a value, or return it itself where it is one that copies share."""
@@ -128,7 +128,7 @@ class _Copier:
             return self._keep(value, type(value)(*map(self.copy, value)))
         return value
 
-    def _keep(self, original: Any, twin: Kept) -> Kept:
+    def _keep(self, original: object, twin: Kept) -> Kept:
         # The original is held too: the id of one that were freed meanwhile could come back.
         self._memo[id(original)] = (original, twin)
         return twin

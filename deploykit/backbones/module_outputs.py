@@ -15,7 +15,7 @@ from deploykit.errors import SpecError
 _MAX_NAME = 200
 
 
-def named_outputs(raw: Any) -> dict[str, Any]:
+def named_outputs(raw: object) -> dict[str, Any]:
     """Flatten what a module returned to leaves by name; an absent one (None) is left out.
 
     A name is the path to the leaf, joined by dots: keys of a mapping, fields of a dataclass or a named
@@ -24,7 +24,7 @@ def named_outputs(raw: Any) -> dict[str, Any]:
     Raises:
         SpecError: two leaves have one name, or a key is empty.
     """
-    outputs: dict[str, Any] = {}
+    outputs: dict[str, object] = {}
     for path, leaf in _leaves(raw, ()):
         name = ".".join(path) or "0"
         if "" in path:
@@ -46,7 +46,7 @@ def is_positional(name: str) -> bool:
     return all(part.isdecimal() for part in name.split("."))
 
 
-def check_outputs(outputs: Mapping[str, Any], module: str, shape: tuple[int, ...]) -> None:
+def check_outputs(outputs: Mapping[str, object], module: str, shape: tuple[int, ...]) -> None:
     """Refuse outputs that are neither one ``(N, D)`` tensor nor ``(N, C, H, W)`` maps.
 
     Args:
@@ -90,7 +90,7 @@ def check_follows_batch(outputs: Mapping[str, Tensor], module: str, batch: int) 
             )
 
 
-def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _leaves(value: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], object]]:
     children = _children(value)
     if children is None:
         yield path, value
@@ -100,7 +100,7 @@ def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...]
             yield from _leaves(child, (*path, key))
 
 
-def _children(value: Any) -> list[tuple[str, Any]] | None:
+def _children(value: object) -> list[tuple[str, object]] | None:
     """Return the parts of a container by name; None for a leaf."""
     if isinstance(value, Mapping):
         return [(str(key), child) for key, child in value.items()]

@@ -62,7 +62,7 @@ class FeatureSelector(Neck):
         chosen: Any = names if output_indices is None else output_indices
         if source is None or chosen is None:
             raise SpecError("a FeatureSelector was given too little; expected a backbone and the indices of levels.")
-        self.backbone: Any = source if callable(source) else None
+        self.backbone: nn.Module | None = source if callable(source) else None
         self.output_indices: tuple[int, ...] = ()
         if self.backbone is not None:
             self.output_indices = tuple(chosen)
@@ -145,7 +145,7 @@ class FeaturePyramid(Neck):
             raise SpecError(
                 f"channels={self.channels}, extra_levels={extra_levels}; expected at least 1 and at least 0."
             )
-        self.backbone: Any = source if callable(source) else None
+        self.backbone: nn.Module | None = source if callable(source) else None
         self.extra_levels, self._extra_kind = extra_levels, extra
         self.lateral, self.output, self.extra = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         known = _described_levels(source) if callable(source) else source
@@ -273,7 +273,7 @@ class WithNeck(BaseBackbone):
     """
 
     family: ClassVar[str] = "with_neck"
-    variants: ClassVar[Mapping[str, Any]] = {}
+    variants: ClassVar[Mapping[str, object]] = {}
     output_strides: ClassVar[tuple[int, ...]] = (8, 16, 32)
     takes_patch_size: ClassVar[bool] = True
 
@@ -333,7 +333,7 @@ class WithNeck(BaseBackbone):
         return self.backbone._spec_for(shape)
 
 
-def _described_levels(source: Any) -> FeatureInfo | None:
+def _described_levels(source: object) -> FeatureInfo | None:
     """Return the levels that a backbone or an engine gives; None where that shows in a call only.
 
     Raises:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from deploykit.errors import SpecError
 from deploykit.feature_dict import Features
 
 
-def with_indices(outputs: Any, images: Tensor) -> Any:
+def with_indices(outputs: object, images: Tensor) -> object:
     """Give a dict of maps ``(N, C, H, W)`` a level's index by each map's stride; other answers stay as they are."""
     if not isinstance(outputs, Mapping) or isinstance(outputs, Features) or not outputs:
         return outputs
@@ -26,7 +25,7 @@ def with_indices(outputs: Any, images: Tensor) -> Any:
     return Features(outputs, {level.index: name for level, name in zip(levels, names, strict=True)})
 
 
-def to_tensor(images: Any, device: torch.device) -> Tensor:
+def to_tensor(images: object, device: torch.device) -> Tensor:
     """NumPy images ``(N, C, H, W)`` as a tensor of its own, on a device.
 
     Raises:
@@ -38,7 +37,7 @@ def to_tensor(images: Any, device: torch.device) -> Tensor:
     return torch.tensor(images, device=device)
 
 
-def to_numpy(outputs: Any) -> Any:
+def to_numpy(outputs: object) -> object:
     """Return the tensors of an answer, nested as they are, as float32 arrays."""
     if isinstance(outputs, Features):
         return outputs.map(to_numpy)

@@ -34,7 +34,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map ``(N, C, H, W)`` to ``(N, T, dim)``."""
-        return self.proj(images).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
+        output: Tensor = self.proj(images).flatten(2).transpose(1, 2)
+        return output
 
 
 def resample_patch_weight(weight: Tensor, patch: tuple[int, int]) -> Tensor:

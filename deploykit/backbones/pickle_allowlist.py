@@ -10,9 +10,8 @@ from __future__ import annotations
 import argparse
 import pathlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,21 +25,21 @@ _NUMPY_KINDS = "biufc?SU"
 class Inert:
     """A value that nobody needs: keeps what it was made of, does nothing."""
 
-    def __init__(self, *arguments: Any) -> None:
+    def __init__(self, *arguments: object) -> None:
         self.arguments = arguments
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         self.arguments = (*self.arguments, state)
 
 
 class PlainDtype:
     """A NumPy dtype of numbers or strings, by its code."""
 
-    def __init__(self, code: str, *_: Any) -> None:
+    def __init__(self, code: str, *_: object) -> None:
         self.code = str(code)
         self.order = "="
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: tuple[object, ...]) -> None:
         self.order = str(state[1])
 
     def dtype(self) -> np.dtype[np.generic]:
@@ -54,24 +53,25 @@ class PlainDtype:
 class PlainArray:
     """A NumPy array of numbers or strings."""
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_: object) -> None:
         self.value: Array = np.zeros(0)
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: tuple[object, Iterable[int], PlainDtype, bool, bytes]) -> None:
         _, shape, kind, fortran, data = state
         flat = np.frombuffer(bytes(data), kind.dtype())
         self.value = flat.reshape(tuple(shape), order="F" if fortran else "C")
 
 
-def _scalar(kind: PlainDtype, data: bytes) -> Any:
-    return np.frombuffer(bytes(data), kind.dtype(), count=1)[0]
+def _scalar(kind: PlainDtype, data: bytes) -> np.generic:
+    value: np.generic = np.frombuffer(bytes(data), kind.dtype(), count=1)[0]
+    return value
 
 
-def _empty_dict(*_: Any) -> dict[Any, Any]:
+def _empty_dict(*_: object) -> dict[str, object]:
     return {}
 
 
-_STAND_INS: dict[str, Callable[..., Any]] = {
+_STAND_INS: dict[str, Callable[..., object]] = {
     "argparse.Namespace": argparse.Namespace,
     "types.SimpleNamespace": argparse.Namespace,
     "collections.defaultdict": _empty_dict,

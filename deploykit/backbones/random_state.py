@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-States: TypeAlias = tuple[Any, Any, Tensor]
+States: TypeAlias = tuple[tuple[object, ...], Any, Tensor]
 
 
 @contextmanager

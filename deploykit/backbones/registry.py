@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from dataclasses import fields, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from deploykit.arguments import check_arguments
 from deploykit.backbones.base import BackboneOptions, BaseBackbone
@@ -134,7 +134,7 @@ def build_backbone(name: str, options: BackboneOptions, pretrained: Pretrained =
 
 
 def build_requested(
-    name: str, request: BackboneRequest, architecture: tuple[tuple[str, Any], ...] = ()
+    name: str, request: BackboneRequest, architecture: tuple[tuple[str, object], ...] = ()
 ) -> BaseBackbone:
     """Build what was asked for, in eval mode; what was left open is what the weights say.
 
@@ -171,7 +171,7 @@ def build_requested(
     return model
 
 
-def open_options(request: BackboneRequest, architecture: tuple[tuple[str, Any], ...] = ()) -> BackboneOptions:
+def open_options(request: BackboneRequest, architecture: tuple[tuple[str, object], ...] = ()) -> BackboneOptions:
     """Return the options of a module, with the defaults where they were left open."""
     given = {"num_classes": request.num_classes, "in_channels": request.in_channels}
     return BackboneOptions(

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, SupportsIndex, TypeAlias
 
 from deploykit.errors import SpecError, nearest
 from deploykit.labels import LabelSource
@@ -54,7 +54,7 @@ class BackboneRequest:
     checkpoint_key: str | None = None
     new_head: bool = False
     labels: LabelSource | None = None
-    preprocessing: Preprocessing | Mapping[str, Any] | None = None
+    preprocessing: Preprocessing | Mapping[str, object] | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_classes", "in_channels", "output_stride", "patch_size"):
@@ -108,16 +108,13 @@ def is_module(name: object) -> bool:
     return hasattr(name, "state_dict")
 
 
-def _as_int(name: str, value: Any) -> int:
-    try:
-        if not isinstance(value, bool):
-            return operator.index(value)
-    except TypeError:
-        pass
+def _as_int(name: str, value: object) -> int:
+    if isinstance(value, SupportsIndex) and not isinstance(value, bool):
+        return operator.index(value)
     raise SpecError(f"{name} is {value!r}; give an int.")
 
 
-def _indices(given: Any) -> tuple[int, ...] | None:
+def _indices(given: object) -> tuple[int, ...] | None:
     if given is None:
         return None
     if not isinstance(given, Iterable) or isinstance(given, (str, bytes)):
@@ -125,7 +122,7 @@ def _indices(given: Any) -> tuple[int, ...] | None:
     return tuple(_as_int("one of output_indices", index) for index in given)
 
 
-def completed(given: Preprocessing | Mapping[str, Any], spec: InputSpec) -> Preprocessing:
+def completed(given: Preprocessing | Mapping[str, object], spec: InputSpec) -> Preprocessing:
     """Return a preprocessing, with the fields that were not given from what the model has.
 
     One number as ``mean`` or ``std`` is that of every channel.
@@ -142,8 +139,8 @@ def completed(given: Preprocessing | Mapping[str, Any], spec: InputSpec) -> Prep
     return whole
 
 
-def _changed(preprocessing: Preprocessing, given: Mapping[str, Any], channels: int) -> Preprocessing:
-    values = dict(given)
+def _changed(preprocessing: Preprocessing, given: Mapping[str, object], channels: int) -> Preprocessing:
+    values: dict[str, Any] = dict(given)  # checked by Preprocessing
     try:
         for name in values.keys() & {"mean", "std"}:
             listed = (values[name],) if isinstance(values[name], (int, float)) else tuple(values[name])
@@ -153,7 +150,7 @@ def _changed(preprocessing: Preprocessing, given: Mapping[str, Any], channels: i
         raise SpecError(f"the preprocessing {dict(given)} cannot be: {error}") from error
 
 
-def _check_preprocessing(given: Any) -> None:
+def _check_preprocessing(given: object) -> None:
     if isinstance(given, Preprocessing):
         return
     known = [field.name for field in fields(Preprocessing)]

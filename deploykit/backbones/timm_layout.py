@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 
 from deploykit.backbones.fit import TensorLayout
+from deploykit.backbones.timm_protocols import pretrained_config
 from deploykit.errors import WeightsError
 
 
 def timm_layout(model: nn.Module) -> TensorLayout:
     """Return the layout of a model that has its classifier, as timm's configuration of it names the parts."""
-    config: Any = model.pretrained_cfg
+    config = pretrained_config(model)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     classifier = [f"{part}.{kind}" for part in _parts(config.get("classifier")) for kind in ("weight", "bias")]
     stem = [f"{part}.weight" for part in _parts(config.get("first_conv"))]
@@ -49,7 +49,9 @@ def adapt_as_timm(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tenso
     Raises:
         WeightsError: timm's own code fails on the checkpoint.
     """
-    change: Any = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    change: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = getattr(
+        sys.modules[type(model).__module__], "checkpoint_filter_fn", None
+    )
     if change is None:
         return state
     try:

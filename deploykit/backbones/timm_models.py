@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -16,6 +16,7 @@ from deploykit.backbones.fit import fit_state, settle_channels, settle_classes, 
 from deploykit.backbones.registry import describe, open_options
 from deploykit.backbones.request import BackboneRequest, Pretrained
 from deploykit.backbones.timm_layout import adapt_as_timm, timm_layout
+from deploykit.backbones.timm_protocols import LevelInfo, TimmConfig, TimmModule, TimmPackage, pretrained_config
 from deploykit.backbones.weights import is_path, open_weights, record_weights, resolve_source
 from deploykit.errors import SpecError, WeightsError, nearest
 from deploykit.labels import class_labels
@@ -35,7 +36,7 @@ class TimmBackbone(BaseBackbone):
     """
 
     family: ClassVar[str] = "timm"
-    variants: ClassVar[Mapping[str, Any]] = {}
+    variants: ClassVar[Mapping[str, object]] = {}
     output_strides: ClassVar[tuple[int, ...]] = (8, 16, 32)
     takes_patch_size: ClassVar[bool] = True
 
@@ -51,6 +52,11 @@ class TimmBackbone(BaseBackbone):
         self._first = 0 if isotropic else sum(stride < 2 for stride in strides)
         self.finish(levels_by_stride(strides[self._first :], channels[self._first :]), pretrained=source)
 
+    @property
+    def _timm(self) -> TimmModule:
+        """The model, by the methods that every model of timm has."""
+        return cast("TimmModule", self.model)
+
     def forward(self, images: Tensor) -> Any:
         """See `BaseBackbone`."""
         if self.spec.features_only:
@@ -59,23 +65,22 @@ class TimmBackbone(BaseBackbone):
 
     def forward_levels(self, images: Tensor, depth: int) -> tuple[list[Tensor], Tensor]:
         """See `BaseBackbone.forward_levels`; the state is that of timm's ``forward_features``."""
-        model: Any = self.model
+        model = self._timm
         if depth == 0:
             return [], model.forward_features(images)
         indices = list(range(self._first, self._first + depth))
         if depth < len(self.all_levels) or self.spec.features_only:
-            maps = model.forward_intermediates(
+            only = model.forward_intermediates(
                 images, indices=indices, stop_early=True, intermediates_only=True, output_fmt="NCHW"
             )
-            return list(maps), maps[-1]
+            return list(only), only[-1]
         trunk, maps = model.forward_intermediates(images, indices=indices, output_fmt="NCHW")
         return list(maps), trunk
 
     def forward_head(self, trunk: Tensor) -> Tensor:
         """See `BaseBackbone.forward_head`."""
-        model: Any = self.model
-        output: Tensor = model.forward_head(trunk)
-        return output
+        model = self._timm
+        return model.forward_head(trunk)
 
     def stage_modules(self) -> dict[str, tuple[nn.Module, ...]]:
         """See `BaseBackbone.stage_modules`: timm's modules up to and including the one that gives the level."""
@@ -107,7 +112,7 @@ class TimmBackbone(BaseBackbone):
         Raises:
             SpecError: the model has none.
         """
-        model: Any = self.model
+        model = self._timm
         try:
             model.set_grad_checkpointing(enable)
         except (AssertionError, AttributeError, NotImplementedError) as error:
@@ -115,7 +120,7 @@ class TimmBackbone(BaseBackbone):
         self.grad_checkpointing = enable
 
     def _spec_for(self, shape: tuple[int, ...]) -> InputSpec:
-        config: Mapping[str, Any] = getattr(self.model, "pretrained_cfg", None) or {}
+        config: Mapping[str, object] = getattr(self.model, "pretrained_cfg", None) or {}
         return self.input_spec if config.get("fixed_input_size") else super()._spec_for(shape)
 
 
@@ -161,7 +166,7 @@ def build_requested_timm(name: str, request: BackboneRequest) -> BaseBackbone:
     return backbone.eval()
 
 
-def _from_timm(timm: Any, own: str, request: BackboneRequest) -> BaseBackbone:
+def _from_timm(timm: TimmPackage, own: str, request: BackboneRequest) -> BaseBackbone:
     """Return a model with timm's own weights, or random ones."""
     base, pretrained = own.partition(".")[0], request.pretrained
     model_name = f"{base}.{pretrained}" if isinstance(pretrained, str) else own
@@ -187,7 +192,7 @@ def _from_timm(timm: Any, own: str, request: BackboneRequest) -> BaseBackbone:
     return backbone
 
 
-def _from_file(timm: Any, own: str, request: BackboneRequest, path: Path) -> BaseBackbone:
+def _from_file(timm: TimmPackage, own: str, request: BackboneRequest, path: Path) -> BaseBackbone:
     """Return a model with the weights of a checkpoint file."""
     resolved = resolve_source(own, path)
     if resolved is None:
@@ -223,7 +228,7 @@ def _from_file(timm: Any, own: str, request: BackboneRequest, path: Path) -> Bas
     return backbone
 
 
-def _config(timm: Any, model_name: str, asked: str) -> Any:
+def _config(timm: TimmPackage, model_name: str, asked: str) -> TimmConfig | None:
     """Return what timm knows of the weights of a model.
 
     Raises:
@@ -237,8 +242,8 @@ def _config(timm: Any, model_name: str, asked: str) -> Any:
         raise SpecError(f"timm's {base} has no weights {model_name!r}. {nearest(asked, tags)}") from error
 
 
-def _timm_arguments(name: str, options: BackboneOptions, *, with_head: bool = False) -> dict[str, Any]:
-    arguments: dict[str, Any] = {"in_chans": options.in_channels}
+def _timm_arguments(name: str, options: BackboneOptions, *, with_head: bool = False) -> dict[str, object]:
+    arguments: dict[str, object] = {"in_chans": options.in_channels}
     arguments["num_classes"] = 0 if options.features_only and not with_head else options.num_classes
     if options.output_stride != 32:
         arguments["output_stride"] = options.output_stride
@@ -249,13 +254,13 @@ def _timm_arguments(name: str, options: BackboneOptions, *, with_head: bool = Fa
     return {"model_name": name, **arguments}
 
 
-def _create(timm: Any, arguments: dict[str, Any], pretrained: bool, fixed_size: bool) -> nn.Module:
+def _create(timm: TimmPackage, arguments: dict[str, object], pretrained: bool, fixed_size: bool) -> nn.Module:
     if not fixed_size:
         # Models of any size mostly have no such parameter.
         arguments = {key: value for key, value in arguments.items() if key != "img_size"}
     name = arguments["model_name"]
     try:
-        model: nn.Module = timm.create_model(**arguments, pretrained=pretrained)
+        model = timm.create_model(**arguments, pretrained=pretrained)
     except Exception as error:  # timm, the hub's client and its HTTP library raise what they like
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if pretrained and _builds(timm, arguments):
@@ -268,7 +273,7 @@ def _create(timm: Any, arguments: dict[str, Any], pretrained: bool, fixed_size: 
     return model
 
 
-def _builds(timm: Any, arguments: dict[str, Any]) -> bool:
+def _builds(timm: TimmPackage, arguments: dict[str, object]) -> bool:
     """Return whether the model itself can be built, so that only its weights fail."""
     try:
         timm.create_model(**arguments, pretrained=False)
@@ -277,11 +282,12 @@ def _builds(timm: Any, arguments: dict[str, Any]) -> bool:
     return True
 
 
-def _source(timm: Any, model: nn.Module) -> PretrainedSource:
+def _source(timm: TimmPackage, model: nn.Module) -> PretrainedSource:
     """Return what timm says of the weights: their preprocessing, size and classes."""
     data = timm.data.resolve_model_data_config(model)
-    config: Any = model.pretrained_cfg
-    classes = int(config.get("num_classes") or 0)
+    config = pretrained_config(model)
+    known = config.get("num_classes")
+    classes = known if isinstance(known, int) else 0
     return PretrainedSource(
         tag=str(config.get("tag") or ""),
         preprocessing=Preprocessing(
@@ -297,12 +303,13 @@ def _source(timm: Any, model: nn.Module) -> PretrainedSource:
     )
 
 
-def _feature_infos(model: nn.Module) -> list[dict[str, Any]]:
+def _feature_infos(model: nn.Module) -> list[LevelInfo]:
     """Return the ``feature_info`` of timm as dicts; empty where the model cannot give intermediate maps."""
     if not hasattr(model, "forward_intermediates"):
         return []
-    info: Any = getattr(model, "feature_info", [])
-    return [dict(level) for level in getattr(info, "info", info)]
+    info: Iterable[LevelInfo] = getattr(model, "feature_info", ())
+    levels: Iterable[LevelInfo] = getattr(info, "info", info)
+    return [level.copy() for level in levels]
 
 
 def _pieces(module: nn.Module, path: str, ends: Sequence[str]) -> list[tuple[str, nn.Module]]:

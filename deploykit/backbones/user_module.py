@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ class ModuleBackbone(BaseBackbone):
     """
 
     family: ClassVar[str] = "custom"
-    variants: ClassVar[Mapping[str, Any]] = {}
+    variants: ClassVar[Mapping[str, object]] = {}
     fixed_size: ClassVar[bool] = True
 
     def __init__(

@@ -229,7 +229,8 @@ class VisionTransformer(GraphConstants, BaseBackbone):
 
     def forward_head(self, trunk: Tensor) -> Tensor:
         """See `BaseBackbone.forward_head`; the embedding is the normalised class token."""
-        return self.head(self.norm(trunk[:, 0]))  # type: ignore[no-any-return]
+        output: Tensor = self.head(self.norm(trunk[:, 0]))
+        return output
 
     def stage_modules(self) -> dict[str, tuple[nn.Module, ...]]:
         """See `BaseBackbone.stage_modules`; the first level has the patch embedding too."""

@@ -107,4 +107,5 @@ class SimpleFeaturePyramid(nn.Module):
 
     def forward(self, position: int, maps: Sequence[Tensor]) -> Tensor:
         """Map ``(N, D, H/16, W/16)`` to ``(N, 256, ceil(H/stride), ceil(W/stride))``."""
-        return self.levels[position](maps[-1])  # type: ignore[no-any-return]
+        output: Tensor = self.levels[position](maps[-1])
+        return output

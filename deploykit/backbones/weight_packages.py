@@ -15,7 +15,7 @@ import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from deploykit.errors import WeightsError
 from deploykit.spec import Preprocessing
@@ -49,7 +49,7 @@ class WeightsOffer:
     preprocessing: Preprocessing
     label_set: str | None = None
     has_classifier: bool = True
-    architecture: tuple[tuple[str, Any], ...] = ()
+    architecture: tuple[tuple[str, object], ...] = ()
     rename: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
 
     def locate(self) -> Path:

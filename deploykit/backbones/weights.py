@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ class ResolvedWeights:
     preprocessing: Preprocessing | None = None
     label_set: str | None = None
     has_classifier: bool = True
-    architecture: tuple[tuple[str, Any], ...] = ()
+    architecture: tuple[tuple[str, object], ...] = ()
     rename: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
     own_file: bool = False
 
@@ -194,7 +194,7 @@ def open_weights(resolved: ResolvedWeights, name: str, layout: TensorLayout, key
     """
     file = read_checkpoint(resolved.locate())
     if resolved.rename is not None:
-        tensors = resolved.rename(file.content)
+        tensors = resolved.rename(cast("Mapping[str, Tensor]", file.content))  # a package's own file
         place = Place(keys=(), prefix="", matched=len(tensors))
         return OpenedWeights(
             resolved=resolved, found=FoundState(place=place, tensors=tensors, outside={}), config=CheckpointConfig()

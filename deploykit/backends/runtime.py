@@ -255,7 +255,7 @@ class Runtime(ABC):
                 self._close()
                 self._engine_file.close()
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         """Open the same engine where the copy is made: another process, or another place in this one.
 
         Raises:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 
@@ -42,7 +41,7 @@ def contract_differences(
 
 def making_differences(old: Manifest, new: Manifest) -> Iterator[Difference]:
     """Yield how the two were made otherwise: runtime, precision, calibration, target, passes, tools."""
-    rows: Mapping[str, tuple[Any, Any]] = {
+    rows: Mapping[str, tuple[str, str]] = {
         "backbone": (old.backbone.name, new.backbone.name),
         "runtime": (f"{old.runtime} {old.runtime_version}", f"{new.runtime} {new.runtime_version}"),
         "precision": (old.precision, new.precision),
@@ -75,7 +74,7 @@ def _mapped(what: str, contract: str | None, old: Mapping[str, str], new: Mappin
         yield Difference(what="order of the outputs", old=", ".join(old), new=", ".join(new), contract=contract)
 
 
-def _texts(values: Mapping[str, Any]) -> dict[str, str]:
+def _texts(values: Mapping[str, object]) -> dict[str, str]:
     return {name: str(value) for name, value in values.items()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -16,6 +16,9 @@ PLAN_FILE = "quantization-plan.json"
 PLAN_FILES = (PLAN_FILE, "quantization-plan.npz")
 RANGE_RATIO = 1.05
 """A range that grew or shrank by no more than this is the same."""
+
+Span: TypeAlias = Mapping[str, float]
+"""``low`` and ``high`` of a range, or of what was seen of a tensor."""
 
 
 def read_plan(folder: Path, manifest: Manifest) -> Mapping[str, Any] | None:
@@ -61,7 +64,7 @@ def _size(plan: Mapping[str, Any] | None) -> str:
     return "none" if plan is None else f"{len(plan['placement']['weights'])} weights, {len(plan['ranges'])} ranges"
 
 
-def _range_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Difference]:
+def _range_differences(old: Mapping[str, Span], new: Mapping[str, Span]) -> Iterator[Difference]:
     moved: list[tuple[float, str]] = []
     for name in old.keys() & new.keys():
         before, after = _width(old[name]), _width(new[name])
@@ -77,10 +80,10 @@ def _range_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterat
         )
 
 
-def _width(span: Mapping[str, Any]) -> float:
+def _width(span: Span) -> float:
     return float(span["high"]) - float(span["low"])
 
 
-def range_text(span: Mapping[str, Any]) -> str:
+def range_text(span: Span) -> str:
     """Return ``"-1.5 to 2"`` for a range or what was seen of a tensor."""
     return f"{float(span['low']):.4g} to {float(span['high']):.4g}"

@@ -119,7 +119,7 @@ def _export_and_label(engine: DemoEngine, folder: Path, crops: Path, images: Any
         return ["built, not run here"] * len(images)
 
 
-def _label(logits: Any, labels: tuple[str, ...]) -> str:
+def _label(logits: object, labels: tuple[str, ...]) -> str:
     """Return ``"285 Egyptian cat 0.75"`` from ``(1, classes)`` logits."""
     scores = np.asarray(logits, np.float64)[0]
     shares = np.exp(scores - scores.max())

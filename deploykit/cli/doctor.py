@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from typing import Any
 
 import deploykit
 from deploykit.backends.backend import Backend
@@ -203,7 +202,7 @@ def _hub_cache() -> str:
 def _show_page(health: Health) -> None:
     chip = health.processor
     instructions = ", ".join(chip.int8) or "none of the INT8 kind: int8 engines may be no faster than fp32"
-    facts: dict[str, Any] = {
+    facts: dict[str, object] = {
         "python": health.python,
         "deploykit": health.deploykit,
         "platform": health.platform,

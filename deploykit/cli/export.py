@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from deploykit.backends.table import EVALUATOR
 from deploykit.cli import export_options as opt
@@ -150,7 +150,7 @@ def _planned(plan: ExportPlan) -> list[str]:
     """Return what a dry run prints."""
     spec = plan.input
     settings = ", ".join(f"{name} {value}" for name, value in plan.settings.items() if value is not None)
-    rows: dict[str, Any] = {
+    rows: dict[str, object] = {
         "backbone": f"{plan.backbone.name} ({plan.backbone.family}), weights: {plan.weights}",
         "input": input_text(spec),
         "outputs": ", ".join(plan.outputs),

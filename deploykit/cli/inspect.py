@@ -12,6 +12,8 @@ from deploykit.cli.output import BundleArgument, JsonFlag, input_text, show, sho
 from deploykit.errors import BundleError
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from deploykit.bundle import Manifest
     from deploykit.parity.report import ParityReport
 
@@ -164,7 +166,7 @@ def _show_levels(manifest: Manifest) -> None:
     show(table(columns, rows, right=columns[1:5], title="Levels and outputs"), "")
 
 
-def _as_stored(parity: ParityReport) -> Any:
+def _as_stored(parity: ParityReport) -> RenderableType:
     from rich.text import Text
 
     made = parity.render()
@@ -172,7 +174,7 @@ def _as_stored(parity: ParityReport) -> Any:
     return made
 
 
-def _pairs(mapping: Mapping[str, Any]) -> str:
+def _pairs(mapping: Mapping[str, object]) -> str:
     return ", ".join(f"{name} {value}" for name, value in mapping.items() if value is not None)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -58,20 +58,24 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.operations: int = 0
 
     def __torch_dispatch__(
-        self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+        self,
+        operator: OpOverload,
+        types: object,
+        args: tuple[Tensor, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
         packet = operator._overloadpacket
         if packet in _KEEPS_SHAPE or _adds_alike(packet, args):
             same = torch.empty_like(args[0])
             count = len(operator._schema.returns)
             return same if count == 1 else (same,) * count
         keywords = dict(kwargs or {})
-        output = operator(*args, **keywords)
+        output: Tensor | tuple[Tensor, ...] = operator(*args, **keywords)
         if packet in flop_registry:
             self.operations += flop_registry[packet](*args, **keywords, out_val=output)
         return output
 
 
-def _adds_alike(packet: Any, args: tuple[Any, ...]) -> bool:
+def _adds_alike(packet: OpOverloadPacket, args: tuple[Tensor, ...]) -> bool:
     """Return whether it is an addition or a product of two tensors of one shape."""
     return packet in (_aten.add, _aten.mul) and isinstance(args[1], torch.Tensor) and args[0].shape == args[1].shape

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -87,7 +87,7 @@ def table(
     return made
 
 
-def show_json(value: Any) -> None:
+def show_json(value: object) -> None:
     """Print dataclasses, mappings, lists and plain values as indented JSON on stdout."""
     import msgspec
 
@@ -114,7 +114,7 @@ def _labelled(label: str, message: str, style: str) -> None:
     stderr_console().print(Text.assemble((f"{label}: ", style), printable(message)), soft_wrap=True)
 
 
-def _printable_strings(value: Any) -> Any:
+def _printable_strings(value: object) -> object:
     if isinstance(value, str):
         return printable(value)
     if isinstance(value, dict):
@@ -134,7 +134,7 @@ def shown_warnings() -> Iterator[None]:
     """Print each warning of deploykit's own once, as one line; those of other packages are not for the user."""
     seen: set[str] = set()
 
-    def print_once(message: Warning | str, *_: Any, **__: Any) -> None:
+    def print_once(message: Warning | str, *_: object, **__: object) -> None:
         if str(message) not in seen:
             seen.add(str(message))
             show_warning(as_options(str(message)))

@@ -6,16 +6,18 @@ All sums and products are made in double: the product of two rounded factors los
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from deploykit.fusion.constants import (
+    Size,
     add_constant,
     argument,
     constant,
+    operand,
+    operator_of,
     readers,
     set_constant,
     shape_of,
@@ -85,7 +87,7 @@ def fold_back(module: GraphModule, source: Node, affine: Affine) -> bool:
     while len(source.users) == 1 and source.target in PERMUTATIONS:
         order = permutation(source)
         axis = None if axis is None else order[axis]
-        source = source.args[0]  # type: ignore[assignment]
+        source = operand(source, 0)
     if len(source.users) != 1 or not is_layer(module, source):
         return False
     if axis is not None and axis != channel_axis(source):
@@ -135,7 +137,7 @@ def is_padded(node: Node) -> bool:
         return False
     padding = argument(node, 4, "padding", 0)
     if padding == "same":
-        return any(size != 1 for size in shape_of(node.args[1])[2:])  # type: ignore[arg-type]
+        return any(size != 1 for size in shape_of(operand(node, 1))[2:])
     if padding == "valid":
         return False
     return any(padding) if isinstance(padding, (list, tuple)) else bool(padding)
@@ -168,7 +170,7 @@ def scale_outputs(module: GraphModule, layer: Node, factor: Tensor, shift: Tenso
     return True
 
 
-def channel_vector(value: Tensor, rank: int, shape: tuple[Any, ...]) -> tuple[Tensor, int | None] | None:
+def channel_vector(value: Tensor, rank: int, shape: tuple[Size, ...]) -> tuple[Tensor, int | None] | None:
     """Return a tensor that broadcasts to ``shape`` as one value a channel: ``(C,)`` and its axis, or ``()`` and None.
 
     None where it varies along more than one axis, or would itself widen the shape.
@@ -187,7 +189,7 @@ def channel_vector(value: Tensor, rank: int, shape: tuple[Any, ...]) -> tuple[Te
 def permutation(node: Node) -> list[int]:
     """Return the order of the input's axes in what a permuting call gives, counted from the front."""
     sides = range(2, 2 + len(shape_of(node)))
-    moved = node.target(torch.empty(*sides, device="meta"), *node.args[1:], **node.kwargs)  # type: ignore[operator]
+    moved = operator_of(node)(torch.empty(*sides, device="meta"), *node.args[1:], **node.kwargs)
     return [side - 2 for side in moved.shape]
 
 
@@ -224,15 +226,16 @@ def _write(module: GraphModule, layer: Node, weight: Tensor, bias: Tensor | None
     layer.kwargs = {name: value for name, value in layer.kwargs.items() if name != "bias"}
 
 
-def _bias(layer: Node) -> Any:
-    return argument(layer, 2, "bias", None)
+def _bias(layer: Node) -> Node | None:
+    bias: Node | None = argument(layer, 2, "bias", None)
+    return bias
 
 
 def _groups(layer: Node) -> int:
     return 1 if layer.target == LINEAR else int(argument(layer, 6, "groups", 1))
 
 
-def _double(module: GraphModule, node: Any) -> Tensor:
+def _double(module: GraphModule, node: object) -> Tensor:
     value = constant(module, node)
     assert value is not None  # noqa: S101  (checked by is_layer; narrows the type)
     return value.double()

@@ -22,6 +22,7 @@ from deploykit.fusion.data_movement import (
     source,
 )
 from deploykit.fusion.graph_writer import GraphWriter
+from deploykit.onnx_values import shape_of_value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,6 +283,6 @@ def _bias_of_windows(bias: Array, projection: JointProjection, heads: int, windo
         return None
     if bias.shape[1] in (1, heads):
         return bias
-    if not isinstance(projection.result.shape[0], int) or bias.shape[1] != windows * heads:  # type: ignore[index]
+    if not isinstance(shape_of_value(projection.result)[0], int) or bias.shape[1] != windows * heads:
         return None
     return np.tile(bias.reshape(windows, heads, *bias.shape[2:]), (projection.batch, 1, 1, 1))

@@ -5,12 +5,19 @@ A pass never writes into a tensor: it puts a new one in its place, so the module
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import SymInt, Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node, map_arg
+
+Size: TypeAlias = int | SymInt
+"""One side of a tensor; a symbol where it follows the batch."""
+
+Target: TypeAlias = Callable[..., Any]
+"""An operator, as a node calls it."""
 
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
@@ -70,7 +77,7 @@ def add_constant(module: GraphModule, name: str, value: Tensor) -> Node:
     return node
 
 
-def add_call(before: Node, target: Any, *arguments: Any, **settings: Any) -> Node:
+def add_call(before: Node, target: Target, *arguments: Any, **settings: Any) -> Node:
     """Return a call of an operator before a node, with its shape known to the passes that follow."""
     with before.graph.inserting_before(before):
         node = before.graph.call_function(target, arguments, settings)
@@ -83,10 +90,16 @@ def set_value(node: Node) -> None:
     arguments = map_arg(node.args, lambda read: read.meta["val"])
     settings = map_arg(node.kwargs, lambda read: read.meta["val"])
     with _fake_mode(node.graph), torch.no_grad():
-        node.meta["val"] = node.target(*arguments, **settings)  # type: ignore[operator]
+        node.meta["val"] = operator_of(node)(*arguments, **settings)
 
 
-def shape_of(node: Node) -> tuple[Any, ...]:
+def operator_of(node: Node) -> Target:
+    """Return the operator that a node calls."""
+    assert callable(node.target)  # noqa: S101  (of a call_function node; narrows the type)
+    return node.target
+
+
+def shape_of(node: Node) -> tuple[Size, ...]:
     """Return the sizes of a node's tensor, ints or symbols; empty where it gives none."""
     return tuple(getattr(node.meta.get("val"), "shape", ()))
 
@@ -96,7 +109,7 @@ def sizes(node: Node) -> tuple[int, ...]:
     return tuple(hint(size) for size in shape_of(node))
 
 
-def hint(size: Any) -> int:
+def hint(size: Size) -> int:
     """Return a symbolic size as it was when the graph was traced."""
     return size if isinstance(size, int) else int(size.node.hint)
 
@@ -110,7 +123,7 @@ def alike(one: Node, other: Node) -> bool:
     return len(first) == len(second) and all(same_size(left, right) for left, right in zip(first, second, strict=True))
 
 
-def same_size(one: Any, other: Any) -> bool:
+def same_size(one: Size, other: Size) -> bool:
     """Return whether two sizes are equal whatever the batch is."""
     if isinstance(one, int) and isinstance(other, int):
         return one == other
@@ -159,7 +172,14 @@ def remove_unread(graph: torch.fx.Graph) -> None:
     graph.eliminate_dead_code(lambda node: node.target != ATTENTION and node.is_impure())
 
 
-def readers(node: Node, targets: Sequence[Any]) -> list[Node] | None:
+def operand(node: Node, position: int) -> Node:
+    """Return what a node reads at a position, where that has to be another node."""
+    read = node.args[position]
+    assert isinstance(read, Node)  # noqa: S101  (by the operator; narrows the type)
+    return read
+
+
+def readers(node: Node, targets: Sequence[object]) -> list[Node] | None:
     """Everything that reads a node, when all of it calls one of ``targets`` with the node as first argument only."""
     found = list(node.users)
     direct = all(user.target in targets and user.args[0] is node and _uses(user, node) == 1 for user in found)
@@ -194,5 +214,6 @@ def _abstract_constant(module: GraphModule, value: Tensor) -> Tensor:
         return torch.empty(value.shape, dtype=value.dtype)
 
 
-def _fake_mode(graph: torch.fx.Graph) -> Any:
-    return next(iter(graph.find_nodes(op="placeholder"))).meta["val"].fake_mode
+def _fake_mode(graph: torch.fx.Graph) -> FakeTensorMode:
+    mode: FakeTensorMode = next(iter(graph.find_nodes(op="placeholder"))).meta["val"].fake_mode
+    return mode

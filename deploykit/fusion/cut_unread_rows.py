@@ -13,7 +13,17 @@ import torch
 from torch.fx import GraphModule, Node, map_arg
 
 from deploykit.fusion.affine import LINEAR, PERMUTATIONS, permutation
-from deploykit.fusion.constants import ATTENTION, add_call, argument, replace, same_size, shape_of, tidy
+from deploykit.fusion.constants import (
+    ATTENTION,
+    add_call,
+    argument,
+    operand,
+    operator_of,
+    replace,
+    same_size,
+    shape_of,
+    tidy,
+)
 from deploykit.fusion.drop_identities import mutates
 
 _aten = torch.ops.aten
@@ -76,7 +86,7 @@ def _cut(source: Node) -> int:
             made[node, narrow[node]] = _computed(node, _Rows(axis=narrow[node], start=start, end=end), made)
     for node, rows in cuts.items():
         places = (rows.start - start,) if node.target == _SELECT else (rows.start - start, rows.end - start)
-        replace(node, add_call(node, node.target, made[source, axis], axis, *places))
+        replace(node, add_call(node, operator_of(node), made[source, axis], axis, *places))
     return len(narrow)
 
 
@@ -84,7 +94,7 @@ def _rows_of(node: Node) -> _Rows | None:
     """Return what a call cuts out of its first argument; None for anything but neighbouring rows of a known number."""
     if node.target not in (_SELECT, _SLICE):
         return None
-    shape = shape_of(node.args[0])  # type: ignore[arg-type]
+    shape = shape_of(operand(node, 0))
     axis = argument(node, 1, "dim", 0) % len(shape)
     size, start = shape[axis], argument(node, 2, "index" if node.target == _SELECT else "start", None)
     end = argument(node, 3, "end", None) if node.target == _SLICE else None
@@ -101,7 +111,7 @@ def _narrow(source: Node, axis: int, cuts: Collection[Node]) -> dict[Node, int]:
     narrow: dict[Node, int] = {}
     for node in reversed(source.graph.nodes):
         axes = {
-            _operand_axes(reader, narrow[reader])[node] if reader in narrow else None  # type: ignore[index]
+            (_operand_axes(reader, narrow[reader]) or {})[node] if reader in narrow else None
             for reader in node.users
             if reader in needed and reader not in cuts
         }
@@ -170,7 +180,7 @@ def _computed(node: Node, rows: _Rows, made: dict[tuple[Node, int], Node]) -> No
     if node.target == _aten.reshape.default and arguments[1][rows.axis] != -1:
         source, shape = arguments
         arguments = (source, [*shape[: rows.axis], rows.count, *shape[rows.axis + 1 :]])
-    return add_call(node, node.target, *arguments, **settings)
+    return add_call(node, operator_of(node), *arguments, **settings)
 
 
 def _of_shape(source: Node, node: Node, axis: int) -> int | None:
@@ -203,7 +213,7 @@ def _of_attention(source: Node, node: Node, axis: int) -> int | None:
     return axis if axis == len(shape_of(source)) - 2 and not argument(node, 5, "is_causal", False) else None
 
 
-_RULES: dict[Any, Callable[[Node, Node, int], int | None]] = {
+_RULES: dict[object, Callable[[Node, Node, int], int | None]] = {
     **dict.fromkeys(PERMUTATIONS, _of_permutation),
     **dict.fromkeys((_aten.reshape.default, _aten.flatten.using_ints, _aten.unflatten.int), _of_shape),
     _aten.layer_norm.default: _of_layernorm,

@@ -7,9 +7,9 @@ become reshapes, and a reshape that spells out the batch infers it, which leaves
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
 from deploykit.fusion.affine import LAYERS, PERMUTATIONS, permutation
@@ -103,17 +103,18 @@ def _to_plain_form(module: GraphModule) -> int:
     return count
 
 
-def _out_of_place(node: Node) -> Any:
+def _out_of_place(node: Node) -> OpOverload | None:
     """The operator that does not overwrite the argument of ``node``, when nothing else can see the difference."""
-    if not mutates(node):
+    if not isinstance(node.target, OpOverload) or not mutates(node):
         return None
     written = node.args[0]
-    name = node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
+    name = node.target._schema.name.removeprefix("aten::")
     if not name.endswith("_") or not isinstance(written, Node) or len(written.users) != 1:
         return None
     if written.op != "call_function" or not _is_fresh(written):
         return None
-    return getattr(getattr(_aten, name[:-1], None), node.target._overloadname, None)  # type: ignore[union-attr]
+    plain: OpOverload | None = getattr(getattr(_aten, name[:-1], None), node.target._overloadname, None)
+    return plain
 
 
 def _is_fresh(node: Node) -> bool:
@@ -128,7 +129,7 @@ def _infer_batch(node: Node) -> bool:
     """Return ``reshape(x, [n * 4, 3])`` -> ``reshape(x, [-1, 3])``."""
     shape = shape_of(node)
     symbolic = [axis for axis, size in enumerate(shape) if not isinstance(size, int)]
-    if len(symbolic) != 1 or not any(isinstance(size, Node) for size in node.args[1]):  # type: ignore[union-attr]
+    if len(symbolic) != 1 or not any(isinstance(size, Node) for size in argument(node, 1, "shape", ())):
         return False
     if any(size == 0 for size in shape):
         return False
@@ -136,7 +137,7 @@ def _infer_batch(node: Node) -> bool:
     return True
 
 
-def _is_identity(module: GraphModule, node: Node, copies: tuple[Any, ...]) -> bool:
+def _is_identity(module: GraphModule, node: Node, copies: tuple[object, ...]) -> bool:
     source = node.args[0] if node.args else None
     if node.op != "call_function" or not isinstance(source, Node) or not isinstance(node.meta.get("val"), torch.Tensor):
         return False
@@ -145,12 +146,12 @@ def _is_identity(module: GraphModule, node: Node, copies: tuple[Any, ...]) -> bo
     return node.target in copies or (alike(source, node) and _changes_nothing(module, node, copies))
 
 
-def _changes_nothing(module: GraphModule, node: Node, copies: tuple[Any, ...]) -> bool:
+def _changes_nothing(module: GraphModule, node: Node, copies: tuple[object, ...]) -> bool:
     """Return whether a call gives its first argument, when the two are known to have one shape and type."""
     if node.target in PERMUTATIONS:
         return permutation(node) == sorted(permutation(node))
     if node.target in _PADS:
-        return not any(node.args[1])  # type: ignore[arg-type]
+        return not any(argument(node, 1, "pad", ()))
     if node.target in _NEUTRAL:
         return _is_all(module, node.args[1], _NEUTRAL[node.target])
     return node.target in _SAME_WHEN_SHAPE_IS or (bool(copies) and node.target in _CASTS)

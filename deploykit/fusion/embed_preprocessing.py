@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -67,8 +66,8 @@ class _Embedded(nn.Module):
 def _embed_in_program(program: torch.export.ExportedProgram, spec: InputSpec) -> torch.export.ExportedProgram:
     dynamic = not isinstance(spec.batch, int)
     _, *sides = spec.shape
-    example = torch.zeros((2 if dynamic else spec.batch, *sides), dtype=torch.uint8)  # type: ignore[arg-type]
-    shapes: Any = ({0: torch.export.Dim.DYNAMIC},) if dynamic else None  # with the bounds of the program inside
+    example = torch.zeros((spec.batch if isinstance(spec.batch, int) else 2, *sides), dtype=torch.uint8)
+    shapes = ({0: torch.export.Dim.DYNAMIC},) if dynamic else None  # with the bounds of the program inside
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own deprecations while it traces

@@ -6,7 +6,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from deploykit.fusion.affine import channel_axis, is_layer, scale_outputs
-from deploykit.fusion.constants import ATTENTION, argument, sizes, tidy
+from deploykit.fusion.constants import ATTENTION, argument, operand, sizes, tidy
 from deploykit.fusion.shape_chains import arrivals, origin, sources
 
 
@@ -30,7 +30,7 @@ def fold_attention_scale(module: GraphModule) -> int:
 def scale_of(attention: Node) -> float:
     """Return the factor of the scores: as given, else D ** -0.5."""
     scale = argument(attention, 6, "scale", None)
-    return float(scale) if scale is not None else sizes(attention.args[0])[-1] ** -0.5  # type: ignore[arg-type]
+    return float(scale) if scale is not None else sizes(operand(attention, 0))[-1] ** -0.5
 
 
 def _fold(module: GraphModule, attention: Node) -> bool:

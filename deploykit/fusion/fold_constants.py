@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node, map_arg
 
-from deploykit.fusion.constants import add_constant, constant, tidy
+from deploykit.fusion.constants import add_constant, constant, operator_of, tidy
 from deploykit.fusion.drop_identities import mutates
+
+Value: TypeAlias = Tensor | tuple[Tensor, ...] | list[Tensor]
+"""What a call gives."""
 
 MAX_BYTES = 16 * 2**20
 """No constant above this is made, unless what it is made of is at least as large."""
@@ -36,8 +39,8 @@ def fold_constants(module: GraphModule) -> int:
     return tidy(module)
 
 
-def _evaluate(module: GraphModule) -> dict[Node, Any]:
-    values: dict[Node, Any] = {}
+def _evaluate(module: GraphModule) -> dict[Node, Value]:
+    values: dict[Node, Value] = {}
     for node in module.graph.nodes:
         if node.op == "get_attr":
             value = constant(module, node)
@@ -50,11 +53,12 @@ def _evaluate(module: GraphModule) -> dict[Node, Any]:
     return values
 
 
-def _call(node: Node, values: dict[Node, Any]) -> Any:
+def _call(node: Node, values: dict[Node, Value]) -> Value:
     arguments = map_arg(node.args, lambda read: values[read])
     settings = map_arg(node.kwargs, lambda read: values[read])
     with torch.no_grad():
-        return node.target(*arguments, **settings)  # type: ignore[operator]
+        result: Value = operator_of(node)(*arguments, **settings)
+    return result
 
 
 def _is_pure(node: Node) -> bool:
@@ -67,7 +71,7 @@ def _is_pure(node: Node) -> bool:
     return not empty and not updates_statistics
 
 
-def _bytes(value: Any) -> int:
+def _bytes(value: Value) -> int:
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     return sum(_bytes(part) for part in value) if isinstance(value, (list, tuple)) else 0

@@ -30,7 +30,7 @@ def _fold(module: GraphModule, norm: Node) -> bool:
     gain_node, shift_node = argument(norm, 2, "weight", None), argument(norm, 3, "bias", None)
     gain, shift = constant(module, gain_node), constant(module, shift_node)
     computed = (gain is None and gain_node is not None) or (shift is None and shift_node is not None)
-    if len(norm.args[1]) != 1 or computed or (gain is None and shift is None):  # type: ignore[arg-type]
+    if len(argument(norm, 1, "normalized_shape", ())) != 1 or computed or (gain is None and shift is None):
         return False
     affine = Affine(
         factor=torch.ones((), dtype=torch.double) if gain is None else gain.double(),

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from deploykit.fusion.constants import argument, readers, shape_of, tidy
+from deploykit.fusion.constants import Target, argument, readers, shape_of, tidy
 
 _aten = torch.ops.aten
 _PADS = (_aten.pad.default, _aten.constant_pad_nd.default)
-_CONVOLUTIONS = {
+_CONVOLUTIONS: dict[object, Target] = {
     _aten.conv1d.default: _aten.conv1d.default,
     _aten.conv2d.default: _aten.conv2d.default,
     _aten.conv3d.default: _aten.conv3d.default,
@@ -46,7 +46,7 @@ def _fold(module: GraphModule, pad: Node) -> bool:
         return False
     for layer, value in zip(layers, padding, strict=True):
         assert value is not None  # noqa: S101  (checked above; narrows the type)
-        layer.target = _CONVOLUTIONS[layer.target]  # type: ignore[index]
+        layer.target = _CONVOLUTIONS[layer.target]
         ones = [1] * len(value)
         stride = argument(layer, 3, "stride", ones)
         rest = (argument(layer, 5, "dilation", ones), argument(layer, 6, "groups", 1))
@@ -62,11 +62,11 @@ def _amounts(pad: Node) -> list[int] | None:
         zeros = argument(pad, 2, "mode", "constant") == "constant" and not argument(pad, 3, "value", None)
     else:
         zeros = not argument(pad, 2, "value", 0)
-    sides = pad.args[1]
+    sides = argument(pad, 1, "pad", None)
     whole = isinstance(sides, (list, tuple)) and all(isinstance(side, int) and side >= 0 for side in sides)
-    if not zeros or not whole or sides[::2] != sides[1::2]:  # type: ignore[index]
+    if not zeros or not whole or sides[::2] != sides[1::2]:
         return None
-    return list(sides[::2])  # type: ignore[index, arg-type]
+    return list(sides[::2])
 
 
 def _padding(layer: Node, amounts: list[int]) -> list[int] | None:

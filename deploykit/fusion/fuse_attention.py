@@ -19,6 +19,7 @@ from deploykit.fusion.constants import (
     add_constant,
     argument,
     constant,
+    operand,
     scalar,
     shape_of,
     sizes,
@@ -165,7 +166,7 @@ def _keys(module: GraphModule, node: object) -> tuple[Node, float, bool]:
         source, factor = _unscaled(module, node)
         scale *= factor
         if source is node and node.target in PERMUTATIONS and permutation(node) == [0, 1, 3, 2]:
-            source = node.args[0]  # type: ignore[assignment]
+            source = operand(node, 0)
             transposed = not transposed
         if source is node:
             break

@@ -8,7 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from deploykit.fusion.affine import LINEAR, is_layer
-from deploykit.fusion.constants import ATTENTION, add_call, add_constant, argument, constant, tidy
+from deploykit.fusion.constants import ATTENTION, add_call, add_constant, argument, constant, operand, tidy
 from deploykit.fusion.shape_chains import origin, sources
 
 
@@ -41,7 +41,7 @@ def _merge(module: GraphModule, group: list[Node]) -> None:
     group = [node for node in module.graph.nodes if node in group]
     weights = [_constant(module, linear.args[1]) for linear in group]
     biases = [constant(module, argument(linear, 2, "bias", None)) for linear in group]
-    name = str(group[0].args[1].target)  # type: ignore[union-attr]
+    name = str(operand(group[0], 1).target)
     owner = name.rpartition(".")[0] or name
     weight = add_constant(module, f"{owner}_merged.weight", torch.cat(weights))
     bias = None

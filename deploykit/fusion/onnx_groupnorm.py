@@ -86,10 +86,10 @@ def _match(affine: ir.Node) -> _GroupNorm | None:
     parts = (weight, bias, mean, variance, *plain)
     if not same or any(part is None for part in parts) or affine.outputs[0].is_graph_output():
         return None
-    if not all(isinstance(side, int) for side in shape[1:]) or weight is None or bias is None:
+    if not all(isinstance(side, int) for side in shape[1:]) or weight is None or bias is None or plain[0] is None:
         return None
     identity = np.all(mean == 0) and np.all(variance == 1) and np.all(plain[0] == 1) and np.all(plain[1] == 0)
-    groups = plain[0].size  # type: ignore[union-attr]
+    groups = plain[0].size
     if not identity or affine.attributes.get_float("epsilon", 1e-5) != 0 or groups == 1 or weight.size % groups:
         return None
     epsilon = chain[2].attributes.get_float("epsilon", 1e-5)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -23,8 +21,8 @@ def export_program(module: nn.Module, spec: InputSpec) -> torch.export.ExportedP
         ExportError: torch cannot trace it.
     """
     dynamic = not isinstance(spec.batch, int)
-    example = torch.zeros(2 if dynamic else spec.batch, spec.channels, spec.height, spec.width)  # type: ignore[arg-type]
-    shapes: Any = ({0: torch.export.Dim(BATCH_DIM)},) if dynamic else None
+    example = torch.zeros(spec.batch if isinstance(spec.batch, int) else 2, spec.channels, spec.height, spec.width)
+    shapes = ({0: torch.export.Dim(BATCH_DIM)},) if dynamic else None
     try:
         with torch.no_grad(), quiet_torch():
             program = torch.export.export(module, (example,), dynamic_shapes=shapes)

@@ -39,8 +39,8 @@ def resize_by_matrix(module: GraphModule) -> int:
 def _rewrite(module: GraphModule, resize: Node) -> bool:
     source = resize.args[0]
     assert isinstance(source, Node)  # noqa: S101  (what is resized; narrows the type)
-    sides = (*shape_of(source)[2:], *shape_of(resize)[2:])
-    if len(sides) != 4 or not all(isinstance(side, int) for side in sides):
+    sides = [side for side in (*shape_of(source)[2:], *shape_of(resize)[2:]) if isinstance(side, int)]
+    if len(sides) != 4 or len(shape_of(source)) != 4:
         return False
     height, width, new_height, new_width = sides
     if new_width == 1 < new_height:

@@ -6,15 +6,16 @@ A tensor that holds each element's channel goes through reshapes, permutations a
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node, map_arg
 
 from deploykit.fusion.affine import PERMUTATIONS, channel_axis
-from deploykit.fusion.constants import hint, sizes
+from deploykit.fusion.constants import Target, hint, operator_of, sizes
 
 _aten = torch.ops.aten
 MOVES = frozenset(
@@ -44,6 +45,10 @@ MOVES = frozenset(
 """Operators whose every output element is one input element."""
 
 
+Moved: TypeAlias = Tensor | Sequence[Tensor]
+"""The channel of each element of what a node gives: one tensor, or several where it splits."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Arrival:
     """One reading of a layer's numbers by an operator that computes: which channels reach it, and as what."""
@@ -60,8 +65,8 @@ def arrivals(layer: Node) -> list[Arrival]:
     """
     axis, shape = channel_axis(layer), sizes(layer)
     index = torch.arange(shape[axis]).reshape([-1 if place == axis else 1 for place in range(len(shape))])
-    moved: dict[Node, Any] = {layer: index.expand(shape)}
-    found = []
+    moved: dict[Node, Moved] = {layer: index.expand(shape)}
+    found: list[tuple[Node, Node]] = []
     for node in layer.graph.nodes:
         read = [source for source in node.all_input_nodes if source in moved]
         if not read:
@@ -69,10 +74,8 @@ def arrivals(layer: Node) -> list[Arrival]:
         if node.target in MOVES and node.args[0] is read[0]:
             moved[node] = _move(node, moved)
         else:
-            found += [Arrival(reader=node, read=source, channels=moved[source]) for source in read]
-    return [
-        Arrival(reader=arrival.reader, read=arrival.read, channels=_distinct(arrival.channels)) for arrival in found
-    ]
+            found += [(node, source) for source in read]
+    return [Arrival(reader=reader, read=source, channels=_distinct(moved[source])) for reader, source in found]
 
 
 def origin(node: Node) -> Node:
@@ -82,19 +85,20 @@ def origin(node: Node) -> Node:
     return node
 
 
-def sources(module: GraphModule, target: Any) -> list[Node]:
+def sources(module: GraphModule, target: Target) -> list[Node]:
     """Return the calls of an operator, in the graph's order."""
     return list(module.graph.find_nodes(op="call_function", target=target))
 
 
-def _move(node: Node, moved: dict[Node, Any]) -> Any:
-    def value(read: Node) -> Any:
+def _move(node: Node, moved: dict[Node, Moved]) -> Moved:
+    def value(read: Node) -> Moved | int:
         return moved[read] if read in moved else hint(read.meta["val"])
 
-    return node.target(*map_arg(node.args, value), **map_arg(node.kwargs, value))  # type: ignore[operator]
+    parts: Moved = operator_of(node)(*map_arg(node.args, value), **map_arg(node.kwargs, value))
+    return parts
 
 
-def _distinct(channels: Any) -> Tensor:
-    parts = channels if isinstance(channels, (list, tuple)) else [channels]
+def _distinct(channels: Moved) -> Tensor:
+    parts = channels if not isinstance(channels, Tensor) else [channels]
     distinct: Tensor = torch.unique(torch.cat([part.flatten() for part in parts]))
     return distinct

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+
+from deploykit.arrays import Array
 
 LEAST_CELLS = 8
 """Outputs of fewer values an image may well be equal for two of them."""
 
 
-def dead_outputs(
-    reference: Mapping[str, npt.NDArray[Any]], candidate: Mapping[str, npt.NDArray[Any]]
-) -> dict[str, str]:
+def dead_outputs(reference: Mapping[str, Array], candidate: Mapping[str, Array]) -> dict[str, str]:
     """Say of each output of the candidate, ``(N, ...)``, what it cannot be and the reference is not.
 
     NaN or infinity; one value everywhere; all zeros for a channel's worth of images; the same answer for different
@@ -24,7 +22,7 @@ def dead_outputs(
     return {name: fault for name, fault in found.items() if fault is not None}
 
 
-def _fault(reference: npt.NDArray[Any], candidate: npt.NDArray[Any]) -> str | None:
+def _fault(reference: Array, candidate: Array) -> str | None:
     wrong = int(np.count_nonzero(~np.isfinite(candidate)))
     if wrong:
         return f"{wrong} of {candidate.size} values are NaN or infinite"
@@ -39,10 +37,10 @@ def _fault(reference: npt.NDArray[Any], candidate: npt.NDArray[Any]) -> str | No
     return None
 
 
-def _is_constant(values: npt.NDArray[Any]) -> bool:
+def _is_constant(values: Array) -> bool:
     return bool((values == values.flat[0]).all())
 
 
-def _equal_pairs(values: npt.NDArray[Any]) -> set[tuple[int, int]]:
+def _equal_pairs(values: Array) -> set[tuple[int, int]]:
     """Return the pairs of neighbouring images whose outputs are equal to the bit."""
     return {(i, i + 1) for i in range(len(values) - 1) if np.array_equal(values[i], values[i + 1])}

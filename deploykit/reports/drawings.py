@@ -6,11 +6,14 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deploykit.optional import require
 from deploykit.reports.facts import BundleFacts
 from deploykit.reports.sections import NOISIEST
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 INK, GRID = "#102030", "#c0d0e0"
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d3b", "#5d4fb3")
@@ -41,7 +44,7 @@ def draw_all(facts: Sequence[BundleFacts]) -> dict[tuple[str, str | None], str]:
     return drawn
 
 
-def _draw(name: str, fill: Callable[[Any], None]) -> str:
+def _draw(name: str, fill: Callable[[Axes], None]) -> str:
     """Draw into SVG, the same bytes each time; ``name`` makes its internal references unique in the page."""
     matplotlib = require("matplotlib")
     figures = require("matplotlib.figure")
@@ -82,7 +85,7 @@ def _tidy(svg: str) -> str:
     return svg.replace(INK, "var(--ink)").replace(GRID, "var(--grid)").strip()
 
 
-def _levels(axes: Any, facts: Sequence[BundleFacts]) -> None:
+def _levels(axes: Axes, facts: Sequence[BundleFacts]) -> None:
     names = list(dict.fromkeys(level.name for each in facts for level in each.levels))
     for place, each in enumerate(facts):
         found = {level.name: min(MOST_DB, max(-20.0, level.sqnr_db)) for level in each.levels}
@@ -93,7 +96,7 @@ def _levels(axes: Any, facts: Sequence[BundleFacts]) -> None:
     _legend(axes, len(facts))
 
 
-def _latency(axes: Any, facts: Sequence[BundleFacts]) -> None:
+def _latency(axes: Axes, facts: Sequence[BundleFacts]) -> None:
     for place, each in enumerate(facts):
         if each.latency_ms is not None and each.worst_db is not None:
             figure = min(MOST_DB, max(-20.0, each.worst_db))
@@ -104,7 +107,7 @@ def _latency(axes: Any, facts: Sequence[BundleFacts]) -> None:
     _legend(axes, len(facts))
 
 
-def _worst(axes: Any, facts: BundleFacts) -> None:
+def _worst(axes: Axes, facts: BundleFacts) -> None:
     found = facts.worst
     if found is None:
         return
@@ -120,7 +123,7 @@ def _worst(axes: Any, facts: BundleFacts) -> None:
     _legend(axes, 2)
 
 
-def _noisiest(axes: Any, facts: BundleFacts) -> None:
+def _noisiest(axes: Axes, facts: BundleFacts) -> None:
     """Draw what was seen of the noisiest activations, as a share of the range that they got."""
     seen, ranges = (facts.side.plan or {})["statistics"], (facts.side.plan or {})["ranges"]
     chosen = sorted((name for name in seen if name in ranges), key=lambda name: float(seen[name]["sqnr_db"]))
@@ -141,7 +144,7 @@ def _series(place: int) -> dict[str, Any]:
     return {"color": SERIES[place % len(SERIES)], "marker": MARKERS[place % len(MARKERS)], "markersize": 5}
 
 
-def _legend(axes: Any, count: int) -> None:
+def _legend(axes: Axes, count: int) -> None:
     """Put the legend above the drawing, where it hides nothing."""
     if axes.get_legend_handles_labels()[1]:
         axes.legend(

@@ -192,7 +192,7 @@ def _quantizer(name: str, plan: Mapping[str, Any]) -> Iterator[Section]:
         yield Section(title="What stays in float", text=more.strip(), table=table, bundle=name)
 
 
-def _range_row(tensor: str, seen: Mapping[str, Any], span: Mapping[str, Any] | None) -> tuple[str, ...]:
+def _range_row(tensor: str, seen: Mapping[str, float], span: Mapping[str, float] | None) -> tuple[str, ...]:
     figures = [f"{float(seen[key]):.4g}" for key in ("mean", "deviation")]
     chosen = "another tensor's" if span is None else range_text(span)
     return (tensor, f"{float(seen['sqnr_db']):.1f}", chosen, range_text(seen), *figures)

@@ -7,13 +7,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 
 from deploykit.arrays import FloatArray, ImageArray
 from deploykit.backends.engine_file import EngineFile
 from deploykit.backends.inductor.archive import open_package
+from deploykit.backends.inductor.protocols import PackageRunner
 from deploykit.backends.runtime import Runtime
 from deploykit.errors import BundleError, DeviceUnavailable, IncompatibleEngine
 from deploykit.optional import require
@@ -37,16 +38,18 @@ class InductorRuntime(Runtime):
             )
         _check_tie(self.manifest.requires)
         self._torch = require("torch")
-        self._loader: Any = open_package(engine.read(), engine.name)
+        self._loader: PackageRunner | None = open_package(engine.read(), engine.name)
         _check_outputs(self._torch, self._loader, self._output_names, engine)
         return name
 
     def _run(self, images: ImageArray) -> list[FloatArray]:
-        torch = self._torch
+        torch, loader = self._torch, self._loader
+        if loader is None:
+            raise self._unusable()
         if not images.flags.writeable:
             images = images.copy()  # torch warns at memory that it may not write
         with torch.inference_mode(), _threads(torch, self.threads):
-            outputs = self._loader.run([torch.from_numpy(images)])
+            outputs = loader.run([torch.from_numpy(images)])
         return [np.ascontiguousarray(output.numpy()) for output in outputs]
 
     def _close(self) -> None:
@@ -84,7 +87,7 @@ def _check_tie(requires: dict[str, str]) -> None:
 
 
 @contextmanager
-def _threads(torch: Any, count: int | None) -> Iterator[None]:
+def _threads(torch: ModuleType, count: int | None) -> Iterator[None]:
     """Let torch compute in ``count`` threads; None, or the number that it has: as it is."""
     if count is None or count == torch.get_num_threads():
         yield
@@ -98,12 +101,12 @@ def _threads(torch: Any, count: int | None) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def load_package(path: Path) -> Any:
+def load_package(path: Path) -> PackageRunner:
     """Open a package that this process has just made; see `open_package`."""
     return open_package(path.read_bytes(), path.name)
 
 
-def _check_outputs(torch: Any, loader: Any, expected: tuple[str, ...], engine: EngineFile) -> None:
+def _check_outputs(torch: ModuleType, loader: PackageRunner, expected: tuple[str, ...], engine: EngineFile) -> None:
     """Compare the number of outputs: a package gives them by position, without names."""
     found = torch.utils._pytree.treespec_loads(loader.get_call_spec()[1]).num_leaves
     if found != len(expected):

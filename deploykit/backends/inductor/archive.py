@@ -12,8 +12,8 @@ import time
 import zipfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
+from deploykit.backends.inductor.protocols import PackageRunner
 from deploykit.errors import BundleError, StorageError
 from deploykit.optional import require
 from deploykit.places import SCRATCH, scratch_folder, scratch_root
@@ -32,7 +32,7 @@ _libraries: dict[str, Path] = {}
 g++ marks some of its symbols as unique in the process."""
 
 
-def open_package(content: bytes, name: str) -> Any:
+def open_package(content: bytes, name: str) -> PackageRunner:
     """Open a package; its ``run`` takes and gives flat lists of tensors.
 
     The library is unpacked into a folder of this user alone, loaded, and removed again before this returns, so that
@@ -96,9 +96,10 @@ def _members(content: bytes, name: str) -> dict[str, bytes]:
     return members
 
 
-def _runner(library: Path) -> Any:
+def _runner(library: Path) -> PackageRunner:
     """What aoti_load_package() makes in the end, without importing the compiler, and without a folder that stays."""
-    return require("torch")._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1)
+    runner: PackageRunner = require("torch")._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1)
+    return runner
 
 
 def _is_loaded(library: Path) -> bool:

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from deploykit.backends.backend import Engine, LowerOptions
 from deploykit.backends.inductor.adapter import load_package, machine_tie
@@ -136,7 +136,7 @@ def _compile(program: ExportedProgram, staging: Path, mode: str) -> Path:
     return package
 
 
-def _settings(mode: str) -> dict[str, Any]:
+def _settings(mode: str) -> dict[str, object]:
     """Frozen weights, the mode's own, and no instruction beyond those that `machine_tie` names.
 
     Inductor's own default, ``-march=native``, would add whatever else this processor has.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -16,6 +16,7 @@ from deploykit.timing import time_calls
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
+    from torch.fx import Node
 
 DEFAULT_MODE = "onednn"
 """The mode where none was asked for and none is remembered."""
@@ -56,27 +57,29 @@ def mode_address(program: ExportedProgram) -> Address:
     Outputs are no part of it, so a network and a part of it with the same work share one choice.
     """
     torch = require("torch")
-    parts: dict[str, Any] = {
-        "work": weighted_work(program),
+    work = weighted_work(program)
+    parts: dict[str, object] = {
+        "work": work,
         "torch": str(torch.__version__),
         "machine": machine_tie(),
         "threads": torch.get_num_threads(),
         "modes": INDUCTOR_MODES,
     }
-    return address("inductor-modes", parts, title=f"{len(parts['work'])} layers, torch {parts['torch']}")
+    return address("inductor-modes", parts, title=f"{len(work)} layers, torch {parts['torch']}")
 
 
 def weighted_work(program: ExportedProgram) -> list[tuple[str, ...]]:
     """Every convolution and linear, sorted: operator, shapes of input and weight, dtype, and what gives the weight."""
     aten = require("torch").ops.aten
     operators = {aten.conv2d.default, aten.conv2d.padding, aten.linear.default}
-    nodes: list[Any] = [node for node in program.graph.nodes if node.target in operators]
+    nodes: list[Node] = [node for node in program.graph.nodes if node.target in operators]
     return sorted(_described(node) for node in nodes)
 
 
-def _described(node: Any) -> tuple[str, ...]:
-    source, weight = (operand.meta["val"] for operand in node.args[:2])
-    restored = "" if node.args[1].op == "placeholder" else str(node.args[1].target)  # of INT8, a dequantization
+def _described(node: Node) -> tuple[str, ...]:
+    read, layer = node.all_input_nodes[:2]
+    source, weight = read.meta["val"], layer.meta["val"]
+    restored = "" if layer.op == "placeholder" else str(layer.target)  # of INT8, a dequantization
     return (str(node.target), str(tuple(source.shape)), str(tuple(weight.shape)), str(weight.dtype), restored)
 
 

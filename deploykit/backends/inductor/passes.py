@@ -6,8 +6,9 @@ int8 per-channel weights to oneDNN's integer kernels when it freezes the weights
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 import onnx_ir as ir
 import torch
@@ -32,6 +33,7 @@ from deploykit.calibration.torch_integers import (
     weighted_nodes,
     write_weight,
 )
+from deploykit.fusion.constants import operand
 from deploykit.fusion.program import export_program
 from deploykit.graph import TorchProgram
 
@@ -86,7 +88,7 @@ class _Cast(nn.Module):
 def _keep_in_float(module: GraphModule, plan: HalfPlan, dtype: torch.dtype) -> None:
     """Convert a module but for the nodes of some weights, with casts around those."""
     kept_names = {name.removesuffix(TRANSPOSED) for name in plan.float_weights}
-    kept = {node: node.args[1] for node in weighted_nodes(module) if str(node.args[1].target) in kept_names}
+    kept = {node: node.args[1] for node in weighted_nodes(module) if str(operand(node, 1).target) in kept_names}
     floats = {
         str(argument.target): value_of(module, argument).clone()
         for node in kept
@@ -102,7 +104,7 @@ def _keep_in_float(module: GraphModule, plan: HalfPlan, dtype: torch.dtype) -> N
             source = module.graph.call_function(torch.ops.aten.to.dtype, (node.args[0], torch.float32))
         with module.graph.inserting_after(node):
             result = module.graph.call_function(torch.ops.aten.to.dtype, (node, dtype))
-        node.replace_all_uses_with(result, delete_user_cb=lambda user, result=result: user is not result)
+        node.replace_all_uses_with(result, delete_user_cb=partial(operator.is_not, result))
         node.update_arg(0, source)
     module.recompile()
 
@@ -111,16 +113,16 @@ def _write_integers(module: GraphModule, plan: QuantizationPlan) -> None:
     activations = Activations(module, plan, Integers(dtype=torch.uint8))
     for planned in list(planned_nodes(module, plan)):
         if not planned.use.pointlike:
-            activations.read(planned.node, planned.node.args[0], planned.use.input)
+            activations.read(planned.node, operand(planned.node, 0), planned.use.input)
             write_weight(module, planned, plan)
     for node in _residual_adds(module, plan):
         # The convolution that is the other operand adds the integers as it writes.
-        shortcut = node.args[0 if _is_fusible(node.args[1]) else 1]
+        shortcut = operand(node, 0 if _is_fusible(operand(node, 1)) else 1)
         activations.read(node, shortcut, shortcut.name)
     module.recompile()
 
 
-def _residual_adds(module: GraphModule, plan: QuantizationPlan) -> list[Any]:
+def _residual_adds(module: GraphModule, plan: QuantizationPlan) -> list[Node]:
     """Sums of two maps of which the plan has integers, one of them a convolution's, which fuses the sum.
 
     Tensors have the same names in the program and in the ONNX graph that the plan is of.
@@ -132,10 +134,10 @@ def _residual_adds(module: GraphModule, plan: QuantizationPlan) -> list[Any]:
         if node.target == torch.ops.aten.add.Tensor
         and len(node.args) == 2
         and not node.kwargs
-        and all(isinstance(operand, Node) and operand.name in read for operand in node.args)
-        and any(_is_fusible(operand) for operand in node.args)
+        and all(isinstance(summand, Node) and summand.name in read for summand in node.args)
+        and any(_is_fusible(summand) for summand in node.all_input_nodes)
     ]
 
 
-def _is_fusible(node: Any) -> bool:
+def _is_fusible(node: Node) -> bool:
     return node.target in WEIGHTED and len(node.users) == 1  # which is the sum

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-INDUCTOR_MODES: dict[str, dict[str, Any]] = {
+INDUCTOR_MODES: dict[str, dict[str, object]] = {
     "onednn": {},
     "templates": {"max_autotune": True, "max_autotune_gemm_backends": "CPP"},
     "autotuned": {"max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"},

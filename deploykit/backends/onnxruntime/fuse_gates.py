@@ -17,6 +17,7 @@ from onnx_ir.passes import common
 
 from deploykit.fusion.data_movement import constant, only_reader, producer, sizes
 from deploykit.fusion.graph_writer import GraphWriter
+from deploykit.onnx_values import shape_of_value
 
 LARGE = 400
 """Positions of a map from which on gated weights are faster than a gated map (14 x 14: slower, 28 x 28: faster)."""
@@ -108,7 +109,7 @@ def _takes_gate(layer: ir.Node, gate: _Gate) -> bool:
     """Return whether a gate may stand on the weights of the layer that reads the product, and is faster there."""
     if layer.op_type != "Conv" or layer.inputs[0] is not gate.product.outputs[0]:
         return False
-    weight, settings, batch = constant(layer.inputs[1]), layer.attributes, gate.gated.shape[0]  # type: ignore[index]
+    weight, settings, batch = constant(layer.inputs[1]), layer.attributes, shape_of_value(gate.gated)[0]
     pointwise = weight is not None and weight.shape[2:] == (1, 1) and settings.get_int("group", 1) == 1
     narrow = weight is not None and 2 * weight.shape[0] <= weight.shape[1]  # else its result is as dear to copy back
     plain = not any(settings.get_ints("pads", ())) and set(settings.get_ints("strides", ())) <= {1}

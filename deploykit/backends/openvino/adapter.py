@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
 
 from deploykit.arrays import FloatArray, ImageArray
 from deploykit.backends.engine_file import EngineFile
 from deploykit.backends.openvino.package import load_openvino
+from deploykit.backends.openvino.protocols import CompiledModel, InferRequest, Model, OVCore
 from deploykit.backends.openvino.request_queue import RequestQueue
 from deploykit.backends.runtime import Runtime
 from deploykit.errors import BundleError, DeviceUnavailable, IncompatibleEngine
@@ -32,7 +32,7 @@ class OpenVINORuntime(Runtime):
                 f"OpenVINO has no device {device!r} here; it has {', '.join(self.devices()) or 'none'}. "
                 "Choose one of these, or install the driver of the device."
             )
-        config: dict[str, Any] = {
+        config: dict[str, object] = {
             **self.open_options,
             "INFERENCE_PRECISION_HINT": _pinned_precision(core, target, self.precision.name),
             "PERFORMANCE_HINT": self.hint.upper(),
@@ -50,24 +50,29 @@ class OpenVINORuntime(Runtime):
             ) from error
         _check_device(compiled, target)
         self._outputs = _output_positions(compiled, self._output_names, engine)
-        self._compiled: Any = compiled
-        self._idle: deque[Any] = deque([compiled.create_infer_request()])
+        self._compiled: CompiledModel | None = compiled
+        self._idle: deque[InferRequest] = deque([compiled.create_infer_request()])
         if self.hint == "throughput":
-            self.in_flight = int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
+            self.in_flight = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
         return target.lower()
 
     def _run(self, images: ImageArray) -> list[FloatArray]:
+        compiled = self._compiled
+        if compiled is None:
+            raise self._unusable()
         try:
             request = self._idle.pop()
         except IndexError:
-            request = self._compiled.create_infer_request()
+            request = compiled.create_infer_request()
         # OpenVINO wraps only writeable memory; it does not write to an input.
         results = request.infer([images], share_inputs=images.flags.writeable)
-        outputs: list[FloatArray] = [results[position] for position in self._outputs]
+        outputs = [results[position] for position in self._outputs]
         self._idle.append(request)
         return outputs
 
     def _queue(self, in_flight: int) -> RequestQueue:
+        if self._compiled is None:
+            raise self._unusable()
         return RequestQueue(self._compiled, self._outputs, in_flight)
 
     def _close(self) -> None:
@@ -80,7 +85,7 @@ class OpenVINORuntime(Runtime):
         return tuple(name.lower() for name in load_openvino().Core().available_devices)
 
 
-def _pinned_precision(core: Any, target: str, precision: str) -> str:
+def _pinned_precision(core: OVCore, target: str, precision: str) -> str:
     """Return the inference precision: that of the graph, which OpenVINO would otherwise choose by itself."""
     if precision == "bf16":
         capabilities = core.get_property(target, "OPTIMIZATION_CAPABILITIES")
@@ -95,7 +100,7 @@ def _pinned_precision(core: Any, target: str, precision: str) -> str:
     return "f32"
 
 
-def _check_device(compiled: Any, target: str) -> None:
+def _check_device(compiled: CompiledModel, target: str) -> None:
     """Refuse a model that OpenVINO put on another device than the one asked for."""
     used = [str(name).strip("()") for name in compiled.get_property("EXECUTION_DEVICES")]
     if used != [target]:
@@ -105,7 +110,7 @@ def _check_device(compiled: Any, target: str) -> None:
         )
 
 
-def _read(core: Any, engine: EngineFile) -> Any:
+def _read(core: OVCore, engine: EngineFile) -> Model:
     """Return the IR as a model, whose weights OpenVINO copies.
 
     Raises:
@@ -125,7 +130,7 @@ def _read(core: Any, engine: EngineFile) -> Any:
         ) from error
 
 
-def _output_positions(compiled: Any, expected: tuple[str, ...], engine: EngineFile) -> tuple[int, ...]:
+def _output_positions(compiled: CompiledModel, expected: tuple[str, ...], engine: EngineFile) -> tuple[int, ...]:
     """Return where each output of the manifest stands among the engine's."""
     found = [set(output.names) for output in compiled.outputs]
     missing = [name for name in expected if not any(name in names for names in found)]

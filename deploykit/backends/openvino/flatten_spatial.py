@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from deploykit.calibration.placement import Placement
 from deploykit.calibration.plan import QuantizationPlan, add_constant
+from deploykit.onnx_values import shape_of_value, written_by
 
 _ANY_SHAPE = ("Gelu", "Relu", "Clip", "Sigmoid", "Mul", "Add")
 
@@ -54,7 +55,7 @@ class _Flattener:
             node.replace_input_with(0, self._flat(source, before, named=node.op_type == "MatMul"))
         self.maps[output] = shape
         self._converted.add(node)
-        output.shape = ir.Shape([output.shape[0], shape[0] * shape[1], shape[2]])  # type: ignore[index]
+        output.shape = ir.Shape([shape_of_value(output)[0], shape[0] * shape[1], shape[2]])
 
     def finish(self) -> None:
         """Give the nodes that work on maps their maps."""
@@ -64,9 +65,9 @@ class _Flattener:
                 continue
             sizes = add_constant(self.graph, f"{value.name}/map_shape", np.array([0, *shape]))
             node = ir.node("Reshape", [value, sizes], name=f"{value.name}/map")
-            self.graph.insert_after(value.producer(), node)  # type: ignore[arg-type]
+            self.graph.insert_after(written_by(value), node)
             node.outputs[0].name = f"{value.name}/map"
-            node.outputs[0].shape = ir.Shape([value.shape[0], *shape])  # type: ignore[index]
+            node.outputs[0].shape = ir.Shape([shape_of_value(value)[0], *shape])
             node.outputs[0].type = value.type
             for reader in readers:
                 reader.node.replace_input_with(reader.idx, node.outputs[0])
@@ -92,9 +93,9 @@ class _Flattener:
         if tokens is None:
             sizes = add_constant(self.graph, f"{source.name}/token_shape", np.array([0, shape[0] * shape[1], shape[2]]))
             node = ir.node("Reshape", [source, sizes], name=f"{source.name}/tokens")
-            self.graph.insert_after(source.producer(), node)  # type: ignore[arg-type]
+            self.graph.insert_after(written_by(source), node)
             tokens = self._tokens[source] = node.outputs[0]
-            tokens.shape = ir.Shape([source.shape[0], shape[0] * shape[1], shape[2]])  # type: ignore[index]
+            tokens.shape = ir.Shape([shape_of_value(source)[0], shape[0] * shape[1], shape[2]])
             tokens.type, tokens.name = source.type, f"{source.name}/tokens"
         if named and source not in self._renamed:
             self._renamed.add(source)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from deploykit.backends.openvino.package import load_openvino
+from deploykit.backends.openvino.protocols import Output
 
 _PRODUCTS = ("Convolution", "GroupConvolution", "FullyConnected", "MatMul")
 
@@ -25,5 +25,5 @@ def left_in_float(engine: Path) -> dict[str, int]:
     return {operator: count for operator, count in sorted(found.items()) if count}
 
 
-def _is_constant(value: Any) -> bool:
+def _is_constant(value: Output) -> bool:
     return str(value.get_node().get_rt_info()["layerType"].astype(str)) == "Const"

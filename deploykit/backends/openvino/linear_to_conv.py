@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from deploykit.calibration.plan import QuantizationPlan, add_constant
+from deploykit.onnx_values import array_of
 
 
 def linear_to_conv(model: ir.Model, plan: QuantizationPlan) -> QuantizationPlan:
@@ -52,7 +53,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node, source: ir.Node, weight: ir.Node) -
 
 def _kernel(graph: ir.Graph, name: str, weight: ir.Node) -> ir.Node:
     """Return the dequantized ``(M, K, 1, 1)`` kernel of a weight ``(K, M)`` with a scale a column."""
-    integers = weight.inputs[0].const_value.numpy()  # type: ignore[union-attr]
+    integers = array_of(weight.inputs[0])
     kernel = add_constant(graph, f"{name}/kernel", np.ascontiguousarray(integers.T)[..., None, None])
     return ir.node("DequantizeLinear", [kernel, *weight.inputs[1:]], {"axis": 0}, name=f"{name}/kernel/dequantize")
 

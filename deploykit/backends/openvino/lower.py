@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from deploykit.backends.backend import Engine, LowerOptions
 from deploykit.backends.onnx_file import write_onnx
 from deploykit.backends.openvino.package import PACKAGE, load_openvino
+from deploykit.backends.openvino.protocols import Model, OpenVINOPackage, Shape
 from deploykit.backends.openvino.read_error import read_error
 from deploykit.errors import ExportError
 from deploykit.graph import OnnxGraph
@@ -51,14 +52,14 @@ def lower(graph: OnnxGraph, folder: Path, options: LowerOptions) -> Engine:
     )
 
 
-def _input_shape(openvino: Any, spec: InputSpec) -> Any:
+def _input_shape(openvino: OpenVINOPackage, spec: InputSpec) -> Shape:
     """Return the input's shape, with the bounds of a dynamic batch."""
     batch = spec.batch
     first = openvino.Dimension(batch.min, batch.max) if isinstance(batch, BatchRange) else openvino.Dimension(batch)
     return openvino.PartialShape([first, *(openvino.Dimension(side) for side in spec.shape[1:])])
 
 
-def _name_nodes_in_order(model: Any, source: ir.Model) -> None:
+def _name_nodes_in_order(model: Model, source: ir.Model) -> None:
     """Number the nodes that OpenVINO named from a counter of the process, so that the IR is reproducible."""
     given = {name for node in source.graph for name in (node.name, *(value.name for value in node.outputs))}
     given.update(source.graph.initializers)

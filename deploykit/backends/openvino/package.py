@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
+from deploykit.backends.openvino.protocols import OpenVINOPackage
 from deploykit.optional import OptionalPackage, require
 from deploykit.privacy import block_modules
 
@@ -17,7 +16,7 @@ PACKAGE = OptionalPackage(
 )
 
 
-def load_openvino() -> ModuleType:
+def load_openvino() -> OpenVINOPackage:
     """Import the package; see `deploykit.optional.require`."""
     return require("openvino", PACKAGE)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from deploykit.arrays import FloatArray, ImageArray
+from deploykit.backends.openvino.protocols import CompiledModel
 from deploykit.backends.run_queue import Wait
 
 
@@ -20,7 +20,7 @@ class RequestQueue:
         in_flight: how many requests there are.
     """
 
-    def __init__(self, compiled: Any, outputs: Sequence[int], in_flight: int) -> None:
+    def __init__(self, compiled: CompiledModel, outputs: Sequence[int], in_flight: int) -> None:
         self._outputs = tuple(outputs)
         self._requests = [compiled.create_infer_request() for _ in range(in_flight)]
         self._next = 0

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
@@ -23,10 +23,13 @@ from deploykit.backends.tensorrt.cuda_buffers import CudaBuffers, buffers_for
 from deploykit.backends.tensorrt.cuda_driver import cuda_capabilities, gpu_identity
 from deploykit.backends.tensorrt.plan_file import check_plan
 from deploykit.backends.tensorrt.portable import is_portable, local_plan
+from deploykit.backends.tensorrt.protocols import Context, CudaEvent, Engine, PlanRuntime
 from deploykit.errors import BundleError, DeployKitError, DeviceUnavailable, IncompatibleEngine, SpecError
 from deploykit.optional import require
 
 if TYPE_CHECKING:
+    from torch import Tensor as TorchTensor
+
     from deploykit.bundle import Manifest
 
 __all__ = ["TensorRTRuntime", "cuda_capabilities"]
@@ -40,10 +43,10 @@ _DEVICE = re.compile(r"cuda(?::(\d+))?")
 class _Lane:
     """One execution context with its buffers, used by one thread at a time."""
 
-    def __init__(self, context: Any, buffers: CudaBuffers) -> None:
+    def __init__(self, context: Context, buffers: CudaBuffers) -> None:
         self.context = context
         self.buffers = buffers
-        self.finished: Any = None  # a torch event: the end of a run on the caller's own stream
+        self.finished: CudaEvent | None = None  # the end of a run on the caller's own stream
 
 
 class TensorRTRuntime(Runtime):
@@ -58,8 +61,8 @@ class TensorRTRuntime(Runtime):
         self._cuda_graphs = cuda_graphs
         self._lock = threading.Lock()
         self._idle: deque[_Lane] = deque()
-        self._engine: Any = None
-        self._trt_runtime: Any = None
+        self._engine: Engine | None = None
+        self._trt_runtime: PlanRuntime | None = None
         super().__init__(manifest, folder, **options)
         self._options["cuda_graphs"] = cuda_graphs
 
@@ -78,16 +81,16 @@ class TensorRTRuntime(Runtime):
         self._trt = trt = api.load_tensorrt(self._flavour)
         self._first_buffers.activate()
         self._logger = trt.Logger(trt.Logger.ERROR)
-        self._trt_runtime = trt.Runtime(self._logger)
+        self._trt_runtime = runtime = trt.Runtime(self._logger)
         if self._is_version_compatible:
-            self._trt_runtime.engine_host_code_allowed = True  # the plan carries the runtime of its own version
-        self._engine = self._trt_runtime.deserialize_cuda_engine(plan)
-        if self._engine is None:
+            runtime.engine_host_code_allowed = True  # the plan carries the runtime of its own version
+        self._engine = opened = runtime.deserialize_cuda_engine(plan)
+        if opened is None:
             raise IncompatibleEngine(
                 f"{self._flavour} {trt.__version__} refuses the plan {engine.name}. "
                 "A plan is tied to the exact version and GPU: export the bundle again for this machine."
             )
-        self._check_tensors(engine)
+        self._check_tensors(opened, engine)
         self._idle.append(self._make_lane())
         return f"cuda:{self._ordinal}" if self._ordinal else "cuda"
 
@@ -117,7 +120,7 @@ class TensorRTRuntime(Runtime):
             buffers.synchronize()
         return outputs
 
-    def _run_on_gpu(self, images: Any) -> list[Any]:
+    def _run_on_gpu(self, images: TorchTensor) -> list[TorchTensor]:
         """Read a CUDA tensor where it is; new CUDA tensors, ready on the caller's current stream."""
         torch = require("torch")
         images = self._check_cuda_tensor(images)
@@ -142,7 +145,7 @@ class TensorRTRuntime(Runtime):
         with self._lock:
             while self._idle:
                 lane = self._idle.pop()
-                lane.context = None
+                del lane.context  # before its engine
                 with suppress(DeployKitError):  # a GPU that is lost holds no memory
                     lane.buffers.close()
             self._engine = None
@@ -214,9 +217,9 @@ class TensorRTRuntime(Runtime):
                 f"Export the bundle again with target={here!r}, or with portable=True (--portable)."
             )
 
-    def _check_tensors(self, engine: EngineFile) -> None:
+    def _check_tensors(self, opened: Engine, engine: EngineFile) -> None:
         """Compare the plan's inputs and outputs with the manifest's."""
-        found = {self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)}
+        found = {opened.get_tensor_name(index) for index in range(opened.num_io_tensors)}
         missing = {self.input_spec.name, *self._output_names} - found
         if missing:
             raise BundleError(
@@ -245,7 +248,7 @@ class TensorRTRuntime(Runtime):
             if self._engine is None:
                 raise self._unusable()
             buffers, self._first_buffers = self._first_buffers or buffers_for(self._ordinal), None
-            context = self._make_context()
+            context = self._make_context(self._engine)
         if context is None:
             raise DeployKitError(
                 "TensorRT made no execution context: the GPU's memory is full. Close other models, or call from "
@@ -253,33 +256,33 @@ class TensorRTRuntime(Runtime):
             )
         return _Lane(context, buffers)
 
-    def _make_context(self) -> Any:
+    def _make_context(self, engine: Engine) -> Context | None:
         if not self._cuda_graphs:
-            return self._engine.create_execution_context()
+            return engine.create_execution_context()
         strategy = getattr(self._trt, "CudaGraphStrategy", None)
         if strategy is None:
             raise SpecError(
                 f"cuda_graphs=True was given, and {self._flavour} {self._trt.__version__} does not record graphs by "
                 "itself; TensorRT-RTX does. Leave it out."
             )
-        config = self._engine.create_runtime_config()
+        config = engine.create_runtime_config()
         config.cuda_graph_strategy = strategy.WHOLE_GRAPH_CAPTURE
-        return self._engine.create_execution_context(config)
+        return engine.create_execution_context(config)
 
-    def _set_shape(self, context: Any, shape: tuple[int, ...]) -> None:
+    def _set_shape(self, context: Context, shape: tuple[int, ...]) -> None:
         if not context.set_input_shape(self.input_spec.name, shape):
             raise DeployKitError(
                 f"TensorRT refuses images of shape {shape}, and the manifest's input is {self.input_spec.shape}. "
                 "Export the bundle again for this machine."
             )
 
-    def _execute(self, context: Any, stream: int, shape: tuple[int, ...]) -> None:
+    def _execute(self, context: Context, stream: int, shape: tuple[int, ...]) -> None:
         if not context.execute_async_v3(stream):
             raise DeployKitError(
                 f"TensorRT failed to run images of shape {shape}. Export the bundle again for this machine."
             )
 
-    def _check_cuda_tensor(self, images: Any) -> Any:
+    def _check_cuda_tensor(self, images: TorchTensor) -> TorchTensor:
         if images.device.index != self._ordinal:
             here = f"cuda:{self._ordinal}"
             raise SpecError(f"the images are on {images.device}, and the engine is on {here}. Use images.to({here!r}).")
@@ -300,6 +303,6 @@ def _opens_newer(built: str, here: str) -> bool:
     return version_key(here)[:1] == version_key(built)[:1] and version_key(here) >= version_key(built)
 
 
-def _is_cuda_tensor(images: object) -> bool:
+def _is_cuda_tensor(images: object) -> TypeGuard[TorchTensor]:
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(images, torch.Tensor) and images.is_cuda

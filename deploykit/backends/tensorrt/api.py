@@ -12,8 +12,8 @@ import importlib.util
 import os
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
+from deploykit.backends.tensorrt.protocols import Builder, Config, Network, TimingCache, TrtPackage
 from deploykit.errors import DeployKitError, SpecError
 from deploykit.optional import OptionalPackage, installed_version, require
 from deploykit.spec import BuildOptions
@@ -98,12 +98,12 @@ def flavour_version(flavour: str) -> str:
     return version or "unknown"
 
 
-def typed_network(trt: Any, builder: Any) -> Any:
+def typed_network(trt: TrtPackage, builder: Builder) -> Network:
     """Return a network whose types are the graph's: 10.x needs to be told, and 11 has no other kind."""
     return builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
 
 
-def set_tf32(trt: Any, config: Any, *, on: bool) -> None:
+def set_tf32(trt: TrtPackage, config: Config, *, on: bool) -> None:
     """Say whether FP32 products may be rounded to TF32: the versions differ in their default."""
     (config.set_flag if on else config.clear_flag)(trt.BuilderFlag.TF32)
 
@@ -137,7 +137,7 @@ def check_build_options(options: BuildOptions, target: str | None, flavour: str 
         )
 
 
-def set_gpus(trt: Any, config: Any, *, flavour: str, capability: str | None, hardware: str) -> str | None:
+def set_gpus(trt: TrtPackage, config: Config, *, flavour: str, capability: str | None, hardware: str) -> str | None:
     """Say which GPUs a plan is for; returns what this package refuses, or None.
 
     TensorRT-RTX takes a compute capability; with none it builds for every GPU since Ampere. Full TensorRT
@@ -160,7 +160,7 @@ def set_gpus(trt: Any, config: Any, *, flavour: str, capability: str | None, har
     return None
 
 
-def set_version_compatible(trt: Any, config: Any) -> str | None:
+def set_version_compatible(trt: TrtPackage, config: Config) -> str | None:
     """Let newer versions open the plan; returns what this package lacks, or None."""
     flag = getattr(trt.BuilderFlag, "VERSION_COMPATIBLE", None)
     if flag is None:
@@ -169,7 +169,7 @@ def set_version_compatible(trt: Any, config: Any) -> str | None:
     return None
 
 
-def use_timing_cache(config: Any, path: Path) -> Any:
+def use_timing_cache(config: Config, path: Path) -> TimingCache | None:
     """Attach the timing cache in a file to a build, or an empty one where TensorRT refuses it (another GPU or version).
 
     Returns:
@@ -182,7 +182,7 @@ def use_timing_cache(config: Any, path: Path) -> Any:
     return None
 
 
-def _has(root: Any, dotted: str) -> bool:
+def _has(root: object, dotted: str) -> bool:
     for part in dotted.split("."):
         if not hasattr(root, part):
             return False

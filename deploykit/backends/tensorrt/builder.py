@@ -16,12 +16,12 @@ import signal
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from deploykit.backends.tensorrt import api
 from deploykit.backends.tensorrt.build import NOT_WRITTEN, PROGRESS_MARK, BuildRequest, BuildSettings
+from deploykit.backends.tensorrt.protocols import Builder, Config, Named, Network, Serialized, TrtPackage
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -33,7 +33,7 @@ def main(request_file: str, parent: int) -> int:
     settings = request.settings
     trt = api.load_tensorrt(settings.flavour)
     logger = _logger(trt)
-    builder = trt.Builder(logger)
+    builder: Builder = trt.Builder(logger)
     network = api.typed_network(trt, builder)
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(request.model):
@@ -61,7 +61,7 @@ def main(request_file: str, parent: int) -> int:
     return 0 if all(_save(Path(file), content) for file, content in files.items()) else NOT_WRITTEN
 
 
-def quantize_layers(trt: Any, network: Any) -> dict[str, int]:
+def quantize_layers(trt: TrtPackage, network: Network) -> dict[str, int]:
     """Return how many quantize and dequantize layers a parsed network has, by the type of their integers."""
     counts: Counter[str] = Counter()
     for index in range(network.num_layers):
@@ -73,14 +73,14 @@ def quantize_layers(trt: Any, network: Any) -> dict[str, int]:
     return dict(counts)
 
 
-def _compare_layers(trt: Any, network: Any, settings: BuildSettings) -> str | None:
+def _compare_layers(trt: TrtPackage, network: Network, settings: BuildSettings) -> str | None:
     found = quantize_layers(trt, network)
     if found == settings.quantize_layers:
         return None
     return f"the ONNX graph has {settings.quantize_layers} and TensorRT's network has {found}: a type was changed"
 
 
-def _configure(trt: Any, builder: Any, config: Any, settings: BuildSettings) -> bool:
+def _configure(trt: TrtPackage, builder: Builder, config: Config, settings: BuildSettings) -> bool:
     api.set_tf32(trt, config, on=settings.tf32)
     absent = api.set_gpus(
         trt,
@@ -101,14 +101,14 @@ def _configure(trt: Any, builder: Any, config: Any, settings: BuildSettings) -> 
     return True
 
 
-def _logger(trt: Any) -> Any:
+def _logger(trt: TrtPackage) -> object:
     class Logger(trt.ILogger):  # type: ignore[misc, name-defined, unused-ignore]
         """Writes warnings and errors to stderr; TensorRT's own logger writes warnings to stdout."""
 
         def __init__(self) -> None:
             super().__init__()
 
-        def log(self, severity: Any, message: str) -> None:
+        def log(self, severity: Named, message: str) -> None:
             if severity in (trt.ILogger.WARNING, trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 sys.stderr.write(f"[{severity.name.lower()}] {message}\n")
                 sys.stderr.flush()
@@ -116,7 +116,7 @@ def _logger(trt: Any) -> Any:
     return Logger()
 
 
-def _monitor(trt: Any) -> Any:
+def _monitor(trt: TrtPackage) -> object:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined, unused-ignore]
         """Writes each phase and step of a build to stdout."""
 
@@ -145,7 +145,7 @@ def _report(phase: str, step: int, steps: int) -> None:
         sys.stdout.flush()
 
 
-def _save(path: Path, content: Any) -> bool:
+def _save(path: Path, content: Serialized) -> bool:
     """Write a file in one step: several builds may share a timing cache. False where it cannot be written."""
     staged = path.with_name(f"{path.name}.{os.getpid()}")
     try:

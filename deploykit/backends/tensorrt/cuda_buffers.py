@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from deploykit.arrays import Array
 from deploykit.errors import DeployKitError, MissingDependency
 from deploykit.optional import PACKAGES, installed_version, require
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class CudaBuffers(Protocol):
@@ -81,7 +84,7 @@ class TorchBuffers:
         self._device = self._torch.device("cuda", ordinal)
         self._stream = self._torch.cuda.Stream(self._device)
         self.stream: int = self._stream.cuda_stream
-        self._held: dict[str, Any] = {}
+        self._held: dict[str, Tensor] = {}
 
     def activate(self) -> None:
         """Make the GPU the current one of the calling thread."""
@@ -125,7 +128,7 @@ class CudaPythonBuffers:
         self._cuda = require("cuda.bindings.runtime")
         self._ordinal = ordinal
         self.activate()
-        self.stream = int(self._call("cudaStreamCreate"))
+        self.stream = self._call("cudaStreamCreate")
         self._held: dict[str, tuple[int, int]] = {}
 
     def activate(self) -> None:
@@ -138,7 +141,7 @@ class CudaPythonBuffers:
         if held < size:
             if address:
                 self._call("cudaFree", self._held.pop(name)[0])
-            address = int(self._call("cudaMalloc", size))
+            address = self._call("cudaMalloc", size)
             self._held[name] = (address, size)
         return address
 
@@ -166,8 +169,8 @@ class CudaPythonBuffers:
         self._held.clear()
         self._call("cudaStreamDestroy", self.stream)
 
-    def _call(self, function: str, *arguments: Any) -> Any:
-        """Call the CUDA runtime; its one result, if any.
+    def _call(self, function: str, *arguments: object) -> int:
+        """Call the CUDA runtime; its one result, an address; 0 where it gives none.
 
         Raises:
             DeployKitError: the call failed.
@@ -178,4 +181,4 @@ class CudaPythonBuffers:
             raise DeployKitError(
                 f"{function} failed with {name}. Check the GPU and its driver with nvidia-smi (tegrastats on a Jetson)."
             )
-        return results[0] if results else None
+        return int(results[0]) if results else 0

@@ -6,7 +6,6 @@ import ctypes
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # cuda.h: CUdevice_attribute
 _NAME_BYTES = 256
@@ -57,7 +56,7 @@ def machine_tie() -> dict[str, str]:
     return gpu_identity(0) if cuda_capabilities() else {}
 
 
-def _driver() -> Any:
+def _driver() -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL("libcuda.so.1")
     except OSError:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -89,7 +89,7 @@ def quantize_layers(model: onnx.ModelProto) -> dict[str, int]:
     return dict(counts)
 
 
-def _fault(node: onnx.NodeProto, constants: dict[str, Any]) -> str | None:
+def _fault(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> str | None:
     where = f"{node.op_type} {node.name or node.output[0]}"
     if _REFUSED_OPERATORS.fullmatch(node.op_type):
         return f"{where}: the operator is refused; quantize the float graph with Q/DQ nodes instead"
@@ -97,7 +97,7 @@ def _fault(node: onnx.NodeProto, constants: dict[str, Any]) -> str | None:
     return f"{where}: {problem}" if problem else None
 
 
-def _zero_point_fault(node: onnx.NodeProto, constants: dict[str, Any]) -> str | None:
+def _zero_point_fault(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> str | None:
     onnx_module = require("onnx")
     if len(node.input) < 3 or not node.input[2]:
         written = _written_type(node) == onnx_module.TensorProto.INT8

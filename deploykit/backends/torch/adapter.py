@@ -173,8 +173,9 @@ class PixelBackbone(nn.Module):
         return replace(self.input_spec, height=shape[1], width=shape[2])
 
 
-def _to_numpy(outputs: Any) -> Any:
+def _to_numpy(outputs: Tensor | Features[Tensor]) -> object:
     """Tensors, or features of them, as float32 arrays."""
     if isinstance(outputs, Features):
         return outputs.map(_to_numpy)
-    return outputs.float().cpu().numpy()
+    array: object = outputs.float().cpu().numpy()
+    return array
