@@ -260,11 +260,19 @@ def calibrate(
             on_batch(statistics)
     if not statistics.images:
         raise CalibrationError("the calibration set gave no images; expected at least one.")
+    plan = _chosen(placement, statistics, settings, key=key, constants=constants_digest(model))
+    shifts = {node: statistics.mean(output) for output, node in averaged.items()}
+    return replace(plan, weights_digest=weights_digest, bias_shift=shifts)
+
+
+def _chosen(
+    placement: Placement, statistics: Statistics, settings: Int8, *, key: str, constants: str
+) -> QuantizationPlan:
+    """Choose every range from what was seen."""
     ranges = {name: statistics.histograms[name].choose(settings) for name in placement.tensors}
     return QuantizationPlan(
         key=key,
-        weights_digest=weights_digest,
-        constants_digest=constants_digest(model),
+        constants_digest=constants,
         calibrator=str(settings.calibrator),
         images=statistics.images,
         warnings=statistics.checks.problems() if statistics.checks else (),
@@ -273,7 +281,6 @@ def calibrate(
         placement=placement,
         ranges=ranges,
         statistics={name: statistics.histograms[name].statistics(chosen) for name, chosen in ranges.items()},
-        bias_shift={node: statistics.mean(output) for output, node in averaged.items()},
     )
 
 

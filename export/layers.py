@@ -107,28 +107,11 @@ def compare_layers(
     names = shared_tensors(candidate, other)
     batch = np.ascontiguousarray(images[np.arange(graph_batch(candidate)) % len(images)])
     walk = _Walk(candidate, other, names, batch)
-    producers = {str(value.name): node for node in candidate.graph for value in node.outputs}
-    layers: list[LayerError] = []
-    for begin in range(0, len(names), GROUP):
-        group = names[begin : begin + GROUP]
-        for name, own_db, whole_db in walk.errors(group):
-            node = producers[name]
-            layers.append(
-                LayerError(
-                    tensor=name,
-                    node=str(node.name),
-                    operator=node.op_type,
-                    module=(modules or {}).get(str(node.name)) or _module_of(node),
-                    own_db=own_db,
-                    whole_db=whole_db,
-                    quantizer=_quantizer_of(node),
-                )
-            )
     report = LayerReport(
         reference=reference_name,
         images=len(batch),
         min_own_db=min_own_db,
-        layers=tuple(layers),
+        layers=tuple(_layer_errors(candidate, walk, names, modules or {})),
         only_reference={} if reference is None else _more_of(reference, candidate),
         only_candidate={} if reference is None else _more_of(candidate, reference),
         seconds=round(time.perf_counter() - start, 2),
@@ -136,6 +119,24 @@ def compare_layers(
     if reproducer is not None and report.min_own_db is not None and report.culprit is not None:
         walk.reproduce(report.culprit.tensor, reproducer)
     return report
+
+
+def _layer_errors(
+    candidate: ir.Model, walk: _Walk, names: list[str], modules: Mapping[str, str]
+) -> Iterator[LayerError]:
+    producers = {str(value.name): node for node in candidate.graph for value in node.outputs}
+    for begin in range(0, len(names), GROUP):
+        for name, own_db, whole_db in walk.errors(names[begin : begin + GROUP]):
+            node = producers[name]
+            yield LayerError(
+                tensor=name,
+                node=str(node.name),
+                operator=node.op_type,
+                module=modules.get(str(node.name)) or _module_of(node),
+                own_db=own_db,
+                whole_db=whole_db,
+                quantizer=_quantizer_of(node),
+            )
 
 
 def shared_tensors(candidate: ir.Model, reference: ir.Model) -> list[str]:

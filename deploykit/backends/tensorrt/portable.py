@@ -72,13 +72,8 @@ def local_plan(manifest: Manifest, graph: EngineFile, identity: dict[str, str]) 
             timing_cache = None if settings.flavour == api.RTX else scratch / "timing.cache"
             if timing_cache is not None and (known := store.load(timings)) is not None:
                 timing_cache.write_bytes(known)
-            build_plan(
-                Path(os.fspath(graph)),
-                staging / PLAN_FILE,
-                settings,
-                progress=_log_step,
-                timing_cache=timing_cache,
-            )
+            onnx, plan = Path(os.fspath(graph)), staging / PLAN_FILE
+            build_plan(onnx, plan, settings, progress=_log_step, timing_cache=timing_cache)
             if timing_cache is not None and timing_cache.is_file():
                 store.save(timings, timing_cache.read_bytes())
             write_manifest(staging, _plan_manifest(manifest, settings, version))
