@@ -17,9 +17,9 @@ from deploykit.backends.litert.integer_weights import IntegerWeight, check_integ
 from deploykit.backends.litert.passes import DIALECT
 from deploykit.backends.table import load_backend
 from deploykit.calibration.plan import QuantizationPlan
-from deploykit.calibration.quantize_weights import array_of
 from deploykit.errors import ExportError
 from deploykit.onnx_session import onnx_session
+from deploykit.onnx_values import array_of
 from tests.calibration.conftest import Case
 from tests.calibration.networks import Tokens, master_of, plan_of
 from tests.conftest_graphs import engine_of, lower, manifest_of, open_engine, sqnr_db
