@@ -113,20 +113,24 @@ def measure(
         proxy = whole or graph
         if isinstance(proxy, OnnxGraph):
             levels = _compare(_by_proxy(proxy, images), expected, precision, measured_on=PROXY)
-    report = ParityReport(
-        runtime=manifest.runtime,
-        runtime_version=manifest.runtime_version,
-        precision=precision.name,
-        images=len(images),
-        min_sqnr_db=precision.min_sqnr_db,
-        min_top1_agreement=precision.min_top1_agreement,
-        levels=levels,
-    )
+    report = _report(manifest, precision, levels, images=len(images))
     if elsewhere:
         seen = replace(seen, seen_on=machine())
     if "device" in seen.seen_on:
         seen = replace(seen, status="parity_checked" if report.passed else "executed")
     return report, seen
+
+
+def _report(manifest: Manifest, precision: Precision, levels: tuple[LevelParity, ...], *, images: int) -> ParityReport:
+    return ParityReport(
+        runtime=manifest.runtime,
+        runtime_version=manifest.runtime_version,
+        precision=precision.name,
+        images=images,
+        min_sqnr_db=precision.min_sqnr_db,
+        min_top1_agreement=precision.min_top1_agreement,
+        levels=levels,
+    )
 
 
 def _compare_lowered(

@@ -166,7 +166,7 @@ def _planned(plan: ExportPlan) -> list[str]:
     ]
 
 
-def _told(result: ExportResult) -> dict[str, Any]:
+def _told(result: ExportResult) -> dict[str, object]:
     """Return what JSON says of an export."""
     manifest = result.manifest
     told = {"bundle": str(result.folder), "status": manifest.status, "manifest": manifest, "parity": result.parity}
