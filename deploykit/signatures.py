@@ -80,13 +80,10 @@ def sign_bundle(
         MissingDependency: the package model-signing is not installed.
     """
     check_arguments(sign_bundle, locals())
-    folder = Path(folder)
+    folder, library = Path(folder), require("model_signing")
     manifest = open_bundle(folder)
-    library = require("model_signing")
-    signed = {MANIFEST, MANIFEST_DIGEST, *manifest.files}
-    tops = {name.partition("/")[0] for name in signed}
-    others = [path for path in folder.iterdir() if path.name not in tops]
-    hashing = library.hashing.Config().set_ignored_paths(paths=others, ignore_git_paths=False).set_allow_symlinks(True)
+    ignored = _beside(folder, manifest)
+    hashing = library.hashing.Config().set_ignored_paths(paths=ignored, ignore_git_paths=False).set_allow_symlinks(True)
     config = library.signing.Config().set_hashing_config(hashing)
     for path in (key, *([certificate] if certificate else []), *chain):
         _read_key(Path(path))
@@ -107,6 +104,12 @@ def sign_bundle(
         except OSError as error:
             raise storage_error(f"the signature of {folder} cannot be written", error) from error
     return folder / SIGNATURE
+
+
+def _beside(folder: Path, manifest: Manifest) -> list[Path]:
+    """Return what lies in a bundle's folder and is none of its files."""
+    tops = {name.partition("/")[0] for name in (MANIFEST, MANIFEST_DIGEST, *manifest.files)}
+    return [path for path in folder.iterdir() if path.name not in tops]
 
 
 def check_signature(folder: Path, manifest: Manifest, signer: str | os.PathLike[str]) -> None:

@@ -214,14 +214,11 @@ def sweep(
     built = build_any(name, make_request(**(backbone or {})))
     with scratch_folder("sweep") as scratch:
         entries = [_export(built, each, scratch, calibration, batch=batch, progress=progress) for each in tried]
-        if all(entry.problem for entry in entries):
-            lines = "".join(f"\n  {entry.name}: {entry.problem}" for entry in entries)
-            raise ExportError(f"no combination gave an engine within its budget.{lines}")
+        _check_any(entries)
         entries = _measured(entries, scratch)
         if validation is not None:
             entries = [_validated(entry, scratch, validation) for entry in entries]
-        fitting = [entry for entry in entries if (budget or SweepBudget()).allows(entry)]
-        best = min(fitting, key=lambda entry: (entry.ms or 0.0, entry.megabytes or 0.0), default=None)
+        best = _fastest(entries, budget or SweepBudget())
         if best is not None:
             _keep(scratch / best.name, output, overwrite=overwrite)
     return SweepReport(
@@ -230,6 +227,17 @@ def sweep(
         best=None if best is None else best.name,
         folder=None if best is None else str(output),
     )
+
+
+def _check_any(entries: Sequence[SweepEntry]) -> None:
+    if all(entry.problem for entry in entries):
+        lines = "".join(f"\n  {entry.name}: {entry.problem}" for entry in entries)
+        raise ExportError(f"no combination gave an engine within its budget.{lines}")
+
+
+def _fastest(entries: Sequence[SweepEntry], budget: SweepBudget) -> SweepEntry | None:
+    fitting = [entry for entry in entries if budget.allows(entry)]
+    return min(fitting, key=lambda entry: (entry.ms or 0.0, entry.megabytes or 0.0), default=None)
 
 
 def _installed() -> list[str]:

@@ -114,11 +114,9 @@ def measure(
         if isinstance(proxy, OnnxGraph):
             levels = _compare(_by_proxy(proxy, images), expected, precision, measured_on=PROXY)
     report = _report(manifest, precision, levels, images=len(images))
-    if elsewhere:
-        seen = replace(seen, seen_on=machine())
-    if "device" in seen.seen_on:
-        seen = replace(seen, status="parity_checked" if report.passed else "executed")
-    return report, seen
+    seen = replace(seen, seen_on=machine()) if elsewhere else seen
+    ran = "device" in seen.seen_on
+    return report, replace(seen, status="parity_checked" if report.passed else "executed") if ran else seen
 
 
 def _report(manifest: Manifest, precision: Precision, levels: tuple[LevelParity, ...], *, images: int) -> ParityReport:

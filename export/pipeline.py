@@ -116,10 +116,7 @@ def export(job: ExportJob, folder: Path, *, overwrite: bool = False, progress: P
             baseline = engines.baseline(manifest, staging) if job.options.probe_levels else None
             speed = _speed(engines, plan, manifest, staging, progress)
         progress(StageStarted(name="bundle"))
-        images = network.images.astype(np.float32)  # which has every uint8: the reference's one dtype
-        capture(images, {output.name: expected[output.name] for output in manifest.outputs}).save(
-            staging / REFERENCE_FILE
-        )
+        _save_reference(network, expected, manifest, staging)
         if baseline is not None:
             baseline.save(staging / BASELINE_FILE)
         if isinstance(plan, QuantizationPlan):
@@ -136,6 +133,12 @@ def export(job: ExportJob, folder: Path, *, overwrite: bool = False, progress: P
     if job.backend.is_code(written.manifest.engine):
         remember_engine(written.manifest)
     return written
+
+
+def _save_reference(network: Prepared, expected: dict[str, FloatArray], manifest: Manifest, staging: Path) -> None:
+    images = network.images.astype(np.float32)  # which has every uint8: the reference's one dtype
+    reference = capture(images, {output.name: expected[output.name] for output in manifest.outputs})
+    reference.save(staging / REFERENCE_FILE)
 
 
 def evaluate_job(job: ExportJob, held_out: CalibrationSet) -> Measured:

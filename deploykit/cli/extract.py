@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,6 +10,9 @@ from deploykit.backends.table import EVALUATOR
 from deploykit.cli.image_progress import image_progress
 from deploykit.cli.output import DeviceOption, JsonFlag, ThreadsOption, TrustOption, show, show_json
 from deploykit.extraction import SHARD
+
+if TYPE_CHECKING:
+    from deploykit.extraction import Extraction
 
 EXAMPLE = f"Example: deploykit extract photos --bundle resnet18-{EVALUATOR}-fp32 -o features.parquet"
 
@@ -62,6 +65,10 @@ def extract(
     if json:
         show_json(found)
         return
+    show(_told(found))
+
+
+def _told(found: Extraction) -> str:
     resumed = f", {found.resumed} of them from a stopped run" if found.resumed else ""
     skipped = f"; without features: {found.skipped}" if found.skipped else ""
-    show(f"Wrote {found.output}: {found.rows} rows{resumed}{skipped}.")
+    return f"Wrote {found.output}: {found.rows} rows{resumed}{skipped}."
