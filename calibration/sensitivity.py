@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -34,12 +34,17 @@ PLAIN_DIALECT: Dialect = OnnxDialect(float_choices=(keep_pointlike(),))
 """uint8 activations with the plan's ranges, for every operator."""
 
 
+Part: TypeAlias = Literal["both", "weights", "activations"]
+"""What of a node runs in integers: its weight and bias, what it reads, or both."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class NodeSensitivity:
     """One integer node: the SQNR in dB of each output when it alone is quantized, and its work.
 
-    ``layer`` is its weight's name in the state dict. ``macs`` are the multiply-accumulates of one
-    image. A perfect match is `MAX_SQNR_DB`.
+    ``weights_db`` and ``activations_db`` are that of the output that suffers most when only the node's weight, or only
+    what it reads, is rounded. ``layer`` is its weight's name in the state dict. ``macs`` are the multiply-accumulates of
+    one image. A perfect match is `MAX_SQNR_DB`.
     """
 
     node: str
@@ -47,6 +52,8 @@ class NodeSensitivity:
     operator: str
     macs: int
     sqnr_db: dict[str, float]
+    weights_db: float = MAX_SQNR_DB
+    activations_db: float = MAX_SQNR_DB
 
     @property
     def worst_db(self) -> float:
@@ -60,12 +67,32 @@ class NodeSensitivity:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cure:
+    """What was tried against the noise: ``worst_db`` of the output that suffers most, and ``gain_db`` over the plan.
+
+    ``how`` is what an export is told to have it.
+    """
+
+    name: str
+    how: str
+    worst_db: float
+    gain_db: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sensitivity:
-    """Every integer node, the noisiest first, and the SQNR of each output with all of them quantized at once."""
+    """Every integer node, the noisiest first, and the SQNR of each output with all of them quantized at once.
+
+    ``weights_db`` and ``activations_db`` are with the weights of all, and with what all read, alone; empty where they
+    were not told apart. ``cures`` are what was tried, the best first; empty where nothing was.
+    """
 
     images: int
     nodes: tuple[NodeSensitivity, ...]
     together_db: dict[str, float]
+    weights_db: dict[str, float] = field(default_factory=dict)
+    activations_db: dict[str, float] = field(default_factory=dict)
+    cures: tuple[Cure, ...] = ()
 
     def shares(self) -> dict[str, float]:
         """Return each node's part, 0 to 1, of the noise that all of them make when each works alone."""
@@ -87,7 +114,9 @@ class Sensitivity:
         figure.savefig(path)
 
 
-def measure_sensitivity(model: ir.Model, plan: QuantizationPlan, images: FloatArray, dialect: Dialect) -> Sensitivity:
+def measure_sensitivity(
+    model: ir.Model, plan: QuantizationPlan, images: FloatArray, dialect: Dialect, *, parts: bool = False
+) -> Sensitivity:
     """Quantize the integer nodes of a plan one at a time and compare the outputs with FP32.
 
     A node's own noise is that of its weight, its corrected bias and what it reads; what residual
@@ -98,6 +127,7 @@ def measure_sensitivity(model: ir.Model, plan: QuantizationPlan, images: FloatAr
         plan: which nodes run in integers, with the range of what they read.
         images: ``(N, C, H, W)`` to measure on; `MEASURED_IMAGES` of them are used.
         dialect: how the runtime quantizes what a node reads, and what it keeps in float.
+        parts: also tell the noise of weights from that of what is read, in three times the time.
     """
     plan = dialect.keep_float(model, plan)
     simulation = Simulation(model, plan, images, dialect)
@@ -111,10 +141,29 @@ def measure_sensitivity(model: ir.Model, plan: QuantizationPlan, images: FloatAr
         )
         for name, use in plan.placement.weights.items()
     ]
-    return Sensitivity(
+    found = Sensitivity(
         images=simulation.images,
         nodes=tuple(sorted(nodes, key=lambda entry: entry.worst_db)),
         together_db=simulation.sqnr_db(plan.placement.weights),
+    )
+    return _with_parts(found, simulation) if parts else found
+
+
+def _with_parts(found: Sensitivity, simulation: Simulation) -> Sensitivity:
+    """Add the noise of weights alone and of what is read alone, for each node and for all."""
+
+    def worst(node: str, part: Part) -> float:
+        return min(simulation.sqnr_db({node}, part).values())
+
+    names = [entry.node for entry in found.nodes]
+    return replace(
+        found,
+        nodes=tuple(
+            replace(entry, weights_db=worst(entry.node, "weights"), activations_db=worst(entry.node, "activations"))
+            for entry in found.nodes
+        ),
+        weights_db=simulation.sqnr_db(names, "weights"),
+        activations_db=simulation.sqnr_db(names, "activations"),
     )
 
 
@@ -155,11 +204,16 @@ class Simulation:
         self._session = onnx_session(opened)
         self._reference: list[Array] | None = None
 
-    def sqnr_db(self, quantized: Collection[str]) -> dict[str, float]:
-        """The SQNR in dB of every output against FP32 when these nodes run in integers, capped at `MAX_SQNR_DB`."""
+    def sqnr_db(self, quantized: Collection[str], part: Part = "both") -> dict[str, float]:
+        """Return the SQNR in dB of every output against FP32 when these nodes run in integers, at most `MAX_SQNR_DB`.
+
+        Args:
+            quantized: the nodes.
+            part: what of them is rounded.
+        """
         if self._reference is None:
             self._reference = self._run(())
-        found = self._run(quantized)
+        found = self._run(quantized, part)
         return {
             name: float(np.clip(sqnr_db(before, after), -MAX_SQNR_DB, MAX_SQNR_DB))
             for name, before, after in zip(self._outputs, self._reference, found, strict=True)
@@ -178,14 +232,19 @@ class Simulation:
         if f"{node}/bias" in values:
             values[f"{node}/bias"] = self._exact[f"{node}/bias"].astype(np.float32) + shift
 
-    def _feeds(self, quantized: Collection[str]) -> dict[str, Array]:
+    def _feeds(self, quantized: Collection[str], part: Part = "both") -> dict[str, Array]:
         feed = dict(self._exact)
         for name in quantized:
-            feed |= self._rounded[name]
+            switch = _switch_name(name)
+            feed |= {
+                key: value
+                for key, value in self._rounded[name].items()
+                if part == "both" or (key == switch) == (part == "activations")
+            }
         return feed
 
-    def _run(self, quantized: Collection[str]) -> list[Array]:
-        feed = self._feeds(quantized)
+    def _run(self, quantized: Collection[str], part: Part = "both") -> list[Array]:
+        feed = self._feeds(quantized, part)
         runs = [self._session.run(self._outputs, feed | {self._input: batch}) for batch in self.batches]
         return [np.concatenate(parts) for parts in zip(*runs, strict=True)]
 
@@ -201,7 +260,7 @@ class Simulation:
         self._rounded[name] = {}
         node.replace_input_with(1, self._feed(graph, name, f"{name}/weight", weight, rounded))
         self._open_bias(graph, node, use, weight.shape[use.axis])
-        switch = f"{name}/quantized"
+        switch = _switch_name(name)
         flag = self._feed(graph, name, switch, np.array(False), np.array(True))
         read = _switched(graph, node, flag, self._parameters(graph, node, use))
         node.replace_input_with(0, read)
@@ -238,6 +297,10 @@ class Simulation:
             add_constant(graph, f"{node.name}/input_scale", scale),
             add_constant(graph, f"{node.name}/input_zero", zero),
         )
+
+
+def _switch_name(node: str) -> str:
+    return f"{node}/quantized"
 
 
 def _read_name(node: str) -> str:

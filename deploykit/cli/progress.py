@@ -32,6 +32,7 @@ STAGES: dict[str, str] = {
 OPTIONAL_STAGES: dict[str, str] = {
     "recipes": "try recipes on images held out",
     "sensitivity": "quantize one layer at a time",
+    "cures": "try what could be done against the noise",
     "conversion": "prove the fp32 conversion",
     "search": "search the layers to keep in float",
     "speed": "time it in turns with fp32",

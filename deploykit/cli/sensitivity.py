@@ -37,6 +37,10 @@ def sensitivity(
     plot: Annotated[
         str | None, typer.Option("--plot", metavar="FILE", help="Draw all layers into a .png or .svg file.")
     ] = None,
+    cures: Annotated[
+        bool,
+        typer.Option("--cures", help="Try what could be done against the noise, and show what each gives (minutes)."),
+    ] = False,
     json: JsonFlag = False,
 ) -> None:
     """Quantize one layer at a time to int8 and show what each costs the outputs, in dB against fp32."""
@@ -51,6 +55,7 @@ def sensitivity(
         precision=parse_precision("int8", settings),
         calibration=tuple(calibration or ()),
         skip_corrupt=skip_corrupt,
+        cures=cures,
     )
     if plot is not None:
         found.plot(Path(plot))
@@ -69,6 +74,7 @@ def _measure(
     precision: object,
     calibration: tuple[str, ...],
     skip_corrupt: bool,
+    cures: bool,
 ) -> Sensitivity:
     from deploykit.calibration.images import calibration_set
     from deploykit.cli.export_check import calibration_source
@@ -85,25 +91,31 @@ def _measure(
         if source is not None:
             images = calibration_set(source, backbone.input_spec, skip_corrupt=skip_corrupt)
         options = ExportOptions(runtime=runtime, precision=precision)
-        return measure(ExportJob(backbone=backbone, options=options, images=images), progress=progress)
+        return measure(ExportJob(backbone=backbone, options=options, images=images), cures=cures, progress=progress)
 
 
 def _show(found: Sensitivity, shown: int) -> None:
     shares = found.shares()
     outputs = list(found.together_db)
-    columns = ("layer", "operator", "MMACs", *outputs, "share of noise")
+    columns = ("layer", "operator", "MMACs", *outputs, "weights", "activations", "share of noise")
     rows = [
         [entry.layer, entry.operator, f"{entry.macs / 1e6:.3g}"]
         + [_decibels(entry.sqnr_db[output]) for output in outputs]
+        + [_decibels(entry.weights_db), _decibels(entry.activations_db)]
         + [f"{shares[entry.node]:.1%}"]
         for entry in found.nodes[:shown]
     ]
     rest = sum(shares[entry.node] for entry in found.nodes[shown:])
     if len(found.nodes) > shown:
-        rows.append([f"{len(found.nodes) - shown} more", "", "", *("" for _ in outputs), f"{rest:.1%}"])
-    rows.append(["all of them", "", "", *(_decibels(found.together_db[output]) for output in outputs), ""])
+        rows.append([f"{len(found.nodes) - shown} more", "", "", *("" for _ in outputs), "", "", f"{rest:.1%}"])
+    parts = [_decibels(min(each.values())) for each in (found.weights_db, found.activations_db)]
+    rows.append(["all of them", "", "", *(_decibels(found.together_db[output]) for output in outputs), *parts, ""])
     title = f"SQNR in dB of each output with one layer in int8, against fp32, {found.images} images"
     show(table(columns, rows, right=columns[2:], title=title))
+    if found.cures:
+        tried = [[each.name, _decibels(each.worst_db), f"{each.gain_db:+.1f}", each.how] for each in found.cures]
+        headings = ("what was tried", "worst output dB", "gain dB", "export with")
+        show(table(headings, tried, right=headings[1:3], title="All layers in int8, as far as not said otherwise"))
 
 
 def _decibels(value: float) -> str:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
 WORDS = ("sensitivity", "resnet18", "--image-size", "64")
@@ -19,6 +21,35 @@ def test_every_layer_has_a_figure_for_every_level(told):
     for entry in found["nodes"]:
         assert list(entry["sqnr_db"]) == ["stem", "stage1", "stage2", "stage3", "stage4", "logits"]
     assert sum(told.json()["shares"].values()) == pytest.approx(1)
+
+
+def test_noise_of_weights_is_told_from_that_of_activations(told):
+    found = told.json()["sensitivity"]
+    for entry in found["nodes"]:
+        worst = min(entry["sqnr_db"].values())
+        if worst > 100:
+            continue
+        apart = -10 * math.log10(sum(10 ** (-entry[part] / 10) for part in ("weights_db", "activations_db")))
+        assert apart == pytest.approx(worst, abs=2)  # the two noises hardly know of each other
+    assert min(found["together_db"].values()) < min(found["weights_db"].values())
+    assert min(found["together_db"].values()) < min(found["activations_db"].values())
+    assert found["cures"] == []
+
+
+@pytest.mark.slow
+def test_cures_are_tried_and_ranked(call, photos, told):
+    done = call(*WORDS, "--calibration", photos, "--cures", "--json")
+    found = done.json()["sensitivity"]
+    before = min(found["together_db"].values())
+    cures = {each["name"]: each for each in found["cures"]}
+    assert {"the noisiest layer in float", "the 8 noisiest layers in float", "wider ranges"} < set(cures)
+    assert {"adaptive rounding", "all 4 images instead of 2"} < set(cures)
+    for each in found["cures"]:
+        if "images" not in each["name"]:
+            assert each["worst_db"] - before == pytest.approx(each["gain_db"], abs=0.02)
+    gains = [each["gain_db"] for each in found["cures"]]
+    assert gains == sorted(gains, reverse=True)
+    assert cures["the 8 noisiest layers in float"]["gain_db"] > cures["the noisiest layer in float"]["gain_db"] > 0
 
 
 def test_few_images_are_warned_of_on_stderr(told):
