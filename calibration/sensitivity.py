@@ -43,8 +43,8 @@ class NodeSensitivity:
     """One integer node: the SQNR in dB of each output when it alone is quantized, and its work.
 
     ``weights_db`` and ``activations_db`` are that of the output that suffers most when only the node's weight, or only
-    what it reads, is rounded. ``layer`` is its weight's name in the state dict. ``macs`` are the multiply-accumulates of
-    one image. A perfect match is `MAX_SQNR_DB`.
+    what it reads, is rounded. ``layer`` is its weight's name in the state dict. ``macs`` are the
+    multiply-accumulates of one image. A perfect match is `MAX_SQNR_DB`.
     """
 
     node: str
