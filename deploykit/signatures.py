@@ -85,8 +85,7 @@ def sign_bundle(
     ignored = _beside(folder, manifest)
     hashing = library.hashing.Config().set_ignored_paths(paths=ignored, ignore_git_paths=False).set_allow_symlinks(True)
     config = library.signing.Config().set_hashing_config(hashing)
-    for path in (key, *([certificate] if certificate else []), *chain):
-        _read_key(Path(path))
+    _check_readable(key, *([certificate] if certificate else []), *chain)
     try:
         if certificate is None:
             config.use_elliptic_key_signer(private_key=key, password=password)
@@ -104,6 +103,11 @@ def sign_bundle(
         except OSError as error:
             raise storage_error(f"the signature of {folder} cannot be written", error) from error
     return folder / SIGNATURE
+
+
+def _check_readable(*files: str | os.PathLike[str]) -> None:
+    for file in files:
+        _read_key(Path(file))
 
 
 def _beside(folder: Path, manifest: Manifest) -> list[Path]:
