@@ -8,12 +8,11 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias, cast
 
 import numpy as np
-import numpy.typing as npt
 
-from deploykit.arrays import ImageArray
+from deploykit.arrays import Array, ImageArray
 from deploykit.errors import ImageError, SpecError
 from deploykit.images.decode import shown
 from deploykit.images.find import IMAGE_SUFFIXES, NAMED, find_images
@@ -31,7 +30,7 @@ LABEL_ARRAYS = ("labels", "y", "y_test", "test_labels", "targets")
 MOST_CSV_BYTES = 1 << 30
 
 Label: TypeAlias = str | int
-DatasetSource: TypeAlias = "str | os.PathLike[str] | Dataset | tuple[npt.NDArray[Any], Any] | npt.NDArray[Any]"
+DatasetSource: TypeAlias = "str | os.PathLike[str] | Dataset | tuple[Array, object] | Array"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,22 +194,23 @@ def _from_npz(path: Path) -> Dataset:
     return _from_arrays(images, labels, name)
 
 
-def _from_arrays(images: npt.NDArray[Any], labels: Any, name: str) -> Dataset:
+def _from_arrays(images: Array, labels: object, name: str) -> Dataset:
     is_pixels = images.dtype == np.uint8 and images.ndim in (3, 4)
     if not (is_pixels or (images.dtype == np.float32 and images.ndim == 4)) or not len(images):
         raise SpecError(
             f"{name}: the images are {images.shape} {images.dtype}; expected pixels (N, H, W, C) or (N, H, W) in "
             "uint8, or normalised images (N, C, H, W) in float32, at least one."
         )
+    arrays = cast("ImageArray", images)  # of one of the dtypes above
     if labels is None:
-        return Dataset(name=name, arrays=images)
+        return Dataset(name=name, arrays=arrays)
     found = np.asarray(labels)
     if found.dtype.kind not in "iuU" or found.reshape(-1).shape != (len(images),):
         raise SpecError(
             f"{name}: the labels are {found.shape} {found.dtype} for {len(images)} images; expected one class index, "
             "or name, an image."
         )
-    return Dataset(name=name, arrays=images, labels=tuple(found.reshape(-1).tolist()))
+    return Dataset(name=name, arrays=arrays, labels=tuple(found.reshape(-1).tolist()))
 
 
 def read_images(

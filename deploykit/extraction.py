@@ -149,7 +149,7 @@ class _Job:
         for part in folder.glob("*.part"):
             part.unlink(missing_ok=True)
 
-    def _describe(self) -> dict[str, Any]:
+    def _describe(self) -> dict[str, object]:
         """Return all that decides the rows, as JSON takes it."""
         manifest = self.model.manifest
         digest = hashlib.sha256()
@@ -197,7 +197,7 @@ class _Job:
         outputs = {} if images is None else run_in_batches(self.model, images)
         errors = {position: self._why(position) for position in positions if position not in set(read)}
         names = [self.dataset.name_of(each) for each in positions]
-        columns: dict[str, Any] = {"image": arrow.array(names, arrow.string())}
+        columns: dict[str, object] = {"image": arrow.array(names, arrow.string())}
         if self.dataset.labels is not None:
             columns["label"] = arrow.array([str(self.dataset.labels[each]) for each in positions], arrow.string())
         columns["error"] = arrow.array([errors.get(each) for each in positions], arrow.string())

@@ -25,6 +25,6 @@ def path_of(name: Any) -> Path:
         ) from error
 
 
-def is_bare(name: Any) -> bool:
+def is_bare(name: object) -> bool:
     """Return whether a name is text without a separator of folders: a backbone's, before it is a folder's."""
     return isinstance(name, str) and not any(each in name for each in ("/", os.sep, os.altsep) if each)

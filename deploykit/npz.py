@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import math
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, BinaryIO, TypeAlias
 
 import numpy as np
 
@@ -20,6 +20,10 @@ SMALL_BYTES = 256 << 20
 MOST_PACKED = 8
 
 _SUFFIX = ".npy"
+
+
+ReadHeader: TypeAlias = Callable[[IO[bytes]], tuple[tuple[int, ...], bool, np.dtype[np.generic]]]
+"""Gives shape, whether in Fortran's order, and dtype."""
 
 
 class NpzArrays(Mapping[str, Array]):
@@ -132,7 +136,7 @@ def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[np.generi
         ValueError: not a header, or of objects, which would have to be unpickled.
     """
     version = np.lib.format.read_magic(member)
-    read: Any = getattr(np.lib.format, f"read_array_header_{version[0]}_{version[1]}", None)
+    read: ReadHeader | None = getattr(np.lib.format, f"read_array_header_{version[0]}_{version[1]}", None)
     if read is None:
         # Version 3 differs from 2 in the encoding of field names, and plain arrays have none.
         read = np.lib.format.read_array_header_2_0

@@ -127,7 +127,7 @@ def collect_answers(
     positions: list[int] = []
     start = perf_counter()
     for chunk in dataset.chunks(_chunk_size(subjects)):
-        decoded: dict[tuple[Any, ...], ImageArray] = {}
+        decoded: dict[tuple[object, ...], ImageArray] = {}
         read: list[int] = []
         for subject, own in zip(subjects, answers, strict=True):
             key = (subject.input.shape[1:], subject.input.dtype, subject.input.preprocessing)

@@ -203,14 +203,14 @@ class Runtime(ABC):
         """Return how many runs of one thread each the process has processors for."""
         return self.threads or count_cores(allowed_processors())
 
-    def _taken(self, images: Images) -> tuple[ImageArray, Callable[[FloatArray], Any] | None]:
+    def _taken(self, images: Images) -> tuple[ImageArray, Callable[[FloatArray], object] | None]:
         """Check a call's images; return them as an array, and what brings outputs into the caller's form."""
         if self._closed or os.getpid() != self._process:
             raise self._unusable()
         array, to_caller = (images, None) if isinstance(images, np.ndarray) else from_torch(images, self.input_spec)
         return check_images(array, self.input_spec), to_caller
 
-    def _answer(self, run: Callable[[], list[FloatArray]], to_caller: Callable[[FloatArray], Any] | None) -> Any:
+    def _answer(self, run: Callable[[], list[FloatArray]], to_caller: Callable[[FloatArray], object] | None) -> Any:
         """Run, or wait for a run, and return its outputs in the caller's form."""
         try:
             outputs: list[Any] = run()

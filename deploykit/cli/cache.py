@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from deploykit.cli.output import JsonFlag, show, show_json, size_text, table
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from deploykit.store_upkeep import Pruned, StoreEntry
 
 EXAMPLE = "Example: deploykit cache list"
@@ -112,7 +114,7 @@ def _show_removed(pruned: Pruned, root: Path | None, *, json: bool) -> None:
     show("Next: deploykit cache list")
 
 
-def _table(found: list[StoreEntry]) -> Any:
+def _table(found: list[StoreEntry]) -> Table:
     rows = [
         [
             entry.kind,

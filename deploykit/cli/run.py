@@ -25,6 +25,8 @@ from deploykit.cli.output import (
 from deploykit.errors import ImageError, SpecError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from deploykit.arrays import ImageArray
     from deploykit.backends.runtime import Runtime
     from deploykit.predict import Prediction
@@ -208,7 +210,7 @@ def _summary(name: str, output: Any) -> OutputSummary:
     return OutputSummary(name=name, shape=tuple(output.shape), mean=float(values.mean()), std=float(values.std()))
 
 
-def _as_table(results: list[ImageResult]) -> Any:
+def _as_table(results: list[ImageResult]) -> Table:
     """Return one row a class, or one row an output; the file's name stands in its first row."""
     rows: list[list[str]] = []
     for result in results:

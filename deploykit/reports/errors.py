@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -42,13 +42,13 @@ def errors_apart(models: Mapping[str, Runtime]) -> tuple[ErrorApart, ...]:
 
     What cannot be compared is left out: a quantization error needs an FP32 engine of the same runtime beside it.
     """
-    groups: dict[Any, list[str]] = {}
+    groups: dict[tuple[object, ...], list[str]] = {}
     for name, model in models.items():
         groups.setdefault(_network(model), []).append(name)
     return tuple(error for names in groups.values() for error in _of_group({name: models[name] for name in names}))
 
 
-def _network(model: Runtime) -> tuple[Any, ...]:
+def _network(model: Runtime) -> tuple[object, ...]:
     taken, given = model.input_spec, model.manifest.outputs
     outputs = tuple((output.name, output.shape[1:]) for output in given)
     return model.manifest.weights_digest, taken.shape[1:], taken.dtype, taken.preprocessing, outputs
