@@ -211,3 +211,50 @@ def test_the_command_writes_a_bundle(tmp_path):
         assert engine.input_spec.height == SIDE
     refused = call("import", tmp_path / "images.npy", "--runtime", "onnxruntime")
     assert (refused.code, "cannot be read as ONNX" in refused.err) == (1, True)
+
+
+@pytest.mark.slow
+def test_nncfs_own_graph_gives_its_own_numbers(tmp_path):
+    nncf = pytest.importorskip("nncf", reason="nncf is not installed")
+    dataset = nncf.Dataset(list(images()), lambda image: {"images": image[None]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantized = nncf.quantize(network(), dataset, subset_size=8, preset=nncf.QuantizationPreset.MIXED)
+    onnx.save(quantized, tmp_path / "nncf.onnx")
+    found = import_quantized(tmp_path / "nncf.onnx")
+    want = found.outputs_of_source(images())["logits"]
+    assert len(found.plan.placement.weights) == 7
+    for runtime in ("onnxruntime", "openvino"):
+        assert sqnr_db(want, rendered(found, runtime)) > 35
+
+
+@pytest.mark.slow
+def test_a_model_of_the_pt2e_flow_gives_its_own_numbers(tmp_path):
+    quantize = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e", reason="torchao is not installed")
+    inductor = pytest.importorskip("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
+    import torch
+    from torch import nn
+
+    torch.manual_seed(0)
+    body = [nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 1), nn.ReLU()]
+    module = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, CLASSES)).eval()
+    example = (torch.from_numpy(images(1)),)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = inductor.get_default_x86_inductor_quantization_config()
+        quantizer = inductor.X86InductorQuantizer().set_global(config)
+        prepared = quantize.prepare_pt2e(torch.export.export(module, example).module(), quantizer)
+        for image in images():
+            prepared(torch.from_numpy(image[None]))
+        converted = quantize.convert_pt2e(prepared)
+        torch.onnx.export(converted, example, tmp_path / "pt2e.onnx", dynamo=True, verbose=False)
+    found = import_quantized(tmp_path / "pt2e.onnx")
+    want = found.outputs_of_source(images())["logits"]
+    assert len(found.plan.placement.weights) == 3
+    for runtime in ("onnxruntime", "openvino"):
+        dialect = resolve(load_backend(runtime).dialect)
+        graph = dialect.render(found.master, found.plan, images()).graph
+        session = onnx_session(graph.model, optimize=False)
+        name = found.input.name
+        own = np.concatenate([session.run(["logits"], {name: image[None]})[0] for image in images()])
+        assert sqnr_db(want, own) > 35
