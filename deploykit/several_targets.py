@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 from deploykit.arguments import check_arguments
 from deploykit.errors import DeployKitError, ExportError, ParityError, SpecError
 from deploykit.export.target_options import export_options
+from deploykit.facade import BatchSize
 from deploykit.jobs import make_job
 from deploykit.options import ExportOptions
 from deploykit.progress import Progress, quiet
+from deploykit.spec import Precision, parse_batch
+from deploykit.unset import UNSET, UnsetType
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,25 +29,36 @@ def export_targets(
     output: str | os.PathLike[str],
     *,
     targets: Sequence[str],
+    runtime: str | UnsetType = UNSET,
+    precision: str | Precision | UnsetType = UNSET,
     calibration: CalibrationSource | None = None,
+    batch_size: BatchSize | UnsetType = UNSET,
+    embed_preprocessing: bool | UnsetType = UNSET,
     overwrite: bool = False,
     skip_corrupt: bool = False,
+    time_against_fp32: bool = False,
+    require_speedup: bool = False,
     progress: Progress = quiet,
-    backbone: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, ExportResult]:
     """Export a backbone for several targets: one bundle for each, in a folder of the target's name.
 
     Args:
-        name: as for `deploykit.export_backbone`.
+        name: as for `deploykit.export_backbone`, as are all that are not described here; what is given holds for
+            every target.
         output: the folder above the bundles.
         targets: names, aliases or TOML files.
-        calibration: as for `deploykit.export_backbone`.
+        runtime: see above.
+        precision: see above.
+        calibration: the images, read once.
+        batch_size: see above.
+        embed_preprocessing: see above.
         overwrite: replace existing bundles, each once the new one is whole.
-        skip_corrupt: leave unreadable calibration images out with a warning.
+        skip_corrupt: see above.
+        time_against_fp32: for the targets that this machine is.
+        require_speedup: refused for a target that this machine is not.
         progress: called with each event, target after target.
-        backbone: options of `deploykit.create_backbone` that say which backbone it is.
-        options: ``runtime``, ``precision``, ``batch`` and the other options that hold for every target.
+        options: which backbone it is.
 
     Returns:
         What `deploykit.export_backbone` gives, by the target's name.
@@ -54,12 +68,23 @@ def export_targets(
         ParityError, ExportError: a target failed; the message names each, and the others' bundles are written.
     """
     check_arguments(export_targets, locals())
-    asked = [export_options(target, **options) for target in targets]
+    asked = [
+        export_options(
+            target,
+            runtime=runtime,
+            precision=precision,
+            batch=UNSET if batch_size is UNSET else parse_batch(batch_size),
+            embed_preprocessing=embed_preprocessing,
+            time_against_fp32=time_against_fp32,
+            require_speedup=require_speedup,
+        )
+        for target in targets
+    ]
     return export_asked_targets(
         name,
         Path(output),
         asked,
-        backbone=backbone or {},
+        backbone=options,
         calibration=calibration,
         skip_corrupt=skip_corrupt,
         overwrite=overwrite,

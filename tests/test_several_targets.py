@@ -59,7 +59,7 @@ def exported(network, images, tmp_path_factory):
         folder,
         targets=TWO,
         calibration=images,
-        backbone={"image_size": 32},
+        image_size=32,
         time_against_fp32=True,
         progress=lambda event: seen.append(event) if isinstance(event, ImagesCalibrated) else None,
     )
@@ -143,7 +143,7 @@ def test_one_target_that_fails_is_named_and_leaves_the_others(tmp_path):
             wide,
             tmp_path / "out",
             targets=[str(tmp_path / "small.toml"), str(tmp_path / "board.toml")],
-            backbone={"image_size": 16},
+            image_size=16,
         )
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["board"]
     manifest = read_manifest(tmp_path / "out/board")
