@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from deploykit.arguments import check_arguments
 from deploykit.arrays import Array, FloatArray, ImageArray
 from deploykit.errors import ImageError, SpecError
 from deploykit.images.decode import decode_bytes, decode_file, decode_picture
@@ -54,7 +53,6 @@ def preprocess(image: SomeImages, spec: InputSpec) -> ImageArray:
         ImageError: an image is missing, damaged, or in a mode without a known white; each one is named.
         SpecError: something else than an image, or a model whose channels no photograph has.
     """
-    check_arguments(preprocess, locals())
     _check_spec(spec)
     sources = [image] if is_one_image(image) else _listed(image)
     single = len(sources) == 1 and sources[0] is image
@@ -74,7 +72,6 @@ def preprocess(image: SomeImages, spec: InputSpec) -> ImageArray:
 
 def load_images(files: SomeImages, spec: InputSpec) -> ImageArray:
     """Decode and preprocess image files, or images in memory, as `preprocess` does; one image is a batch of one."""
-    check_arguments(load_images, locals())
     return preprocess(files, spec)
 
 
