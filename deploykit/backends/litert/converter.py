@@ -19,6 +19,7 @@ import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_dec
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from deploykit.backends.litert.half_weights import store_halves
 from deploykit.backends.litert.integer_weights import IntegerWeight, check_integers, write_integers
 from deploykit.errors import ExportError
 
@@ -73,6 +74,7 @@ def convert(request: ConversionRequest) -> None:
             model = litert_torch.convert(module, sample_kwargs=example, quant_config=_quantization(request))
         content = write_integers(model.model_content(), weights)
         check_integers(content, weights)
+        content = store_halves(content)
         Path(request.engine).write_bytes(content)
 
 

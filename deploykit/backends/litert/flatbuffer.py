@@ -60,6 +60,32 @@ class TFLiteModel:
         """Return whether a tensor holds int8."""
         return bool(graph.tensors[index].type == self.schema.TensorType.INT8)
 
+    def add_buffer(self, content: bytes) -> int:
+        """Add the bytes of a constant; return their index."""
+        buffer = self.schema.BufferT()
+        buffer.data = np.frombuffer(content, np.uint8)
+        self.raw.buffers.append(buffer)
+        return len(self.raw.buffers) - 1
+
+    def release(self, buffer: int) -> int:
+        """Let one tensor less read a buffer, whose bytes go with the last; return the index of no constant."""
+        tensors = [tensor for graph in self.raw.subgraphs for tensor in graph.tensors if tensor.buffer == buffer]
+        if len(tensors) <= 1:
+            self.raw.buffers[buffer].data = None
+        return 0
+
+    def operator_code(self, name: str) -> int:
+        """Return the index of an operator's code in this model, added where it has none."""
+        number = getattr(self.schema.BuiltinOperator, name)
+        for index, code in enumerate(self.raw.operatorCodes):
+            if code.builtinCode == number:
+                return index
+        code = self.schema.OperatorCodeT()
+        code.builtinCode, code.version = number, 3
+        code.deprecatedBuiltinCode = min(number, 127)
+        self.raw.operatorCodes.append(code)
+        return len(self.raw.operatorCodes) - 1
+
     def pack(self) -> bytes:
         """Return the model as the bytes of a file."""
         builder = require("flatbuffers").Builder(self._size)

@@ -74,13 +74,8 @@ def write_integers(content: bytes, weights: list[IntegerWeight]) -> bytes:
 
 
 def _write(model: TFLiteModel, tensor: Any, weight: IntegerWeight) -> None:
-    buffer = model.schema.BufferT()
-    buffer.data = np.frombuffer(weight.integers.tobytes(), np.uint8)
-    buffers = model.raw.buffers
-    old, tensor.buffer = tensor.buffer, len(buffers)
-    buffers.append(buffer)
-    if not any(other.buffer == old for graph in model.raw.subgraphs for other in graph.tensors):
-        buffers[old].data = None
+    model.release(tensor.buffer)
+    tensor.buffer = model.add_buffer(weight.integers.tobytes())
     tensor.type = model.schema.TensorType.INT8
     quantization = model.schema.QuantizationParametersT()
     quantization.scale = weight.scales

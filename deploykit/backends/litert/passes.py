@@ -15,8 +15,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from deploykit.arrays import FloatArray
+from deploykit.backbones.attention import TRANSPOSED
 from deploykit.calibration.dialect import Rendered, keep_float
 from deploykit.calibration.float_fallback import keep_image_side
+from deploykit.calibration.half import HalfPlan
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.precision_plan import PrecisionPlan
 from deploykit.calibration.quantize_activations import UINT8, IntegerType
@@ -26,8 +28,11 @@ from deploykit.calibration.torch_integers import (
     Integers,
     copy_of,
     planned_nodes,
+    value_of,
+    weighted_nodes,
     write_weight,
 )
+from deploykit.fusion.constants import operand
 from deploykit.fusion.program import export_program
 from deploykit.graph import TorchProgram
 
@@ -45,10 +50,13 @@ class LiteRTDialect:
 
     def render(self, graph: TorchProgram, plan: PrecisionPlan, probe: FloatArray) -> Rendered:
         """Write a plan (None: FP32) into a copy of the master program."""
-        if not isinstance(plan, QuantizationPlan):
+        if plan is None:
             return Rendered(graph=graph)
         module = copy_of(graph.program)
-        _write_integers(module, plan, tuple(output.name for output in graph.outputs))
+        if isinstance(plan, QuantizationPlan):
+            _write_integers(module, plan, tuple(output.name for output in graph.outputs))
+        elif isinstance(plan, HalfPlan):
+            _round_weights(module, plan)
         return Rendered(graph=replace(graph, program=export_program(module, graph.input)))
 
 
@@ -67,6 +75,17 @@ def _write_integers(module: GraphModule, plan: QuantizationPlan, outputs: tuple[
         for reader in readers:
             activations.read(reader, node, sources[node])
     module.recompile()
+
+
+def _round_weights(module: GraphModule, plan: HalfPlan) -> None:
+    """Round weights to what float16 holds, in place, but for those that a plan keeps; the engine stores them so."""
+    kept = {name.removesuffix(TRANSPOSED) for name in plan.float_weights}
+    most = torch.finfo(torch.float16).max
+    for node in weighted_nodes(module):
+        weight = operand(node, 1)
+        if str(weight.target) not in kept:
+            value = value_of(module, weight)
+            value.copy_(value.clamp(-most, most).half().float())
 
 
 def _tensors_of(module: GraphModule, outputs: tuple[str, ...]) -> dict[Node, str]:
