@@ -185,7 +185,9 @@ def nearest(name: str, known: Iterable[str], *, limit: int = 3) -> str:
     names when none is near and the list is short.
     """
     names = sorted(set(known))
-    close = difflib.get_close_matches(name, names, n=limit, cutoff=0.6)
+    close = next(filter(None, (difflib.get_close_matches(each, names, limit) for each in (name, name.lower()))), [])
+    if not close and len(name) > 2:
+        close = [each for each in names if each.startswith(name.lower())][:limit]
     if close:
         return f"Did you mean {', '.join(map(repr, close))}?"
     if len(names) <= 24:

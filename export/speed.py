@@ -41,7 +41,8 @@ class SpeedReport:
 
     def sentence(self) -> str:
         """Return one line: how much faster or slower."""
-        times = f"{'slower; ' if self.slower else ''}median of {self.rounds} rounds in turns, one run"
+        per_call = f"{self.int8_ms:.3g} against {self.fp32_ms:.3g} ms a call"
+        times = f"{'slower; ' if self.slower else ''}{per_call}, median of {self.rounds} rounds in turns, one run"
         half = "" if self.fp16_ms is None else f", {self.fp16_ms / self.int8_ms:.2f} times as fast as fp16,"
         return f"int8 is {self.speedup:.2f} times as fast as fp32{half} in this runtime here ({times})."
 

@@ -17,6 +17,18 @@ BACKENDS: dict[str, str] = {
     "litert": "deploykit.backends.litert.backend:BACKEND",
 }
 
+SYNONYMS: dict[str, str] = {
+    "onnx": "onnxruntime",
+    "ort": "onnxruntime",
+    "ov": "openvino",
+    "trt": "tensorrt",
+    "tflite": "litert",
+    "aotinductor": "torch_compile",
+    "inductor": "torch_compile",
+    "pytorch": "torch",
+}
+"""What people call a runtime otherwise: suggested, never taken."""
+
 ENTRY_POINTS = "deploykit.backends"
 """A package declares ``name = "module:BACKEND"`` in this group, with the name that its `Backend` has."""
 
@@ -53,7 +65,8 @@ def load_backend(name: str) -> Backend:
         backend: Backend = resolve(BACKENDS[name])
         return backend
     if name not in _entry_points():
-        raise SpecError(f"unknown runtime {name!r}. {nearest(name, backend_names())}")
+        meant = SYNONYMS.get(name.lower(), name)
+        raise SpecError(f"unknown runtime {name!r}. {nearest(meant, backend_names())}")
     return _load_entry_point(name)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from deploykit.cli.exit_codes import DAMAGED
 from deploykit.cli.output import JsonFlag, show, show_json, size_text, table
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def prune(limit: LimitOption = None, json: JsonFlag = False) -> None:
 
 
 def verify(json: JsonFlag = False) -> None:
-    """Read every byte of every entry and compare it with its digest; exit code 1 where one is damaged."""
+    """Read every byte of every entry and compare it with its digest; exit code 3 where one is damaged."""
     from deploykit.store_upkeep import entries
 
     root = _root()
@@ -85,7 +86,7 @@ def verify(json: JsonFlag = False) -> None:
         show(f"{len(found)} entries, {len(damaged)} damaged. A damaged entry is never used: it is made again.")
         show(f"Next: deploykit cache {'prune' if damaged else 'list'}")
     if damaged:
-        raise typer.Exit(1)
+        raise typer.Exit(DAMAGED)
 
 
 def clear(json: JsonFlag = False) -> None:

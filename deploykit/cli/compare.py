@@ -9,6 +9,7 @@ import typer
 
 from deploykit.backends.table import EVALUATOR
 from deploykit.changes.tolerances import CONTRACT, DROP_DB, Tolerances
+from deploykit.cli.exit_codes import DRIFT, exit_code_of
 from deploykit.cli.output import (
     DeviceOption,
     JsonFlag,
@@ -111,15 +112,16 @@ def compare(
         raise
     except DeployKitError as error:
         if json:
-            show_json({"passed": False, "error": type(error).__name__, "message": str(error)})
+            failure = {"error": type(error).__name__, "message": str(error), "exit_code": exit_code_of(error)}
+            show_json({"passed": False, **failure})
         show_error(str(error))
-        raise typer.Exit(1) from error
+        raise typer.Exit(exit_code_of(error)) from error
     if json:
         show_json({"passed": found.passed, "comparison": found})
     else:
         _show(found)
     if not found.passed:
-        raise typer.Exit(1)
+        raise typer.Exit(DRIFT)
 
 
 def _show(found: BundleComparison) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deploykit.backends.table import EVALUATOR
+from deploykit.cli.exit_codes import DRIFT
 from deploykit.cli.image_progress import image_progress
 from deploykit.cli.output import (
     DeviceOption,
@@ -112,7 +113,7 @@ def evaluate(
         _show(found, images, shown)
     if failed:
         show_error(f"top-1 dropped by more than {max_drop:g} points: {', '.join(failed)}.")
-        raise typer.Exit(1)
+        raise typer.Exit(DRIFT)
     if not json:
         show(f"Next: deploykit verify {bundles[-1]}")
 

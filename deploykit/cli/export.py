@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 SHOWN_LABELS = 10
 """How many class names of the user's own are printed."""
 
+_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
+"""Of a weight in an engine of each precision."""
+
 EXAMPLE = f"Example: deploykit export resnet18 --runtime {EVALUATOR}"
 
 
@@ -56,6 +59,7 @@ def export(
     json: JsonFlag = False,
 ) -> None:
     """Compile a backbone for a runtime, quantize it where asked, compare it with torch, and write a bundle."""
+    runtime, precision = opt.lowered(runtime), opt.lowered(precision)
     settings = opt.settings_of(
         calibrator=calibrator,
         recipe=recipe,
@@ -83,7 +87,7 @@ def export(
             time_against_fp32=speed,
             require_speedup=require_speedup,
         )
-        for name in target or (None,)
+        for name in map(opt.lowered, target or (None,))
     )
     choice = opt.ExportChoice(
         backbone=backbone,
@@ -157,7 +161,7 @@ def _planned(plan: ExportPlan) -> list[str]:
         "engine": f"{plan.runtime} {plan.runtime_version}" + (f", target {plan.target}" if plan.target else ""),
         "precision": f"{plan.precision}: {settings}",
         "calibration": f"{plan.calibration_images} images" if plan.calibration_images else "none",
-        "bundle": plan.output,
+        "bundle": f"{plan.output}, about {size_text(plan.parameters * _BYTES[plan.precision])} of weights",
     }
     return [
         "Every option is in order. An export would make:",

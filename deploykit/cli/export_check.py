@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from deploykit.backends.table import EVALUATOR, load_backend
 from deploykit.bundle import is_bundle
 from deploykit.cli.export_options import ExportChoice
-from deploykit.errors import BundleError, SpecError
+from deploykit.errors import SpecError
 from deploykit.optional import require
 from deploykit.options import ExportOptions
 from deploykit.several_targets import target_folders
@@ -40,6 +41,7 @@ class ExportPlan:
     settings: dict[str, Any]
     target: str | None
     calibration_images: int
+    parameters: int
     output: str
 
 
@@ -47,7 +49,7 @@ def check_export(choice: ExportChoice) -> list[ExportPlan]:
     """Check every option of every target, by building the backbone without memory or weights.
 
     Raises:
-        SpecError, WeightsError, CalibrationError, BundleError, MissingDependency: what is wrong.
+        SpecError, WeightsError, CalibrationError, MissingDependency: what is wrong.
     """
     from deploykit.facade import named_bundle
 
@@ -83,6 +85,7 @@ def _plan(job: ExportJob, weights: str, output: Path) -> ExportPlan:
         settings={name: value for name, value in vars(job.options.precision).items() if value is not UNSET},
         target=job.options.target_name,
         calibration_images=len(job.images or ()),
+        parameters=sum(parameter.numel() for parameter in backbone.parameters()),
         output=str(output),
     )
 
@@ -91,15 +94,20 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
     """Refuse a folder that cannot or must not be written.
 
     Raises:
-        BundleError: it is taken, or its parent is not writable.
+        SpecError: it is taken, or its parent is not writable.
     """
     if folder.exists() and not is_bundle(folder):
-        raise BundleError(f"{folder} exists and is not a bundle, so it will not be replaced. Choose another with -o.")
+        raise SpecError(f"{folder} exists and is not a bundle, so it will not be replaced. Choose another with -o.")
     if folder.exists() and not overwrite:
-        raise BundleError(f"{folder} holds a bundle already. Choose another folder with -o, or add --overwrite.")
+        raise SpecError(f"{folder} holds a bundle already. Choose another folder with -o, or add --overwrite.")
     parent = next(each for each in folder.absolute().parents if each.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise BundleError(f"{parent} is not a folder that can be written to. Choose another place with -o.")
+    try:
+        with tempfile.TemporaryDirectory(dir=parent, prefix=".deploykit-"):
+            pass
+    except OSError as error:
+        raise SpecError(
+            f"{parent} is not a folder that can be written to ({error.strerror}). Choose another place with -o."
+        ) from error
 
 
 def _checked_job(choice: ExportChoice, options: ExportOptions, backbone: BaseBackbone) -> ExportJob:

@@ -21,6 +21,7 @@ from deploykit.spec import (
     Int8,
     parse_batch,
 )
+from deploykit.target import SUFFIX
 
 DEFAULTS = ExportOptions(runtime="")
 """The command's defaults are those of the options' class."""
@@ -267,6 +268,11 @@ def batch_of(text: str) -> Batch:
     if len(sizes) != 3:
         raise SpecError(f"--batch-size is {text!r}; expected N, dynamic, or the three numbers MIN,OPT,MAX.")
     return BatchRange(min=sizes[0], opt=sizes[1], max=sizes[2])
+
+
+def lowered(name: str | None) -> str | None:
+    """Return a name as tables spell it, INT8 as int8; the path of a file as it is."""
+    return name if name is None or name.endswith(SUFFIX) else name.strip().lower()
 
 
 def settings_of(**settings: Any) -> dict[str, Any]:

@@ -30,21 +30,18 @@ from deploykit.cli import (
     targets,
     verify,
 )
-from deploykit.cli.output import show, show_error, shown_warnings
+from deploykit.cli.exit_codes import BAD_USAGE, FAILED, exit_code_of
+from deploykit.cli.output import show, show_error, show_json, shown_warnings
 from deploykit.cli.spellings import as_options
 from deploykit.cli.streams import PIPE_CLOSED, OutputLost, standard_streams
-from deploykit.errors import CalibrationError, DeployKitError, MissingDependency, SpecError
+from deploykit.errors import DeployKitError, MissingDependency
 from deploykit.interruption import INTERRUPTED, interruptible
 from deploykit.optional import PACKAGES
 from deploykit.places import is_environment
 
-BAD_USAGE = 2
-FAILED = 1
-
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 app = typer.Typer(
-    add_completion=False,
     context_settings=_SETTINGS,
     epilog=export.EXAMPLE,
     no_args_is_help=True,
@@ -93,7 +90,8 @@ def _global_options(
 ) -> None:
     """Vision backbones, compiled and quantized for the edge, with the numbers that prove nothing broke.
 
-    Exit codes: 0 done; 1 failed, or a bundle is damaged or outside its budget; 2 bad usage; 130 interrupted.
+    Exit codes: 0 done; 1 numbers outside their budget; 2 bad usage; 3 a damaged bundle; 4 a missing package;
+    5 no such device here; 6 anything else that failed; 130 interrupted.
     """
 
 
@@ -117,26 +115,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        return _report(error)
+        return _report(error, json="--json" in words)
     if code == INTERRUPTED:
         with suppress(OSError):  # a terminal that is gone, which is what SIGHUP says
             show_error("interrupted; nothing was left half-written.")
     return code if isinstance(code, int) else 0
 
 
-def _report(error: Exception) -> int:
-    """Print an error as one message, and choose the exit code."""
+def _report(error: Exception, *, json: bool) -> int:
+    """Print an error as one message, with ``json`` on stdout too, and choose the exit code."""
+    code, message = _explained(error)
+    if message:
+        show_error(message)
+    if message and json:
+        with suppress(OSError, OutputLost), standard_streams():
+            show_json({"error": type(error).__name__, "message": message, "exit_code": code})
+    return code
+
+
+def _explained(error: Exception) -> tuple[int, str]:
+    """Return the exit code of an error and its message; none where all was printed already."""
     if isinstance(error, DeployKitError):
-        show_error(as_options(str(error)))
-        return BAD_USAGE if isinstance(error, (SpecError, CalibrationError)) else FAILED
+        return exit_code_of(error), as_options(str(error))
     # Newer releases of typer carry their own click, so usage errors share no base that can be imported.
     describe = getattr(error, "format_message", None)
     if callable(describe):
         context = getattr(error, "ctx", None)
         where = context.command_path if context is not None else "deploykit"
-        if describe():  # a bare `deploykit` has printed the help already
-            show_error(f"{describe()} See `{where} --help`.")
-        return BAD_USAGE
+        # A bare `deploykit` has printed the help already.
+        return BAD_USAGE, f"{describe()} See `{where} --help`." if describe() else ""
     package = PACKAGES.get((getattr(error, "name", None) or "").partition(".")[0])
     if isinstance(error, ModuleNotFoundError) and package is not None:
         missing = MissingDependency(
@@ -145,12 +152,10 @@ def _report(error: Exception) -> int:
             package=package.module,
             command=package.command,
         )
-        return _report(missing)
+        return _explained(missing)
     if is_environment(error) or isinstance(error, MemoryError):
-        show_error(f"{error or 'there is not enough memory'}. This machine could not do it; nothing else is wrong.")
-        return FAILED
-    show_error(
+        return FAILED, f"{error or 'there is not enough memory'}. This machine could not do it; nothing else is wrong."
+    return FAILED, (
         f"{type(error).__name__}: {error}. This is a fault in deploykit, not in what you asked for: "
         "run the same command with --debug and report what it prints."
     )
-    return FAILED

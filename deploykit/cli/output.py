@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import TYPE_CHECKING, Annotated
 
@@ -111,7 +111,8 @@ def show_warning(message: str) -> None:
 def _labelled(label: str, message: str, style: str) -> None:
     from rich.text import Text
 
-    stderr_console().print(Text.assemble((f"{label}: ", style), printable(message)), soft_wrap=True)
+    with suppress(OSError):  # a full disk behind stderr: the exit code still tells
+        stderr_console().print(Text.assemble((f"{label}: ", style), printable(message)), soft_wrap=True)
 
 
 def _printable_strings(value: object) -> object:

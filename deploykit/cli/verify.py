@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TypedDict
 import typer
 
 from deploykit.backends.table import EVALUATOR
+from deploykit.cli.exit_codes import DRIFT, exit_code_of
 from deploykit.cli.output import (
     DeviceOption,
     JsonFlag,
@@ -118,7 +119,7 @@ def verify(
     """Check every file of a bundle, run its engine, and compare with torch's outputs and with its own of the export.
 
     Needs no torch and no weights (--debug needs the extras export and debug). Exit code 0: every bundle is whole and
-    within the budget; 1: not.
+    within the budget; 1: one is outside; 3, 4, 5 and 6: one is damaged, or could not be run.
     """
     from deploykit.parity.budget import Budget
 
@@ -141,7 +142,7 @@ def verify(
         failed = [str(result["bundle"]) for result in results if not result["passed"]]
         show(f"{len(results) - len(failed)} of {len(results)} bundles passed{_list(failed)}.")
     if not passed:
-        raise typer.Exit(1)
+        raise typer.Exit(max(int(str(result["exit_code"])) for result in results))
 
 
 class VerifyOptions(TypedDict):
@@ -174,10 +175,16 @@ def _verify(bundle: str, options: VerifyOptions, *, layers: bool, debug: bool, q
         show_error(message)
         if debug and not isinstance(error, BundleError):
             _reduce(bundle)
-        return {"bundle": bundle, "passed": False, "error": type(error).__name__, "message": message}
+        failure = {"error": type(error).__name__, "message": message, "exit_code": exit_code_of(error)}
+        return {"bundle": bundle, "passed": False, **failure}
     if not quiet:
         _show(bundle, report)
-    result: dict[str, object] = {"bundle": bundle, "passed": report.passed, "report": report}
+    result: dict[str, object] = {
+        "bundle": bundle,
+        "passed": report.passed,
+        "exit_code": 0 if report.passed else DRIFT,
+        "report": report,
+    }
     if layers:
         found = walk_layers(bundle, options["reference"])
         result |= {"layers": found, "culprit": found.culprit}

@@ -66,7 +66,7 @@ def test_classes_are_those_of_the_file(planned):
 def test_other_classes_are_refused_in_the_commands_words(call, folder):
     words = ("export", "mine.pth", "--backbone", NAME, "--runtime", "onnxruntime", "-o", "out")
     done = call(*words, "--num-classes", "10")
-    assert done.code == 1
+    assert done.code == 6
     assert "for 3 classes (classifier.weight (3, 1024)), and --num-classes 10 was asked for" in done.err
     assert "leave out --num-classes" in done.err
     assert "--new-head draws a new classifier" in done.err
@@ -97,7 +97,7 @@ def test_averaged_weights_are_told_and_can_be_chosen(call, folder, state):
     assert "Choose with --checkpoint-key 'model_ema' or --checkpoint-key 'model'" in told.err
     assert call(*words, "--checkpoint-key", "model").err == ""
     wrong = call(*words, "--checkpoint-key", "ema")
-    assert wrong.code == 1
+    assert wrong.code == 6
     assert "it has model, model_ema" in wrong.err
 
 

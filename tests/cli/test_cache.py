@@ -36,15 +36,15 @@ def test_list_shows_kinds_titles_sizes_and_the_limit(call, store, monkeypatch):
     assert (told["root"], told["limit"], told["litter"]) == (str(store.root), 1_000_000, [])
 
 
-def test_verify_gives_1_where_an_entry_is_damaged(call, store):
+def test_verify_gives_3_where_an_entry_is_damaged(call, store):
     assert call("cache", "verify").code == 0
     damage(store)
     done = call("cache", "verify")
-    assert done.code == 1
+    assert done.code == 3
     assert "another SHA-256" in done.out
     assert done.out.splitlines()[-1] == "Next: deploykit cache prune"
     told = call("cache", "verify", "--json")
-    assert (told.code, told.json()["damaged"]) == (1, 1)
+    assert (told.code, told.json()["damaged"]) == (3, 1)
 
 
 def test_prune_removes_the_damaged_and_what_is_above_the_limit(call, store):

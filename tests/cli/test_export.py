@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,6 +71,35 @@ def test_a_dry_run_tells_the_plan_and_builds_nothing(call, tmp_path, photos):
     assert told["input"]["batch"] == {"min": 1, "opt": 1, "max": 8}
     assert told["calibration_images"] == 4
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (("--runtime", "onnx"), "Did you mean 'onnxruntime'?"),
+        (("--runtime", "TFLite"), "Did you mean 'litert'?"),
+        (("--runtime", "onnxruntime", "--precision", "int9"), "Did you mean 'int8'?"),
+    ],
+)
+def test_what_people_call_it_is_suggested(call, tmp_path, words, meant):
+    done = call("export", "resnet18", *words, "-o", tmp_path / "out", "--dry-run")
+    assert (done.code, meant in done.err) == (2, True), done.err
+
+
+def test_a_dry_run_takes_upper_case_and_tells_the_size(call, tmp_path):
+    words = ("--runtime", "OpenVINO", "--precision", "FP16", "--num-classes", "0", "-o", tmp_path / "out")
+    done = call("export", "resnet18", *words, "--dry-run")
+    assert done.code == 0, done.err
+    assert "about 22.4 MB of weights" in done.out
+
+
+def test_a_dry_run_tries_whether_the_folder_can_be_written(call, tmp_path):
+    (tmp_path / "file").touch()
+    places = [tmp_path / "file" / "out", *([Path("/proc/out")] if Path("/proc").is_dir() else [])]
+    for place in places:
+        done = call("export", "resnet18", *HERE, "-o", place, "--dry-run")
+        assert done.code == 2
+        assert "is not a folder that can be written to" in done.err
 
 
 @pytest.fixture
@@ -167,7 +197,7 @@ def test_calibration_arrays_must_be_what_the_model_takes(call, tmp_path, array, 
 def test_weights_that_do_not_fit_are_refused(call, tmp_path):
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "wrong.pth")
     done = call("export", "resnet18", *HERE, "--weights", tmp_path / "wrong.pth", "-o", tmp_path / "out")
-    assert done.code == 1
+    assert done.code == 6
     assert "missing" in done.err
     assert "conv1.weight" in done.err
     assert [entry.name for entry in tmp_path.iterdir()] == ["wrong.pth"]
@@ -177,7 +207,7 @@ def test_a_taken_folder_stays_as_it_is(call, tmp_path, classifier):
     (tmp_path / "notes.txt").write_text("mine")
     other = call("export", "resnet18", *HERE, "-o", tmp_path)
     bundle = call("export", "resnet18", *HERE, "-o", classifier)
-    assert (other.code, bundle.code) == (1, 1)
+    assert (other.code, bundle.code) == (2, 2)
     assert "is not a bundle, so it will not be replaced" in other.err
     assert "--overwrite" in bundle.err
     assert "[1/9]" not in other.err + bundle.err, "refused only after work had begun"
@@ -187,7 +217,7 @@ def test_a_taken_folder_stays_as_it_is(call, tmp_path, classifier):
 def test_a_missing_runtime_package_gives_the_pip_command(call, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     done = call("export", "resnet18", "--runtime", "openvino", "-o", tmp_path / "out")
-    assert done.code == 1
+    assert done.code == 4
     assert "pip install openvino" in done.err
     assert "[1/9]" not in done.err, "refused only after work had begun"
     assert not list(tmp_path.iterdir())
@@ -209,7 +239,7 @@ def test_a_full_disk_leaves_nothing(call, tmp_path):
         done = call("export", "resnet18", *HERE, "-o", tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert done.code == 1
+    assert done.code == 6
     assert "nothing was left behind" in done.err
     assert not list(tmp_path.iterdir())
 
@@ -249,10 +279,10 @@ def test_an_engine_that_cannot_run_here_is_said_to_be_built_only(call, tmp_path,
     assert made.code == 0, made.err
     assert "built and never executed" in made.out
     verified = call("verify", out, "--json")
-    assert verified.code == 1
+    assert verified.code == 5
     assert json.loads(verified.out)["error"] == "DeviceUnavailable"
     assert "was built and never executed" in verified.err
-    assert call("run", out, photos).code == 1
+    assert call("run", out, photos).code == 5
     shown = call("inspect", out)
     assert shown.code == 0
     assert "built, never executed" in shown.out

@@ -64,7 +64,7 @@ def test_the_version_is_printed(without_packages):
 @pytest.mark.parametrize("words", ["list", "export resnet18 --runtime onnxruntime"])
 def test_without_torch_the_error_has_the_pip_command(without_packages, words):
     code, out, err = without_packages[words]
-    assert (code, out) == (1, "")
+    assert (code, out) == (4, "")
     assert err.startswith("error: ")
     assert "pip install torch" in err
 

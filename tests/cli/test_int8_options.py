@@ -62,7 +62,7 @@ def test_a_required_speedup_that_is_missed_fails_with_the_reason(call, photos, t
     monkeypatch.setattr("deploykit.export.evaluate.time_in_turns", lambda models, images: ([1.0, 2.0], 7))
     words = ("--min-sqnr-db", "1", "--require-speedup", "-o", tmp_path / "out")
     done = call(*WORDS, "--calibration", photos, *words)
-    assert done.code == 1
+    assert done.code == 6
     assert "int8 is 0.50 times as fast as fp32" in done.err
     assert "leave out --require-speedup" in done.err
     assert not (tmp_path / "out").exists()

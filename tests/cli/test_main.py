@@ -5,7 +5,18 @@ from __future__ import annotations
 import pytest
 
 from deploykit.cli import main as main_module
-from deploykit.errors import DeployKitError
+from deploykit.errors import (
+    DeployKitError,
+    DeviceUnavailable,
+    EngineMismatch,
+    ImageError,
+    IncompatibleEngine,
+    MissingDependency,
+    ParityError,
+    StorageError,
+    UntrustedEngine,
+    WeightsError,
+)
 
 
 def test_an_unknown_command_is_bad_usage(call):
@@ -31,7 +42,7 @@ def test_no_command_prints_the_help_and_no_error(call):
 def test_an_unforeseen_error_is_one_line_without_a_traceback(call, monkeypatch):
     monkeypatch.setattr("deploykit.bundle.open_bundle", lambda folder: 1 / 0)
     done = call("inspect", "somewhere")
-    assert done.code == 1
+    assert done.code == 6
     assert done.err.startswith("error: ZeroDivisionError: division by zero. This is a fault in deploykit")
     assert "Traceback" not in done.err
 
@@ -51,3 +62,46 @@ def test_an_interrupt_gives_130(call, monkeypatch):
     monkeypatch.setattr("deploykit.bundle.open_bundle", interrupt)
     done = call("inspect", "somewhere")
     assert (done.code, done.err) == (main_module.INTERRUPTED, "error: interrupted; nothing was left half-written.\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ParityError("it"), 1),
+        (ImageError("it"), 2),
+        (UntrustedEngine("it"), 3),
+        (EngineMismatch("it"), 3),
+        (StorageError("it"), 6),
+        (IncompatibleEngine("it"), 5),
+        (DeviceUnavailable("it"), 5),
+        (MissingDependency("it", package="onnx", command="pip install onnx"), 4),
+        (ModuleNotFoundError("it", name="onnx_ir"), 4),
+        (WeightsError("it"), 6),
+        (OSError("it"), 6),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_exit_code_tells_errors_apart_and_json_is_on_stdout_alone(call, monkeypatch, error, code):
+    def fail(folder):
+        raise error
+
+    monkeypatch.setattr("deploykit.bundle.open_bundle", fail)
+    done = call("inspect", "somewhere", "--json")
+    assert done.code == code
+    assert (done.json()["exit_code"], f"error: {done.json()['message']}") == (code, done.err.removesuffix("\n"))
+    assert call("inspect", "somewhere").out == ""
+
+
+def test_bad_usage_is_json_too(call):
+    told = call("verfy", "--json").json()
+    assert told["exit_code"] == 2
+    assert "No such command 'verfy'" in told["message"]
+
+
+def test_shells_complete_commands(capsys, monkeypatch):
+    monkeypatch.setenv("_DEPLOYKIT_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "deploykit ex")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    with pytest.raises(SystemExit):
+        main_module.main([])
+    assert "export" in capsys.readouterr().out.split()

@@ -123,29 +123,29 @@ def _newer(folder):
 
 @pytest.mark.parametrize("damage", [_flip, _remove, _newer])
 @pytest.mark.parametrize("command", ["verify", "inspect", "run"])
-def test_a_damaged_bundle_gives_1_and_names_the_file(call, copy, photos, damage, command):
+def test_a_damaged_bundle_gives_3_and_names_the_file(call, copy, photos, damage, command):
     message = damage(copy)
     done = call(command, copy, *([photos] if command == "run" else []))
-    assert (done.code, done.out) == (1, "")
+    assert (done.code, done.out) == (3, "")
     assert message in done.err
 
 
 def test_a_damaged_bundle_is_json_too(call, copy):
     _flip(copy)
     told = call("verify", copy, "--json")
-    assert told.code == 1
+    assert told.code == 3
     assert (told.json()["passed"], told.json()["error"]) == (False, "BundleError")
 
 
-def test_a_folder_that_is_no_bundle_gives_1(call, tmp_path):
+def test_a_folder_that_is_no_bundle_gives_3(call, tmp_path):
     done = call("verify", tmp_path)
-    assert done.code == 1
+    assert done.code == 3
     assert "is not a bundle" in done.err
 
 
-def test_a_device_that_is_not_here_gives_1(call, classifier):
+def test_a_device_that_is_not_here_gives_5(call, classifier):
     done = call("verify", classifier, "--device", "npu")
-    assert done.code == 1
+    assert done.code == 5
     assert "no device 'npu' here" in done.err
 
 
@@ -154,5 +154,5 @@ def test_a_missing_runtime_gives_the_pip_command(call, classifier, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     done = call("verify", classifier)
-    assert done.code == 1
+    assert done.code == 4
     assert "pip install onnxruntime" in done.err

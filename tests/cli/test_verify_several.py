@@ -20,7 +20,7 @@ def damaged(tmp_path) -> Path:
 
 def test_every_bundle_is_verified_whatever_the_first_one_says(call, damaged):
     done = call("verify", damaged, GOOD)
-    assert done.code == 1
+    assert done.code == 3
     assert f"{GOOD} is whole and within its budget" in done.out
     assert done.out.splitlines()[-1] == f"1 of 2 bundles passed; not {damaged}."
     assert "model.onnx" in done.err
@@ -28,7 +28,7 @@ def test_every_bundle_is_verified_whatever_the_first_one_says(call, damaged):
 
 def test_several_bundles_are_one_json(call, damaged):
     told = call("verify", GOOD, damaged, "--json")
-    assert told.code == 1
+    assert told.code == 3
     found = told.json()
     assert (found["passed"], [each["passed"] for each in found["bundles"]]) == (False, [True, False])
     assert found["bundles"][1]["error"] == "BundleError"

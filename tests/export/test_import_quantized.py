@@ -210,7 +210,7 @@ def test_the_command_writes_a_bundle(tmp_path):
         assert engine.input_spec.preprocessing.mean == (0.5, 0.5, 0.5)
         assert engine.input_spec.height == SIDE
     refused = call("import", tmp_path / "images.npy", "--runtime", "onnxruntime")
-    assert (refused.code, "cannot be read as ONNX" in refused.err) == (1, True)
+    assert (refused.code, "cannot be read as ONNX" in refused.err) == (6, True)
 
 
 @pytest.mark.slow
