@@ -42,6 +42,7 @@ def export(backbone, images, folder, runtime):
     return result, heard
 
 
+@pytest.mark.slow
 def test_a_plan_is_tuned_once_for_every_runtime(backbone, images, tmp_path):
     result, heard = export(backbone, images, tmp_path / "first", "onnxruntime")
     assert [event.step for event in heard] == list(range(11))
