@@ -20,6 +20,7 @@ TWICE = """
 import os, signal, sys, time
 from deploykit.interruption import interruptible
 number = int(sys.argv[1])
+signal.signal(number, signal.SIG_DFL)  # however these tests were started
 before = signal.getsignal(number)
 try:
     with interruptible():
@@ -92,7 +93,8 @@ def test_an_export_that_is_stopped_leaves_nothing(number, tmp_path):
 def test_a_command_that_is_stopped_while_it_is_imported_says_so(number, tmp_path):
     """The signal comes when the first module of the command line is asked for."""
     hook = (
-        "import os, sys\n"
+        "import os, signal, sys\n"
+        f"signal.signal({int(number)}, signal.{'default_int_handler' if number == signal.SIGINT else 'SIG_DFL'})\n"
         "class Stop:\n"
         "    def find_spec(self, name, *_):\n"
         "        if name == 'deploykit.cli':\n"
