@@ -151,7 +151,8 @@ def test_skip_corrupt_goes_on_and_names_and_counts_what_was_skipped(call, classi
 
 def test_nothing_left_is_an_error(call, classifier, mixed):
     done = call("run", classifier, mixed / "bad.jpg", mixed / "fifo.jpg", "--skip-corrupt", "--json")
-    assert (done.code, done.out) == (2, "")
+    assert done.code == 2
+    assert done.json()["error"] == "ImageError"
     assert "none of the 2 images could be read" in done.err
 
 
