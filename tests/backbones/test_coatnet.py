@@ -65,6 +65,7 @@ def test_gradients_survive_checkpointing():
     transformers.assert_gradients_survive_checkpointing(Shallow, NAME, image_size=(64, 64), num_classes=10)
 
 
+@pytest.mark.slow
 def test_exports_with_a_dynamic_batch(tmp_path):
     model = transformers.build(Shallow, NAME, image_size=(64, 96))
     transformers.assert_exports(model, tmp_path / "coatnet.onnx", OPS)

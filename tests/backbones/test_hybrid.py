@@ -89,12 +89,13 @@ def test_the_graphs_filters_follow_the_weights():
     torch.testing.assert_close(filters.var((1, 2, 3), correction=0), torch.ones(8), atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_exports_with_a_dynamic_batch(tmp_path):
     model = transformers.build(Shallow, SMALL, image_size=(64, 96))
     transformers.assert_exports(model, tmp_path / "hybrid.onnx", HYBRID_OPS)
 
 
-@pytest.mark.parametrize("batch", ["static", "dynamic"])
+@pytest.mark.parametrize("batch", ["static", pytest.param("dynamic", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [SMALL, pytest.param("vit_base_r50_s16_224", marks=pytest.mark.slow)])
 def test_openvino_compiles_all_norms_of_a_stem(tmp_path, name, batch):
     model = transformers.build(Shallow, name, num_classes=10)

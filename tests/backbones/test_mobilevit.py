@@ -55,6 +55,7 @@ def test_a_shallow_level_does_not_run_the_deep_stages():
     assert list(model(torch.randn(1, 3, 64, 64))) == ["stage1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_exports_with_a_dynamic_batch(tmp_path, name):
     model = transformers.build(Shallow, name, image_size=(64, 128))

@@ -117,7 +117,11 @@ def test_backbone_with_neck_trains_and_freezes(resnet):
 
 
 @pytest.mark.parametrize(
-    ("neck", "size"), [(FeaturePyramid, (64, 64)), (FeaturePyramid, (72, 104)), (PathAggregation, (72, 104))]
+    ("neck", "size"),
+    [
+        (PathAggregation, (72, 104)),
+        *(pytest.param(FeaturePyramid, size, marks=pytest.mark.slow) for size in ((64, 64), (72, 104))),
+    ],
 )
 def test_exports_with_the_backbone_as_one_graph(resnet, neck, size):
     model = WithNeck(resnet, neck(resnet.feature_info, channels=16)).eval()

@@ -223,7 +223,10 @@ def test_exports_with_a_dynamic_batch(tmp_path):
 
 @pytest.mark.parametrize(
     ("pyramid", "ops"),
-    [(True, {"Resize", "AveragePool"}), ("simple_feature_pyramid", {"ConvTranspose", "MaxPool"})],
+    [
+        (True, {"Resize", "AveragePool"}),
+        pytest.param("simple_feature_pyramid", {"ConvTranspose", "MaxPool"}, marks=pytest.mark.slow),
+    ],
 )
 def test_pyramids_export_with_a_dynamic_batch(tmp_path, pyramid, ops):
     model = transformers.build(Shallow, TINY, image_size=(80, 48), hierarchical=pyramid, features_only=True)

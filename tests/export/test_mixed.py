@@ -50,7 +50,7 @@ def searched(backbone, photographs, folder, runtime, **settings):
     ("runtime", "cost"),
     [
         pytest.param("onnxruntime", "profile", marks=pytest.mark.slow),
-        ("openvino", "MACs"),
+        pytest.param("openvino", "MACs", marks=pytest.mark.slow),
     ],
 )
 def test_a_budget_that_int8_misses_is_met_with_some_layers_in_float(
