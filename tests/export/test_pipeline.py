@@ -230,6 +230,7 @@ except BundleError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_a_bundle_error_that_leaves_nothing(tmp_path):
     pytest.importorskip("resource", reason="needs RLIMIT_FSIZE")
     process = exporting(f"EXPORT = {EXPORT!r}\n{FULL_DISK}", str(tmp_path / "bundle"), "onnxruntime")

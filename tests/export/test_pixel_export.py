@@ -28,7 +28,7 @@ def backbone():
     return backbone_of(output_indices=(0, 2, 4))
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_a_photograph_gives_the_features_of_torch_on_the_normalised_one(backbone, runtime, photographs, tmp_path):
     export_backbone(backbone, tmp_path / "bundle", runtime=runtime, batch_size=(1, 1, 4), embed_preprocessing=True)
     manifest = open_bundle(tmp_path / "bundle")
@@ -42,7 +42,7 @@ def test_a_photograph_gives_the_features_of_torch_on_the_normalised_one(backbone
     assert min(sqnr_db(expected[name], found[name]) for name in expected) >= 100
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8"])
+@pytest.mark.parametrize("precision", [pytest.param("fp16", marks=pytest.mark.slow), "int8"])
 def test_lower_precisions_keep_the_same_input(backbone, precision, photographs, tmp_path):
     export_backbone(
         backbone,
@@ -90,6 +90,7 @@ def test_every_family_gives_torchs_features_to_60_db(name, runtime):
                 assert sqnr_db(expected[level][position : position + 1], feature) >= 60
 
 
+@pytest.mark.slow
 def test_the_engine_cache_keeps_both_forms_apart(backbone):
     with create_backbone(backbone, runtime="onnxruntime", embed_preprocessing=True) as of_pixels:
         assert of_pixels.input_spec.embeds_preprocessing

@@ -39,7 +39,15 @@ FAMILIES = {
     "convnext_tiny": 64,
     "mobilevit_s": 64,
 }
-SLOW = ("efficientnet_b0", "mobilenetv3_small_075", "swin_tiny_patch4_window7_224", "convnext_tiny", "mobilevit_s")
+SLOW = (
+    "regnety_002",
+    "convnext_atto",
+    "efficientnet_b0",
+    "mobilenetv3_small_075",
+    "swin_tiny_patch4_window7_224",
+    "convnext_tiny",
+    "mobilevit_s",
+)
 NEVER = {
     "BatchNormalization",
     "Cast",

@@ -25,7 +25,11 @@ def package_of(program: TorchProgram, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("network", "fused_sums"), [(Residual, 2), (Tokens, 0)], ids=["convolutions", "matrix products"]
+    ("network", "fused_sums"),
+    [
+        pytest.param(Residual, 2, marks=pytest.mark.slow, id="convolutions"),
+        pytest.param(Tokens, 0, id="matrix products"),
+    ],
 )
 def test_every_weight_of_the_plan_is_read_by_an_integer_kernel(network, fused_sums: int, tmp_path: Path):
     master = master_of(network, IMAGES)
@@ -40,6 +44,7 @@ def test_every_weight_of_the_plan_is_read_by_an_integer_kernel(network, fused_su
     assert rounding_noise_db([expected], [found])[0] > 20
 
 
+@pytest.mark.slow
 def test_a_float_engine_has_no_integer_kernel(tmp_path: Path):
     package = package_of(select(master_of(Residual, IMAGES).torch, ("logits",)), tmp_path)
     assert integer_kernels(package) == 0
