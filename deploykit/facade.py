@@ -302,7 +302,7 @@ def export_asked(
 
 
 def load_bundle(
-    folder: str | os.PathLike[str],
+    folder: str | bytes | os.PathLike[str],
     *,
     device: str = "auto",
     threads: int | None = None,

@@ -33,7 +33,7 @@ MOST_IMAGES = 64
 
 
 def verify_bundle(
-    folder: str | os.PathLike[str],
+    folder: str | bytes | os.PathLike[str],
     *,
     device: str = "auto",
     record: bool = False,

@@ -180,7 +180,7 @@ def test_an_engine_that_is_not_recorded_is_refused(bundle):
 def test_a_newer_schema_is_refused_before_it_is_decoded(bundle):
     tamper(bundle, schema_version=SCHEMA_VERSION + 1, backbone="another form", tools={"deploykit": "9.1.0"})
     for read in (read_manifest, open_bundle):
-        with pytest.raises(BundleError, match=r"schema version 2.*deploykit>=9\.1\.0"):
+        with pytest.raises(BundleError, match=r"schema version 2.*deploykit-vision>=9\.1\.0"):
             read(bundle)
     tamper(bundle, tools=None)
     with pytest.raises(BundleError, match="--upgrade deploykit"):

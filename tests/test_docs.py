@@ -198,7 +198,7 @@ def test_a_block_that_prints_something_else_is_noticed(folder):
 
 @pytest.mark.parametrize(
     ("line", "complaint"),
-    [("deploykit inspect nowhere", "ends with 1"), ("deploykit --version  # exit code 2", "ends with 0"), ("ls", "ls")],
+    [("deploykit inspect nowhere", "ends with 3"), ("deploykit --version  # exit code 2", "ends with 0"), ("ls", "ls")],
 )
 def test_a_command_that_ends_otherwise_is_noticed(folder, line, complaint):
     page = folder / "page.md"
@@ -209,7 +209,7 @@ def test_a_command_that_ends_otherwise_is_noticed(folder, line, complaint):
 
 def test_a_command_that_ends_as_the_page_says_passes(folder):
     page = folder / "page.md"
-    page.write_text("```sh\ndeploykit inspect \\\n    nowhere  # exit code 1\n```\n")
+    page.write_text("```sh\ndeploykit inspect \\\n    nowhere  # exit code 3\n```\n")
     check(page, slow=False, folder=folder)
 
 
