@@ -25,6 +25,8 @@ LEVELS = (
     FeatureLevel(name="stage1", index=1, channels=16, stride=4, receptive_field=7),
 )
 RAN_HERE = ("torch_compile", "onnxruntime", "openvino", "litert")
+SLOW_TO_BUILD = ("torch_compile", "litert")
+"""Those that compile or convert in a process of its own, for 10 seconds and more an engine."""
 
 
 class TinyBackbone(nn.Module):

@@ -19,7 +19,7 @@ from deploykit.errors import BundleError, DeployKitError, SpecError
 from deploykit.labels import LABELS_FILE
 from deploykit.predict import Prediction, predict, top_classes
 from deploykit.spec import BatchRange, InputSpec
-from tests.conftest_graphs import RAN_HERE, SIDE, engine_of, network, open_engine, spec_of
+from tests.conftest_graphs import RAN_HERE, SIDE, SLOW_TO_BUILD, engine_of, network, open_engine, spec_of
 
 NAMES = tuple(f"name {number}" for number in range(10))
 PIXELS = np.random.default_rng(0).integers(0, 256, (7, 40, 50, 3), np.uint8)
@@ -38,7 +38,13 @@ def expected(images: list[np.ndarray]) -> np.ndarray:
     return softmax(logits.numpy())
 
 
-@pytest.fixture(params=[*((runtime, False) for runtime in RAN_HERE), ("onnxruntime", True)], ids=str)
+ENGINES = [
+    *(pytest.param((name, False), marks=[pytest.mark.slow] * (name in SLOW_TO_BUILD)) for name in RAN_HERE),
+    ("onnxruntime", True),
+]
+
+
+@pytest.fixture(params=ENGINES, ids=str)
 def engine(request, tmp_path):
     """A classifier of ten named classes in each runtime, of a dynamic batch and of one image."""
     runtime, dynamic = request.param

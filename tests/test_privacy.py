@@ -119,7 +119,7 @@ def test_an_export_a_run_and_a_verify_connect_to_nothing_and_leave_nothing(runti
 
 
 @needs_strace
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "torch_compile"])
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", pytest.param("torch_compile", marks=pytest.mark.slow)])
 def test_a_run_and_a_verify_connect_to_nothing_and_leave_nothing(runtime, tmp_path):
     bundle = write_bundle(tmp_path / "bundle", runtime)
     seen = traced(tmp_path, "-c", RUN, runtime, str(bundle))

@@ -16,9 +16,21 @@ from deploykit.bundle import Manifest
 from deploykit.errors import SpecError
 from deploykit.fusion.embed_preprocessing import embed_preprocessing
 from deploykit.images.preprocess import normalize
-from tests.conftest_graphs import RAN_HERE, SIDE, lower, manifest_of, open_engine, reference, sqnr_db, tiny_master
+from tests.conftest_graphs import (
+    RAN_HERE,
+    SIDE,
+    SLOW_TO_BUILD,
+    lower,
+    manifest_of,
+    open_engine,
+    reference,
+    sqnr_db,
+    tiny_master,
+)
 
-every_runtime = pytest.mark.parametrize("name", RAN_HERE)
+every_runtime = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW_TO_BUILD else name for name in RAN_HERE]
+)
 
 
 @functools.cache

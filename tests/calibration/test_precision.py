@@ -97,6 +97,7 @@ def test_a_plan_of_a_graph_with_other_constants_is_refused(residual, tokens):
         planned(tokens, offered=planned(residual))
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images(residual):
     generator = np.random.default_rng(0)
 
