@@ -70,12 +70,10 @@ def _try_recipes(
             untried.append(name)
             continue
         recipe = RECIPES[name]
-        tried = recipe.applied_to(settings)
-        if tried.rounding == "distilled":
-            if trials and _too_few_to_tune(calibrated, settings, begun - started):
-                untried.append(name)
-                continue
-            tried = _within(tried, settings.recipe_budget_s - (begun - started))
+        if recipe.rounding == "distilled" and _too_few_to_tune(calibrated, settings, begun - started):
+            untried.append(name)
+            continue
+        tried = _within(recipe.applied_to(settings), settings.recipe_budget_s - (begun - started))
         trial_job = job.with_precision(tried, calibrated).without_cache()
         found = evaluate(trial_job, held_out)
         seconds = round(time.monotonic() - begun, 1)
