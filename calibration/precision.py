@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import onnx_ir as ir
 
@@ -19,14 +19,6 @@ from deploykit.calibration.statistics import Statistics
 from deploykit.errors import CalibrationError, CalibrationWarning
 from deploykit.onnx_session import graph_batch
 from deploykit.spec import Bf16, Fp16, Int8, Precision
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tuning:
-    """How a plan is tuned by distillation: what does it, and the runtime that it is for; None: for every runtime."""
-
-    run: Callable[[QuantizationPlan, CalibrationSet, Int8], QuantizationPlan]
-    runtime: str | None
 
 
 def check_images_given(precision: Precision, calibration: CalibrationSet | None) -> None:
@@ -51,7 +43,6 @@ def plan_precision(
     weights_digest: str,
     offered: QuantizationPlan | None = None,
     cache: PlanCache | None = None,
-    tune: Tuning | None = None,
     on_image: Callable[[int], None] = lambda seen: None,
     on_resume: Callable[[int], None] = lambda seen: None,
 ) -> PrecisionPlan:
@@ -65,7 +56,6 @@ def plan_precision(
         weights_digest: the digest of the backbone's weights, part of the plan's key.
         offered: an INT8 plan that was made before, to use instead of calibrating.
         cache: where INT8 plans that were made before are; None calibrates always.
-        tune: tunes a plan by distillation; INT8 settings that ask for it need one.
         on_image: called with the number of images calibrated so far.
         on_resume: called with the number of images after which a stopped calibration goes on.
 
@@ -85,7 +75,7 @@ def plan_precision(
     assert calibration is not None  # noqa: S101  (just checked; narrows the type)
     # What stays in float changes no range: targets that differ in it alone share the calibration.
     images, settings = calibration, replace(precision.filled(), float_dtype="fp32")
-    key = plan_key(weights_digest, images.digest, settings, tuned_for=tune.runtime if tune else None)
+    key = plan_key(weights_digest, images.digest, settings)
 
     kept = PlanKey.of(key, model)
 
@@ -111,9 +101,7 @@ def plan_precision(
             started=started,
             on_batch=heard,
         )
-        if again:
-            plan = reconstruct(model, plan, images.sample(RECONSTRUCTION_IMAGES), settings)
-        return tune.run(plan, images, settings) if tune is not None and settings.rounding == "distilled" else plan
+        return reconstruct(model, plan, images.sample(RECONSTRUCTION_IMAGES), settings) if again else plan
 
     plan = make() if cache is None else cache.get_or_make(kept, make)
     for problem in (*plan.warnings, *images.surprises()):

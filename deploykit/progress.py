@@ -48,16 +48,7 @@ class ImagesRun:
     seconds: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class TuningStep:
-    """A step of a tuning by distillation; ``sqnr_db`` is the best so far on images held out, over all outputs."""
-
-    step: int
-    steps: int
-    sqnr_db: float
-
-
-ProgressEvent: TypeAlias = StageStarted | ImagesCalibrated | BuildStep | CandidateMeasured | ImagesRun | TuningStep
+ProgressEvent: TypeAlias = StageStarted | ImagesCalibrated | BuildStep | CandidateMeasured | ImagesRun
 Progress: TypeAlias = Callable[[ProgressEvent], None]
 
 

@@ -182,34 +182,6 @@ RecipeBudgetOption = Annotated[
         help="How long --recipe auto may try, in seconds.",
     ),
 ]
-DistillStepsOption = Annotated[
-    int | None,
-    option(
-        "--distill-steps",
-        panel=_NUMBERS,
-        metavar="N",
-        default=str(Int8().distill_steps),
-        help="How many batches --recipe distilled learns from at most.",
-    ),
-]
-DistillMinutesOption = Annotated[
-    float | None,
-    option(
-        "--distill-minutes",
-        panel=_NUMBERS,
-        metavar="MINUTES",
-        default=f"{Int8().distill_minutes:g}",
-        help="When --recipe distilled stops at the latest, in minutes.",
-    ),
-]
-DistillForFlag = Annotated[
-    bool,
-    option(
-        "--distill-for-runtime",
-        panel=_NUMBERS,
-        help="--recipe distilled: tune for exactly what this runtime rounds, not for what all have in common.",
-    ),
-]
 ReduceRangeFlag = Annotated[
     bool | None,
     option(
