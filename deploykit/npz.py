@@ -13,7 +13,8 @@ from typing import IO, BinaryIO, TypeAlias
 import numpy as np
 
 from deploykit.arrays import Array
-from deploykit.places import is_environment
+from deploykit.errors import BundleError, DeployKitError
+from deploykit.places import is_environment, read_error
 from deploykit.plain_files import open_plain
 
 SMALL_BYTES = 256 << 20
@@ -144,3 +145,31 @@ def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[np.generi
     if dtype.hasobject:
         raise ValueError("an array of Python objects, which allow_pickle=False does not read")
     return shape, dtype
+
+
+@contextmanager
+def bundled_arrays(what: str, source: Path | bytes) -> Iterator[NpzArrays]:
+    """Open the arrays of a bundle's file, or of its content, and say what any fault in the block means for the bundle.
+
+    Nothing is unpickled, and no more is allocated than such a file can hold.
+
+    Args:
+        what: the file for messages, such as ``"the baseline"``.
+        source: the file, or what is in it.
+
+    Raises:
+        BundleError: the file is missing or damaged, or its arrays are not what the block expects.
+        StorageError: this machine cannot read it now.
+    """
+    try:
+        packed = len(source) if isinstance(source, bytes) else source.stat().st_size
+        with open_npz(source, limit=unpacked_limit(packed)) as arrays:
+            yield arrays
+    except (DeployKitError, OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        if isinstance(error, OSError) and isinstance(source, Path) and is_environment(error):
+            raise read_error(source, error) from error
+        where = f" {source}" if isinstance(source, Path) else ""
+        raise BundleError(
+            f"{what}{where} cannot be read ({type(error).__name__}: {error}). "
+            "The bundle is damaged: copy or export it again."
+        ) from error

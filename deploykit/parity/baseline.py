@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from deploykit.errors import BundleError, DeployKitError, ParityError, SpecError
-from deploykit.npz import open_npz, unpacked_limit
+from deploykit.errors import ParityError, SpecError
+from deploykit.npz import bundled_arrays
 from deploykit.parity.compare import LOGITS
 from deploykit.parity.metrics import sqnr_db
 from deploykit.parity.probes import ImageArray, mixed_images, noisy_images, nudged_images
 from deploykit.parity.reference import choose_positions
-from deploykit.places import is_environment, read_error, storage_error
+from deploykit.places import storage_error
 
 BASELINE_FILE = "baseline.npz"
 
@@ -108,23 +108,13 @@ class Baseline:
             BundleError: the file is damaged, or not a baseline.
             StorageError: this machine cannot read it now.
         """
-        try:
-            packed = len(source) if isinstance(source, bytes) else source.stat().st_size
-            with open_npz(source, limit=unpacked_limit(packed)) as arrays:
-                names = [str(name) for name in arrays["names"]]
-                levels = {name: _read_level(arrays, name) for name in names}
-                counts = {len(level.values) for level in levels.values()}
-                if len(counts) != 1:
-                    raise SpecError(f"the levels have these numbers of images: {sorted(counts)}; expected one.")
-                return cls(machine=str(arrays["machine"]), levels=levels)
-        except (DeployKitError, OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-            if isinstance(error, OSError) and isinstance(source, Path) and is_environment(error):
-                raise read_error(source, error) from error
-            what = f" {source}" if isinstance(source, Path) else ""
-            raise BundleError(
-                f"the baseline{what} cannot be read ({type(error).__name__}: {error}). "
-                "The bundle is damaged: copy or export it again."
-            ) from error
+        with bundled_arrays("the baseline", source) as arrays:
+            names = [str(name) for name in arrays["names"]]
+            levels = {name: _read_level(arrays, name) for name in names}
+            counts = {len(level.values) for level in levels.values()}
+            if len(counts) != 1:
+                raise SpecError(f"the levels have these numbers of images: {sorted(counts)}; expected one.")
+            return cls(machine=str(arrays["machine"]), levels=levels)
 
 
 def measure_baseline(run: Run, images: ImageArray, machine: str) -> Baseline:

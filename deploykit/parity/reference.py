@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from deploykit.arrays import Array, FloatArray
-from deploykit.errors import BundleError, DeployKitError, ParityError, SpecError
-from deploykit.npz import open_npz, unpacked_limit
+from deploykit.errors import ParityError, SpecError
+from deploykit.npz import bundled_arrays, unpacked_limit
 from deploykit.parity.compare import LOGITS, check_levels
-from deploykit.places import is_environment, read_error, storage_error
+from deploykit.places import storage_error
 from deploykit.sampling import hashed_fractions
 
 REFERENCE_FILE = "reference.npz"
@@ -105,30 +105,18 @@ class ParityReference:
     def load(cls, source: Path | bytes) -> ParityReference:
         """Read what `save` wrote, from the file or from its content.
 
-        Nothing is unpickled, and no more is allocated than such a file can hold.
-
         Raises:
             BundleError: the file is missing, damaged, or not a parity reference.
             StorageError: this machine cannot read it now.
         """
-        try:
-            packed = len(source) if isinstance(source, bytes) else source.stat().st_size
-            with open_npz(source, limit=unpacked_limit(packed)) as arrays:
-                images, names = arrays["images"], [str(name) for name in arrays["names"]]
-                return cls(  # which checks the dtypes
-                    images=cast("FloatArray", images),
-                    expected={name: cast("FloatArray", arrays[f"expected/{name}"]) for name in names},
-                    positions={name: cast("npt.NDArray[np.int64]", arrays[f"positions/{name}"]) for name in names},
-                    shapes={name: tuple(int(side) for side in arrays[f"shape/{name}"]) for name in names},
-                )
-        except (DeployKitError, OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-            if isinstance(error, OSError) and isinstance(source, Path) and is_environment(error):
-                raise read_error(source, error) from error
-            what = f" {source}" if isinstance(source, Path) else ""
-            raise BundleError(
-                f"the parity reference{what} cannot be read ({type(error).__name__}: {error}). "
-                "The bundle is damaged: copy or export it again."
-            ) from error
+        with bundled_arrays("the parity reference", source) as arrays:
+            images, names = arrays["images"], [str(name) for name in arrays["names"]]
+            return cls(  # which checks the dtypes
+                images=cast("FloatArray", images),
+                expected={name: cast("FloatArray", arrays[f"expected/{name}"]) for name in names},
+                positions={name: cast("npt.NDArray[np.int64]", arrays[f"positions/{name}"]) for name in names},
+                shapes={name: tuple(int(side) for side in arrays[f"shape/{name}"]) for name in names},
+            )
 
 
 def capture(images: FloatArray, outputs: Mapping[str, Array]) -> ParityReference:
