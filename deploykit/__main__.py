@@ -9,8 +9,6 @@ from deploykit.errors import MissingDependency
 from deploykit.interruption import INTERRUPTED, interruptible
 from deploykit.optional import require
 
-FAILED = 1
-
 
 def main() -> int:
     """Run the command; returns its exit code, 130 also where it is stopped while it is still being imported."""
@@ -24,7 +22,9 @@ def main() -> int:
             return run()
     except MissingDependency as error:
         sys.stderr.write(f"error: {error}\n")
-        return FAILED
+        from deploykit.cli.exit_codes import MISSING_PACKAGE
+
+        return MISSING_PACKAGE
     except KeyboardInterrupt:
         sys.stderr.write("deploykit: interrupted; nothing was left half-written.\n")
         return INTERRUPTED

@@ -34,6 +34,11 @@ _VOLUME = re.compile(r"\.\.data(_tmp)?|\.\.\d{4}(_\d\d){5}\.\d+")
 PARTIAL, ASIDE = ".partial", ".aside"
 """How the temporary neighbours of a bundle end: the new one while it is written, and the old one while it goes."""
 
+PLAN_FILE = "quantization-plan.json"
+SHIFT_FILE = "quantization-plan.npz"
+PLAN_FILES = (PLAN_FILE, SHIFT_FILE)
+"""A quantization plan, and its arrays."""
+
 SIGNATURE = "model.sig"
 """The signature of a bundle's files, which its manifest cannot record, because it covers the manifest."""
 

@@ -20,7 +20,7 @@ from deploykit.facade import load_bundle
 from deploykit.names import path_of
 from deploykit.parity.baseline import BASELINE_FILE, Baseline, FloatArray, measure_baseline
 from deploykit.parity.reference import REFERENCE_FILE, ParityReference
-from deploykit.parity.report import PARITY_FILE, LevelParity, ParityReport
+from deploykit.parity.report import MAX_SQNR_DB, PARITY_FILE, LevelParity, ParityReport
 from deploykit.parity.verify import answer_levels, compare_engines, verify_levels
 from deploykit.processor import machine_key
 
@@ -79,6 +79,7 @@ def verify_bundle(
         verification = Verification(model)
         report = verification.report()
         held = report if budget is None else budget.hold(report, verification.exported())
+        within = report.passed
         own = None if images is None else verification.user_images(images)
         if reference is not None:
             options: dict[str, Any] = {"device": device, "threads": threads, "trust": trust, "signed_by": signed_by}
@@ -88,9 +89,9 @@ def verify_bundle(
         elif own is not None:
             answers = verification.report_answers(own)
             report, held = (replace(each, further=(answers,)) for each in (report, held))
-        baseline = verification.measure() if record and report.passed and verification.baseline is None else None
+        baseline = verification.measure() if record and within and verification.baseline is None else None
     if record:
-        status: Status = "parity_checked" if report.passed else "executed"
+        status: Status = "parity_checked" if within else "executed"
         add = (lambda staging: baseline.save(staging / BASELINE_FILE)) if baseline is not None else _add_nothing
         record_status(path, model.manifest, status, seen_on, add)
     return held
@@ -128,7 +129,12 @@ class Verification:
             generator=self._generator,
         )
         exported = self.exported()
-        report = self._report("torch fp32", len(self.reference), levels)
+        precision = self.model.precision
+        report = replace(
+            self._report("torch fp32", len(self.reference), levels),
+            min_sqnr_db=precision.min_sqnr_db,
+            min_top1_agreement=precision.min_top1_agreement,
+        )
         return report if exported is None else report.with_conversion(exported.conversion())
 
     def report_answers(self, images: ImageArray) -> ParityReport:
@@ -193,15 +199,13 @@ class Verification:
         return run_in_batches(self.model, images)
 
     def _report(self, reference: str, images: int, levels: tuple[LevelParity, ...]) -> ParityReport:
-        precision = self.model.precision
         return ParityReport(
             reference=reference,
             runtime=self.model.runtime,
             runtime_version=self.model.manifest.runtime_version,
-            precision=precision.name,
+            precision=self.model.precision.name,
             images=images,
-            min_sqnr_db=precision.min_sqnr_db,
-            min_top1_agreement=precision.min_top1_agreement,
+            min_sqnr_db=-MAX_SQNR_DB,
             levels=levels,
         )
 

@@ -13,12 +13,12 @@ from deploykit.backends.engine_file import EngineFile
 from deploykit.backends.onnx_external import load_external_data
 from deploykit.backends.table import engine_names, load_backend
 from deploykit.bundle import open_bundle
+from deploykit.bundle_files import PLAN_FILE, PLAN_FILES
 from deploykit.errors import SpecError
 from deploykit.export.layers import SAME_DB, LayerReport, compare_layers
 from deploykit.manifest import Manifest
 from deploykit.parity.reference import REFERENCE_FILE, ParityReference
 
-PLAN_FILES = ("quantization-plan.json", "quantization-plan.npz")
 EQUALIZED = "equalize-channels"
 
 
@@ -43,9 +43,8 @@ def bundle_layers(folder: Path, reference: Path | None = None, *, reproducer: Pa
     if reference is None or other is None:
         return compare_layers(model, images, modules=_modules(folder, manifest))
     _check_pair(manifest, other)
-    same = manifest.precision == other.precision and all(
-        manifest.files.get(name) == other.files.get(name) for name in PLAN_FILES
-    )
+    alike = (manifest.precision, manifest.weights_digest) == (other.precision, other.weights_digest)
+    same = alike and all(manifest.files.get(name) == other.files.get(name) for name in PLAN_FILES)
     return compare_layers(
         model,
         images,
@@ -94,9 +93,9 @@ def _check_pair(manifest: Manifest, other: Manifest) -> None:
 
 def _modules(folder: Path, manifest: Manifest) -> dict[str, str]:
     """Return the path in torch of each quantized node's weights."""
-    if PLAN_FILES[0] not in manifest.files:
+    if PLAN_FILE not in manifest.files:
         return {}
-    plan = msgspec.json.decode((folder / PLAN_FILES[0]).read_bytes(), type=dict[str, Any])
+    plan = msgspec.json.decode((folder / PLAN_FILE).read_bytes(), type=dict[str, Any])
     weights = plan["placement"]["weights"]
     paths = {node: str(entry["weight"]).removeprefix("backbone.") for node, entry in weights.items()}
     return {node: path.removesuffix(".weight") for node, path in paths.items()}

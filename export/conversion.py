@@ -95,7 +95,10 @@ def operator_named(engines: Evaluator, *, fp32: bool | None = None) -> Iterator[
             found = None
         if found is None:
             raise
-        raise type(error)(f"{error}\nThe operator at fault: {found}. {_REMEDY}") from error
+        named = f"{error}\nThe operator at fault: {found}. {_REMEDY}"
+        if isinstance(error, ParityError):
+            raise ParityError(named, levels=error.levels) from error
+        raise ExportError(named) from error
 
 
 def _find(engines: Evaluator) -> str | None:

@@ -123,7 +123,9 @@ def _compared(old: Side, new: Side, ran: Ran, tolerances: Tolerances) -> BundleC
     )
     levels = tuple(level_changes(old, new, ran, gates))
     sized = tuple(measures(old, new, ran, tolerances))
-    failures = [
+    _check_measured(tolerances, levels, sized)
+    failures = [] if levels else ["no level was compared: neither bundle stores any"]
+    failures += [
         f"{each.what}: {each.new}; it was {each.old}" for each in contract if each.contract not in tolerances.allow
     ]
     failures += [f"{level.name}: {fault}" for level in levels for fault in level.failures]
@@ -145,3 +147,23 @@ def _compared(old: Side, new: Side, ran: Ran, tolerances: Tolerances) -> BundleC
         failures=tuple(failures),
         notes=tuple(f"{level.name}: {note}" for level in levels for note in level.notes),
     )
+
+
+def _check_measured(tolerances: Tolerances, levels: Sequence[LevelChange], sized: Sequence[Measure]) -> None:
+    """Refuse a tolerance that was given and that there is no figure for, in place of passing it.
+
+    Raises:
+        SpecError: names each.
+    """
+    measured = {
+        "max_drop_db": any(level.drop_db is not None for level in levels),
+        "min_sqnr_db": any(level.between_db is not None for level in levels),
+        "min_top1_agreement": any(level.agreement is not None for level in levels),
+        "max_slowdown": any(each.unit == "ms" for each in sized),
+    }
+    idle = [name for name, known in measured.items() if not known and getattr(tolerances, name) is not None]
+    if idle:
+        raise SpecError(
+            f"{', '.join(idle)} was given, and these two bundles have nothing that it is of: outputs, logits, latency "
+            "or stored figures of both. Fix: run both engines, on images that both take, or leave it out."
+        )

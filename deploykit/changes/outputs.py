@@ -14,11 +14,10 @@ from deploykit.images.preprocess import load_images, network_images
 from deploykit.parity.compare import ParityAccumulator
 from deploykit.parity.dead import dead_outputs
 from deploykit.parity.interval import Interval, wilson
-from deploykit.parity.reference import ParityReference
+from deploykit.parity.reference import REFERENCE_FILE, ParityReference
 from deploykit.parity.report import MAX_SQNR_DB
 from deploykit.timing import time_calls
 
-REFERENCE_FILE = "reference.npz"
 CHUNK = 16
 """Images in memory at a time."""
 
@@ -84,7 +83,8 @@ def run_both(old: Runtime, new: Runtime, files: Sequence[Path] | None) -> Ran:
     before, after = _opened(old), _opened(new)
     common = _paired_references(before, after)
     names = _comparable(old, new)
-    if old.manifest.weights_digest == new.manifest.weights_digest and common is not None and names == _names(new):
+    same_weights = old.manifest.weights_digest == new.manifest.weights_digest
+    if same_weights and common is not None and _names(old) == names == _names(new):
         truth, old_images, new_images = common
         old_db, new_db = before.against_torch(truth, old_images), after.against_torch(truth, new_images)
     else:

@@ -8,12 +8,11 @@ from typing import Any, TypeAlias
 
 import msgspec
 
+from deploykit.bundle_files import PLAN_FILE
 from deploykit.changes.differences import Difference, listed
 from deploykit.errors import BundleError
 from deploykit.manifest import Manifest
 
-PLAN_FILE = "quantization-plan.json"
-PLAN_FILES = (PLAN_FILE, "quantization-plan.npz")
 RANGE_RATIO = 1.05
 """A range that grew or shrank by no more than this is the same."""
 

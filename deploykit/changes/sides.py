@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from deploykit.bundle import open_bundle
-from deploykit.changes.plans import PLAN_FILES, read_plan
+from deploykit.bundle_files import PLAN_FILES
+from deploykit.changes.plans import read_plan
 from deploykit.labels import LABELS_FILE, decode_labels
 from deploykit.manifest import Manifest
-from deploykit.parity.report import ParityReport
-
-PARITY_FILE = "parity.json"
+from deploykit.parity.report import PARITY_FILE, ParityReport
 
 
 @dataclass(frozen=True, kw_only=True)

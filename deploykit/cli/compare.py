@@ -9,20 +9,19 @@ import typer
 
 from deploykit.backends.table import EVALUATOR
 from deploykit.changes.tolerances import CONTRACT, DROP_DB, Tolerances
-from deploykit.cli.exit_codes import DRIFT, exit_code_of
+from deploykit.cli.exit_codes import DRIFT
 from deploykit.cli.output import (
     DeviceOption,
     JsonFlag,
     ThreadsOption,
     TrustOption,
     show,
-    show_error,
     show_json,
     size_text,
     table,
 )
 from deploykit.cli.run import find_given
-from deploykit.errors import DeployKitError, SpecError
+from deploykit.parity.report import decibels
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -104,18 +103,9 @@ def compare(
         allow=tuple(allow or ()),
     )
     files = find_given(images).files if images else None
-    try:
-        found = compare_bundles(
-            old, new, images=files, tolerances=tolerances, run=run, device=device, threads=threads, trust=trust
-        )
-    except SpecError:
-        raise
-    except DeployKitError as error:
-        if json:
-            failure = {"error": type(error).__name__, "message": str(error), "exit_code": exit_code_of(error)}
-            show_json({"passed": False, **failure})
-        show_error(str(error))
-        raise typer.Exit(exit_code_of(error)) from error
+    found = compare_bundles(
+        old, new, images=files, tolerances=tolerances, run=run, device=device, threads=threads, trust=trust
+    )
     if json:
         show_json({"passed": found.passed, "comparison": found})
     else:
@@ -157,8 +147,8 @@ def _levels(found: BundleComparison) -> Table:
 
 def _level_row(level: LevelChange, *, agreement: bool) -> list[str]:
     drop = level.drop_db
-    row = [level.name, _decibels(level.old_db), _decibels(level.new_db)]
-    row += ["" if drop is None else f"{round(-drop, 1) + 0.0:+.1f}", _decibels(level.between_db)]
+    row = [level.name, decibels(level.old_db), decibels(level.new_db)]
+    row += ["" if drop is None else f"{round(-drop, 1) + 0.0:+.1f}", decibels(level.between_db)]
     row += ([str(level.agreement) if level.agreement else ""]) if agreement else []
     return [*row, level.measured, "FAIL" if level.failures else "pass"]
 
@@ -172,13 +162,3 @@ def _measures(measures: tuple[Measure, ...]) -> Table:
     return table(
         ("measure", "old", "new", "ratio", "allowed", "result"), rows, right=("old", "new", "ratio", "allowed")
     )
-
-
-def _decibels(value: float | None) -> str:
-    from deploykit.parity.report import MAX_SQNR_DB
-
-    if value is None:
-        return ""
-    if abs(value) >= MAX_SQNR_DB:
-        return "exact" if value > 0 else "broken"
-    return f"{value:.1f}"

@@ -34,6 +34,11 @@ _BY_ERROR: tuple[tuple[type[DeployKitError], int], ...] = (
 )
 
 
+def failure(error: BaseException, message: str) -> dict[str, object]:
+    """Return what ``--json`` says of an error."""
+    return {"error": type(error).__name__, "message": message, "exit_code": exit_code_of(error)}
+
+
 def exit_code_of(error: BaseException) -> int:
     """Return the exit code of a command that an error ended."""
     return next((code for kind, code in _BY_ERROR if isinstance(error, kind)), FAILED)

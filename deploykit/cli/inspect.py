@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from deploykit.backends.table import EVALUATOR
+from deploykit.bundle_files import PLAN_FILE
 from deploykit.cli.output import BundleArgument, JsonFlag, input_text, show, show_json, size_text, table
 from deploykit.errors import BundleError
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 EXAMPLE = f"Example: deploykit inspect resnet18-{EVALUATOR}-fp32"
 
-PLAN_FILE = "quantization-plan.json"
 SHOWN_FLOAT_NODES = 12
 SHOWN_RANGES = 3
 

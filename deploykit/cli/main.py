@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Annotated
@@ -30,7 +31,7 @@ from deploykit.cli import (
     targets,
     verify,
 )
-from deploykit.cli.exit_codes import BAD_USAGE, FAILED, exit_code_of
+from deploykit.cli.exit_codes import BAD_USAGE, FAILED, exit_code_of, failure
 from deploykit.cli.output import show, show_error, show_json, shown_warnings
 from deploykit.cli.spellings import as_options
 from deploykit.cli.streams import PIPE_CLOSED, OutputLost, standard_streams
@@ -114,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = INTERRUPTED
     except Exception as error:
         if debug:
-            raise
+            traceback.print_exc()
         return _report(error, json="--json" in words)
     if code == INTERRUPTED:
         with suppress(OSError):  # a terminal that is gone, which is what SIGHUP says
@@ -129,7 +130,7 @@ def _report(error: Exception, *, json: bool) -> int:
         show_error(message)
     if message and json:
         with suppress(OSError, OutputLost), standard_streams():
-            show_json({"error": type(error).__name__, "message": message, "exit_code": code})
+            show_json(failure(error, message) | {"exit_code": code})
     return code
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TypedDict
 import typer
 
 from deploykit.backends.table import EVALUATOR
-from deploykit.cli.exit_codes import DRIFT, exit_code_of
+from deploykit.cli.exit_codes import DRIFT, failure
 from deploykit.cli.output import (
     DeviceOption,
     JsonFlag,
@@ -20,6 +20,7 @@ from deploykit.cli.output import (
     show_json,
     show_warning,
 )
+from deploykit.cli.spellings import as_options
 from deploykit.cli.verify_layers import show_layers, walk_layers
 from deploykit.errors import BundleError, DeployKitError, DeviceUnavailable, SpecError
 
@@ -168,15 +169,12 @@ def _verify(bundle: str, options: VerifyOptions, *, layers: bool, debug: bool, q
 
     try:
         report = verify_bundle(bundle, **options)
-    except SpecError:
-        raise
     except DeployKitError as error:
-        message = _explain(bundle, error)
+        message = as_options(_explain(bundle, error))
         show_error(message)
-        if debug and not isinstance(error, BundleError):
+        if debug and not isinstance(error, (BundleError, SpecError)):
             _reduce(bundle)
-        failure = {"error": type(error).__name__, "message": message, "exit_code": exit_code_of(error)}
-        return {"bundle": bundle, "passed": False, **failure}
+        return {"bundle": bundle, "passed": False, **failure(error, message)}
     if not quiet:
         _show(bundle, report)
     result: dict[str, object] = {
@@ -186,13 +184,24 @@ def _verify(bundle: str, options: VerifyOptions, *, layers: bool, debug: bool, q
         "report": report,
     }
     if layers:
-        found = walk_layers(bundle, options["reference"])
-        result |= {"layers": found, "culprit": found.culprit}
-        if not quiet:
-            show_layers(bundle, found)
+        result |= _layers(bundle, options["reference"], passed=report.passed, quiet=quiet)
     if debug and not report.passed:
         _reduce(bundle)
     return result
+
+
+def _layers(bundle: str, reference: str | None, *, passed: bool, quiet: bool) -> dict[str, object]:
+    """Walk the layers; where that cannot be done, what verifying found stays beside the error."""
+    try:
+        found = walk_layers(bundle, reference)
+    except DeployKitError as error:
+        message = as_options(str(error))
+        show_error(message)
+        told = failure(error, message)
+        return told | {"passed": False, "exit_code": told["exit_code"] if passed else DRIFT}
+    if not quiet:
+        show_layers(bundle, found)
+    return {"layers": found, "culprit": found.culprit}
 
 
 def _show(bundle: str, report: ParityReport) -> None:

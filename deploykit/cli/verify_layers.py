@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploykit.cli.output import show, table
+from deploykit.parity.report import decibels
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -68,11 +69,7 @@ def _row(layer: LayerError) -> list[str]:
         layer.node,
         layer.operator,
         layer.module or "",
-        _decibels(layer.own_db),
-        _decibels(layer.whole_db),
+        decibels(layer.own_db),
+        decibels(layer.whole_db),
         layer.quantizer or "float",
     ]
-
-
-def _decibels(value: float) -> str:
-    return "exact" if value >= 300 else f"{value:.1f}"

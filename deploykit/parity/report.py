@@ -67,7 +67,8 @@ class ParityReport:
     """What was compared with what, on how many images, within which budget, and every level.
 
     ``min_sqnr_db`` is in dB and holds for every level; ``min_top1_agreement`` is from 0 to 1 and
-    holds for the logits; None: no such gate. ``further`` are comparisons with another reference.
+    holds for the logits; None: no such gate. At -`MAX_SQNR_DB` a level is judged by its faults
+    alone. ``further`` are comparisons with another reference.
     """
 
     reference: str = "torch fp32"
@@ -153,7 +154,7 @@ class ParityReport:
         title = f"{self.runtime} {self.runtime_version} {self.precision} against {self.reference}"
         table = Table(
             title=Text(printable(title), style="italic"),
-            caption=f"{self.images} images; budget {self._budget()}{self._interval()}{self._conversion()}",
+            caption=f"{self.images} images{self._budget()}{self._interval()}{self._conversion()}",
         )
         elsewhere = any(level.measured_on != "engine" for level in self.levels)
         agreement = any(level.top1_agreement is not None for level in self.levels)
@@ -165,10 +166,10 @@ class ParityReport:
         for heading in (*(["measured on"] if elsewhere else []), "result"):
             table.add_column(heading)
         for level in self.levels:
-            row = [printable(level.name), _decibels(level.sqnr_db), f"{level.cosine:.6f}"]
+            row = [printable(level.name), decibels(level.sqnr_db), f"{level.cosine:.6f}"]
             row += [f"{level.relative_l2:.3g}", f"{level.max_abs:.3g}"]
             row += [_share(level.top1_agreement)] if agreement else []
-            row += ["" if level.agreement_db is None else _decibels(level.agreement_db)] if export else []
+            row += [decibels(level.agreement_db)] if export else []
             row += [printable(level.measured_on)] if elsewhere else []
             verdict = Text("pass", style="green") if level.passed else Text("FAIL", style="red")
             table.add_row(*map(Text, row), verdict)
@@ -193,7 +194,7 @@ class ParityReport:
         if not known:
             return ""
         name = min(known, key=lambda level: known[level])
-        return f"\nof this the conversion to the runtime, in fp32: {name} {_decibels(known[name])} dB"
+        return f"\nof this the conversion to the runtime, in fp32: {name} {decibels(known[name])} dB"
 
     def notes(self) -> list[str]:
         """Say which levels passed by so little that other images could decide otherwise."""
@@ -219,8 +220,10 @@ class ParityReport:
         return f"\n95% interval of top-1: {found.low:.1%} to {found.high:.1%}"
 
     def _budget(self) -> str:
+        if self.min_sqnr_db <= -MAX_SQNR_DB:
+            return ""
         gate = "" if self.min_top1_agreement is None else f", top-1 agreement {self.min_top1_agreement:.1%}"
-        return f"{self.min_sqnr_db:g} dB{gate}"
+        return f"; budget {self.min_sqnr_db:g} dB{gate}"
 
     def _why(self, level: LevelParity) -> str:
         parts = []
@@ -235,7 +238,10 @@ class ParityReport:
         return f"{level.name}: {', '.join(parts) or 'marked as failed'}"
 
     def _remedy(self, failures: list[LevelParity]) -> str:
-        if failures and all(level.faults and level.sqnr_db >= self.min_sqnr_db for level in failures):
+        named = bool(failures) and all(level.faults and level.sqnr_db >= self.min_sqnr_db for level in failures)
+        if named and any(level.agreement_db is None for level in failures):
+            return "What differs is named above. Verify each of the two by itself to see which one is wrong."
+        if named:
             return (
                 "The engine does not give what it gave when it was exported. Copy the bundle again from its source, or "
                 "export it again; on a processor or a runtime version that computes otherwise, export it there."
@@ -256,10 +262,13 @@ class ParityReport:
         )
 
 
-def _decibels(value: float) -> str:
-    if value >= MAX_SQNR_DB:
-        return "exact"
-    return "broken" if value <= -MAX_SQNR_DB else f"{value:.1f}"
+def decibels(value: float | None) -> str:
+    """Return an SQNR as text; empty for None."""
+    if value is None:
+        return ""
+    if abs(value) >= MAX_SQNR_DB:
+        return "exact" if value > 0 else "broken"
+    return f"{value:.1f}"
 
 
 def _share(value: float | None) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploykit.changes.plans import range_text
 from deploykit.parity.interval import wilson
-from deploykit.parity.report import MAX_SQNR_DB, LevelParity
+from deploykit.parity.report import LevelParity, decibels
 from deploykit.reports.errors import ErrorApart
 from deploykit.reports.facts import BundleFacts, Collected
 
@@ -51,15 +51,6 @@ def sections(collected: Collected) -> Iterator[Section]:
         yield Section(title="Latency against accuracy", text=text, drawing="latency")
     for each in facts:
         yield from _own(each)
-
-
-def decibels(value: float | None) -> str:
-    """Return an SQNR as text."""
-    if value is None:
-        return ""
-    if abs(value) >= MAX_SQNR_DB:
-        return "exact" if value > 0 else "broken"
-    return f"{value:.1f}"
 
 
 def _summary(facts: Sequence[BundleFacts]) -> Section:

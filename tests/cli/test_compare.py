@@ -149,3 +149,31 @@ def test_images_that_nothing_runs_on_are_refused(classifier):
         compare_bundles(classifier, classifier, images=["a.jpg"], run=False)
     with pytest.raises(SpecError, match="is empty"):
         compare_bundles(classifier, classifier, images=[])
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "name"),
+    [
+        ({"min_sqnr_db": 60.0}, "min_sqnr_db"),
+        ({"min_top1_agreement": 0.9}, "min_top1_agreement"),
+        ({"max_slowdown": 1.01}, "max_slowdown"),
+    ],
+)
+def test_a_tolerance_that_nothing_is_measured_for_is_refused(classifier, tolerance, name):
+    with pytest.raises(SpecError, match=f"^{name} was given, and these two bundles have nothing"):
+        compare_bundles(classifier, classifier, tolerances=Tolerances(**tolerance), run=False)
+
+
+def test_two_bundles_without_any_figure_never_pass(classifier, tmp_path):
+    bare = [shutil.copytree(classifier, tmp_path / name) for name in ("one", "other")]
+    for folder in bare:
+        (folder / "parity.json").unlink()
+        _rewrite(folder)
+    found = compare_bundles(*bare, run=False)
+    assert found.failures == ("no level was compared: neither bundle stores any",)
+
+
+def test_an_error_is_told_as_by_every_command(call, classifier, tmp_path):
+    told = call("compare", tmp_path / "nothing", classifier, "--json")
+    assert told.code == told.json()["exit_code"] == 3
+    assert told.json()["error"] == "BundleError"

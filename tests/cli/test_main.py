@@ -6,7 +6,6 @@ import pytest
 
 from deploykit.cli import main as main_module
 from deploykit.errors import (
-    DeployKitError,
     DeviceUnavailable,
     EngineMismatch,
     ImageError,
@@ -51,8 +50,10 @@ def test_an_unforeseen_error_is_one_line_without_a_traceback(call, monkeypatch):
 def test_debug_shows_the_traceback_wherever_it_stands(call, place, tmp_path):
     words = ["inspect", str(tmp_path)]
     words.insert(place, "--debug")
-    with pytest.raises(DeployKitError):
-        call(*words)
+    done = call(*words)
+    assert done.code == 3  # whatever is shown, the code stays that of the error
+    assert "Traceback (most recent call last)" in done.err
+    assert "deploykit.errors.BundleError" in done.err
 
 
 def test_an_interrupt_gives_130(call, monkeypatch):
@@ -105,3 +106,10 @@ def test_shells_complete_commands(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main_module.main([])
     assert "export" in capsys.readouterr().out.split()
+
+
+def test_a_traceback_comes_before_the_message_and_the_code(call):
+    done = call("inspect", "nothing-there", "--debug", "--json")
+    assert done.code == done.json()["exit_code"] == 3
+    assert done.err.startswith("Traceback")
+    assert done.err.splitlines()[-1].startswith("error: ")

@@ -43,3 +43,16 @@ def test_limits_of_ones_own(call, option, value, code):
     assert done.code == code, done.err
     if code == 1:
         assert "OUTSIDE its budget: stage1" in done.out
+
+
+def test_a_limit_that_one_bundle_has_nothing_for_does_not_end_the_others(call):
+    told = call("verify", GOOD, GOOD, "--min-top1-agreement", 0.9, "--json")
+    assert told.code == 2
+    assert [each["error"] for each in told.json()["bundles"]] == ["SpecError", "SpecError"]
+
+
+def test_layers_that_cannot_be_read_leave_what_was_verified(call):
+    told = call("verify", BUNDLES / "openvino-int8", "--layers", "--json")
+    found = told.json()
+    assert (told.code, found["error"], found["exit_code"]) == (2, "SpecError", 2)
+    assert all(level["passed"] for level in found["report"]["levels"])

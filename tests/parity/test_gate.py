@@ -321,3 +321,33 @@ def test_a_baseline_of_any_number_of_images_holds(count):
     kept = baseline.measure_baseline(run, own, "here")
     found = drift.find_drift(run, own, kept, "here", np.random.default_rng(4))
     assert not found["logits"].faults
+
+
+def test_what_has_no_budget_states_none(bundles):
+    report = verify_bundle(bundles["fp32"], images=images(12, seed=5), reference=bundles["int8"])
+    (further,) = report.further
+    assert "budget" not in str(further.render().caption)
+    assert "budget 80 dB" in str(report.render().caption)
+    assert not [note for note in further.notes() if "budget" in note]
+
+
+def test_another_bundle_does_not_change_what_is_recorded(bundles, tmp_path):
+    folder = shutil.copytree(bundles["fp32"], tmp_path / "copy")
+    wrong = planted(bundles["fp32"], tmp_path / "wrong", WRONG["negated"])
+    assert not verify_bundle(folder, reference=wrong, record=True).passed
+    assert open_bundle(folder).status == "parity_checked"
+
+
+def test_broken_answers_to_images_of_the_users_own_keep_their_name(bundles, monkeypatch):
+    compute, others = OnnxRuntime._run, images(12, seed=5)
+
+    def broken(model, batch):
+        found = compute(model, batch)
+        if any(np.array_equal(batch[0], each) for each in others):
+            found[0][0, 0] = np.nan
+        return found
+
+    monkeypatch.setattr(OnnxRuntime, "_run", broken)
+    (further,) = verify_bundle(bundles["fp32"], images=others).further
+    (level,) = further.failures()
+    assert (level.name, level.sqnr_db, level.faults) == ("logits", -300.0, ("NaN or infinity",))
