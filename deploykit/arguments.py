@@ -6,9 +6,9 @@ import builtins
 import collections.abc
 import contextlib
 import functools
-import inspect
 import numbers
 import os
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -116,10 +116,8 @@ def shown(value: object) -> str:
 @functools.cache
 def _hints(function: Callable[..., object]) -> dict[str, object]:
     """Return the annotation of each argument or field; none for those that cannot be read here."""
-    target = inspect.unwrap(function)
-    module = inspect.getmodule(target)
-    names = _Names(vars(module) if module is not None else {})
-    annotations = dict(getattr(target, "__annotations__", {}))
+    names = _Names(vars(sys.modules[function.__module__]))
+    annotations = dict(getattr(function, "__annotations__", {}))
     hints: dict[str, object] = {}
     for name, text in annotations.items():
         if name == "return" or "ClassVar" in str(text):

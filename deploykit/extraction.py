@@ -123,7 +123,7 @@ class _Job:
                 for count in self._write_shard(path, positions):
                     done += count
                     progress(ImagesRun(done=resumed + done, total=total, seconds=perf_counter() - start))
-        skipped = _join(sorted(folder.glob("*.parquet")), target)
+        skipped = _join(sorted(folder.glob("*.parquet")), target, skip_corrupt=self.skip_corrupt)
         shutil.rmtree(folder, ignore_errors=True)
         rate = done / (perf_counter() - start) if done else 0.0
         return Extraction(output=str(target), rows=total, skipped=skipped, resumed=resumed, images_per_s=round(rate, 1))
@@ -169,7 +169,6 @@ class _Job:
             "rows": len(self.dataset),
             "shard": self.shard,
             "pool": self.pool,
-            "skip_corrupt": self.skip_corrupt,
         }
 
     def _write_shard(self, path: Path, positions: range) -> Iterator[int]:
@@ -193,9 +192,10 @@ class _Job:
     def _table(self, positions: range) -> Any:
         """Run some images and return their rows."""
         arrow = require("pyarrow")
-        read, images, _ = read_images(self.dataset, positions, self.model.input_spec, skip_corrupt=self.skip_corrupt)
+        spec = self.model.input_spec
+        read, images, problems = read_images(self.dataset, positions, spec, skip_corrupt=self.skip_corrupt)
         outputs = {} if images is None else run_in_batches(self.model, images)
-        errors = {position: self._why(position) for position in positions if position not in set(read)}
+        errors = dict(zip(sorted(set(positions) - set(read)), problems, strict=True))
         names = [self.dataset.name_of(each) for each in positions]
         columns: dict[str, object] = {"image": arrow.array(names, arrow.string())}
         if self.dataset.labels is not None:
@@ -217,16 +217,14 @@ class _Job:
             found = found.mean(axis=(2, 3))
         return np.asarray(found.reshape(len(found), -1), np.float32)
 
-    def _why(self, position: int) -> str:
-        try:
-            self.dataset.read(position, self.model.input_spec)
-        except ImageError as error:
-            return str(error)
-        return "it could not be read at first"
 
+def _join(shards: list[Path], target: Path, *, skip_corrupt: bool) -> int:
+    """Put shards together, one at a time; returns how many rows have an error.
 
-def _join(shards: list[Path], target: Path) -> int:
-    """Put shards together, one row group at a time; returns how many rows have an error."""
+    Raises:
+        ImageError: some have, and ``skip_corrupt`` is off: a run that skipped them left their shard.
+        StorageError: a shard cannot be read.
+    """
     parquet = require("pyarrow.parquet")
     part = target.with_name(f".{target.name}.part")
     skipped = 0
@@ -239,13 +237,15 @@ def _join(shards: list[Path], target: Path) -> int:
                 raise StorageError(f"{shard} cannot be read ({error}). Fix: remove it and run again.") from error
             with file:
                 writer = writer or parquet.ParquetWriter(part, file.schema_arrow)
-                for group in range(file.num_row_groups):
-                    table = file.read_row_group(group)
-                    skipped += len(table) - table.column("error").null_count
-                    writer.write_table(table)
+                table = file.read()
+                skipped += len(table) - table.column("error").null_count
+                writer.write_table(table)
     finally:
         if writer is not None:
             writer.close()
+    if skipped and not skip_corrupt:
+        part.unlink()
+        raise ImageError(f"{skipped} images could not be read. To go on past such files, pass skip_corrupt=True.")
     _sync(part)
     part.replace(target)
     return skipped

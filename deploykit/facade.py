@@ -180,6 +180,8 @@ def create_backbone(
 
     backbone = build_any(name, asked)
     if backend.place is not None:
+        if checked_hint(hint) != "latency":
+            raise SpecError(f"hint is {hint!r}, and the {backend.name} runtime has no such choice. Leave it out.")
         placed: Model = resolve(backend.place)(
             backbone,
             options.precision,

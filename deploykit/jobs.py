@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from deploykit.backbones.base import BaseBackbone
     from deploykit.calibration.images import CalibrationSet, CalibrationSource
     from deploykit.export.job import ExportJob
+    from deploykit.spec import InputSpec
 
 
 def make_job(
@@ -60,3 +61,25 @@ def _warn_of_guess(backbone: BaseBackbone) -> None:
         WeightsWarning,
         stacklevel=2,
     )
+
+
+def shared_images(
+    source: CalibrationSource | None, spec: InputSpec, *, skip_corrupt: bool = False
+) -> CalibrationSource | None:
+    """Return images that several jobs can be made with: batches, which can be read only once, are kept.
+
+    Files stay what they are, since their folders may name the classes.
+
+    Args:
+        source: the images; None: none.
+        spec: how arrays among them are read.
+        skip_corrupt: leave unreadable images out with a warning.
+    """
+    paths = (str, os.PathLike)
+    if source is None or isinstance(source, paths):
+        return source
+    if isinstance(source, (list, tuple)) and all(isinstance(each, paths) for each in source):
+        return source
+    from deploykit.calibration.images import calibration_set
+
+    return calibration_set(source, spec, skip_corrupt=skip_corrupt)

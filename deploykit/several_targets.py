@@ -11,7 +11,7 @@ from deploykit.arguments import check_arguments
 from deploykit.errors import DeployKitError, ExportError, ParityError, SpecError
 from deploykit.export.target_options import export_options
 from deploykit.facade import BatchSize
-from deploykit.jobs import make_job
+from deploykit.jobs import make_job, shared_images
 from deploykit.options import ExportOptions
 from deploykit.progress import Progress, quiet
 from deploykit.spec import Precision, parse_batch
@@ -110,10 +110,9 @@ def export_asked_targets(
 
     folders = target_folders(output, asked)
     built = build_any(name, make_request(**backbone))
-    if calibration is not None and not isinstance(calibration, (str, os.PathLike, list, tuple)):
-        from deploykit.calibration.images import calibration_set
-
-        calibration = calibration_set(calibration, built.input_spec, skip_corrupt=skip_corrupt)
+    pixels = any(options.embed_preprocessing for options in asked)
+    spec = built.input_spec.as_pixels() if pixels else built.input_spec
+    calibration = shared_images(calibration, spec, skip_corrupt=skip_corrupt)
     jobs = {
         target: make_job(built, options, calibration, skip_corrupt=skip_corrupt)
         for target, options in zip(folders, asked, strict=True)

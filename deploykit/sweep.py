@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 from deploykit.backends.backend import Backend
 from deploykit.backends.table import engine_names, load_backend
 from deploykit.bundle import read_manifest, writing
+from deploykit.dataset import Dataset, open_dataset
 from deploykit.errors import DeployKitError, DeviceUnavailable, ExportError, ParityError, SpecError, plain_reason
 from deploykit.facade import load_bundle
-from deploykit.jobs import make_job
+from deploykit.jobs import make_job, shared_images
+from deploykit.manifest import engine_parts
 from deploykit.options import ExportOptions
 from deploykit.places import scratch_folder
 from deploykit.progress import Progress, quiet
@@ -42,12 +44,19 @@ class SweepBudget:
     max_mb: float | None = None
     min_top1: float | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("max_ms", "max_mb"):
+            limit = getattr(self, name)
+            if limit is not None and not limit > 0:
+                raise SpecError(f"{name} is {limit}; it must be above 0.")
+
     def allows(self, entry: SweepEntry) -> bool:
         """Return whether an engine was measured and is within every limit."""
         if entry.problem or entry.ms is None or entry.megabytes is None:
             return False
         enough = self.min_top1 is None or (entry.top1 is not None and entry.top1 >= self.min_top1)
-        return enough and entry.ms <= (self.max_ms or entry.ms) and entry.megabytes <= (self.max_mb or entry.megabytes)
+        fast = self.max_ms is None or entry.ms <= self.max_ms
+        return enough and fast and (self.max_mb is None or entry.megabytes <= self.max_mb)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,13 +220,15 @@ def sweep(
     from deploykit.backbones.build import build_any
     from deploykit.backbones.request import make_request
 
+    labelled = None if validation is None else open_dataset(validation)
     built = build_any(name, make_request(**(backbone or {})))
+    calibration = shared_images(calibration, built.input_spec)
     with scratch_folder("sweep") as scratch:
         entries = [_export(built, each, scratch, calibration, batch=batch, progress=progress) for each in tried]
         _check_any(entries)
         entries = _measured(entries, scratch)
-        if validation is not None:
-            entries = [_validated(entry, scratch, validation) for entry in entries]
+        if labelled is not None:
+            entries = [_validated(entry, scratch, labelled) for entry in entries]
         best = _fastest(entries, budget or SweepBudget())
         if best is not None:
             _keep(scratch / best.name, output, overwrite=overwrite)
@@ -277,8 +288,7 @@ def _export(
 def _with_figures(entry: SweepEntry, result: ExportResult) -> SweepEntry:
     worst = min(result.parity.levels, key=lambda level: level.sqnr_db)
     manifest = result.manifest
-    stem = manifest.engine.partition(".")[0]
-    size = sum(record.size for name, record in manifest.files.items() if name.partition(".")[0] == stem)
+    size = sum(manifest.files[name].size for name in engine_parts(manifest.engine, manifest.files))
     return replace(entry, worst_level=worst.name, worst_db=worst.sqnr_db, megabytes=size / MEGABYTE)
 
 
@@ -300,6 +310,8 @@ def _measured(entries: Sequence[SweepEntry], scratch: Path) -> list[SweepEntry]:
                 opened[entry.name] = model, 1e3 * (perf_counter() - start)
             except DeviceUnavailable:
                 problems[entry.name] = "no device here, not timed"
+            except DeployKitError as error:
+                problems[entry.name] = plain_reason(error, limit=120)
         times: list[float] = []
         if opened:
             engines = [model for model, _ in opened.values()]
@@ -316,7 +328,7 @@ def _measured(entries: Sequence[SweepEntry], scratch: Path) -> list[SweepEntry]:
     ]
 
 
-def _validated(entry: SweepEntry, scratch: Path, images: str) -> SweepEntry:
+def _validated(entry: SweepEntry, scratch: Path, images: Dataset) -> SweepEntry:
     """Count what an engine has right on labelled images."""
     from deploykit.accuracy.evaluation import evaluate
 

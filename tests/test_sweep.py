@@ -111,3 +111,14 @@ def test_what_does_not_fit_is_told_and_nothing_is_kept(network, tmp_path):
     with pytest.raises(ExportError, match=r"no combination gave an engine.*\n  onnxruntime-fp32: outside its budget"):
         sweep(network, tmp_path / "best", tried, backbone={"image_size": 32})
     assert not (tmp_path / "best").exists()
+
+
+@pytest.mark.parametrize("limit", [{"max_ms": 0.0}, {"max_mb": -1.0}, {"max_ms": float("nan")}])
+def test_a_limit_of_nothing_is_refused(limit):
+    with pytest.raises(SpecError, match="must be above 0"):
+        SweepBudget(**limit)
+
+
+def test_images_that_are_not_there_are_refused_before_any_work(network, tmp_path):
+    with pytest.raises(SpecError, match="no such file or folder"):
+        sweep(network, tmp_path / "best", combinations(["onnxruntime"], ["fp32"]), validation=str(tmp_path / "absent"))

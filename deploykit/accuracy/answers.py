@@ -38,7 +38,6 @@ class Subject:
     input: InputSpec
     backbone: BackboneSpec
     labels: tuple[str, ...] | None
-    weights_digest: str | None
     run: Callable[[ImageArray], dict[str, FloatArray]]
 
     @property
@@ -80,7 +79,6 @@ def subject_of(model: Any, name: str | None = None) -> Subject:
             input=model.input_spec,
             backbone=manifest.backbone,
             labels=model.labels,
-            weights_digest=manifest.weights_digest,
             run=lambda images: run_in_batches(model, images),
         )
     if not all(hasattr(model, each) for each in ("input_spec", "spec", "precision", "runtime")):
@@ -96,7 +94,6 @@ def subject_of(model: Any, name: str | None = None) -> Subject:
         input=model.input_spec,
         backbone=model.spec,
         labels=model.labels,
-        weights_digest=None,
         run=lambda images: _run_module(model, images),
     )
 
@@ -133,10 +130,10 @@ def collect_answers(
             key = (subject.input.shape[1:], subject.input.dtype, subject.input.preprocessing)
             if key not in decoded:
                 read, images, problems = read_images(dataset, chunk, subject.input, skip_corrupt=skip_corrupt)
-                if images is None:
-                    break
                 for problem in problems if not decoded else ():
                     warnings.warn(f"left out: {problem}", DeployKitWarning, stacklevel=2)
+                if images is None:
+                    break
                 decoded[key] = images
             _answer(subject, own, decoded[key], top=top, keep_features=keep_features)
         positions += read

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from deploykit.dataset import Dataset, Label
 from deploykit.errors import SpecError
+from deploykit.labels import check_count
 
 NAMED = 8
 """How many labels a message names."""
@@ -61,10 +62,12 @@ def _table(
     names: Sequence[str] | None,
     given: Sequence[str] | None,
 ) -> dict[Label, int]:
+    if given is not None:
+        check_count(given, classes)
+        by_text = {name: index for index, name in enumerate(given)}
+        return {label: by_text[str(label)] for label in different if str(label) in by_text}
     if all(isinstance(label, int) for label in different):
         return {label: label for label in range(classes)}
-    if given is not None:
-        return {name: index for index, name in enumerate(given)}
     by_name = {_plain(name): index for index, name in enumerate(names or ())}
     if by_name and all(_plain(label) in by_name for label in different):
         return {label: by_name[_plain(label)] for label in different}

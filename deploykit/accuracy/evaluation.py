@@ -199,8 +199,8 @@ def _evaluate(
     progress: Progress,
 ) -> list[Evaluation]:
     _check_comparable(subjects, dataset, reference)
-    first = subjects[0]
-    truth, names = _truth(dataset, first, named)
+    together = [*subjects, *([reference] if reference is not None else [])]
+    truth, names = _truth(dataset, next((each for each in together if each.labels), subjects[0]), named)
     running = [*subjects] if reference is None or reference in subjects else [*subjects, reference]
     answers, positions = collect_answers(
         running, dataset, top=5, keep_features=truth is None, skip_corrupt=skip_corrupt, progress=progress
@@ -219,6 +219,13 @@ def _check_comparable(subjects: Sequence[Subject], dataset: Dataset, reference: 
     if len(counts) > 1:
         seen = ", ".join(f"{each.name} has {each.classes or 'no'} classes" for each in together)
         raise SpecError(f"the models cannot be compared: {seen}. Give models of one classifier, or features alone.")
+    named = [each for each in together if each.labels]
+    other = next((each for each in named if each.labels != named[0].labels), None)
+    if other is not None:
+        raise SpecError(
+            f"the models cannot be compared: the class names of {named[0].name} and of {other.name}, or their order, "
+            "differ. Fix: export both with the same labels."
+        )
     if dataset.labels is None and reference is None:
         raise SpecError(
             f"{dataset.name} has no labels ({dataset.unlabelled}), and there is no model to compare with. Fix: give a "

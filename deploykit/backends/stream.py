@@ -51,7 +51,7 @@ def _batches(images: Iterable[ImageArray], least: int, most: int, sizes: deque[i
     """Cut single images into batches; a last one that is too small repeats its images."""
     pending: list[ImageArray] = []
     for image in images:
-        pending.append(np.asarray(image))
+        pending.append(np.array(image))  # a copy: a reader may fill its buffer again
         if len(pending) == most:
             sizes.append(most)
             yield _stacked(pending)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import typer
+
 from deploykit.backends.table import engine_names
 from deploykit.cli import export_options as opt
 from deploykit.cli.backbone_options import BackboneChoice, option, takes_backbone
+from deploykit.cli.exit_codes import DRIFT
 from deploykit.cli.output import JsonFlag, show, show_json, table
 from deploykit.errors import SpecError
 from deploykit.spec import PRECISIONS
@@ -15,6 +18,7 @@ from deploykit.spec import PRECISIONS
 if TYPE_CHECKING:
     from deploykit.sweep import SweepEntry, SweepReport
 
+PLOTS = (".png", ".svg")
 EXAMPLE = "Example: deploykit sweep resnet18 --precisions fp32,fp16 --max-ms 20"
 
 _SWEEP, _BUDGET, _BUNDLE = "Sweep", "Budget", "Output"
@@ -94,6 +98,10 @@ def sweep(
         raise SpecError(f"--min-top1 is {min_top1:g}; give a share from 0 to 1, and labelled images with --validation.")
     if plot is not None:
         require("matplotlib.figure")
+        if Path(plot).suffix not in PLOTS or not Path(plot).absolute().parent.is_dir():
+            raise SpecError(
+                f"--plot is {plot}; give a file that ends in {' or '.join(PLOTS)}, in a folder that exists."
+            )
     tried = combinations(
         None if runtimes is None else _listed(runtimes, "--runtimes"),
         _listed(precisions, "--precisions"),
@@ -115,9 +123,11 @@ def sweep(
             overwrite=overwrite,
             progress=progress,
         )
+    show_json({"sweep": report, "frontier": report.frontier}) if json else _show(report)
     if plot is not None:
         report.plot(Path(plot))
-    show_json({"sweep": report, "frontier": report.frontier}) if json else _show(report)
+    if report.best is None:
+        raise typer.Exit(DRIFT)
 
 
 def _listed(text: str, name: str) -> list[str]:

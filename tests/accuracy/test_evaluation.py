@@ -143,3 +143,18 @@ def test_what_cannot_be_compared_is_refused(bundles, truth):
         deploykit.evaluate("nowhere", (pixels(), truth))
     with pytest.raises(SpecError, match="stand for no class: 99"):
         deploykit.evaluate(bundles["fp32"], (pixels(), np.full(IMAGES, 99)))
+
+
+def test_labels_that_are_given_decide_also_where_the_images_have_numbers(bundles, logits):
+    own, order = logits.argmax(1), [*range(1, CLASSES), 0]
+    shifted = np.array([order[index] for index in own])  # what the outputs 0, 1, 2 stand for: 1, 2, 3
+    found = evaluate_models([bundles["fp32"]], (pixels(), shifted), labels=[str(each) for each in order])
+    assert found[0].top1 == 1.0
+    with pytest.raises(SpecError, match="2 labels and the classifier has"):
+        evaluate_models([bundles["fp32"]], (pixels(), shifted), labels=["0", "1"])
+
+
+def test_models_of_other_class_names_are_not_compared(bundles, truth, tmp_path):
+    other = export(tmp_path / "other", labels=list(reversed(NAMES)))
+    with pytest.raises(SpecError, match=r"the class names of .* and of other, or their order, differ"):
+        evaluate_models([bundles["fp32"], other], (pixels(), truth))

@@ -125,3 +125,20 @@ def test_features_and_torch_tensors_stream_too(tmp_path):
         assert isinstance(found["deep"], torch.Tensor)
         (single,) = model.map(images.numpy())
         assert single["deep"].ndim == 3
+
+
+def test_a_reader_may_fill_its_buffer_again(engine, frames):
+    images = np.concatenate(frames)[:9]
+
+    def read():
+        buffer = np.empty_like(images[0])
+        for image in images:
+            buffer[:] = image
+            yield buffer
+
+    np.testing.assert_array_equal(np.stack(list(engine.map(read()))), np.stack(list(engine.map(iter(images)))))
+
+
+def test_a_hint_that_a_runtime_has_no_use_for_is_refused():
+    with pytest.raises(SpecError, match="the torch runtime has no such choice"):
+        deploykit.create_backbone("resnet18", image_size=32, hint="throughput")

@@ -55,7 +55,7 @@ class Port:
         """Return what the engine reads: the images, rounded where it takes int8."""
         if self.dtype != np.int8 or images.dtype != np.float32:
             return np.ascontiguousarray(images)
-        steps: FloatArray = np.rint(np.asarray(images, np.float32) * np.float32(1 / self.scale))
+        steps: FloatArray = np.rint(images * np.float32(1 / self.scale))
         steps += self.zero_point
         np.clip(steps, -128, 127, out=steps)
         return steps.astype(np.int8)
@@ -85,8 +85,7 @@ class LiteRTRuntime(Runtime):
                 "NPUs are for apps, which give the same model.tflite to LiteRT's own interfaces."
             )
         interpreter = _interpreter(engine, self.threads)
-        (signature,) = interpreter.get_signature_list() or ("",)
-        runner = interpreter.get_signature_runner(signature)
+        runner = interpreter.get_signature_runner(_only_signature(interpreter, engine))
         inputs = _ports(runner.get_input_details())
         outputs = _ports(runner.get_output_details())
         self._input = _only_input(inputs, self.input_spec.name, self._sample_shape, engine)
@@ -168,6 +167,16 @@ def _ports(details: dict[str, dict[str, Any]]) -> dict[str, Port]:
             zero_point=int(zero_point),
         )
     return ports
+
+
+def _only_signature(interpreter: Interpreter, engine: EngineFile) -> str:
+    signatures = list(interpreter.get_signature_list())
+    if len(signatures) != 1:
+        raise BundleError(
+            f"{engine.name} has {len(signatures)} signatures; expected one. The engine is not one that deploykit "
+            "wrote: export the bundle again."
+        )
+    return signatures[0]
 
 
 def _only_input(ports: dict[str, Port], name: str, sample: tuple[int | str, ...], engine: EngineFile) -> Port:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 
@@ -41,5 +42,6 @@ class RequestQueue:
     def close(self) -> None:
         """See `RunQueue.close`."""
         for request in self._requests:
-            request.wait()
+            with suppress(RuntimeError):  # of a run that failed, whose caller has it already
+                request.wait()
         self._requests.clear()
