@@ -14,6 +14,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from deploykit.arrays import Array, FloatArray
+from deploykit.bundle_files import PLAN_FILE, SHIFT_FILE
 from deploykit.calibration.placement import Placement, place, without
 from deploykit.calibration.ranges import STATISTICS_VERSION, ActivationRange, TensorStatistics, quantize_weight
 from deploykit.calibration.rounded_weight import RoundedWeight
@@ -25,8 +26,6 @@ from deploykit.onnx_values import floats_of, tensor_of
 from deploykit.plain_files import digest_of, open_plain, read_plain
 from deploykit.spec import FloatDtype, Int8
 
-PLAN_FILE = "quantization-plan.json"
-SHIFT_FILE = "quantization-plan.npz"
 SCHEMA_VERSION = 2
 """From version 2 on a plan carries the digest of both its files; version 1 is still read, unproved."""
 

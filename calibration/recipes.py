@@ -73,6 +73,12 @@ def with_recipe(settings: Int8, family: str) -> Int8:
     return RECIPES[name].applied_to(settings)
 
 
+def recipe_of(settings: Int8) -> str | None:
+    """Return the name of the recipe that gives these settings; None: none does."""
+    given = {name: getattr(settings, name) for name in asdict(Recipe())}
+    return next((name for name, recipe in RECIPES.items() if asdict(recipe) == given), None)
+
+
 def default_recipe(family: str) -> str:
     """Return the name of a family's recipe; of a family that is not known here, the first of the table."""
     return FAMILY_RECIPES.get(family, next(iter(RECIPES)))

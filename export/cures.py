@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -13,7 +14,9 @@ from deploykit.calibration.images import CalibrationSet
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.plan_cache import PlanCache
 from deploykit.calibration.precision import plan_precision
+from deploykit.calibration.recipes import recipe_of
 from deploykit.calibration.sensitivity import Cure, Sensitivity, Simulation
+from deploykit.errors import CalibrationWarning
 from deploykit.export.job import ExportJob
 from deploykit.progress import CandidateMeasured, Progress, StageStarted
 from deploykit.spec import Int8
@@ -49,7 +52,7 @@ def try_cures(job: ExportJob, network: Prepared, found: Sensitivity, progress: P
     half = _half_of_images(job, network)
     if half is not None:
         count, worst = half
-        name = f"all {2 * count} images instead of {count}"
+        name = f"all {len(job.images or ())} images instead of {count}"
         progress(CandidateMeasured(summary=f"{name}: {before - worst:+.1f} dB"))
         gain = round(before - worst, 2)
         cures.append(Cure(name=name, how="more images, as far as this still gains", worst_db=before, gain_db=gain))
@@ -75,8 +78,10 @@ def _other_plans(job: ExportJob, network: Prepared) -> Iterator[tuple[str, str, 
         yield "wider ranges", "--calibrator minmax", _worst(job, network, replace(settings, calibrator="minmax"))
     if settings.calibrator != "mse":
         yield "tighter ranges", "--calibrator mse", _worst(job, network, replace(settings, calibrator="mse"))
-    if settings.rounding != "adaptive":
-        yield "adaptive rounding", "--recipe adaptive", _worst(job, network, replace(settings, rounding="adaptive"))
+    adaptive = replace(settings, rounding="adaptive")
+    recipe = recipe_of(adaptive)
+    if settings.rounding != "adaptive" and recipe is not None:
+        yield "adaptive rounding", f"--recipe {recipe}", _worst(job, network, adaptive)
 
 
 def _half_of_images(job: ExportJob, network: Prepared) -> tuple[int, float] | None:
@@ -93,14 +98,16 @@ def _half_of_images(job: ExportJob, network: Prepared) -> tuple[int, float] | No
 def _worst(job: ExportJob, network: Prepared, settings: Int8, images: CalibrationSet | None = None) -> float:
     """Return the SQNR of the output that suffers most, with a plan of other settings or other images."""
     model = network.master.onnx.model
-    plan = plan_precision(
-        model,
-        settings,
-        calibration=images or job.images,
-        probe=network.probe,
-        weights_digest=weights_digest(job.backbone),
-        cache=PlanCache() if job.options.cache else None,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CalibrationWarning)  # of the images, which the first plan has told
+        plan = plan_precision(
+            model,
+            settings,
+            calibration=images or job.images,
+            probe=network.probe,
+            weights_digest=weights_digest(job.backbone),
+            cache=PlanCache() if job.options.cache else None,
+        )
     assert isinstance(plan, QuantizationPlan)  # noqa: S101  (as above)
     plan = _dialect(job).keep_float(model, plan)
     return min(_simulation(job, network, plan).sqnr_db(plan.placement.weights).values())

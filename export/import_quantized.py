@@ -243,6 +243,8 @@ def _spec(name: str, taken: InputSpec, num_classes: int) -> BackboneSpec:
 
 
 def _rename_outputs(model: ir.Model, names: Sequence[str]) -> None:
+    for position, output in enumerate(model.graph.outputs):  # which may swap their names
+        output.name = f"/output{position}"
     values = {value.name: value for node in model.graph for value in node.outputs}
     values |= {value.name: value for value in (*model.graph.inputs, *model.graph.initializers.values())}
     for output, name in zip(model.graph.outputs, names, strict=True):

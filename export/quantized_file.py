@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx import version_converter
@@ -26,18 +28,18 @@ _PASSES = (
 
 
 def read_quantized(path: Path) -> tuple[ir.Model, str]:
-    """Read a file, with functions inlined and constants as initializers, and its SHA-256.
+    """Read a file, with functions inlined and constants as initializers, and the SHA-256 of it with its weights.
 
     Raises:
         QuantizedModelError: not there, not ONNX, or of operators that are nobody's standard.
     """
     try:
         with open_plain(path, follow=True) as file:
-            digest = digest_of(file)
+            weights = hashlib.sha256(digest_of(file).encode())
         model = ir.load(path)
         for value in model.graph.initializers.values():  # reads external weights, which may be missing
             if value.const_value is not None:
-                value.const_value.numpy()
+                weights.update(np.ascontiguousarray(value.const_value.numpy()).view(np.uint8).data)
     except Exception as error:  # protobuf and the reader raise classes of their own
         raise QuantizedModelError(
             f"{path} cannot be read as ONNX ({plain_reason(error)}). Give the .onnx file that a quantizer wrote, its "
@@ -62,7 +64,7 @@ def read_quantized(path: Path) -> tuple[ir.Model, str]:
             f"{path} has operators that ONNX does not define: {', '.join(foreign[:8])}. Fix: quantize in the Q/DQ "
             "format, with the optimizations of the runtime off."
         )
-    return model, digest
+    return model, weights.hexdigest()
 
 
 def settle_opset(model: ir.Model) -> ir.Model:

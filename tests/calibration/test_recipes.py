@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from deploykit.backbones.registry import backbone_class, backbone_names
-from deploykit.calibration.recipes import FAMILY_RECIPES, RECIPES, Recipe, RecipeReport, Trial, with_recipe
+from deploykit.calibration.recipes import FAMILY_RECIPES, RECIPES, Recipe, RecipeReport, Trial, recipe_of, with_recipe
 from deploykit.errors import CalibrationError, SpecError
 from deploykit.spec import RECIPE_DEFAULTS, Int8, parse_precision
 from deploykit.unset import UNSET
@@ -93,3 +93,9 @@ def test_the_page_shows_the_table_as_it_is():
         parts = (recipe.calibrator, recipe.equalization or "none", recipe.rounding, recipe.weight_scales)
         row = f"| {' | '.join(map(str, (*parts, recipe.bias_correction or 'none')))} |"
         assert any(line.startswith(f"| `{name}`") and line.endswith(row) for line in page.splitlines()), row
+
+
+def test_settings_have_the_name_of_their_recipe():
+    for name, recipe in RECIPES.items():
+        assert recipe_of(recipe.applied_to(Int8())) == name
+    assert recipe_of(Int8(calibrator="entropy").filled()) is None

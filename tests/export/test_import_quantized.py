@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantFormat, QuantType
@@ -15,7 +16,7 @@ from deploykit.backends.backend import resolve
 from deploykit.backends.table import load_backend
 from deploykit.calibration.ranges import ActivationRange
 from deploykit.errors import QuantizedModelError, SaturationWarning, SpecError
-from deploykit.export.import_quantized import import_quantized
+from deploykit.export.import_quantized import _rename_outputs, import_quantized
 from deploykit.onnx_session import onnx_session
 from deploykit.parity.metrics import sqnr_db
 from tests.export.quantized_models import CLASSES, SIDE, images, network, quantize_static, with_channel_scales
@@ -258,3 +259,16 @@ def test_a_model_of_the_pt2e_flow_gives_its_own_numbers(tmp_path):
         name = found.input.name
         own = np.concatenate([session.run(["logits"], {name: image[None]})[0] for image in images()])
         assert sqnr_db(want, own) > 35
+
+
+@pytest.mark.parametrize("names", [("stage1", "stage2"), ("b", "a"), ("input", "weight"), ("a", "b")])
+def test_outputs_may_take_each_others_names(names):
+    images, weight = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 2]) for name in ("input", "weight"))
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 2]) for name in ("a", "b")]
+    nodes = [helper.make_node("Relu", ["input"], ["a"]), helper.make_node("Add", ["a", "weight"], ["b"])]
+    model = ir.from_proto(helper.make_model(helper.make_graph(nodes, "graph", [images, weight], outputs)))
+    _rename_outputs(model, names)
+    onnx.checker.check_model(ir.to_proto(model))
+    assert tuple(output.name for output in model.graph.outputs) == names
+    values = [value.name for value in (*model.graph.inputs, *model.graph.outputs)]
+    assert len(set(values)) == 4
