@@ -13,7 +13,7 @@ import msgspec
 
 from deploykit.errors import SpecError, nearest
 from deploykit.processor import INT8_ARM, INT8_X86, PROCESSOR_TARGETS
-from deploykit.spec import PRECISIONS, Int8, parse_batch
+from deploykit.spec import Int8, parse_batch
 
 FOLDER = Path(__file__).parent / "export" / "targets"
 SUFFIX = ".toml"
@@ -186,5 +186,5 @@ def _problems(target: Target) -> Iterator[str]:
         for key in choice.int8:
             if key not in settings:
                 yield f"unknown int8 setting {key!r} of {choice.name}. {nearest(key, settings)}"
-    if target.precision not in PRECISIONS:
-        yield f"unknown precision {target.precision!r}. {nearest(target.precision, PRECISIONS)}"
+        if choice.version is not None and not re.fullmatch(r"\d+(\.\d+)*", choice.version):
+            yield f"version is {choice.version!r} of {choice.name}; expected numbers with points, such as '1.23'."

@@ -24,9 +24,11 @@ def check_fits(job: ExportJob, engine: Engine, folder: Path) -> None:
         return
     _check_memory(folder, target)
     newest = target.choice(job.options.runtime).version
+    if newest is None:
+        return
     needed = job.backend.oldest_version((folder / engine.file).read_bytes(), engine.file) or engine.runtime_version
     # "1.23" stands for every 1.23.x, and a portable engine needs no version: it says "any".
-    if newest is not None and version_key(needed)[: len(version_key(newest))] > version_key(newest):
+    if version_key(needed)[: len(version_key(newest))] > version_key(newest):
         raise ExportError(
             f"the engine needs {job.backend.package.distribution} {needed}, and {target.name} has at most {newest}. "
             "Choose another runtime of it, or another precision or recipe."

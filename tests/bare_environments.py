@@ -46,12 +46,13 @@ print(json.dumps({"passed": report.passed, "worst": min(level.sqnr_db for level 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What one environment gave; ``problem`` is empty where all is well."""
+    """What one environment gave; ``problem`` is empty where all is well, ``untried`` says why it was not tried."""
 
     python: str
     runtime: str
     versions: str
     problem: str = ""
+    untried: str = ""
     figures: str = ""
 
 
@@ -130,8 +131,14 @@ def rows(pythons: dict[str, str], runtimes: Sequence[str]) -> Iterator[Row]:
                         told = try_one(python, runtime, wheel, folder, oldest=oldest)
                     except RuntimeError as error:
                         absent = "No matching distribution" in str(error) or "ResolutionImpossible" in str(error)
-                        problem = "" if absent and oldest else str(error)
-                        yield Row(python=version, runtime=runtime, versions=label, problem=problem, figures="no wheels")
+                        untried = absent and oldest
+                        yield Row(
+                            python=version,
+                            runtime=runtime,
+                            versions=label,
+                            problem="" if untried else str(error),
+                            untried="no wheels of these versions together" if untried else "",
+                        )
                         continue
                     finally:
                         shutil.rmtree(folder, ignore_errors=True)
@@ -152,15 +159,17 @@ def main() -> int:
     parser.add_argument("--runtime", action="append", choices=RUNTIMES, help="only this one; give it again for more")
     chosen = parser.parse_args()
     pythons = {version: path for version, path in find_pythons().items() if version in (chosen.python or PYTHONS)}
-    failed = 0
+    failed, ran = 0, 0
     for row in rows(pythons, chosen.runtime or tuple(RUNTIMES)):
         failed += bool(row.problem)
-        state = f"FAILED: {row.problem}" if row.problem else "ok"
-        print(f"python {row.python} {row.runtime} {row.versions}: {state} ({row.figures})", flush=True)  # noqa: T201
+        state = f"FAILED: {row.problem}" if row.problem else f"not tried: {row.untried}" if row.untried else "ok"
+        ran += not row.untried
+        figures = f" ({row.figures})" if row.figures else ""
+        print(f"python {row.python} {row.runtime} {row.versions}: {state}{figures}", flush=True)  # noqa: T201
     absent = [version for version in PYTHONS if version not in find_pythons()]
     if absent:
         print(f"not here, and so not tried: Python {', '.join(absent)}")  # noqa: T201
-    return 1 if failed or not pythons else 0
+    return 1 if failed or not ran else 0
 
 
 if __name__ == "__main__":

@@ -115,12 +115,14 @@ def test_a_damaged_signature_is_refused(signed, keys, content):
 
 def test_a_flipped_byte_of_the_signature_is_refused_or_changes_nothing(signed, keys):
     good = (signed / "model.sig").read_bytes()
+    refused = 0
     for position in np.linspace(0, len(good) - 1, 40).astype(int):
         (signed / "model.sig").write_bytes(good[:position] + bytes([good[position] ^ 1]) + good[position + 1 :])
         try:
             deploykit.load_bundle(signed, signed_by=keys / "signer.pub").close()
         except UntrustedEngine:
-            continue
+            refused += 1
+    assert refused > 30  # the others are in what the format leaves free
 
 
 def test_a_certificate_is_checked_by_its_authority(signed, tmp_path):

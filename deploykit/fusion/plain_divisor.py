@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from deploykit.fusion.constants import add_call, argument, replace, shape_of, tidy
+from deploykit.fusion.constants import add_call, argument, operand, replace, shape_of, tidy
 
 _aten = torch.ops.aten
 
@@ -29,7 +29,8 @@ def plain_divisor(module: GraphModule) -> int:
 
 def _rewrite(pool: Node) -> bool:
     divisor = argument(pool, 6, "divisor_override", None)
-    sides, windows = shape_of(pool.args[0])[-2:], shape_of(pool)[-2:]  # type: ignore[arg-type]
+    source = operand(pool, 0)
+    sides, windows = shape_of(source)[-2:], shape_of(pool)[-2:]
     if divisor is None or not all(isinstance(side, int) for side in (*sides, *windows)):
         return False
     kernel = _pair(pool.args[1])
@@ -40,7 +41,7 @@ def _rewrite(pool: Node) -> bool:
         for count, step, size, side, begin in zip(windows, stride, kernel, sides, begins, strict=True)
     ]
     amounts = [begins[1], ends[1], begins[0], ends[0]]
-    padded = add_call(pool, _aten.constant_pad_nd.default, pool.args[0], amounts) if any(amounts) else pool.args[0]
+    padded = add_call(pool, _aten.constant_pad_nd.default, source, amounts) if any(amounts) else source
     mean = add_call(pool, _aten.avg_pool2d.default, padded, kernel, stride)
     replace(pool, add_call(pool, _aten.mul.Tensor, mean, kernel[0] * kernel[1] / divisor))
     return True

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from deploykit.fusion.constants import add_call, add_constant, argument, replace, shape_of, tidy
+from deploykit.fusion.constants import add_call, add_constant, argument, operand, replace, shape_of, tidy
 
 _aten = torch.ops.aten
 _RESIZES = {
@@ -37,8 +37,7 @@ def resize_by_matrix(module: GraphModule) -> int:
 
 
 def _rewrite(module: GraphModule, resize: Node) -> bool:
-    source = resize.args[0]
-    assert isinstance(source, Node)  # noqa: S101  (what is resized; narrows the type)
+    source = operand(resize, 0)
     sides = [side for side in (*shape_of(source)[2:], *shape_of(resize)[2:]) if isinstance(side, int)]
     if len(sides) != 4 or len(shape_of(source)) != 4:
         return False

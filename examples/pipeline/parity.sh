@@ -14,7 +14,7 @@
 #   REPORT_OPTIONS   further options of `deploykit report`, such as --no-run
 #   DEPLOYKIT        the command (default: deploykit)
 #
-# exit code: 0 within all tolerances; 1 drift, or a step failed; 2 bad usage. The reports are written in each case.
+# exit code: 0 within all tolerances; 1 drift, or a step failed; 2 bad usage. The reports are written wherever the export worked.
 
 set -u
 
