@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         MissingDependency,
         ParityError,
         SpecError,
+        TransferError,
         WeightsError,
     )
     from deploykit.export.import_quantized import import_quantized
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from deploykit.feature_dict import Features
     from deploykit.images.preprocess import load_images, preprocess
     from deploykit.predict import Prediction
+    from deploykit.shipping.transfer import Transfer, pull_bundle, push_bundle
     from deploykit.signatures import sign_bundle
     from deploykit.spec import (
         BackboneSpec,
@@ -66,6 +68,9 @@ _PUBLIC = {
     "create_backbone": "facade",
     "load_bundle": "facade",
     "sign_bundle": "signatures",
+    "push_bundle": "shipping.transfer",
+    "pull_bundle": "shipping.transfer",
+    "Transfer": "shipping.transfer",
     "export_backbone": "facade",
     "export_targets": "several_targets",
     "verify_bundle": "verification",
@@ -115,6 +120,7 @@ _PUBLIC = {
     "IncompatibleEngine": "errors",
     "DeviceUnavailable": "errors",
     "ParityError": "errors",
+    "TransferError": "errors",
 }
 
 __all__ = [
@@ -151,6 +157,8 @@ __all__ = [
     "SpecError",
     "TensorSpec",
     "Tolerances",
+    "Transfer",
+    "TransferError",
     "WeightsError",
     "WithNeck",
     "__version__",
@@ -168,6 +176,8 @@ __all__ = [
     "load_images",
     "memory_efficient",
     "preprocess",
+    "pull_bundle",
+    "push_bundle",
     "register_backbone",
     "sign_bundle",
     "verify_bundle",

@@ -42,6 +42,9 @@ PLAN_FILES = (PLAN_FILE, SHIFT_FILE)
 SIGNATURE = "model.sig"
 """The signature of a bundle's files, which its manifest cannot record, because it covers the manifest."""
 
+SOURCE_FILE = ".cache/deploykit/source.json"
+"""Where a bundle was pulled from: beside its files, where every version leaves it alone."""
+
 _DEEPEST = 32
 _MOST_NAMES = 100_000
 
@@ -199,12 +202,13 @@ def strangers(folder: Path) -> tuple[list[str], list[str]]:
         BundleError: the manifest is not readable, so that nobody can tell.
     """
     try:
-        own = recorded_names(read_manifest_text(folder), folder / MANIFEST) | {MANIFEST, MANIFEST_DIGEST, SIGNATURE}
+        own = recorded_names(read_manifest_text(folder), folder / MANIFEST)
     except BundleError as error:
         raise BundleError(
             f"{folder} will not be replaced, because nobody can tell which of its files deploykit wrote: {error} "
             "Remove the folder yourself, or choose another."
         ) from error
+    own |= {MANIFEST, MANIFEST_DIGEST, SIGNATURE, SOURCE_FILE}
     others: list[str] = []
     droppings: list[str] = []
     for parent, folders, names in os.walk(folder):

@@ -15,6 +15,7 @@
     ├── BundleError          a bundle is corrupt, tampered, partial or from a newer schema
     │   ├── StorageError     a folder cannot be read or written here: disk, permissions, open files, a lock
     │   └── UntrustedEngine  machine code from elsewhere (trust=False), or not signed by whom it should be
+    ├── TransferError        a bundle could not be pushed to or pulled from a model hub
     ├── IncompatibleEngine   an engine was built for another runtime version or device
     │   └── EngineMismatch   a file is not the one that its bundle's manifest describes (a BundleError too)
     ├── DeviceUnavailable    the device asked for is not here
@@ -139,6 +140,10 @@ class UntrustedEngine(BundleError):
 
     It is machine code that this user's deploykit did not make here, or not signed by the signer who was asked for.
     """
+
+
+class TransferError(DeployKitError):
+    """A bundle could not be pushed to or pulled from a model hub: the network, the server, or the rights there."""
 
 
 class IncompatibleEngine(DeployKitError):

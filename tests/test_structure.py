@@ -39,6 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("store_entry", "store_folder", "store_upkeep", "store"),
     ("manifest", "bundle_files"),
     ("bundle", "bundle_status", "cache", "trust", "signatures", "asked", "predict"),
+    ("shipping",),
     ("runtime side",),
     ("onnx_session", "onnx_values"),
     ("backbones", "fusion"),

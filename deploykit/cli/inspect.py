@@ -55,13 +55,16 @@ def inspect(bundle: BundleArgument, json: JsonFlag = False) -> None:
     """
     from deploykit.bundle import open_bundle
     from deploykit.parity.report import PARITY_FILE, ParityReport
+    from deploykit.shipping.transfer import pulled_from
 
     folder = Path(bundle)
     manifest = open_bundle(folder)
     parity = ParityReport.load(folder / PARITY_FILE) if PARITY_FILE in manifest.files else None
     quantization = read_quantization(folder / PLAN_FILE) if PLAN_FILE in manifest.files else None
+    source = pulled_from(folder)
     if json:
-        show_json({"bundle": bundle, "manifest": manifest, "parity": parity, "quantization": quantization})
+        parts = {"manifest": manifest, "parity": parity, "quantization": quantization, "pulled_from": source}
+        show_json({"bundle": bundle, **parts})
         return
     for title, rows in _sections(manifest, quantization):
         width = max(len(name) for name, _ in rows)
@@ -69,6 +72,8 @@ def inspect(bundle: BundleArgument, json: JsonFlag = False) -> None:
     _show_levels(manifest)
     if parity is not None:
         show(_as_stored(parity), "")
+    if source is not None:
+        show(f"Pulled from {source.address}, revision {source.revision}.")
     show(f"Next: deploykit verify {bundle}")
 
 

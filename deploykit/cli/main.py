@@ -23,6 +23,8 @@ from deploykit.cli import (
     import_model,
     inspect,
     list,
+    pull,
+    push,
     report,
     run,
     sensitivity,
@@ -57,6 +59,8 @@ app.command("evaluate", epilog=evaluate.EXAMPLE, context_settings=_SETTINGS)(eva
 app.command("compare", epilog=compare.EXAMPLE, context_settings=_SETTINGS)(compare.compare)
 app.command("report", epilog=report.EXAMPLE, context_settings=_SETTINGS)(report.report)
 app.command("sign", epilog=sign.EXAMPLE, context_settings=_SETTINGS)(sign.sign)
+app.command("push", epilog=push.EXAMPLE, context_settings=_SETTINGS)(push.push)
+app.command("pull", epilog=pull.EXAMPLE, context_settings=_SETTINGS)(pull.pull)
 app.command("extract", epilog=extract.EXAMPLE, context_settings=_SETTINGS)(extract.extract)
 app.command("inspect", epilog=inspect.EXAMPLE, context_settings=_SETTINGS)(inspect.inspect)
 app.command("sensitivity", epilog=sensitivity.EXAMPLE, context_settings=_SETTINGS)(sensitivity.sensitivity)
