@@ -1,4 +1,4 @@
-"""What the benchmarks take from the tests: realistic random weights, and timm beside a CPU torch."""
+"""What the benchmarks take from the tests: realistic random weights."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from tests.torchvision_operators import declare_torchvision_operators
-
 from tests.backbones.realistic import randomize as realistic
 
-__all__ = ["declare_torchvision_operators", "realistic"]
+__all__ = ["realistic"]

@@ -9,10 +9,10 @@ control is a second session of timm's graph: what it is off 1 by is noise.
 from __future__ import annotations
 
 import onnx
-from _from_tests import declare_torchvision_operators
 from _side_by_side import Comparison, main, stock_graph
 
 from deploykit.backbones.base import BaseBackbone
+from deploykit.optional import require
 
 NETWORKS = (
     "resnet50",
@@ -29,15 +29,10 @@ NETWORKS = (
 )
 """One of each family."""
 
-LIBRARY = declare_torchvision_operators()
-"""Kept alive while timm is in use."""
-
 
 def timm_graph(name: str, backbone: BaseBackbone) -> onnx.ModelProto:
     """Timm's model of a backbone's name, with its weights."""
-    import timm
-
-    model = timm.create_model(name).eval()
+    model = require("timm").create_model(name).eval()
     model.load_state_dict(backbone.state_dict())
     return stock_graph(model, backbone.input_spec.height)
 

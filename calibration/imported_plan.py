@@ -10,9 +10,10 @@ import onnx_ir as ir
 
 from deploykit.calibration.placement import IntegerWeight, Placement, place
 from deploykit.calibration.plan import IMPORTED, QuantizationPlan, constants_digest
+from deploykit.calibration.quantizer_nodes import UINT8_ZERO
 from deploykit.calibration.ranges import ActivationRange
 from deploykit.calibration.rounded_weight import RoundedWeight
-from deploykit.calibration.strip_quantizers import KEEPS_RANGE, UINT8_ZERO, Stripped, TensorQuantizer, WeightQuantizer
+from deploykit.calibration.strip_quantizers import KEEPS_RANGE, Stripped, TensorQuantizer, WeightQuantizer
 from deploykit.errors import QuantizedModelError
 from deploykit.onnx_values import array_of
 

@@ -7,24 +7,31 @@ and weights may be integers behind a DequantizeLinear or floats behind a pair.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from deploykit.calibration.plan import add_constant
+from deploykit.calibration.quantizer_nodes import (
+    UINT8_ZERO,
+    Array,
+    along,
+    as_int8,
+    axis_of,
+    check_pair,
+    check_types,
+    is_integer_operator,
+    listed,
+    parameters,
+)
 from deploykit.errors import QuantizedModelError
 from deploykit.onnx_values import array_of
 
-UINT8_ZERO = 128
-"""What is added to int8 to make uint8 of it."""
 DEAD_SHARE = 1e-2
 """A channel that was zero in all calibration images has a scale below this share of the largest, and any zero point."""
+CLIP_INPUTS_OPSET = 11
 _NOT_NEGATIVE = frozenset({"Relu", "Clip", "Sigmoid", "HardSigmoid", "Softmax", "Abs"})
-_FLOAT_OF_INTEGERS = frozenset({"ConvInteger", "DynamicQuantizeLinear", "MatMulInteger", "DynamicQuantizeMatMul"})
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,20 +91,20 @@ def strip_quantizers(model: ir.Model) -> Stripped:
     """
     found = Stripped(model=model.clone())
     graph = found.model.graph
-    problems = [f"{node.name} ({node.op_type})" for node in graph if _is_integer_operator(node)]
+    problems = [f"{node.name} ({node.op_type})" for node in graph if is_integer_operator(node)]
     if problems:
         raise QuantizedModelError(
-            f"the graph computes with integer operators: {_listed(problems)}. Expected QuantizeLinear and "
+            f"the graph computes with integer operators: {listed(problems)}. Expected QuantizeLinear and "
             "DequantizeLinear around float operators. Fix: quantize it in the Q/DQ format (QuantFormat.QDQ)."
         )
-    _check_types(graph)
+    check_types(graph)
     for node in [each for each in graph if each.op_type == "DequantizeLinear"]:
         _strip(node, found)
     _remove_unread(graph)
     left = [f"{node.name}" for node in graph if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
     if left:
         raise QuantizedModelError(
-            f"the integers of {_listed(left)} are read by something else than a DequantizeLinear. Fix: quantize the "
+            f"the integers of {listed(left)} are read by something else than a DequantizeLinear. Fix: quantize the "
             "float model in the Q/DQ format."
         )
     return found
@@ -109,7 +116,7 @@ def _strip(dequantize: ir.Node, found: Stripped) -> None:
     if source is not None and source.is_initializer():
         replacement = _constant(dequantize, array_of(source), found)
     elif quantize is not None and quantize.op_type == "QuantizeLinear":
-        _check_pair(quantize, dequantize)
+        check_pair(quantize, dequantize)
         value = quantize.inputs[0]
         assert value is not None  # noqa: S101  (an operand that the operator requires; narrows the type)
         if value.is_initializer():
@@ -130,11 +137,11 @@ def _strip(dequantize: ir.Node, found: Stripped) -> None:
 
 def _activation(quantize: ir.Node, value: ir.Value, found: Stripped) -> ir.Value:
     """Note an activation's quantizer; where it cuts negative numbers off, a Clip does so in the float graph."""
-    scale, zero_point = _parameters(quantize)
+    scale, zero_point = parameters(quantize)
     if scale.size != 1:
         return _channels_activation(quantize, value, found)
     own = TensorQuantizer(scale=float(scale.reshape(-1)[0]), zero_point=int(zero_point.reshape(-1)[0]))
-    value = _clipped(value, own, found.model.graph) if own.zero_point == 0 else value
+    value = _clipped(value, own, found.model) if own.zero_point == 0 else value
     known = found.activations.setdefault(str(value.name), own)
     if known != own:
         found.ignored.append(f"{quantize.name}: {value.name} has another scale already")
@@ -143,24 +150,24 @@ def _activation(quantize: ir.Node, value: ir.Value, found: Stripped) -> ir.Value
 
 def _channels_activation(quantize: ir.Node, value: ir.Value, found: Stripped) -> ir.Value:
     """Note an activation's scales by channel; `deploykit.calibration.channel_scales` makes one of them."""
-    scale, zero_point = _parameters(quantize)
+    scale, zero_point = parameters(quantize)
     dead = (zero_point == UINT8_ZERO) & (scale < DEAD_SHARE * scale.max())
     scale = np.where(dead, scale * np.float32(127 / 255), scale).astype(np.float32)
     zero_point = np.where(dead, 0, zero_point)
-    if zero_point.any() or _axis(quantize, 4) != 1:
+    if zero_point.any() or axis_of(quantize, 4) != 1:
         raise QuantizedModelError(
             f"{quantize.name} quantizes the activation {value.name} with {scale.size} scales and zero points "
-            f"{int(zero_point.min())} to {int(zero_point.max())} along axis {_axis(quantize, 4)}; expected one scale a "
-            "tensor, or one a channel without zero points. Fix: quantize activations per tensor."
+            f"{int(zero_point.min())} to {int(zero_point.max())} along axis {axis_of(quantize, 4)}; expected one scale "
+            "a tensor, or one a channel without zero points. Fix: quantize activations per tensor."
         )
-    value = _clipped(value, TensorQuantizer(scale=float(scale.max()), zero_point=0), found.model.graph)
+    value = _clipped(value, TensorQuantizer(scale=float(scale.max()), zero_point=0), found.model)
     known = found.channel_scales.setdefault(str(value.name), scale)
     if not np.array_equal(known, scale):
         found.ignored.append(f"{quantize.name}: {value.name} has other scales already")
     return value
 
 
-def _clipped(value: ir.Value, quantizer: TensorQuantizer, graph: ir.Graph) -> ir.Value:
+def _clipped(value: ir.Value, quantizer: TensorQuantizer, model: ir.Model) -> ir.Value:
     """Return a value cut off where integers without a zero point end, if it may be negative.
 
     Quantizers take the place of a ReLU or ReLU6, whose bounds are theirs, and the activation is removed then.
@@ -172,15 +179,23 @@ def _clipped(value: ir.Value, quantizer: TensorQuantizer, graph: ir.Graph) -> ir
     for reader in value.consumers():
         if reader.name == name:
             return reader.outputs[0]
-    bounds = [
-        graph.initializers.get(f"{name}/{end}") or add_constant(graph, f"{name}/{end}", np.array(bound, np.float32))
-        for end, bound in (("low", 0.0), ("high", 255 * quantizer.scale))
-    ]
-    clip = ir.node("Clip", [value, *bounds], name=name)
+    clip = _clip(value, {"min": 0.0, "max": 255 * quantizer.scale}, name, model)
     clip.outputs[0].name = name
     clip.outputs[0].shape, clip.outputs[0].type = value.shape, value.type
-    graph.insert_after(producer, clip)
+    model.graph.insert_after(producer, clip)
     return clip.outputs[0]
+
+
+def _clip(value: ir.Value, bounds: dict[str, float], name: str, model: ir.Model) -> ir.Node:
+    """Return a Clip, whose bounds are attributes before opset 11 and inputs since."""
+    if model.opset_imports.get("", CLIP_INPUTS_OPSET) < CLIP_INPUTS_OPSET:
+        return ir.node("Clip", [value], bounds, name=name)
+    graph = model.graph
+    constants = [
+        graph.initializers.get(f"{name}/{end}") or add_constant(graph, f"{name}/{end}", np.array(bound, np.float32))
+        for end, bound in bounds.items()
+    ]
+    return ir.node("Clip", [value, *constants], name=name)
 
 
 def _is_not_negative(value: ir.Value | None) -> bool:
@@ -198,7 +213,7 @@ def _is_not_negative(value: ir.Value | None) -> bool:
 def _least(clip: ir.Node) -> float:
     low = clip.inputs[1] if len(clip.inputs) > 1 else None
     if low is None or low.const_value is None:
-        return -np.inf
+        return clip.attributes.get_float("min", -np.inf)  # where its bounds stand before opset 11
     return float(low.const_value.numpy())
 
 
@@ -210,13 +225,13 @@ KEEPS_RANGE = frozenset(
 
 def _constant(dequantize: ir.Node, integers: Array, found: Stripped) -> ir.Value:
     """Return the float constant that integers stand for; those of 8 bits are a weight's."""
-    scale, zero_point = _parameters(dequantize)
-    axis = _axis(dequantize, integers.ndim)
+    scale, zero_point = parameters(dequantize)
+    axis = axis_of(dequantize, integers.ndim)
     if integers.dtype == np.int32:
         offset: Array = np.zeros(scale.size, np.int64)
     else:
-        integers, offset = _as_int8(integers, zero_point)
-    restored = (integers - _along(offset, integers, axis)) * _along(scale, integers, axis)
+        integers, offset = as_int8(integers, zero_point)
+    restored = (integers - along(offset, integers, axis)) * along(scale, integers, axis)
     name = str(dequantize.outputs[0].name)
     value = add_constant(found.model.graph, f"{name}/float", restored.astype(np.float32))
     if integers.dtype == np.int8:
@@ -226,99 +241,13 @@ def _constant(dequantize: ir.Node, integers: Array, found: Stripped) -> ir.Value
 
 def _rounded_constant(quantize: ir.Node, value: ir.Value, found: Stripped) -> ir.Value:
     """Note the integers of a float weight that stands behind a pair; the graph keeps the float one."""
-    scale, zero_point = _parameters(quantize)
+    scale, zero_point = parameters(quantize)
     weight = array_of(value)
-    axis = _axis(quantize, weight.ndim)
-    rounded = np.round(weight / _along(scale, weight, axis)) + _along(zero_point, weight, axis)
-    integers, offset = _as_int8(np.clip(rounded, 0, 255).astype(np.uint8), zero_point)
+    axis = axis_of(quantize, weight.ndim)
+    rounded = np.round(weight / along(scale, weight, axis)) + along(zero_point, weight, axis)
+    integers, offset = as_int8(np.clip(rounded, 0, 255).astype(np.uint8), zero_point)
     found.weights[str(value.name)] = WeightQuantizer(integers=integers, scales=scale, zero_points=offset, axis=axis)
     return value
-
-
-def _as_int8(integers: Array, zero_point: Array) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.int64]]:
-    """Return 8-bit integers as int8, and their zero points, which `_parameters` gives for uint8, with them."""
-    shifted = integers.astype(np.int16) - (UINT8_ZERO if integers.dtype == np.uint8 else 0)
-    return shifted.astype(np.int8), zero_point - UINT8_ZERO
-
-
-def _parameters(node: ir.Node) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Return the scales of a Q or DQ node and its zero points as of uint8, flat."""
-    scale_value, zero_value = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
-    if (
-        scale_value is None
-        or scale_value.const_value is None
-        or (zero_value is not None and zero_value.const_value is None)
-    ):
-        raise QuantizedModelError(
-            f"{node.name} takes its scale from a computation; expected a constant. Fix: use static quantization."
-        )
-    scale = np.asarray(scale_value.const_value.numpy(), np.float32).reshape(-1)
-    if not np.isfinite(scale).all() or not (scale > 0).all():
-        raise QuantizedModelError(f"{node.name} has a scale that is not a positive number. Fix: quantize it again.")
-    if zero_value is None or zero_value.const_value is None:
-        return scale, np.full(scale.size, _default_zero_point(node), np.int64)
-    zero = zero_value.const_value.numpy()
-    shift = UINT8_ZERO if zero.dtype == np.int8 else 0
-    return scale, np.broadcast_to(zero.astype(np.int64).reshape(-1) + shift, scale.shape).copy()
-
-
-def _default_zero_point(node: ir.Node) -> int:
-    """Return the zero point, as of uint8, of a node that names none: 0 of its integers, which are uint8 by default."""
-    integers = node.inputs[0] if node.op_type == "DequantizeLinear" else node.outputs[0]
-    is_signed = integers is not None and integers.dtype == ir.DataType.INT8
-    is_signed = is_signed or node.attributes.get_int("output_dtype", 0) == ir.DataType.INT8.value
-    return UINT8_ZERO if is_signed else 0
-
-
-def _axis(node: ir.Node, rank: int) -> int:
-    return node.attributes.get_int("axis", 1) % max(1, rank)
-
-
-def _along(channels: Array, weight: Array, axis: int) -> Array:
-    """Return one value, or one a channel, in a shape that goes with a weight."""
-    if channels.size == 1:
-        return channels.reshape(())
-    shape = [1] * weight.ndim
-    shape[axis] = -1
-    return channels.reshape(shape)
-
-
-def _is_integer_operator(node: ir.Node) -> bool:
-    plain = node.op_type in ("QuantizeLinear", "DequantizeLinear")
-    return not plain and (
-        node.op_type in _FLOAT_OF_INTEGERS or node.op_type.startswith(("QLinear", "QGemm", "QAttention"))
-    )
-
-
-def _check_types(graph: ir.Graph) -> None:
-    """Refuse integers of other widths, floats of 8 bits, and scales by blocks; each is named."""
-    problems = []
-    for node in graph:
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
-            continue
-        integers = node.outputs[0] if node.op_type == "QuantizeLinear" else node.inputs[0]
-        zero = node.inputs[2] if len(node.inputs) > 2 else None
-        kind = zero.dtype if zero is not None and zero.dtype is not None else integers.dtype if integers else None
-        allowed = {ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT32, None}
-        if kind not in allowed:
-            problems.append(f"{node.name} has {kind}")  # such as INT16, INT4 or FLOAT8E4M3FN
-        if node.attributes.get_int("block_size", 0):
-            problems.append(f"{node.name} has one scale a block of {node.attributes.get_int('block_size', 0)}")
-    if problems:
-        raise QuantizedModelError(
-            f"the graph has quantizers that a plan of 8-bit integers has no place for: {_listed(problems)}. Fix: "
-            "quantize to int8 or uint8, weights per channel or per tensor."
-        )
-
-
-def _check_pair(quantize: ir.Node, dequantize: ir.Node) -> None:
-    scale, zero_point = _parameters(quantize)
-    other_scale, other_zero_point = _parameters(dequantize)
-    if not np.array_equal(scale, other_scale) or not np.array_equal(zero_point, other_zero_point):
-        raise QuantizedModelError(
-            f"{quantize.name} and {dequantize.name} differ in scale or zero point: the integers are rescaled between "
-            "them. Fix: quantize the float model in the Q/DQ format."
-        )
 
 
 def _take_over_output(found: Stripped, old: ir.Value, new: ir.Value) -> None:
@@ -345,7 +274,3 @@ def _remove_unread(graph: ir.Graph) -> None:
     for name, value in list(graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             del graph.initializers[name]
-
-
-def _listed(problems: list[str], most: int = 8) -> str:
-    return ", ".join(problems[:most]) + (f", and {len(problems) - most} more" if len(problems) > most else "")

@@ -40,12 +40,46 @@ FORMS = {
 }
 
 
-@pytest.fixture(scope="module", params=[*FORMS, "channels", "relu", "opset 13"])
+def changed(path, change):
+    model = onnx.load(path)
+    change(model)
+    onnx.save(model, path)
+    return path
+
+
+def without_zero_points(model):
+    """Let activations' pairs name no zero point, as ModelOpt writes them: output_dtype says that they are int8."""
+    writers = {output: node for node in model.graph.node for output in node.output}
+    for node in model.graph.node:
+        pair = node.op_type == "QuantizeLinear" or (node.op_type == "DequantizeLinear" and node.input[0] in writers)
+        if pair:
+            del node.input[2:]
+            if node.op_type == "QuantizeLinear":
+                node.attribute.append(helper.make_attribute("output_dtype", TensorProto.INT8))
+
+
+def as_opset_10(model):
+    """The same scales by tensor in the first opset that has quantizers; a Clip has its bounds in attributes there."""
+    model.opset_import[0].version = 10
+    for node in model.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            del node.attribute[:]
+
+
+@pytest.fixture(scope="module", params=[*FORMS, "channels", "relu", "opset 13", "opset 10", "output_dtype"])
 def source(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("quantized")
-    model = network("Relu") if request.param == "relu" else network(opset=13 if "13" in request.param else 21)
-    path = quantize_static(folder, model, **FORMS.get(request.param, FORMS["uint8"]))
-    return with_channel_scales(path, "expand") if request.param == "channels" else path
+    folder, name = tmp_path_factory.mktemp("quantized"), request.param
+    opset = int(name.split()[1]) if name.startswith("opset") else 21
+    if name == "opset 10":
+        path = quantize_static(folder, network("Relu", opset=13), **FORMS["uint8"] | {"per_channel": False})
+        return changed(path, as_opset_10)
+    path = quantize_static(
+        folder, network("Relu" if name == "relu" else "Clip", opset=opset), **FORMS.get(name, FORMS["uint8"])
+    )
+    if name == "output_dtype":
+        path = quantize_static(folder, network(), **FORMS["symmetric"])
+        changed(path, without_zero_points)
+    return with_channel_scales(path, "expand") if name == "channels" else path
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +120,7 @@ def test_integers_and_scales_are_those_of_the_file(source, imported):
         if "channel_scale" not in arrays:
             np.testing.assert_allclose(scales, np.broadcast_to(arrays[dequantize.input[1]], scales.shape), rtol=1e-6)
     scale, zero = next(
-        (arrays[node.input[1]], arrays[node.input[2]])
+        (arrays[node.input[1]], arrays[node.input[2]] if len(node.input) > 2 else np.int8(0))
         for node in model.graph.node
         if node.op_type == "QuantizeLinear" and node.input[0] == "images"
     )
@@ -135,17 +169,23 @@ def test_the_range_of_a_quantizer_gives_its_integers_back():
 
 def test_a_clip_that_the_integers_made_needless_is_back_in_float(tmp_path):
     """ONNX Runtime's quantizer removes a ReLU whose bounds are those of the integers behind it."""
-    path = quantize_static(tmp_path, network("Relu"), **FORMS["uint8"])
+    path = quantize_static(tmp_path, network("Relu", opset=13), **FORMS["uint8"] | {"per_channel": False})
     assert not [node for node in onnx.load(path).graph.node if node.op_type == "Relu"]
-    found = import_quantized(path)
-    assert sum(node.op_type == "Clip" for node in found.master.model.graph) == 4
+    for source in (path, changed(path, as_opset_10)):
+        found = import_quantized(source)
+        assert sum(node.op_type == "Clip" for node in found.master.model.graph) == 4
 
 
-def changed(path, change):
-    model = onnx.load(path)
-    change(model)
-    onnx.save(model, path)
-    return path
+def test_quantizers_of_16_bits_without_a_zero_point_are_named(tmp_path):
+    def to_int16(model):
+        without_zero_points(model)
+        for node in model.graph.node:
+            for attribute in node.attribute:
+                attribute.i = TensorProto.INT16 if attribute.name == "output_dtype" else attribute.i
+
+    path = quantize_static(tmp_path, network(), **FORMS["symmetric"])
+    with pytest.raises(QuantizedModelError, match="INT16"):
+        import_quantized(changed(path, to_int16))
 
 
 def test_what_cannot_be_taken_is_named(tmp_path):

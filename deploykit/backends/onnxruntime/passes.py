@@ -9,6 +9,7 @@ from deploykit.backends.onnxruntime.fuse_linear import fuse_linear
 from deploykit.backends.onnxruntime.integer_attention import quantize_attentions
 from deploykit.backends.onnxruntime.integer_gates import clip_gate_ranges, fold_hard_sigmoids, split_gates
 from deploykit.backends.onnxruntime.pad_channels import pad_channels
+from deploykit.backends.onnxruntime.static_products import split_gemms
 from deploykit.calibration.dialect import OnnxDialect
 from deploykit.calibration.drop_activations import drop_activations
 from deploykit.calibration.float_fallback import keep_image_side
@@ -32,6 +33,7 @@ DIALECT = OnnxDialect(
         fold_hard_sigmoids,
         quantize_weights(integer_bias=True, dynamic_operators=DYNAMIC_OPERATORS),
         quantize_products,
+        split_gemms,
         split_gates,
         clip_gate_ranges,
         # A convolution becomes QLinearConv only when its output is quantized too, whoever reads it.

@@ -1,0 +1,23 @@
+"""Classifiers of imported plans, which have one range for all calls."""
+
+from __future__ import annotations
+
+import onnx
+from onnxruntime.quantization import QuantType
+
+from deploykit.backends.onnxruntime.passes import DIALECT
+from deploykit.backends.onnxruntime.session import ort_session
+from deploykit.export.import_quantized import import_quantized
+from tests.export.quantized_models import images, network, quantize_static
+
+
+def test_no_classifier_dequantizes_its_weight_at_each_call(tmp_path):
+    options = {"per_channel": True, "activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+    found = import_quantized(quantize_static(tmp_path, network(), **options))
+    graph = DIALECT.render(found.master, found.plan, images()).graph
+    assert [node.op_type for node in graph.model.graph if node.name.startswith("fc/")].count("MatMul") == 1
+    ort_session(graph.model, optimized_to=tmp_path / "optimized.onnx")
+    optimized = onnx.load(tmp_path / "optimized.onnx").graph
+    weights = {value.name for value in optimized.initializer if "fc" in value.name}
+    assert weights
+    assert not [node for node in optimized.node if node.op_type == "DequantizeLinear" and node.input[0] in weights]
