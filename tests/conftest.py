@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from pathlib import Path
@@ -29,6 +30,27 @@ def engine_cache(tmp_path_factory):
         folder = tmp_path_factory.mktemp("engine-cache")
         patch.setenv("DEPLOYKIT_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def parsed_operators():
+    """Let torch's ONNX exporter parse its several hundred operators once a process, not once an export."""
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+    except ImportError:
+        yield
+        return
+    registry = functools.cache(ONNXRegistry.from_torchlib)
+
+    def copied(opset_version: int = 18) -> ONNXRegistry:
+        copy = ONNXRegistry()
+        copy._opset_version = opset_version
+        copy.functions = {target: list(functions) for target, functions in registry(opset_version).functions.items()}
+        return copy
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(copied))
+        yield
 
 
 @pytest.fixture(scope="session")
