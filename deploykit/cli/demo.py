@@ -12,12 +12,12 @@ import numpy as np
 import typer
 
 from deploykit.backends.table import engine_names, load_backend
-from deploykit.cli.output import show, stderr_console, table
+from deploykit.cli.output import JsonFlag, show, show_json, show_warning, stderr_console, table
 from deploykit.cli.progress import export_progress
 from deploykit.errors import DeviceUnavailable, MissingDependency
 
 if TYPE_CHECKING:
-    pass
+    from deploykit.export.pipeline import ExportResult
 
 EXAMPLE = "Example: deploykit demo --output demo-output"
 
@@ -53,6 +53,7 @@ def demo(
     output: Annotated[
         Path, typer.Option("-o", "--output", help="The folder for the photographs and the four bundles.")
     ] = Path("demo-output"),
+    json: JsonFlag = False,
 ) -> None:
     """Export EfficientNet-Lite0 with its ImageNet weights to four engines, and print what each one gives.
 
@@ -69,8 +70,16 @@ def demo(
     images = load_images([photographs / name for name in SHOWN], torch_model.input_spec)
     labels = class_labels(torch_model.spec.label_set) or ()
     columns = {"torch-fp32": [_label(torch_model(image[None]), labels) for image in images]}
+    exports = {}
     for engine in engines:
-        columns[engine.name] = _export_and_label(engine, output / engine.name, crops, images, labels)
+        result, seconds = _export(engine, output / engine.name, crops)
+        if not json:
+            show(result.parity.render(), f"{engine.name}: {result.status} in {seconds:.0f} s, {result.folder}\n")
+        columns[engine.name] = _labels_of(result.folder, images, labels)
+        exports[engine.name] = {"bundle": str(result.folder), "status": result.status, "parity": result.parity}
+    if json:
+        show_json({"photos": SHOWN, "top1": columns, "engines": exports})
+        return
     rows = ([Path(name).stem, *(column[row] for column in columns.values())] for row, name in enumerate(SHOWN))
     show(table(["photo", *columns], rows, title=f"top-1 of {BACKBONE}, with its probability"))
     show(f"\nNext: deploykit verify {output / engines[0].name}")
@@ -93,9 +102,9 @@ def write_crops(photographs: Path, folder: Path, *, count: int = CROPS) -> Path:
     return folder
 
 
-def _export_and_label(engine: DemoEngine, folder: Path, crops: Path, images: Any, labels: tuple[str, ...]) -> list[str]:
-    """Export one engine, print its parity, and label the photographs with it where it runs."""
-    from deploykit.facade import export_backbone, load_bundle
+def _export(engine: DemoEngine, folder: Path, crops: Path) -> tuple[ExportResult, float]:
+    """Export one engine, and return what it is and the seconds that it took."""
+    from deploykit.facade import export_backbone
 
     stderr_console().print(f"\n{engine.name}", style="bold")
     start = monotonic()
@@ -110,12 +119,18 @@ def _export_and_label(engine: DemoEngine, folder: Path, crops: Path, images: Any
             overwrite=True,
             progress=progress,
         )
-    show(result.parity.render(), f"{engine.name}: {result.status} in {monotonic() - start:.0f} s, {folder}\n")
+    return result, monotonic() - start
+
+
+def _labels_of(folder: Path, images: Any, labels: tuple[str, ...]) -> list[str]:
+    """Label the photographs with an engine, or say that it does not run here."""
+    from deploykit.facade import load_bundle
+
     try:
         with load_bundle(folder) as model:
             return [_label(model(image[None]), labels) for image in images]
     except (DeviceUnavailable, MissingDependency) as error:
-        show(f"{engine.name}: {error}\n")
+        show_warning(f"{folder.name}: {error}")
         return ["built, not run here"] * len(images)
 
 

@@ -103,7 +103,7 @@ def export(
 def _check_and_export(choice: opt.ExportChoice, *, dry_run: bool, json: bool) -> None:
     from deploykit.cli.export_check import check_export
 
-    plans = check_export(choice)
+    plans = check_export(choice, decode=dry_run)
     if dry_run:
         whole = {"plan": plans[0]} if len(plans) == 1 else {"plans": plans}
         show_json({"dry_run": True} | whole) if json else show(*(line for plan in plans for line in _planned(plan)))

@@ -45,8 +45,12 @@ class ExportPlan:
     output: str
 
 
-def check_export(choice: ExportChoice) -> list[ExportPlan]:
+def check_export(choice: ExportChoice, *, decode: bool = False) -> list[ExportPlan]:
     """Check every option of every target, by building the backbone without memory or weights.
+
+    Args:
+        choice: what the command line asks for.
+        decode: also decode every calibration image, and count those that can be read.
 
     Raises:
         SpecError, WeightsError, CalibrationError, MissingDependency: what is wrong.
@@ -65,13 +69,21 @@ def check_export(choice: ExportChoice) -> list[ExportPlan]:
         require(package)
     load_backend(EVALUATOR).require()
     backbone, weights = _without_memory(choice)
-    return [
-        _plan(_checked_job(choice, options, backbone), weights, folder)
-        for options, folder in zip(choice.options, folders, strict=True)
-    ]
+    jobs = [_checked_job(choice, options, backbone) for options in choice.options]
+    counts = _decoded(jobs) if decode else [len(job.images or ()) for job in jobs]
+    return [_plan(job, weights, folder, count) for job, folder, count in zip(jobs, folders, counts, strict=True)]
 
 
-def _plan(job: ExportJob, weights: str, output: Path) -> ExportPlan:
+def _decoded(jobs: list[ExportJob]) -> list[int]:
+    """Return how many calibration images of each job can be read; targets of one input share the reading."""
+    counts: dict[InputSpec, int] = {}
+    for job in jobs:
+        if job.images is not None and job.images.spec not in counts:
+            counts[job.images.spec] = sum(1 for _ in job.images.images())
+    return [0 if job.images is None else counts[job.images.spec] for job in jobs]
+
+
+def _plan(job: ExportJob, weights: str, output: Path, images: int) -> ExportPlan:
     backbone = job.backbone
     return ExportPlan(
         backbone=backbone.spec,
@@ -84,7 +96,7 @@ def _plan(job: ExportJob, weights: str, output: Path) -> ExportPlan:
         precision=job.options.precision.name,
         settings={name: value for name, value in vars(job.options.precision).items() if value is not UNSET},
         target=job.options.target_name,
-        calibration_images=len(job.images or ()),
+        calibration_images=images,
         parameters=sum(parameter.numel() for parameter in backbone.parameters()),
         output=str(output),
     )

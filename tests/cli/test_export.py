@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,6 +72,17 @@ def test_a_dry_run_tells_the_plan_and_builds_nothing(call, tmp_path, photos):
     assert told["input"]["batch"] == {"min": 1, "opt": 1, "max": 8}
     assert told["calibration_images"] == 4
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_decodes_the_calibration_images(call, tmp_path, photos):
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    (folder / "torn.jpg").write_bytes(next(folder.glob("*.jpg")).read_bytes()[:900])
+    words = ("export", "resnet18", "--runtime", "openvino", "--precision", "int8", "--calibration", folder, "--dry-run")
+    done = call(*words, "-o", tmp_path / "out")
+    assert done.code == 2
+    assert "torn.jpg" in done.err
+    told = call(*words, "-o", tmp_path / "out", "--skip-corrupt", "--json").json()["plan"]
+    assert told["calibration_images"] == 4
 
 
 @pytest.mark.parametrize(

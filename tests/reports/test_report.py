@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shutil
 import subprocess
@@ -174,6 +175,16 @@ def test_the_command_says_what_it_wrote(tmp_path, capsys):
     assert "1 bundle, " in said
     assert "none is outside its budget" in said
     assert main(["report", str(THREE[0]), "-o", str(tmp_path / "report.txt")]) == 2
+
+
+def test_the_command_tells_a_program_what_the_page_says(tmp_path, capsys):
+    output = str(tmp_path / "report.md")
+    assert main(["report", str(THREE[0]), "-o", output, "--no-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["report"] == output
+    bundle = told["bundles"][0]
+    assert (bundle["name"], bundle["passed"], bundle["device"]) == (THREE[0].name, True, None)
+    assert min(level["sqnr_db"] for level in bundle["levels"]) == bundle["worst_db"]
 
 
 @pytest.fixture(scope="module")
