@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import functools
+import gc
+import logging
 import os
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -32,24 +34,20 @@ def engine_cache(tmp_path_factory):
         yield folder
 
 
+# torch's tables are millions of objects that live as long as the process: look through them seldom.
+gc.set_threshold(100_000, 20, 100)
+# torch writes a record of each step of an export for whoever listens, and pytest listens to everything.
+logging.getLogger("torch.__trace").propagate = False
+
+
 @pytest.fixture(scope="session", autouse=True)
-def parsed_operators():
-    """Let torch's ONNX exporter parse its several hundred operators once a process, not once an export."""
-    try:
-        from torch.onnx._internal.exporter._registration import ONNXRegistry
-    except ImportError:
-        yield
-        return
-    registry = functools.cache(ONNXRegistry.from_torchlib)
-
-    def copied(opset_version: int = 18) -> ONNXRegistry:
-        copy = ONNXRegistry()
-        copy._opset_version = opset_version
-        copy.functions = {target: list(functions) for target, functions in registry(opset_version).functions.items()}
-        return copy
-
+def quick_exports():
+    """Let torch's exporter prepare its tables of operators once a process: a test process exports hundreds of times."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(copied))
+        with suppress(ImportError):
+            from tests.torch_tables import keep_tables
+
+            keep_tables(patch)
         yield
 
 

@@ -22,6 +22,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 LINKED = (*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "examples" / "README.md")
 SLOW_MARK = "<!-- slow -->"
+WHOLLY_SLOW = ("tutorial.md",)
+"""Its way through the commands is also that of tests/test_tutorial.py; the slow tests run the page itself."""
 BLOCK = re.compile(
     r"(?P<slow><!-- slow -->\n+)?^```(?P<language>python|sh)\n(?P<code>.*?)^```\n"
     r"(?:\n*^```(?:text)?\n(?P<printed>.*?)^```\n)?",
@@ -133,7 +135,9 @@ def check(page: Path, *, slow: bool, folder: Path) -> None:
             assert printed == block.printed, f"{page.name}, the block at line {block.line}"
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks_of(page) and page.name not in WHOLLY_SLOW], ids=lambda page: page.name
+)
 def test_blocks_run_and_print_what_the_page_says(page, folder, request):
     if page.name == "contract.md":
         (folder / "hub").symlink_to(request.getfixturevalue("hub"))

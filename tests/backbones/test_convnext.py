@@ -99,7 +99,8 @@ def test_gradients_survive_checkpointing():
     channels_last.assert_gradients_survive_checkpointing(model, torch.randn(2, 3, 64, 64))
 
 
-@pytest.mark.parametrize("name", ["v1_linear", pytest.param("v2_conv", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v1_linear", "v2_conv"])
 def test_exports_with_a_dynamic_batch(name, tmp_path):
     model = randomize(Small(name, BackboneOptions(image_size=(64, 96), num_classes=10)))
     also = ("ReduceL2", "Div") if name.startswith("v2") else ()

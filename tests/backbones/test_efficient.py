@@ -83,12 +83,13 @@ def test_a_family_without_that_field_refuses():
         ResNet("resnet18", BackboneOptions(architecture=(("padding", "same"),)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "features_only"),
     [
         ("tf_efficientnet_lite0", True),
-        pytest.param("tf_efficientnet_b0", False, marks=pytest.mark.slow),
-        pytest.param("efficientnetv2_s", False, marks=pytest.mark.slow),
+        ("tf_efficientnet_b0", False),
+        ("efficientnetv2_s", False),
     ],
 )
 def test_exports_to_plain_operators(tmp_path, name, features_only):

@@ -95,8 +95,9 @@ def test_exports_with_a_dynamic_batch(tmp_path):
     transformers.assert_exports(model, tmp_path / "hybrid.onnx", HYBRID_OPS)
 
 
-@pytest.mark.parametrize("batch", ["static", pytest.param("dynamic", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", [SMALL, pytest.param("vit_base_r50_s16_224", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", ["static", "dynamic"])
+@pytest.mark.parametrize("name", [SMALL, "vit_base_r50_s16_224"])
 def test_openvino_compiles_all_norms_of_a_stem(tmp_path, name, batch):
     model = transformers.build(Shallow, name, num_classes=10)
     graph, images, outputs = (tmp_path / file for file in ("hybrid.onnx", "images.npy", "outputs.npy"))

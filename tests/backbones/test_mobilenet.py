@@ -53,9 +53,8 @@ def test_gradients_survive_checkpointing():
     against_timm.assert_gradients_survive_checkpointing(MobileNet, "mobilenetv3_small_075")
 
 
-@pytest.mark.parametrize(
-    "name", [GENERATIONS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in GENERATIONS[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GENERATIONS)
 def test_exports_with_a_dynamic_batch(tmp_path, name):
     against_timm.assert_exports(MobileNet, name, tmp_path / "mobilenet.onnx")
 

@@ -49,6 +49,7 @@ def test_gradients_survive_checkpointing():
     against_timm.assert_gradients_survive_checkpointing(RegNet, "regnety_002")
 
 
+@pytest.mark.slow
 def test_exports_with_a_dynamic_batch(tmp_path):
     against_timm.assert_exports(RegNet, "regnety_002", tmp_path / "regnet.onnx", output_stride=16)
 

@@ -28,7 +28,7 @@ FAMILIES = {
     "convnext_tiny": 64,
     "swin_tiny_patch4_window7_224": 224,
 }
-SLOW = ("convnext_tiny", "swin_tiny_patch4_window7_224")
+SLOW = ("mobilenetv2_050", "regnety_002", "convnext_tiny", "swin_tiny_patch4_window7_224")
 
 
 @pytest.fixture(

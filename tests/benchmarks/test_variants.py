@@ -77,6 +77,7 @@ def test_models_take_turns_and_every_second_call_is_timed(variants):
     assert 1 <= medians["fast"] < medians["slow"] < 20
 
 
+@pytest.mark.slow
 def test_the_runtimes_compute_the_same_logits_from_one_export(variants):
     with variants.opened(SMALL, ("torch", "onnxruntime", "openvino")) as models:
         images = variants.images_for(models["torch"].input_spec)

@@ -107,7 +107,13 @@ def test_the_network_computes_as_before_and_its_levels_too(network, images):
 
 
 @pytest.mark.parametrize("factor", [pytest.param(50.0, marks=pytest.mark.slow), 200.0])
-@pytest.mark.parametrize("dialect", [openvino.DIALECT, onnxruntime.DIALECT], ids=["openvino", "onnxruntime"])
+@pytest.mark.parametrize(
+    "dialect",
+    [
+        pytest.param(openvino.DIALECT, id="openvino", marks=pytest.mark.slow),
+        pytest.param(onnxruntime.DIALECT, id="onnxruntime"),
+    ],
+)
 def test_outliers_made_by_scaling_cost_less_than_3_db(network, images, factor, dialect):
     plain = noise_db(network, images, Int8(), dialect)
     scaled = copy.deepcopy(network)
@@ -117,7 +123,9 @@ def test_outliers_made_by_scaling_cost_less_than_3_db(network, images, factor, d
     assert collapsed < plain - 5
 
 
-@pytest.mark.parametrize("kind", [Residual, Tokens, Bottlenecks])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(Residual, marks=pytest.mark.slow), Tokens, pytest.param(Bottlenecks, marks=pytest.mark.slow)]
+)
 def test_a_network_without_outliers_loses_nothing(kind, images):
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -24,10 +24,11 @@ def package_of(program: TorchProgram, folder: Path) -> Path:
     return folder / lower(program, folder, LowerOptions()).file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "fused_sums"),
     [
-        pytest.param(Residual, 2, marks=pytest.mark.slow, id="convolutions"),
+        pytest.param(Residual, 2, id="convolutions"),
         pytest.param(Tokens, 0, id="matrix products"),
     ],
 )

@@ -33,7 +33,9 @@ QUICK = (
 """Four families, in which every precision, GPU, batch and kind of output comes; slow tests build the others."""
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    "precision", [name if "int8" in name else pytest.param(name, marks=pytest.mark.slow) for name in PRECISIONS]
+)
 def test_turing_is_built_for_in_half_precision_or_explains_itself(precision: str, photographs: Path, tmp_path: Path):
     graph = family("mobilenet", photographs, dynamic=False).graph(precision, features=False)
     if "fp16" in precision:

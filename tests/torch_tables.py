@@ -1,0 +1,36 @@
+"""Tables that torch's exporter makes anew for each export, about two seconds of a small one, made once instead.
+
+They depend on torch and onnxscript alone, not on what is exported: the graphs stay what they are.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch._export import utils
+from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+IMPLICIT = "CompositeImplicitAutograd"
+
+
+def keep_tables(patch: pytest.MonkeyPatch) -> None:
+    """Keep the parsed ONNX operators, and the list of torch's operators until one is added."""
+    parse, list_operators = functools.cache(ONNXRegistry.from_torchlib), utils._materialize_cpp_cia_ops
+    listed: set[int] = set()
+
+    def registry(**opset: int) -> ONNXRegistry:
+        kept, copy = parse(**opset), ONNXRegistry()
+        copy._opset_version = kept.opset_version
+        copy.functions = {target: list(functions) for target, functions in kept.functions.items()}
+        return copy
+
+    def list_when_added() -> None:
+        count = len(torch._C._dispatch_get_registrations_for_dispatch_key(IMPLICIT))
+        if count not in listed:
+            list_operators()
+            listed.add(count)
+
+    patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(registry))
+    patch.setattr(utils, "_materialize_cpp_cia_ops", list_when_added)
