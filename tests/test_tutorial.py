@@ -192,12 +192,20 @@ def export_and_run(tutorial: Tutorial, checkpoint: Path, runtime: str, bundle: P
     return json.loads(ran.out)["images"]
 
 
+MOST_FLIPPED = 5
+"""So many of the 100 images may lie so near the border of two classes that INT8 names another one: which they are
+depends on the weights, and those on how many threads trained them."""
+
+
 def check_predictions(tutorial: Tutorial, results: list[dict[str, Any]]) -> None:
-    """The engine names as many images rightly as torch, within one."""
+    """The engine names the images as torch does, but for a few, and as many of them rightly, within these."""
     found = {result["image"]: result["top"][0]["label"] for result in results}
     assert set(found) == set(map(str, tutorial.files))
     correct = sum(found[str(file)] == name for file, name in zip(tutorial.files, tutorial.truth, strict=True))
-    assert abs(correct - tutorial.correct) <= 1
+    assert abs(correct - tutorial.correct) <= MOST_FLIPPED
+    in_torch = [FOLDERS[index] for index in tutorial.logits.argmax(1)]
+    flipped = sum(found[str(file)] != name for file, name in zip(tutorial.files, in_torch, strict=True))
+    assert flipped <= MOST_FLIPPED
 
 
 @pytest.mark.parametrize(
