@@ -19,16 +19,20 @@ from deploykit.backends.openvino.passes import DIALECT as OPENVINO
 from deploykit.calibration.dialect import OnnxDialect
 from deploykit.calibration.equalization import equalization_passes
 from deploykit.calibration.images import calibration_set
-from deploykit.calibration.precision import plan_precision
+from deploykit.calibration.precision import Tuning, plan_precision
 from deploykit.calibration.precision_plan import PrecisionPlan
 from deploykit.calibration.recipes import with_recipe
 from deploykit.cli.demo import CALIBRATED, SHOWN, photograph_folder
 from deploykit.export.graphs import output_specs
+from deploykit.export.job import ExportJob
 from deploykit.export.to_onnx import to_onnx
 from deploykit.export.trace import output_names, trace
+from deploykit.export.tuning import tuning
 from deploykit.fusion.pipeline import export_passes, fuse
-from deploykit.graph import OnnxGraph
+from deploykit.graph import Master, OnnxGraph, TorchProgram
 from deploykit.images.preprocess import preprocess
+from deploykit.options import ExportOptions
+from deploykit.progress import quiet
 from deploykit.spec import InputSpec, Int8
 
 NETWORKS = (
@@ -57,11 +61,12 @@ class Network:
     evaluated: FloatArray
 
     @classmethod
-    def named(cls, name: str, calibrated: int, evaluated: int) -> Network:
-        """EfficientNet-Lite0 with its ImageNet weights, others with realistic random ones."""
+    def named(cls, name: str, calibrated: int, evaluated: int, *, real: bool = False) -> Network:
+        """EfficientNet-Lite0 with its ImageNet weights, others with realistic random ones unless ``real``."""
         torch.manual_seed(0)
-        pretrained = name == "tf_efficientnet_lite0"
-        backbone = build_backbone(name, BackboneOptions(), pretrained=pretrained)
+        pretrained = real or name == "tf_efficientnet_lite0"
+        headless = name == "mobilenetv2_100" and real  # its weights come without a classifier
+        backbone = build_backbone(name, BackboneOptions(num_classes=0 if headless else 1000), pretrained=pretrained)
         backbone = (backbone if pretrained else realistic(backbone)).eval()
         spec = replace(backbone.input_spec, batch=1)
         return cls(
@@ -73,21 +78,33 @@ class Network:
 
     def fused(self, settings: Int8 | None) -> OnnxGraph:
         """The FP32 graph, equalized where settings for INT8 are given."""
-        images = calibration_set(self.calibrated, self.spec)
-        scaling = equalization_passes(self._settled(settings), images, self.spec) if settings is not None else ()
-        program = fuse(trace(self.backbone, self.spec), self.spec, self.calibrated, export_passes(*scaling)).program
-        model = to_onnx(program, self.spec, output_names(self.backbone))
+        model = to_onnx(self._program(settings), self.spec, output_names(self.backbone))
         return OnnxGraph(input=self.spec, outputs=output_specs(model), model=model)
 
-    def plan(self, graph: OnnxGraph, settings: Int8) -> PrecisionPlan:
-        """The plan of a graph that `fused` gave for the same settings."""
+    def _program(self, settings: Int8 | None) -> torch.export.ExportedProgram:
+        images = calibration_set(self.calibrated, self.spec)
+        scaling = equalization_passes(self._settled(settings), images, self.spec) if settings is not None else ()
+        return fuse(trace(self.backbone, self.spec), self.spec, self.calibrated, export_passes(*scaling)).program
+
+    def plan(self, graph: OnnxGraph, settings: Int8, runtime: str = "onnxruntime") -> PrecisionPlan:
+        """The plan of a graph that `fused` gave for the same settings; ``distilled`` tunes it for the runtime."""
         return plan_precision(
             graph.model,
             self._settled(settings),
             calibration=calibration_set(self.calibrated, self.spec),
             probe=self.calibrated[:1],
             weights_digest=weights_digest(self.backbone),
+            tune=self._tuning(graph, self._settled(settings), runtime),
         )
+
+    def _tuning(self, graph: OnnxGraph, settings: Int8, runtime: str) -> Tuning | None:
+        if settings.rounding != "distilled":
+            return None
+        images = calibration_set(self.calibrated, self.spec)
+        options = ExportOptions(runtime=runtime, precision=settings)
+        program = TorchProgram(input=graph.input, outputs=graph.outputs, program=self._program(settings))
+        job = ExportJob(backbone=self.backbone, options=options, images=images)
+        return tuning(job, Master(onnx=graph, torch=program), quiet)
 
     def _settled(self, settings: Int8) -> Int8:
         return with_recipe(settings, self.backbone.family)

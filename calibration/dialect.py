@@ -50,6 +50,11 @@ class Dialect(Protocol):
         """The operators that take their range from each call."""
         ...
 
+    @property
+    def integer_outputs(self) -> bool:
+        """Whether what integer kernels write, and what stands between them, is rounded for float nodes too."""
+        ...
+
     def keep_float(self, model: ir.Model, plan: QuantizationPlan) -> QuantizationPlan:
         """Return the part of a plan that this dialect writes in integers, the rest with the reason why not."""
         ...
@@ -67,6 +72,7 @@ class OnnxDialect:
         int8: the passes that write a quantization plan, in order.
         activations: the type in which integer nodes read.
         dynamic_operators: those that take their range from each call.
+        integer_outputs: what integer kernels write, and what stands between them, is rounded for float nodes too.
         float_choices: what stays in float because this backend is faster so.
         legalize: passes over the master graph that write operators which the backend refuses or computes wrongly in
             an equal form, each proved on numbers; they run before any plan is written.
@@ -77,6 +83,7 @@ class OnnxDialect:
     int8: tuple[QuantizationPass, ...] = ()
     activations: IntegerType = UINT8
     dynamic_operators: frozenset[str] = frozenset()
+    integer_outputs: bool = False
     float_choices: tuple[FloatChoice, ...] = ()
     legalize: tuple[OnnxPass, ...] = ()
     optimize: tuple[OnnxPass, ...] = ()

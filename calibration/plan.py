@@ -209,13 +209,23 @@ def constants_digest(model: ir.Model) -> str:
     return digest.hexdigest()
 
 
-def plan_key(weights_digest: str, images_digest: str, settings: Int8) -> str:
-    """Return the key of a plan: equal keys give equal plans."""
+def plan_key(weights_digest: str, images_digest: str, settings: Int8, *, tuned_for: str | None = None) -> str:
+    """Return the key of a plan: equal keys give equal plans.
+
+    Args:
+        weights_digest: the digest of the backbone's weights.
+        images_digest: the digest of the calibration images.
+        settings: filled or not.
+        tuned_for: the runtime that the plan is tuned for, where it is tuned for one.
+    """
     settings = settings.filled()
     statistics = f"statistics {STATISTICS_VERSION}"
     text = "\n".join((weights_digest, images_digest, statistics, str(settings.calibrator), str(settings.percentile)))
     parts = (settings.bias_correction, settings.equalization, settings.float_dtype, bool(settings.reduce_range))
     switches = "\n".join(map(str, (*parts, settings.rounding, settings.weight_scales)))
+    if settings.rounding == "distilled":
+        tuning = (settings.distill_steps, settings.distill_minutes, settings.distill_seed, tuned_for)
+        switches += "\n".join(map(str, tuning))
     return hashlib.sha256(f"{text}\n{switches}".encode()).hexdigest()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
@@ -19,6 +19,14 @@ from deploykit.calibration.statistics import Statistics
 from deploykit.errors import CalibrationError, CalibrationWarning
 from deploykit.onnx_session import graph_batch
 from deploykit.spec import Bf16, Fp16, Int8, Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """How a plan is tuned by distillation: what does it, and the runtime that it is for; None: for every runtime."""
+
+    run: Callable[[QuantizationPlan, CalibrationSet, Int8], QuantizationPlan]
+    runtime: str | None
 
 
 def check_images_given(precision: Precision, calibration: CalibrationSet | None) -> None:
@@ -43,6 +51,7 @@ def plan_precision(
     weights_digest: str,
     offered: QuantizationPlan | None = None,
     cache: PlanCache | None = None,
+    tune: Tuning | None = None,
     on_image: Callable[[int], None] = lambda seen: None,
     on_resume: Callable[[int], None] = lambda seen: None,
 ) -> PrecisionPlan:
@@ -56,11 +65,13 @@ def plan_precision(
         weights_digest: the digest of the backbone's weights, part of the plan's key.
         offered: an INT8 plan that was made before, to use instead of calibrating.
         cache: where INT8 plans that were made before are; None calibrates always.
+        tune: tunes a plan by distillation; INT8 settings that ask for it need one, and no others call it.
         on_image: called with the number of images calibrated so far.
         on_resume: called with the number of images after which a stopped calibration goes on.
 
     Raises:
-        CalibrationError: INT8 without images: deploykit never calibrates on random data; or a plan of other weights.
+        CalibrationError: INT8 without images: deploykit never calibrates on random data; a plan of other weights; or
+            settings that ask for distillation, and nothing that does it.
     """
     if isinstance(precision, Fp16):
         return plan_half(model, probe, min_sqnr_db=precision.min_sqnr_db)
@@ -75,7 +86,9 @@ def plan_precision(
     assert calibration is not None  # noqa: S101  (just checked; narrows the type)
     # What stays in float changes no range: targets that differ in it alone share the calibration.
     images, settings = calibration, replace(precision.filled(), float_dtype="fp32")
-    key = plan_key(weights_digest, images.digest, settings)
+    tune = _tuning(settings, tune)
+    tuned_for = tune.runtime if tune is not None else None
+    key = plan_key(weights_digest, images.digest, settings, tuned_for=tuned_for)
 
     kept = PlanKey.of(key, model)
 
@@ -101,12 +114,30 @@ def plan_precision(
             started=started,
             on_batch=heard,
         )
-        return reconstruct(model, plan, images.sample(RECONSTRUCTION_IMAGES), settings) if again else plan
+        if again:
+            plan = reconstruct(model, plan, images.sample(RECONSTRUCTION_IMAGES), settings)
+        return plan if tune is None else tune.run(plan, images, settings)
 
     plan = make() if cache is None else cache.get_or_make(kept, make)
     for problem in (*plan.warnings, *images.surprises()):
         warnings.warn(problem, CalibrationWarning, stacklevel=2)
     if precision.float_dtype == settings.float_dtype:
         return plan
-    own_key = plan_key(weights_digest, images.digest, precision)
+    own_key = plan_key(weights_digest, images.digest, precision, tuned_for=tuned_for)
     return replace(plan, key=own_key, float_dtype=precision.float_dtype)
+
+
+def _tuning(settings: Int8, tune: Tuning | None) -> Tuning | None:
+    """Return what tunes a plan of these settings; None where they do not ask for it.
+
+    Raises:
+        CalibrationError: they ask for it, and there is none.
+    """
+    if settings.rounding != "distilled":
+        return None
+    if tune is None:
+        raise CalibrationError(
+            "rounding='distilled' trains the network in torch, and only its ONNX graph was given. Fix: export the "
+            "backbone, or choose another rounding."
+        )
+    return tune

@@ -44,6 +44,7 @@ RECIPES: dict[str, Recipe] = {
     "wide": Recipe(calibrator="minmax"),
     "weights-first": Recipe(equalization=0.25),
     "plain": Recipe(equalization=None, bias_correction=None, calibrator="minmax"),
+    "distilled": Recipe(rounding="distilled"),
 }
 """By name, in the order in which ``auto`` tries them; ``plain`` is what a quantizer does that has none of this."""
 AUTO_RECIPE = "auto"

@@ -40,7 +40,7 @@ HELD_BYTES = 2**29
 def needs_reconstruction(settings: Int8) -> bool:
     """Return whether settings ask for more than one pass over the images finds."""
     settings = settings.filled()
-    return settings.rounding != "nearest" or settings.weight_scales != "max" or settings.bias_correction == "full"
+    return settings.rounding == "adaptive" or settings.weight_scales != "max" or settings.bias_correction == "full"
 
 
 def reconstruct(model: ir.Model, plan: QuantizationPlan, images: FloatArray, settings: Int8) -> QuantizationPlan:

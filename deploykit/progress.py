@@ -48,7 +48,16 @@ class ImagesRun:
     seconds: float
 
 
-ProgressEvent: TypeAlias = StageStarted | ImagesCalibrated | BuildStep | CandidateMeasured | ImagesRun
+@dataclass(frozen=True, kw_only=True)
+class TuningStep:
+    """A step of a tuning by distillation; ``sqnr_db`` is the best so far on images held out, over all outputs."""
+
+    step: int
+    steps: int
+    sqnr_db: float
+
+
+ProgressEvent: TypeAlias = StageStarted | ImagesCalibrated | BuildStep | CandidateMeasured | ImagesRun | TuningStep
 Progress: TypeAlias = Callable[[ProgressEvent], None]
 
 

@@ -18,7 +18,7 @@ Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 CropMode: TypeAlias = Literal["center", "squash", "border"]
 Calibrator: TypeAlias = Literal["mse", "minmax", "percentile", "entropy"]
 BiasCorrection: TypeAlias = Literal["fast", "full"]
-Rounding: TypeAlias = Literal["nearest", "adaptive"]
+Rounding: TypeAlias = Literal["nearest", "adaptive", "distilled"]
 WeightScales: TypeAlias = Literal["max", "mse"]
 FAMILY_RECIPE = "family"
 RECIPE_DEFAULTS: dict[str, Any] = {
@@ -286,7 +286,8 @@ class Int8:
             the same pass; ``full``, that of all before it too, layer after layer; None or False: not at
             all. True is ``fast``.
         rounding: each weight to the ``nearest`` integer, or ``adaptive``: so that a layer's output on the
-            calibration images changes least (GPTQ, Frantar et al. 2022).
+            calibration images changes least (GPTQ, Frantar et al. 2022); or ``distilled``: weights, biases, ranges and
+            rounding of the whole network tuned by gradient, so that its outputs on these images change least.
         weight_scales: a channel's ``max``, or ``mse``: clipped where its output then changes least.
         equalization: 0 to 1, how much of the spread between channels goes from the activations into
             the weights beforehand (cross-layer equalization, SmoothQuant's alpha); None: nothing is scaled.
@@ -296,6 +297,12 @@ class Int8:
             ``family``: the one that was measured best for the backbone's family; ``auto``: the best of the table on
             calibration images that are held out, found within the budget; None: the first of the table.
         recipe_budget_s: how many seconds the trials of ``auto`` may take together.
+        distill_steps: how many batches ``distilled`` learns from at most; it stops early where images that are held out
+            gain nothing more.
+        distill_minutes: when it stops at the latest. Where that is before its steps are done, two exports may differ.
+        distill_seed: of the order of its images.
+        distill_for_runtime: tune for exactly what the runtime of the export rounds; False: once, for what runtimes have
+            in common, with a smaller gain in each, which may be a loss in one that rounds less.
         float_dtype: what stays in float computes in ``fp32``, or in ``fp16`` where the runtime has it.
         mixed_precision: search the fewest layers to keep in float so that the engine is within its budget.
         max_metric_drop: with a metric of the user's own, how far below the FP32 engine's it may be.
@@ -313,6 +320,10 @@ class Int8:
     reduce_range: bool | None = None
     recipe: str | None = FAMILY_RECIPE
     recipe_budget_s: float = 120.0
+    distill_steps: int = 240
+    distill_minutes: float = 10.0
+    distill_seed: int = 0
+    distill_for_runtime: bool = True
     float_dtype: FloatDtype = "fp32"
     mixed_precision: bool = False
     max_metric_drop: float | None = None
@@ -323,6 +334,12 @@ class Int8:
             raise SpecError(f"max_metric_drop is {self.max_metric_drop}; it must be 0 or more.")
         if not self.recipe_budget_s > 0:
             raise SpecError(f"recipe_budget_s is {self.recipe_budget_s}; it must be above 0 seconds.")
+        if isinstance(self.distill_steps, bool) or not self.distill_steps >= 1:
+            raise SpecError(f"distill_steps is {self.distill_steps}; it must be at least 1.")
+        if not self.distill_minutes > 0:
+            raise SpecError(f"distill_minutes is {self.distill_minutes}; it must be above 0.")
+        if isinstance(self.distill_seed, bool) or not self.distill_seed >= 0:
+            raise SpecError(f"distill_seed is {self.distill_seed}; it must be 0 or more.")
         _check_choice("float_dtype", self.float_dtype, ("fp32", "fp16"))
         if isinstance(self.bias_correction, bool):
             object.__setattr__(self, "bias_correction", "fast" if self.bias_correction else None)

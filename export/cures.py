@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from deploykit.backbones.weights import weights_digest
 from deploykit.backends.backend import resolve
 from deploykit.calibration.dialect import Dialect
+from deploykit.calibration.distillation import FEWEST_IMAGES
 from deploykit.calibration.images import CalibrationSet
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.plan_cache import PlanCache
@@ -18,7 +19,8 @@ from deploykit.calibration.recipes import recipe_of
 from deploykit.calibration.sensitivity import Cure, Sensitivity, Simulation
 from deploykit.errors import CalibrationWarning
 from deploykit.export.job import ExportJob
-from deploykit.progress import CandidateMeasured, Progress, StageStarted
+from deploykit.export.tuning import tuning
+from deploykit.progress import CandidateMeasured, Progress, StageStarted, quiet
 from deploykit.spec import Int8
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 FLOAT_LAYERS = (1, 2, 4, 8)
 """How many of the noisiest layers are left in float."""
+MOST_MINUTES = 2.0
+"""How long self-distillation may take here."""
 LEAST_IMAGES = 4
 """With fewer calibration images no half of them is tried."""
 
@@ -33,8 +37,8 @@ LEAST_IMAGES = 4
 def try_cures(job: ExportJob, network: Prepared, found: Sensitivity, progress: Progress) -> tuple[Cure, ...]:
     """Measure the whole network in integers with one thing changed at a time; the best first.
 
-    Tried are the noisiest layers in float, other ranges, adaptive rounding, and half of the images: what the second
-    half gained says what more of them would.
+    Tried are the noisiest layers in float, other ranges, adaptive rounding, self-distillation for at most
+    `MOST_MINUTES`, and half of the images: what the second half gained says what more of them would.
 
     Args:
         job: the export, its recipe settled.
@@ -82,6 +86,11 @@ def _other_plans(job: ExportJob, network: Prepared) -> Iterator[tuple[str, str, 
     recipe = recipe_of(adaptive)
     if settings.rounding != "adaptive" and recipe is not None:
         yield "adaptive rounding", f"--recipe {recipe}", _worst(job, network, adaptive)
+    if settings.rounding != "distilled" and len(job.images or ()) >= FEWEST_IMAGES:
+        minutes = min(settings.distill_minutes, MOST_MINUTES)
+        distilled = replace(settings, rounding="distilled", distill_minutes=minutes)
+        name = f"self-distillation for {minutes:g} minutes"
+        yield name, "--recipe distilled", _worst(job, network, distilled)
 
 
 def _half_of_images(job: ExportJob, network: Prepared) -> tuple[int, float] | None:
@@ -107,6 +116,7 @@ def _worst(job: ExportJob, network: Prepared, settings: Int8, images: Calibratio
             probe=network.probe,
             weights_digest=weights_digest(job.backbone),
             cache=PlanCache() if job.options.cache else None,
+            tune=tuning(job.with_precision(settings), network.master, quiet),
         )
     assert isinstance(plan, QuantizationPlan)  # noqa: S101  (as above)
     plan = _dialect(job).keep_float(model, plan)

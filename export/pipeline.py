@@ -31,6 +31,7 @@ from deploykit.export.speed import SpeedReport, check_speedup
 from deploykit.export.target_checks import check_fits
 from deploykit.export.to_onnx import to_onnx
 from deploykit.export.trace import output_names, trace
+from deploykit.export.tuning import tuning
 from deploykit.fusion.pipeline import FusionRecord, export_passes, fuse
 from deploykit.graph import Master, OnnxGraph, TorchProgram
 from deploykit.images.preprocess import network_images
@@ -176,26 +177,28 @@ def prepare(job: ExportJob, progress: Progress, compared_on: CalibrationSet | No
         torch=TorchProgram(input=spec, outputs=outputs, program=fused.program),
     )
     progress(StageStarted(name="plan"))
-    plan = _plan(job, master.onnx, probe, progress)
+    plan = _plan(job, master, probe, progress)
     return Prepared(input=job.input, images=images, probe=probe, master=master, plan=plan, fusions=fused.records)
 
 
-def _plan(job: ExportJob, master: OnnxGraph, probe: FloatArray, progress: Progress) -> PrecisionPlan:
+def _plan(job: ExportJob, master: Master, probe: FloatArray, progress: Progress) -> PrecisionPlan:
     total = len(job.images) if job.images is not None else 0
+    model = master.onnx.model
     plan = plan_precision(
-        master.model,
+        model,
         job.options.precision,
         calibration=job.images,
         probe=probe,
         weights_digest=weights_digest(job.backbone),
         cache=PlanCache() if job.options.cache else None,
+        tune=tuning(job, master, progress),
         on_image=lambda seen: progress(ImagesCalibrated(done=min(seen, total), total=total)),
         on_resume=lambda seen: progress(ImagesCalibrated(done=min(seen, total), total=total, resumed=True)),
     )
     if not isinstance(plan, QuantizationPlan):
         return plan
     dialect: Dialect = resolve(str(job.backend.dialect))
-    return dialect.keep_float(master.model, plan)
+    return dialect.keep_float(model, plan)
 
 
 def _search(engines: Evaluator, progress: Progress) -> SearchResult | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import msgspec
 import numpy as np
 
+from deploykit.calibration.distillation import FEWEST_IMAGES
 from deploykit.calibration.images import CalibrationSet, calibration_set
 from deploykit.calibration.recipes import AUTO_RECIPE, RECIPES, RecipeReport, Trial, default_recipe, with_recipe
 from deploykit.calibration.search import Measured
@@ -68,7 +70,13 @@ def _try_recipes(
             untried.append(name)
             continue
         recipe = RECIPES[name]
-        trial_job = job.with_precision(recipe.applied_to(settings), calibrated).without_cache()
+        tried = recipe.applied_to(settings)
+        if tried.rounding == "distilled":
+            if trials and _too_few_to_tune(calibrated, settings, begun - started):
+                untried.append(name)
+                continue
+            tried = _within(tried, settings.recipe_budget_s - (begun - started))
+        trial_job = job.with_precision(tried, calibrated).without_cache()
         found = evaluate(trial_job, held_out)
         seconds = round(time.monotonic() - begun, 1)
         trials.append(
@@ -85,6 +93,16 @@ def _try_recipes(
     )
     _keep_report(job, report)
     return report
+
+
+def _too_few_to_tune(calibrated: CalibrationSet, settings: Int8, spent_s: float) -> bool:
+    """Return whether tuning has too few images, or less than half of the budget."""
+    return len(calibrated) < FEWEST_IMAGES or 2 * spent_s > settings.recipe_budget_s
+
+
+def _within(settings: Int8, seconds: float) -> Int8:
+    """Return settings whose tuning ends with the budget."""
+    return replace(settings, distill_minutes=min(settings.distill_minutes, max(seconds, 1.0) / 60))
 
 
 def _split(images: CalibrationSet) -> tuple[CalibrationSet, CalibrationSet]:

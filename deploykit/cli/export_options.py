@@ -182,6 +182,34 @@ RecipeBudgetOption = Annotated[
         help="How long --recipe auto may try, in seconds.",
     ),
 ]
+DistillStepsOption = Annotated[
+    int | None,
+    option(
+        "--distill-steps",
+        panel=_NUMBERS,
+        metavar="N",
+        default=str(Int8().distill_steps),
+        help="How many batches --recipe distilled learns from at most.",
+    ),
+]
+DistillMinutesOption = Annotated[
+    float | None,
+    option(
+        "--distill-minutes",
+        panel=_NUMBERS,
+        metavar="MINUTES",
+        default=f"{Int8().distill_minutes:g}",
+        help="When --recipe distilled stops at the latest, in minutes.",
+    ),
+]
+DistillForFlag = Annotated[
+    bool,
+    option(
+        "--distill-for-all",
+        panel=_NUMBERS,
+        help="--recipe distilled: tune once, for what all runtimes round, and not for exactly this one.",
+    ),
+]
 ReduceRangeFlag = Annotated[
     bool | None,
     option(

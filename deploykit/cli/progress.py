@@ -14,6 +14,7 @@ from deploykit.progress import (
     Progress,
     ProgressEvent,
     StageStarted,
+    TuningStep,
 )
 
 STAGES: dict[str, str] = {
@@ -34,6 +35,7 @@ OPTIONAL_STAGES: dict[str, str] = {
     "sensitivity": "quantize one layer at a time",
     "cures": "try what could be done against the noise",
     "conversion": "prove the fp32 conversion",
+    "distill": "tune the plan on the images",
     "search": "search the layers to keep in float",
     "speed": "time it in turns with fp32",
 }
@@ -64,6 +66,7 @@ def _bars() -> Iterator[Progress]:
         stages = bars.add_task("export", total=len(STAGES))
         images = bars.add_task("calibrate, images", total=None, visible=False)
         build = bars.add_task("build", total=None, visible=False)
+        tuning = bars.add_task("tune", total=None, visible=False)
 
         def show(event: ProgressEvent) -> None:
             match event:
@@ -79,6 +82,9 @@ def _bars() -> Iterator[Progress]:
                     bars.update(build, description=shown, completed=done, total=total, visible=done < total)
                 case CandidateMeasured(summary=summary):
                     stderr_console().print(f"  {summary}")
+                case TuningStep(step=step, steps=steps, sqnr_db=sqnr):
+                    shown = f"  tune, {sqnr:.1f} dB held out"
+                    bars.update(tuning, description=shown, completed=step, total=steps, visible=step < steps)
 
         yield show
 
@@ -107,6 +113,8 @@ class _Lines:
                 self._images(done, total)
             case CandidateMeasured(summary=summary):
                 self._line(f"      {summary}")
+            case TuningStep(step=step, steps=steps, sqnr_db=sqnr):
+                self._tuning(step, steps, sqnr)
 
     def _images(self, done: int, total: int) -> None:
         tenth, now = 10 * done // max(total, 1), monotonic()
@@ -114,6 +122,12 @@ class _Lines:
         if (tenth > self._tenth and quiet_for >= SHORTEST_SECONDS) or quiet_for >= LONGEST_SECONDS or done == total:
             self._tenth, self._told = tenth, now
             self._line(f"      calibrated {done} of {total} images")
+
+    def _tuning(self, step: int, steps: int, sqnr_db: float) -> None:
+        now = monotonic()
+        if step in (0, steps) or now - self._told >= LONGEST_SECONDS / 4:
+            self._told = now
+            self._line(f"      tuned {step} of {steps} steps, {sqnr_db:.1f} dB on images held out")
 
     def _line(self, text: str) -> None:
         stderr_console().print(f"{monotonic() - self._start:6.1f} s  {text}", soft_wrap=True)

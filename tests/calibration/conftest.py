@@ -29,6 +29,11 @@ class Case:
     images: FloatArray
     plan: QuantizationPlan
 
+    @property
+    def master(self) -> Master:
+        """Both forms of the network."""
+        return Master(onnx=self.graph, torch=self.program)
+
     def run(self, model: ir.Model | None = None) -> list[np.ndarray]:
         """Every output of a graph (None: the master) in ONNX Runtime, over all images."""
         session = onnx_session(self.graph.model if model is None else model)

@@ -13,6 +13,7 @@ from deploykit.arrays import FloatArray
 from deploykit.backbones.attention import TransformerBlock
 from deploykit.backbones.window_attention import WindowAttention, WindowGrid
 from deploykit.calibration.dialect import Dialect
+from deploykit.calibration.fake_quantized_network import FloatNetwork
 from deploykit.calibration.plan import QuantizationPlan, calibrate
 from deploykit.export.graphs import output_specs
 from deploykit.export.to_onnx import to_onnx
@@ -20,7 +21,7 @@ from deploykit.fusion.pipeline import fuse
 from deploykit.fusion.program import export_program
 from deploykit.graph import Master, OnnxGraph, TorchProgram
 from deploykit.processor import this_processor
-from deploykit.spec import InputSpec, Int8
+from deploykit.spec import BatchRange, InputSpec, Int8
 from tests.backbones.realistic import randomize
 
 SIDE = 64
@@ -119,6 +120,21 @@ def master_of(network: type[Residual | Tokens | Windows], images: FloatArray) ->
         torch.manual_seed(0)
         module = randomize(network())
     return both_forms(module, network.outputs, images)
+
+
+def float_network_of(network: type[Residual | Tokens | Windows], master: Master, images: FloatArray) -> FloatNetwork:
+    """The same in torch for any batch, beside what `master_of` gave."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = randomize(network()).eval().requires_grad_(False)
+    spec = replace(master.onnx.input, batch=BatchRange())
+    program = fuse(export_program(module, spec), spec, images).program
+    return FloatNetwork(
+        model=master.onnx.model,
+        traced=master.torch.program.module(),
+        module=program.module(),
+        outputs=network.outputs,
+    )
 
 
 def graph_of(network: type[Residual | Tokens | Windows], images: FloatArray) -> OnnxGraph:

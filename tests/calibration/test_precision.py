@@ -11,8 +11,9 @@ from deploykit.calibration.half import HalfPlan
 from deploykit.calibration.images import CalibrationSet
 from deploykit.calibration.plan import QuantizationPlan, calibrate, plan_key
 from deploykit.calibration.plan_cache import PlanCache
-from deploykit.calibration.precision import plan_precision
+from deploykit.calibration.precision import Tuning, plan_precision
 from deploykit.calibration.precision_plan import Bf16Plan
+from deploykit.calibration.recipes import RECIPES
 from deploykit.calibration.statistics import Statistics
 from deploykit.errors import CalibrationError, CalibrationWarning
 from deploykit.spec import Bf16, Fp16, Fp32, Int8, Preprocessing
@@ -49,6 +50,42 @@ def planned(case, precision=None, *, images=None, digest="w", **options):
         weights_digest=digest,
         **options,
     )
+
+
+KEYS = {
+    "fast": "1fab1e51c026c210",
+    "adaptive": "356bee357474dd77",
+    "wide-adaptive": "c42d1df61d306ef1",
+    "activations-first": "adf2d338f385103e",
+    "full": "d023d31a4911bd73",
+    "clipped": "19c2b650f2bd4568",
+    "wide": "3a7760210829cdd5",
+    "weights-first": "ccde1c4e191e33f9",
+    "plain": "a922de67fd3871ef",
+}
+"""How the keys of plans begin that are in users' caches."""
+
+
+@pytest.mark.parametrize("recipe", KEYS)
+def test_plans_that_ask_for_no_distillation_are_byte_for_byte_as_without_it(residual, recipe, tmp_path):
+    settings = RECIPES[recipe].applied_to(Int8())
+    assert plan_key("weights", "images", settings)[:16] == KEYS[recipe]
+
+    def refuse(*given):
+        raise AssertionError("the plan asks for no tuning")
+
+    files = []
+    for number, tune in enumerate((None, Tuning(run=refuse, runtime="openvino"))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        planned(residual, settings, tune=tune).save(folder)
+        files.append([file.read_bytes() for file in sorted(folder.iterdir())])
+    assert files[0] == files[1]
+
+
+def test_distillation_without_a_network_in_torch_is_told(residual):
+    with pytest.raises(CalibrationError, match="trains the network in torch, and only its ONNX graph was given"):
+        planned(residual, Int8(rounding="distilled"))
 
 
 def test_bad_images_are_warned_of_each_time_a_plan_of_them_is_used(residual, tmp_path):

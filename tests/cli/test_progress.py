@@ -11,7 +11,7 @@ from rich.console import Console
 
 from deploykit.calibration import checkpoint, plan
 from deploykit.cli import progress as progress_module
-from deploykit.progress import BuildStep, CandidateMeasured, ImagesCalibrated, StageStarted
+from deploykit.progress import BuildStep, CandidateMeasured, ImagesCalibrated, StageStarted, TuningStep
 
 
 def without_colours(console: Console) -> str:
@@ -26,7 +26,10 @@ def test_a_terminal_shows_the_stage_and_the_images(monkeypatch):
         progress(ImagesCalibrated(done=3, total=8))
         progress(BuildStep(phase="Building engine from a network", done=2, total=5))
         progress(CandidateMeasured(summary="3 layers in float: 21.0 dB"))
+        progress(TuningStep(step=20, steps=240, sqnr_db=17.31))
     shown = without_colours(console)
+    assert "tune, 17.3 dB held out" in shown
+    assert "20/240" in shown
     assert "plan the precision" in shown
     assert "3/8" in shown
     assert "Building engine from a network" in shown

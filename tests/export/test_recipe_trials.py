@@ -159,7 +159,7 @@ def test_settings_given_by_hand_stand_in_every_trial():
     job = job_of().with_precision(Int8(recipe="auto", calibrator="entropy"))
     settled, _ = settle_recipe(job, quiet, evaluate)
     assert {trial.options.precision.calibrator for trial in (*seen, settled)} == {"entropy"}
-    assert {trial.options.precision.rounding for trial in seen} == {"nearest", "adaptive"}
+    assert {trial.options.precision.rounding for trial in seen} == {"nearest", "adaptive", "distilled"}
     assert not any(trial.options.cache for trial in seen)
 
 

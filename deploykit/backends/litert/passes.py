@@ -43,6 +43,7 @@ class LiteRTDialect:
 
     activations: IntegerType = UINT8
     dynamic_operators: frozenset[str] = frozenset({"Gemm", "MatMul"})
+    integer_outputs: bool = True
 
     def keep_float(self, model: ir.Model, plan: QuantizationPlan) -> QuantizationPlan:
         """Take the convolutions of the image out of a plan: they read a map of three channels."""

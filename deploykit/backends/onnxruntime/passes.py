@@ -24,6 +24,7 @@ from deploykit.fusion.pipeline import EXACT_DB
 DIALECT = OnnxDialect(
     activations=UINT8,
     dynamic_operators=DYNAMIC_OPERATORS,
+    integer_outputs=True,
     float_choices=(keep_image_side,),
     int8=(
         pad_channels,

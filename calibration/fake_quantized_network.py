@@ -1,0 +1,286 @@
+"""A fused network in torch that rounds where a quantization plan does, and the plan that it has learned."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from deploykit.arrays import FloatArray
+from deploykit.backbones.attention import TRANSPOSED
+from deploykit.calibration.dialect import Dialect, OnnxDialect
+from deploykit.calibration.fake_quantize import FakeQuantize, FakeQuantizedWeight, FakeQuantizeEachCall
+from deploykit.calibration.placement import IntegerWeight
+from deploykit.calibration.plan import QuantizationPlan
+from deploykit.calibration.quantize_activations import written_in_integers
+from deploykit.calibration.rounded_weight import RoundedWeight
+from deploykit.errors import CalibrationError
+from deploykit.fusion.affine import LINEAR
+from deploykit.onnx_values import floats_of
+
+EVERY_RUNTIME: Dialect = OnnxDialect()
+"""All that a plan has in integers, rounded where integer kernels read: what runtimes have in common."""
+
+_WEIGHTED = (torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding, LINEAR)
+_HOLDER = "fake_quantizers"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FloatNetwork:
+    """A fused network in FP32, as the graph that plans are of and in torch.
+
+    ``traced`` is the program that ``model`` was written from, whose tensors have its names; ``module`` is the same
+    network for any batch, and ``outputs`` names what it gives, in order. ``engine_outputs`` are those of them that an
+    engine gives; empty: all.
+    """
+
+    model: ir.Model
+    traced: GraphModule
+    module: GraphModule
+    outputs: tuple[str, ...]
+    engine_outputs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntegerLayer:
+    """A node of the plan in torch; ``float_weight`` and ``float_bias`` are those of the master graph."""
+
+    use: IntegerWeight
+    float_weight: FloatArray
+    float_bias: FloatArray | None
+    weight: FakeQuantizedWeight
+    bias: nn.Parameter | None
+
+
+class FakeQuantizedNetwork(nn.Module):
+    """Rounds what a plan rounds; the parameters are weights, biases, scales and zero points.
+
+    ``layers`` are the nodes in integers by their name in the plan, ``quantizers`` the activations that are rounded.
+
+    Args:
+        network: in FP32; it stays as it is.
+        plan: of its master graph.
+        dialect: what a runtime keeps in float and rounds besides; `EVERY_RUNTIME` is what they have in common.
+
+    Raises:
+        CalibrationError: a part of the plan is not in the network.
+    """
+
+    def __init__(self, network: FloatNetwork, plan: QuantizationPlan, dialect: Dialect = EVERY_RUNTIME) -> None:
+        super().__init__()
+        self.start = plan
+        self.module = _copy_of(network.module)
+        writer = _Writer(self.module, network, dialect.keep_float(network.model, plan), dialect)
+        writer.write()
+        self.layers, self.quantizers = writer.layers, writer.quantizers
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Map ``(N, C, H, W)`` to the tuple of outputs."""
+        outputs: tuple[Tensor, ...] = self.module(images)
+        return outputs
+
+    def learned_plan(self) -> QuantizationPlan:
+        """Return the plan with what the parameters are now; what is not rounded here is as it was."""
+        ranges = self.start.ranges | {name: quantizer.range() for name, quantizer in self.quantizers.items()}
+        weights, shifts = dict(self.start.weights), dict(self.start.bias_shift)
+        for name, layer in self.layers.items():
+            integers, scales = layer.weight.quantized()
+            if layer.use.axis == 1:
+                integers = np.ascontiguousarray(integers.T)
+            weights[name] = RoundedWeight.of(layer.float_weight, layer.use.axis, integers, scales)
+            if layer.bias is not None:
+                before = np.float32(0) if layer.float_bias is None else layer.float_bias
+                shifts[name] = np.asarray(layer.bias.detach().numpy() - before, np.float32)
+        return replace(self.start, ranges=ranges, weights=weights, bias_shift=shifts)
+
+
+class _Writer:
+    """One rewriting of a float module; ``plan`` is what its dialect writes in integers."""
+
+    def __init__(self, module: GraphModule, network: FloatNetwork, plan: QuantizationPlan, dialect: Dialect) -> None:
+        self.module, self.model, self.plan, self.dialect = module, network.model, plan, dialect
+        self.layers: dict[str, IntegerLayer] = {}
+        self.quantizers: dict[str, FakeQuantize] = {}
+        self._values = _values_by_name(module, network)
+        self._nodes: dict[str, Node] = {}
+        self._shared: dict[str, FakeQuantizedWeight] = {}
+        self._count = 0
+
+    def write(self) -> None:
+        operators = {str(node.name): node.op_type for node in self.model.graph}
+        for name, node in self._weighted_nodes():
+            self._nodes[name] = node
+            self._write_layer(name, node)
+        dynamic = {name for name in self._nodes if operators[name] in self.dialect.dynamic_operators}
+        self._round_activations({self._nodes[name] for name in self._nodes if name not in dynamic})
+        for name in dynamic:
+            node = self._nodes[name]
+            with self.module.graph.inserting_before(node):
+                rounded = self._call(FakeQuantizeEachCall(), node.args[0])
+            node.update_arg(0, rounded)
+        self.module.recompile()
+
+    def _weighted_nodes(self) -> Iterator[tuple[str, Node]]:
+        """Yield each integer node of the plan with its own in torch: those of one weight in their order."""
+        found: dict[str, list[Node]] = {}
+        for node in self.module.graph.nodes:
+            if node.target in _WEIGHTED and isinstance(node.args[1], Node) and node.args[1].op == "get_attr":
+                found.setdefault(str(node.args[1].target), []).append(node)
+        readers = {name: iter(nodes) for name, nodes in found.items()}
+        kept = set(self.plan.placement.float_nodes)
+        for node in self.model.graph:
+            name = str(node.name)
+            use = self.plan.placement.weights.get(name)
+            weight = node.inputs[1] if len(node.inputs) > 1 else None
+            target = str(weight.name).removesuffix(TRANSPOSED) if weight is not None else ""
+            if use is None and name not in kept:
+                continue
+            twin = next(readers.get(target, iter(())), None)
+            if use is not None and twin is None:
+                raise CalibrationError(
+                    f"the node {name} of the plan, with the weight {target}, is not in the traced network. "
+                    "Report it with the network."
+                )
+            if use is not None and twin is not None:
+                yield name, twin
+
+    def _write_layer(self, name: str, node: Node) -> None:
+        use = self.plan.placement.weights[name]
+        values = floats_of(self.model.graph.initializers[use.weight])
+        if use.weight not in self._shared:
+            integers, scales = self.plan.integers_of(name, values, use.axis)
+            if use.axis == 1:
+                integers = integers.T
+            weight = torch.from_numpy(np.array(values.T if use.axis == 1 else values))
+            self._shared[use.weight] = FakeQuantizedWeight(
+                weight, integers, scales, reduce_range=self.plan.reduce_range
+            )
+        quantizer = self._shared[use.weight]
+        with self.module.graph.inserting_before(node):
+            rounded = self._call(quantizer)
+        float_weight: Any = node.args[1]
+        node.update_arg(1, rounded)
+        self._drop(float_weight)
+        bias = None if use.bias is None else floats_of(self.model.graph.initializers[use.bias])
+        self.layers[name] = IntegerLayer(
+            use=use, float_weight=values, float_bias=bias, weight=quantizer, bias=self._write_bias(name, node, bias)
+        )
+
+    def _write_bias(self, name: str, node: Node, bias: FloatArray | None) -> nn.Parameter | None:
+        """Let a node add a parameter of its own; a product without a bias stays without."""
+        use = self.plan.placement.weights[name]
+        if bias is None and node.target == LINEAR:
+            return None
+        channels = floats_of(self.model.graph.initializers[use.weight]).shape[use.axis]
+        start = np.zeros(channels, np.float32) if bias is None else bias
+        shifted = np.asarray(start + self.plan.bias_shift.get(name, np.float32(0)), np.float32)
+        parameter = nn.Parameter(torch.from_numpy(shifted))
+        target = f"{_HOLDER}.bias_{len(self.layers)}"
+        self._holder().register_parameter(target.rpartition(".")[2], parameter)
+        with self.module.graph.inserting_before(node):
+            read = self.module.graph.get_attr(target)
+        float_bias = node.args[2] if len(node.args) > 2 else None
+        node.args = (node.args[0], node.args[1], read, *node.args[3:])
+        if isinstance(float_bias, Node):
+            self._drop(float_bias)
+        return parameter
+
+    def _round_activations(self, readers: set[Node]) -> None:
+        placement, outputs = self.plan.placement, self.dialect.integer_outputs
+        for_everyone = written_in_integers(placement, between=outputs)
+        sources = {placement.weights[name].input: node.args[0] for name, node in self._nodes.items()}
+        chosen = (*placement.reads, *((*placement.writes, *placement.between) if outputs else ()))
+        done: set[Node] = set()
+        for tensor in dict.fromkeys(chosen):
+            value: Any = self._values.get(tensor) or sources.get(tensor)
+            if value is None:
+                raise CalibrationError(
+                    f"the tensor {tensor} of the plan is not in the traced network. Report it with the network."
+                )
+            users = [user for user in value.users if tensor in for_everyone or user in readers]
+            if users and value not in done:
+                done.add(value)
+                self._round(value, tensor, users)
+
+    def _round(self, value: Node, tensor: str, users: list[Node]) -> None:
+        measured = self.plan.placement.same_range.get(tensor, tensor)
+        if measured not in self.quantizers:
+            self.quantizers[measured] = FakeQuantize(
+                self.plan.range_of(tensor), self.dialect.activations, self.plan.statistics.get(measured)
+            )
+        with self.module.graph.inserting_after(value):
+            rounded = self._call(self.quantizers[measured], value)
+        for user in users:
+            user.replace_input_with(value, rounded)
+
+    def _call(self, quantizer: nn.Module, *arguments: Any) -> Node:
+        """Insert a call of a module at the graph's insertion point; a module that is known is called again."""
+        holder = self._holder()
+        name = next((name for name, module in holder.named_children() if module is quantizer), f"q{self._count}")
+        self._count += 1
+        holder.add_module(name, quantizer)
+        return self.module.graph.call_module(f"{_HOLDER}.{name}", arguments)
+
+    def _holder(self) -> nn.Module:
+        if not hasattr(self.module, _HOLDER):
+            self.module.add_module(_HOLDER, nn.Module())
+        holder: nn.Module = self.module.get_submodule(_HOLDER)
+        return holder
+
+    def _drop(self, read: Node) -> None:
+        """Remove a constant that nothing reads any more."""
+        if read.users:
+            return
+        self.module.graph.erase_node(read)
+        target = str(read.target)
+        if not any(other.target == target for other in self.module.graph.find_nodes(op="get_attr")):
+            owner, _, name = target.rpartition(".")
+            delattr(self.module.get_submodule(owner), name)
+
+
+def tensor_nodes(module: GraphModule) -> list[Node]:
+    """Return the calls of a graph that give a tensor, in order: the same for every batch that it was traced with."""
+    return [
+        node
+        for node in module.graph.nodes
+        if node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor)
+    ]
+
+
+def _values_by_name(module: GraphModule, network: FloatNetwork) -> dict[str, Node]:
+    """Map the tensors of the master graph to the nodes of a copy of the module for any batch.
+
+    Raises:
+        CalibrationError: the two were traced to different operators.
+    """
+    named, own = tensor_nodes(network.traced), tensor_nodes(module)
+    if [node.target for node in named] != [node.target for node in own]:
+        raise CalibrationError(
+            "the network computes something else for a batch than for one image, so that it cannot be trained in "
+            "batches. Choose another recipe."
+        )
+    values = {one.name: other for one, other in zip(named, own, strict=True)}
+    given: Any = module.graph.output_node().args[0]
+    values |= dict(zip(network.outputs, given, strict=True))
+    (images,) = module.graph.find_nodes(op="placeholder")
+    return values | {str(network.model.graph.inputs[0].name): images}
+
+
+def _copy_of(module: GraphModule) -> GraphModule:
+    """Return a copy with tensors of its own, and without torch's checks of the shape that was traced."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, where it copies a graph module
+        twin = copy.deepcopy(module)
+    for node in list(twin.graph.find_nodes(op="call_module", target="_guards_fn")):
+        twin.graph.erase_node(node)
+    twin.delete_all_unused_submodules()
+    twin.recompile()
+    return twin
