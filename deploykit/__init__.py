@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from deploykit.feature_dict import Features
     from deploykit.images.preprocess import load_images, preprocess
     from deploykit.predict import Prediction
+    from deploykit.serving.repository import ServedModel, write_repository
     from deploykit.shipping.transfer import Transfer, pull_bundle, push_bundle
     from deploykit.signatures import sign_bundle
     from deploykit.spec import (
@@ -68,6 +69,8 @@ _PUBLIC = {
     "create_backbone": "facade",
     "load_bundle": "facade",
     "sign_bundle": "signatures",
+    "write_repository": "serving.repository",
+    "ServedModel": "serving.repository",
     "push_bundle": "shipping.transfer",
     "pull_bundle": "shipping.transfer",
     "Transfer": "shipping.transfer",
@@ -154,6 +157,7 @@ __all__ = [
     "PathAggregation",
     "Prediction",
     "Preprocessing",
+    "ServedModel",
     "SpecError",
     "TensorSpec",
     "Tolerances",
@@ -181,6 +185,7 @@ __all__ = [
     "register_backbone",
     "sign_bundle",
     "verify_bundle",
+    "write_repository",
 ]
 
 

@@ -113,7 +113,7 @@ def _open(name: str, load: Callable[[], Runtime], opened: ExitStack) -> _Timed:
     before, start = _resident(), perf_counter()
     model = opened.enter_context(load())
     loaded = perf_counter()
-    images = _images(model, _own_batch(model))
+    images = random_images(model, own_batch(model))
     called = perf_counter()
     model(images)
     first_ms, after = 1e3 * (perf_counter() - called), _resident()
@@ -129,11 +129,11 @@ def _open(name: str, load: Callable[[], Runtime], opened: ExitStack) -> _Timed:
 def _one_batch(
     timed: Sequence[_Timed], batch: int | None, seconds: float, progress: Callable[[str], None]
 ) -> list[BenchResult]:
-    inputs = [_images(each.model, _checked_batch(each, batch)) for each in timed]
+    inputs = [random_images(each.model, _checked_batch(each, batch)) for each in timed]
     progress(f"latency, batch {batch or 'of each'}")
     times = _latencies([each.model for each in timed], inputs, seconds)
     progress(f"throughput, batch {batch or 'of each'}")
-    rates = [_throughput(each.model, images, seconds) for each, images in zip(timed, inputs, strict=True)]
+    rates = [throughput(each.model, images, seconds) for each, images in zip(timed, inputs, strict=True)]
     return [
         BenchResult(
             bundle=each.name,
@@ -177,7 +177,7 @@ def _latencies(
     return [np.asarray(each) for each in times]
 
 
-def _throughput(model: Runtime, images: ImageArray, seconds: float) -> float:
+def throughput(model: Runtime, images: ImageArray, seconds: float) -> float:
     """Return images a second of a stream that goes on for so many seconds."""
     start = perf_counter()
 
@@ -192,14 +192,15 @@ def _throughput(model: Runtime, images: ImageArray, seconds: float) -> float:
     return count * len(images) / (perf_counter() - start)
 
 
-def _own_batch(model: Runtime) -> int:
+def own_batch(model: Runtime) -> int:
+    """Return the batch that an engine is tuned for."""
     batch = model.input_spec.batch
     return batch if isinstance(batch, int) else batch.opt
 
 
 def _checked_batch(timed: _Timed, batch: int | None) -> int:
     if batch is None:
-        return _own_batch(timed.model)
+        return own_batch(timed.model)
     if not timed.model.input_spec.accepts_batch(batch):
         raise SpecError(
             f"{timed.name} takes a batch of {timed.model.input_spec.batch}, and {batch} was asked for. Export it with "
@@ -208,7 +209,7 @@ def _checked_batch(timed: _Timed, batch: int | None) -> int:
     return batch
 
 
-def _images(model: Runtime, batch: int) -> ImageArray:
+def random_images(model: Runtime, batch: int) -> ImageArray:
     """Return images as the engine takes them, with the spread of normalised ones, from a fixed seed."""
     generator = np.random.default_rng(0)
     shape = (batch, *(int(side) for side in model.input_spec.shape[1:]))

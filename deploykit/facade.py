@@ -311,6 +311,7 @@ def load_bundle(
     hint: Hint = "latency",
     trust: bool | None = None,
     signed_by: str | os.PathLike[str] | None = None,
+    tuned: bool = True,
 ) -> Runtime:
     """Verify a bundle and open its engine; needs the runtime's package and NumPy, not torch.
 
@@ -324,6 +325,8 @@ def load_bundle(
         hint: as for `create_backbone`.
         trust: as for `create_backbone`.
         signed_by: as for `create_backbone`.
+        tuned: open it as ``deploykit tune`` measured best for it here, where it did and no ``threads`` are given;
+            ``model.tuned`` says how.
 
     Raises:
         BundleError: not a bundle, or one that is damaged, incomplete or from a newer schema.
@@ -339,10 +342,10 @@ def load_bundle(
         check_signature(path, manifest, signed_by)
         trust = True if trust is None else trust
     adapter = load_backend(manifest.runtime).load_adapter()
+    tuning = UNSET if tuned else None
+    opened: dict[str, Any] = {"device": device, "threads": check_threads(threads), "hint": checked_hint(hint)}
     try:
-        return adapter(
-            manifest, path, device=device, threads=check_threads(threads), hint=checked_hint(hint), trust=trust
-        )
+        return adapter(manifest, path, **opened, trust=trust, tuning=tuning)
     except EngineMismatch:
         open_bundle(path)  # names everything that is wrong with it; nothing where it was replaced meanwhile
         raise

@@ -49,7 +49,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("jobs",),
     ("facade", "opening", "verification", "assertion"),
     ("several_targets",),
-    ("accuracy", "bench", "extraction"),
+    ("accuracy", "bench", "extraction", "tune", "serving"),
     ("changes", "sweep"),
     ("reports",),
     ("cli", "__main__"),
@@ -61,7 +61,7 @@ ENTRY_POINTS = {"deploykit.parity.pytest_plugin"}
 
 RUNTIME_SIDE = re.compile(
     r"deploykit\.backends(\.(backend|table|runtime|input_checks|engine_file|onnx_external|onnx_header|protobuf|"
-    r"run_queue|stream)|"
+    r"run_queue|stream|tuning)|"
     r"\.\w+\.(backend|adapter|package|archive|session|targets|needs|api|protocols|cuda_\w+|build|builder|plan_file|"
     r"portable|request_queue))?"
 )

@@ -20,6 +20,9 @@ VersionRule: TypeAlias = Literal["exact", "same_or_newer"]
 have all that the engine needs.
 """
 
+Setting: TypeAlias = Literal["threads", "streams", "in_flight"]
+"""How an engine is opened: in so many threads, which so many calls share, and so many runs of a stream at a time."""
+
 StepListener: TypeAlias = Callable[[str, int, int], None]
 """Hears of a phase of a build, the steps done and the steps in all."""
 
@@ -43,6 +46,7 @@ class Backend:
         tie: ``() -> dict[str, str]``: what an engine that is built here is tied to beside its target and the version,
             such as the processor's instructions; None: nothing.
         open_options: the runtime's own settings that an edge target may give when an engine is opened.
+        tunable: which of ``threads``, ``streams`` and ``in_flight`` change its speed, for ``deploykit tune``.
         place: ``(backbone, precision, device, embed_preprocessing, threads) -> module``, for a runtime that runs the
             torch module itself and has no engines; None: engines.
         adapter: the `Runtime` class that opens its engines; None with ``place``.
@@ -55,6 +59,7 @@ class Backend:
         profile: ``(float graph, INT8 graph, nodes, batch) -> dict[str, float] | None``: milliseconds that each node
             gains by running in integers.
         debug: ``(part of a graph, inputs, min_sqnr_db) -> str | None``: what the runtime does wrong with it.
+        serving: the `Serving` that says how model servers open its engines; None: none of their own does.
         reducible: its engines, or its portable ones, are ONNX graphs, of which ``verify --debug`` finds a failing part.
         demo: the precisions that ``deploykit demo`` exports.
     """
@@ -71,6 +76,7 @@ class Backend:
     devices: str
     tie: str | None = None
     open_options: tuple[str, ...] = ()
+    tunable: tuple[Setting, ...] = ()
     place: str | None = None
     adapter: str | None = None
     dialect: str | None = None
@@ -81,6 +87,7 @@ class Backend:
     inspect: str | None = None
     profile: str | None = None
     debug: str | None = None
+    serving: str | None = None
     reducible: bool = False
     demo: tuple[str, ...] = ()
 
@@ -124,6 +131,21 @@ class Backend:
         """Return the function that lists this machine's devices."""
         devices: Callable[[], tuple[str, ...]] = resolve(self.devices)
         return devices
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """How model servers open a runtime's engines.
+
+    ``triton_backend`` is the name of Triton's backend, and ``triton_parameters`` what it is told; None: it has none.
+    ``model_server``, ``(manifest) -> dict[str, str]``, gives what the runtime's own model server is told; None: it has
+    no such server. ``notes`` say, by precision, what Triton's backend may do otherwise than the adapter.
+    """
+
+    triton_backend: str | None = None
+    triton_parameters: dict[str, str] = field(default_factory=dict)
+    model_server: str | None = None
+    notes: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

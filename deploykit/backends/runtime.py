@@ -28,6 +28,7 @@ from deploykit.backends.onnx_external import load_external_data
 from deploykit.backends.run_queue import RunQueue, ThreadQueue
 from deploykit.backends.stream import mapped, streamed
 from deploykit.backends.table import load_backend
+from deploykit.backends.tuning import Tuning, remembered, tell
 from deploykit.errors import (
     BundleError,
     DeployKitError,
@@ -44,6 +45,7 @@ from deploykit.processor import read_processor, this_machine, this_processor
 from deploykit.spec import FeatureInfo, InputSpec, Int8, Precision, parse_precision
 from deploykit.threads import Hint, allowed_processors, check_threads, checked_hint, count_cores, thread_limit
 from deploykit.trust import check_trust
+from deploykit.unset import UNSET, UnsetType
 
 if TYPE_CHECKING:
     from deploykit.bundle import Manifest
@@ -73,6 +75,8 @@ class Runtime(ABC):
             `stream` or from several threads, share them.
         trust: of an engine that is machine code and not this user's own: True opens it, False refuses it; None opens
             it with a warning.
+        tuning: how it is opened, where no threads are given; not given: as ``deploykit tune`` measured best for it
+            here; None: by the defaults.
 
     Raises:
         BundleError: an engine file is missing or not the one that the manifest describes, or is refused.
@@ -89,10 +93,9 @@ class Runtime(ABC):
         threads: int | None = None,
         hint: Hint = "latency",
         trust: bool | None = None,
+        tuning: Tuning | UnsetType | None = UNSET,
     ) -> None:
-        self.threads = check_threads(threads) or thread_limit()
         self.hint = checked_hint(hint)
-        self.in_flight = self._cores() if hint == "throughput" else LATENCY_IN_FLIGHT
         # A copy has the same digests, so that it is as trusted as this one.
         made_for = manifest.made_for
         device = made_for.device if made_for is not None and device == "auto" else device
@@ -101,6 +104,7 @@ class Runtime(ABC):
         self._process = os.getpid()
         self.backend: Backend = load_backend(manifest.runtime)
         self.backend.require()
+        self._choose_threads(manifest, device, check_threads(threads), tuning)
         self.runtime = manifest.runtime
         self.manifest = manifest
         self.input_spec: InputSpec = manifest.input
@@ -124,6 +128,9 @@ class Runtime(ABC):
             self._engine_file.close()
             raise
         self._engine_file.release()
+        if self.tuned is not None:
+            self.in_flight = self.tuned.in_flight
+            tell(manifest, self.tuned)
         _OPEN.add(self)
         self._warn_of_saturation()
         self._warn_of_another_machine()
@@ -198,6 +205,18 @@ class Runtime(ABC):
     def _queue(self, in_flight: int) -> RunQueue:
         """Return what starts runs without waiting for them; threads, where the runtime has nothing of its own."""
         return ThreadQueue(self._run, in_flight)
+
+    def _choose_threads(
+        self, manifest: Manifest, device: str, threads: int | None, tuning: Tuning | UnsetType | None
+    ) -> None:
+        """Set threads, streams and runs in flight: those asked for, else as tuned, else the defaults."""
+        if tuning is UNSET:
+            tuning = remembered(manifest, self.backend, device, self.hint) if threads is None else None
+        self.tuned = tuning
+        self.threads = threads or (tuning.threads if tuning is not None else None) or thread_limit()
+        self.streams = tuning.streams if tuning is not None else None
+        self.in_flight = self._cores() if self.hint == "throughput" else LATENCY_IN_FLIGHT
+        self._options["tuning"] = tuning
 
     def _cores(self) -> int:
         """Return how many runs of one thread each the process has processors for."""
@@ -277,7 +296,7 @@ class Runtime(ABC):
     def __repr__(self) -> str:
         return (
             f"<{self.manifest.backbone.name} in {self.runtime} {self.manifest.precision} on {self.device}, "
-            f"images {self.input_spec.shape}>"
+            f"images {self.input_spec.shape}{f'; {self.tuned}' if self.tuned is not None else ''}>"
         )
 
     def _read_labels(self) -> tuple[str, ...] | None:

@@ -15,8 +15,10 @@ from deploykit.errors import BundleError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from deploykit.backends.tuning import Tuning
     from deploykit.bundle import Manifest
     from deploykit.parity.report import ParityReport
+    from deploykit.threads import Hint
 
 EXAMPLE = f"Example: deploykit inspect resnet18-{EVALUATOR}-fp32"
 
@@ -61,10 +63,10 @@ def inspect(bundle: BundleArgument, json: JsonFlag = False) -> None:
     manifest = open_bundle(folder)
     parity = ParityReport.load(folder / PARITY_FILE) if PARITY_FILE in manifest.files else None
     quantization = read_quantization(folder / PLAN_FILE) if PLAN_FILE in manifest.files else None
-    source = pulled_from(folder)
+    source, tunings = pulled_from(folder), _tunings(manifest)
     if json:
-        parts = {"manifest": manifest, "parity": parity, "quantization": quantization, "pulled_from": source}
-        show_json({"bundle": bundle, **parts})
+        parts = {"manifest": manifest, "parity": parity, "quantization": quantization}
+        show_json({"bundle": bundle, **parts, "pulled_from": source, "tuned_here": tunings})
         return
     for title, rows in _sections(manifest, quantization):
         width = max(len(name) for name, _ in rows)
@@ -74,7 +76,21 @@ def inspect(bundle: BundleArgument, json: JsonFlag = False) -> None:
         show(_as_stored(parity), "")
     if source is not None:
         show(f"Pulled from {source.address}, revision {source.revision}.")
+    for each in tunings:
+        show(f"Tuned here: opened with {each}.")
     show(f"Next: deploykit verify {bundle}")
+
+
+def _tunings(manifest: Manifest) -> list[Tuning]:
+    """Return what `deploykit tune` measured best for the engine on this machine."""
+    from deploykit.backends.table import BACKENDS, load_backend
+    from deploykit.backends.tuning import remembered
+
+    if manifest.runtime not in BACKENDS:
+        return []
+    hints: tuple[Hint, ...] = ("latency", "throughput")
+    found = [remembered(manifest, load_backend(manifest.runtime), "auto", hint) for hint in hints]
+    return [each for each in found if each is not None]
 
 
 def read_quantization(path: Path) -> QuantizationSummary:

@@ -26,15 +26,17 @@ from deploykit.cli import (
     pull,
     push,
     report,
+    repository,
     run,
     sensitivity,
     sign,
     sweep,
     targets,
+    tune,
     verify,
 )
 from deploykit.cli.exit_codes import BAD_USAGE, FAILED, exit_code_of, failure
-from deploykit.cli.output import show, show_error, show_json, shown_warnings
+from deploykit.cli.output import show, show_error, show_json, shown_warnings, told_tunings
 from deploykit.cli.spellings import as_options
 from deploykit.cli.streams import PIPE_CLOSED, OutputLost, standard_streams
 from deploykit.errors import DeployKitError, MissingDependency
@@ -55,12 +57,14 @@ app.command("import", epilog=import_model.EXAMPLE, context_settings=_SETTINGS)(i
 app.command("run", epilog=run.EXAMPLE, context_settings=_SETTINGS)(run.run)
 app.command("verify", epilog=verify.EXAMPLE, context_settings=_SETTINGS)(verify.verify)
 app.command("bench", epilog=bench.EXAMPLE, context_settings=_SETTINGS)(bench.bench)
+app.command("tune", epilog=tune.EXAMPLE, context_settings=_SETTINGS)(tune.tune)
 app.command("evaluate", epilog=evaluate.EXAMPLE, context_settings=_SETTINGS)(evaluate.evaluate)
 app.command("compare", epilog=compare.EXAMPLE, context_settings=_SETTINGS)(compare.compare)
 app.command("report", epilog=report.EXAMPLE, context_settings=_SETTINGS)(report.report)
 app.command("sign", epilog=sign.EXAMPLE, context_settings=_SETTINGS)(sign.sign)
 app.command("push", epilog=push.EXAMPLE, context_settings=_SETTINGS)(push.push)
 app.command("pull", epilog=pull.EXAMPLE, context_settings=_SETTINGS)(pull.pull)
+app.command("repository", epilog=repository.EXAMPLE, context_settings=_SETTINGS)(repository.repository)
 app.command("extract", epilog=extract.EXAMPLE, context_settings=_SETTINGS)(extract.extract)
 app.command("inspect", epilog=inspect.EXAMPLE, context_settings=_SETTINGS)(inspect.inspect)
 app.command("sensitivity", epilog=sensitivity.EXAMPLE, context_settings=_SETTINGS)(sensitivity.sensitivity)
@@ -108,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words += ["--debug"] if debug and words[:1] == ["verify"] else []
     command = typer.main.get_command(app)
     try:
-        with standard_streams(), shown_warnings(), interruptible():
+        with standard_streams(), shown_warnings(), told_tunings(), interruptible():
             code = command.main(words, "deploykit", standalone_mode=False)
     except BrokenPipeError:
         return PIPE_CLOSED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from deploykit.spec import InputSpec
+
+TUNING_LOG = "deploykit.backends.tuning"
+"""The logger that hears how engines are opened where that is not by their defaults."""
 
 PIPED_WIDTH = 160
 """The width of a table that goes to a file or a pipe, in characters."""
@@ -146,6 +150,34 @@ def shown_warnings() -> Iterator[None]:
         warnings.filterwarnings("always", category=DeployKitWarning)
         warnings.showwarning = print_once
         yield
+
+
+class _ToStderr(logging.Handler):
+    """Print each message once, as a line on stderr."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self._seen: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if message not in self._seen:
+            self._seen.add(message)
+            _labelled("tuned", message, "cyan")
+
+
+@contextmanager
+def told_tunings() -> Iterator[None]:
+    """Print that an engine is opened as ``deploykit tune`` measured best for it here."""
+    handler, logger = _ToStderr(), logging.getLogger(TUNING_LOG)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def input_text(spec: InputSpec) -> str:

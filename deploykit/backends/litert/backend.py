@@ -9,6 +9,7 @@ BACKEND = Backend(
     precisions=("fp32", "fp16", "int8"),
     version_rule="same_or_newer",
     source="torch",
+    tunable=("threads",),
     devices="deploykit.backends.litert.adapter:LiteRTRuntime.devices",
     adapter="deploykit.backends.litert.adapter:LiteRTRuntime",
     dialect="deploykit.backends.litert.passes:DIALECT",

@@ -57,6 +57,8 @@ class OnnxRuntime(Runtime):
             )
         # For throughput each of several calls computes in its own thread, which costs no waiting for one another.
         threads = 1 if self.hint == "throughput" and name == "cpu" else self.threads
+        if self.streams is not None and name == "cpu":
+            threads = max(1, self._cores() // self.streams)
         session = _create_session(ort, engine, name, ordinal, threads=threads, chosen=self.open_options)
         active = session.get_providers()[0]
         if active != PROVIDERS[name]:

@@ -40,6 +40,8 @@ class OpenVINORuntime(Runtime):
         if target == "CPU" and self.threads is not None:
             # Tied to processors, the threads of two processes that share a machine would meet on the same ones.
             config |= {"INFERENCE_NUM_THREADS": self.threads, "ENABLE_CPU_PINNING": False}
+        if target == "CPU" and self.streams is not None:
+            config["NUM_STREAMS"] = self.streams
         model = _read(core, engine)
         try:
             compiled = core.compile_model(model, target, config)

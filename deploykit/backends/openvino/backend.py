@@ -12,11 +12,13 @@ BACKEND = Backend(
     least_version="deploykit.backends.openvino.needs:least_version",
     targets=tuple(PROCESSOR_TARGETS),
     open_options=("NPU_TURBO", "NUM_STREAMS", "SCHEDULING_CORE_TYPE"),
+    tunable=("threads", "streams", "in_flight"),
     devices="deploykit.backends.openvino.adapter:OpenVINORuntime.devices",
     adapter="deploykit.backends.openvino.adapter:OpenVINORuntime",
     dialect="deploykit.backends.openvino.passes:DIALECT",
     lower="deploykit.backends.openvino.lower:lower",
     inspect="deploykit.backends.openvino.inspect:left_in_float",
+    serving="deploykit.backends.openvino.serving:SERVING",
     debug="deploykit.backends.openvino.debug:find_problem",
     demo=("int8", "fp16"),
 )

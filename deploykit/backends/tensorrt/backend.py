@@ -30,6 +30,7 @@ BACKEND = Backend(
     lower="deploykit.backends.tensorrt.lower:lower",
     portable="deploykit.backends.tensorrt.lower:lower_portable",
     options="deploykit.backends.tensorrt.api:check_build_options",
+    serving="deploykit.backends.tensorrt.serving:SERVING",
     debug="deploykit.backends.tensorrt.debug:find_problem",
     reducible=True,
     demo=("int8",),
