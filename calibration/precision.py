@@ -11,6 +11,7 @@ import onnx_ir as ir
 from deploykit.arrays import FloatArray
 from deploykit.calibration.half import plan_half
 from deploykit.calibration.images import CalibrationSet
+from deploykit.calibration.nncf_quantizer import quantize_by_nncf
 from deploykit.calibration.plan import QuantizationPlan, calibrate, plan_key
 from deploykit.calibration.plan_cache import PlanCache, PlanKey
 from deploykit.calibration.precision_plan import Bf16Plan, PrecisionPlan
@@ -104,16 +105,19 @@ def plan_precision(
                 checkpoint.keep(found)
             on_image(found.images)
 
-        again = needs_reconstruction(settings)
+        by_nncf = settings.calibrator == "nncf"
+        again = not by_nncf and needs_reconstruction(settings)
         plan = calibrate(
             model,
             images.batches(graph_batch(model), skip=started.batches),
-            replace(settings, bias_correction=None) if again else settings,
+            replace(settings, bias_correction=None) if again or by_nncf else settings,
             key=key,
             weights_digest=weights_digest,
             started=started,
             on_batch=heard,
         )
+        if by_nncf:
+            return quantize_by_nncf(model, plan, started, images, settings)
         if again:
             plan = reconstruct(model, plan, images.sample(RECONSTRUCTION_IMAGES), settings)
         return plan if tune is None else tune.run(plan, images, settings)

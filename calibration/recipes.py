@@ -45,8 +45,11 @@ RECIPES: dict[str, Recipe] = {
     "weights-first": Recipe(equalization=0.25),
     "plain": Recipe(equalization=None, bias_correction=None, calibrator="minmax"),
     "distilled": Recipe(rounding="distilled"),
+    "nncf": Recipe(equalization=None, calibrator="nncf"),
 }
 """By name, in the order in which ``auto`` tries them; ``plain`` is what a quantizer does that has none of this."""
+NOT_TRIED = frozenset({"nncf"})
+"""What ``auto`` leaves out: it needs a package of its own."""
 AUTO_RECIPE = "auto"
 """The name that stands for the best of the table by trying."""
 FAMILY_RECIPES: dict[str, str] = {

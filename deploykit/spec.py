@@ -16,7 +16,7 @@ from deploykit.unset import UNSET, UnsetType
 
 Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 CropMode: TypeAlias = Literal["center", "squash", "border"]
-Calibrator: TypeAlias = Literal["mse", "minmax", "percentile", "entropy"]
+Calibrator: TypeAlias = Literal["mse", "minmax", "percentile", "entropy", "nncf"]
 BiasCorrection: TypeAlias = Literal["fast", "full"]
 Rounding: TypeAlias = Literal["nearest", "adaptive", "distilled"]
 WeightScales: TypeAlias = Literal["max", "mse"]
@@ -279,7 +279,8 @@ class Int8:
         min_sqnr_db: the budget of every feature level and of the logits, in dB against torch FP32.
         min_top1_agreement: the share of images, 0 to 1, whose top-1 class must stay; None: no gate.
         calibrator: how a range is chosen from the statistics: ``mse`` (least squared error),
-            ``minmax``, ``percentile``, or ``entropy`` (least Kullback-Leibler divergence, as TensorRT).
+            ``minmax``, ``percentile``, or ``entropy`` (least Kullback-Leibler divergence, as TensorRT); or ``nncf``:
+            NNCF quantizes, and its ranges, integers and bias correction make the plan.
         percentile: the share of values inside the range for ``percentile``, in percent.
         bias_correction: shift each bias by the mean error that rounding makes (Nagel et al. 2019,
             "Data-Free Quantization", section 4.2, with measured means): ``fast``, that of its own weight, in
@@ -347,10 +348,21 @@ class Int8:
             value = getattr(self, name)
             if value is not UNSET and not (value is None and name == "bias_correction"):
                 _check_choice(name, value, choices)
+        if self.calibrator == "nncf":
+            self._check_nncf()
         if not 50 < self.percentile <= 100:
             raise SpecError(f"percentile is {self.percentile}; it must be above 50 and at most 100.")
         if isinstance(self.equalization, (int, float)) and not 0 <= self.equalization <= 1:
             raise SpecError(f"equalization is {self.equalization}; it must be 0 to 1, or None for none.")
+
+    def _check_nncf(self) -> None:
+        """Refuse what would change the integers that NNCF chooses."""
+        for name, only in (("rounding", "nearest"), ("weight_scales", "max")):
+            if getattr(self, name) not in (UNSET, only):
+                raise SpecError(
+                    f"{name} is {getattr(self, name)!r}, and with calibrator='nncf' NNCF rounds the weights: expected "
+                    f"{only!r}. Fix: leave {name} out, or choose another recipe."
+                )
 
     def filled(self, defaults: Mapping[str, Any] | None = None) -> Int8:
         """Return the settings with every `UNSET` one filled: from ``defaults``, or else from `RECIPE_DEFAULTS`."""

@@ -11,7 +11,16 @@ import numpy as np
 
 from deploykit.calibration.distillation import FEWEST_IMAGES
 from deploykit.calibration.images import CalibrationSet, calibration_set
-from deploykit.calibration.recipes import AUTO_RECIPE, RECIPES, RecipeReport, Trial, default_recipe, with_recipe
+from deploykit.calibration.nncf_quantizer import check_installed
+from deploykit.calibration.recipes import (
+    AUTO_RECIPE,
+    NOT_TRIED,
+    RECIPES,
+    RecipeReport,
+    Trial,
+    default_recipe,
+    with_recipe,
+)
 from deploykit.calibration.search import Measured
 from deploykit.errors import CalibrationError
 from deploykit.export.job import ExportJob
@@ -37,12 +46,16 @@ def settle_recipe(
     Raises:
         SpecError: no such recipe.
         CalibrationError: too few images to hold some out.
+        MissingDependency: NNCF's recipe, and nncf is not installed.
     """
     settings = job.options.precision
     if not isinstance(settings, Int8) or job.images is None:
         return job, None
     if settings.recipe != AUTO_RECIPE:
-        return job.with_precision(with_recipe(settings, job.backbone.family)), None
+        settled = with_recipe(settings, job.backbone.family)
+        if settled.calibrator == "nncf":
+            check_installed()
+        return job.with_precision(settled), None
     progress(StageStarted(name="recipes"))
     report = _kept_report(job) or _try_recipes(job, settings, job.images, progress, evaluate)
     return job.with_precision(report.recipe.applied_to(settings)), report
@@ -64,6 +77,8 @@ def _try_recipes(
     trials: list[Trial] = []
     untried: list[str] = []
     for name in dict.fromkeys((default_recipe(job.backbone.family), *RECIPES)):
+        if name in NOT_TRIED:
+            continue
         begun = time.monotonic()
         longest = max((trial.seconds for trial in trials), default=0.0)
         if trials and begun - started + longest > settings.recipe_budget_s:
