@@ -111,7 +111,18 @@ def test_no_input_is_pasted_into_a_script(name):
     assert not [script for script in scripts if "${{" in script.partition("env:")[0]]
 
 
-def test_the_gitlab_job_calls_the_same_script():
+def test_the_gitlab_job_also_tests_a_bundle_that_drifted(tmp_path):
     job = yaml.safe_load((PIPELINE / "gitlab-ci.yml").read_text())["parity"]
-    assert job["script"][0].startswith("examples/pipeline/parity.sh")
     assert job["artifacts"]["when"] == "always"
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    drifted(tmp_path / "new")
+    own = {"DEPLOYKIT": COMMAND, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "REPORT_OPTIONS": "--no-run"}
+    given = job["variables"] | {"BUNDLE": "new", "RELEASE": str(RELEASE), "EXPORT": "", "COMPARE_OPTIONS": ""}
+    environment = os.environ | own | given | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    script = "\n".join(job["script"])
+    done = subprocess.run(
+        ["sh", "-ec", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "new is OUTSIDE the tolerances" in done.stderr
+    assert "<testcase" in (tmp_path / "parity-reports" / "junit.xml").read_text()

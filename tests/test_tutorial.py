@@ -109,15 +109,20 @@ def tutorial(tmp_path_factory) -> Tutorial:
 
 
 def fit(model: nn.Module, images: torch.Tensor, classes: torch.Tensor) -> None:
-    """Five passes in plain PyTorch."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    """Eight passes in plain PyTorch, after which hardly an image lies near the border of two classes."""
+    passes, batch_size = 8, 50
+    optimizer = torch.optim.AdamW(model.parameters())
+    steps = passes * -(-len(images) // batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
     model.train()
-    for _ in range(5):
-        for batch in torch.randperm(len(images)).split(50):
+    for _ in range(passes):
+        for batch in torch.randperm(len(images)).split(batch_size):
             loss = nn.functional.cross_entropy(model(images[batch]), classes[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            schedule.step()
+    model.eval()
 
 
 def prefixed(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -192,20 +197,12 @@ def export_and_run(tutorial: Tutorial, checkpoint: Path, runtime: str, bundle: P
     return json.loads(ran.out)["images"]
 
 
-MOST_FLIPPED = 5
-"""So many of the 100 images may lie so near the border of two classes that INT8 names another one: which they are
-depends on the weights, and those on how many threads trained them."""
-
-
 def check_predictions(tutorial: Tutorial, results: list[dict[str, Any]]) -> None:
-    """The engine names the images as torch does, but for a few, and as many of them rightly, within these."""
+    """The engine names as many images rightly as torch, within one."""
     found = {result["image"]: result["top"][0]["label"] for result in results}
     assert set(found) == set(map(str, tutorial.files))
     correct = sum(found[str(file)] == name for file, name in zip(tutorial.files, tutorial.truth, strict=True))
-    assert abs(correct - tutorial.correct) <= MOST_FLIPPED
-    in_torch = [FOLDERS[index] for index in tutorial.logits.argmax(1)]
-    flipped = sum(found[str(file)] != name for file, name in zip(tutorial.files, in_torch, strict=True))
-    assert flipped <= MOST_FLIPPED
+    assert abs(correct - tutorial.correct) <= 1
 
 
 @pytest.mark.parametrize(
