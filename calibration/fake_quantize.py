@@ -167,11 +167,11 @@ class FakeQuantizedWeight(nn.Module):
 
     def quantized(self) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
         """Return the integers, of the weight's shape, and the scales ``(channels,)`` that it is rounded to now."""
-        weight = self.weight.detach()
+        weight = self.weight.detach().cpu()
         if self.reduce_range:
             return quantize_weight(weight.numpy(), 0, reduce_range=True)
         with torch.no_grad():
-            scales = self.log_scales.exp()
+            scales = self.log_scales.cpu().exp()
             integers = (weight / _along(scales, weight)).round().clamp(-TOP, TOP)
         return integers.to(torch.int8).numpy(), scales.numpy()
 

@@ -30,7 +30,8 @@ EVERY_RUNTIME: Dialect = OnnxDialect()
 """All that a plan has in integers, rounded where integer kernels read: what runtimes have in common."""
 
 _WEIGHTED = (torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding, LINEAR)
-_HOLDER = "fake_quantizers"
+HOLDER = "fake_quantizers"
+"""The submodule of what rounds, beside the float network's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +52,14 @@ class FloatNetwork:
 
 @dataclass(frozen=True, kw_only=True)
 class IntegerLayer:
-    """A node of the plan in torch; ``float_weight`` and ``float_bias`` are those of the master graph."""
+    """A node of the plan in torch; ``float_weight`` and ``float_bias`` are those of the master graph.
+
+    ``weight_name`` and ``bias_name`` are the parameters of the float module that they stand for.
+    """
 
     use: IntegerWeight
+    weight_name: str
+    bias_name: str | None
     float_weight: FloatArray
     float_bias: FloatArray | None
     weight: FakeQuantizedWeight
@@ -170,8 +176,16 @@ class _Writer:
         node.update_arg(1, rounded)
         self._drop(float_weight)
         bias = None if use.bias is None else floats_of(self.model.graph.initializers[use.bias])
+        read = node.args[2] if len(node.args) > 2 else None
+        bias_name = str(read.target) if isinstance(read, Node) and read.op == "get_attr" else None
         self.layers[name] = IntegerLayer(
-            use=use, float_weight=values, float_bias=bias, weight=quantizer, bias=self._write_bias(name, node, bias)
+            use=use,
+            weight_name=str(float_weight.target),
+            bias_name=bias_name,
+            float_weight=values,
+            float_bias=bias,
+            weight=quantizer,
+            bias=self._write_bias(name, node, bias),
         )
 
     def _write_bias(self, name: str, node: Node, bias: FloatArray | None) -> nn.Parameter | None:
@@ -183,7 +197,7 @@ class _Writer:
         start = np.zeros(channels, np.float32) if bias is None else bias
         shifted = np.asarray(start + self.plan.bias_shift.get(name, np.float32(0)), np.float32)
         parameter = nn.Parameter(torch.from_numpy(shifted))
-        target = f"{_HOLDER}.bias_{len(self.layers)}"
+        target = f"{HOLDER}.bias_{len(self.layers)}"
         self._holder().register_parameter(target.rpartition(".")[2], parameter)
         with self.module.graph.inserting_before(node):
             read = self.module.graph.get_attr(target)
@@ -199,8 +213,11 @@ class _Writer:
         sources = {placement.weights[name].input: node.args[0] for name, node in self._nodes.items()}
         chosen = (*placement.reads, *((*placement.writes, *placement.between) if outputs else ()))
         done: set[Node] = set()
-        for tensor in dict.fromkeys(chosen):
-            value: Any = self._values.get(tensor) or sources.get(tensor)
+        found: dict[str, Any] = {  # before any is rounded, which puts calls between them
+            tensor: self._values.get(tensor) or sources.get(tensor) or self._only_reader(tensor)
+            for tensor in dict.fromkeys(chosen)
+        }
+        for tensor, value in found.items():
             if value is None:
                 raise CalibrationError(
                     f"the tensor {tensor} of the plan is not in the traced network. Report it with the network."
@@ -209,6 +226,17 @@ class _Writer:
             if users and value not in done:
                 done.add(value)
                 self._round(value, tensor, users)
+
+    def _only_reader(self, tensor: str) -> Node | None:
+        """Return the call that gives a tensor which the exporter named anew, where it alone reads a known value."""
+        written = next((node.outputs[0] for node in self.model.graph if node.outputs[0].name == tensor), None)
+        producer = None if written is None else written.producer()
+        known = [] if producer is None else [self._values.get(str(value.name)) for value in producer.inputs if value]
+        readers = [reader for value in known if value is not None for reader in value.users]
+        if len(readers) != 1 or written is None or written.shape is None or "val" not in readers[0].meta:
+            return None
+        same = list(readers[0].meta["val"].shape)[1:] == [*written.shape][1:]
+        return readers[0] if same else None
 
     def _round(self, value: Node, tensor: str, users: list[Node]) -> None:
         measured = self.plan.placement.same_range.get(tensor, tensor)
@@ -227,12 +255,12 @@ class _Writer:
         name = next((name for name, module in holder.named_children() if module is quantizer), f"q{self._count}")
         self._count += 1
         holder.add_module(name, quantizer)
-        return self.module.graph.call_module(f"{_HOLDER}.{name}", arguments)
+        return self.module.graph.call_module(f"{HOLDER}.{name}", arguments)
 
     def _holder(self) -> nn.Module:
-        if not hasattr(self.module, _HOLDER):
-            self.module.add_module(_HOLDER, nn.Module())
-        holder: nn.Module = self.module.get_submodule(_HOLDER)
+        if not hasattr(self.module, HOLDER):
+            self.module.add_module(HOLDER, nn.Module())
+        holder: nn.Module = self.module.get_submodule(HOLDER)
         return holder
 
     def _drop(self, read: Node) -> None:

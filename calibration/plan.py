@@ -127,7 +127,8 @@ class QuantizationPlan:
             raise CalibrationError(
                 f"the plan was made for a graph whose constants have digest {self.constants_digest or 'unknown'}, and "
                 f"this graph's have {found}: the weights are the same, and the options of the backbone or its "
-                f"equalization are not. {remedy}"
+                f"equalization are not. {remedy} Where its recipe equalizes, give the images that the plan was "
+                "made of, and the same precision."
             )
 
     def save(self, folder: Path) -> None:

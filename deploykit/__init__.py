@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from deploykit.feature_dict import Features
     from deploykit.images.preprocess import load_images, preprocess
     from deploykit.predict import Prediction
+    from deploykit.qat import prepare_qat
     from deploykit.serving.repository import ServedModel, write_repository
     from deploykit.shipping.transfer import Transfer, pull_bundle, push_bundle
     from deploykit.signatures import sign_bundle
@@ -78,6 +79,7 @@ _PUBLIC = {
     "export_targets": "several_targets",
     "verify_bundle": "verification",
     "import_quantized": "export.import_quantized",
+    "prepare_qat": "qat",
     "evaluate": "accuracy.evaluation",
     "Evaluation": "accuracy.evaluation",
     "assert_parity": "assertion",
@@ -179,6 +181,7 @@ __all__ = [
     "load_bundle",
     "load_images",
     "memory_efficient",
+    "prepare_qat",
     "preprocess",
     "pull_bundle",
     "push_bundle",

@@ -22,6 +22,7 @@ from deploykit.labels import LabelSource
 from deploykit.names import TIMM, is_bare, path_of
 from deploykit.options import ExportOptions
 from deploykit.progress import Progress, quiet
+from deploykit.qat import check_alone, is_qat, trained_job
 from deploykit.signatures import check_signature
 from deploykit.spec import (
     DEFAULT_BUILD,
@@ -219,7 +220,8 @@ def export_backbone(
     """Write a backbone as a bundle that `load_bundle` and ``deploykit verify`` open without torch.
 
     Args:
-        name: as for `create_backbone`, without bundles.
+        name: as for `create_backbone`, without bundles; or what `prepare_qat` gave, trained, which has its calibration
+            and its options.
         output: the folder to write; taken only when it is a bundle and ``overwrite`` is on.
         runtime: the engine's runtime; not given: the target's.
         precision: as for `create_backbone`.
@@ -247,6 +249,9 @@ def export_backbone(
         DeployKitError: see `deploykit.errors`; nothing is left at ``output`` then.
     """
     check_arguments(export_backbone, locals())
+    if is_qat(name):
+        precision = "int8" if precision is UNSET else precision
+        runtime = name.source.runtime or UNSET if runtime is UNSET and target is None else runtime
     asked = export_options(
         target,
         runtime=runtime,
@@ -298,8 +303,12 @@ def export_asked(
     from deploykit.export.pipeline import export
 
     load_backend(asked.runtime)
-    built = build_any(name, make_request(**backbone))
-    job = make_job(built, asked, calibration, skip_corrupt=skip_corrupt)
+    if is_qat(name):
+        check_alone(backbone, calibration)
+        job = trained_job(name, asked)
+    else:
+        built = build_any(name, make_request(**backbone))
+        job = make_job(built, asked, calibration, skip_corrupt=skip_corrupt)
     return export(job, output, overwrite=overwrite, progress=progress)
 
 

@@ -14,6 +14,7 @@ from deploykit.options import ExportOptions
 if TYPE_CHECKING:
     from deploykit.backbones.base import BaseBackbone
     from deploykit.calibration.images import CalibrationSet, CalibrationSource
+    from deploykit.calibration.plan import QuantizationPlan
     from deploykit.export.job import ExportJob
     from deploykit.spec import InputSpec
 
@@ -24,8 +25,9 @@ def make_job(
     calibration: CalibrationSource | None,
     *,
     skip_corrupt: bool = False,
+    plan: QuantizationPlan | None = None,
 ) -> ExportJob:
-    """Return the checked job of an export."""
+    """Return the checked job of an export; ``plan`` is an INT8 plan that was made before."""
     from deploykit.calibration.images import calibration_set
     from deploykit.export.job import ExportJob, checked
 
@@ -35,7 +37,7 @@ def make_job(
         spec = backbone.input_spec.as_pixels() if options.embed_preprocessing else backbone.input_spec
         images = calibration_set(calibration, spec, skip_corrupt=skip_corrupt)
     labels = _labels(backbone, calibration, images)
-    return checked(ExportJob(backbone=backbone, options=options, images=images, labels=labels))
+    return checked(ExportJob(backbone=backbone, options=options, images=images, labels=labels, plan=plan))
 
 
 def _labels(

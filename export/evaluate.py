@@ -10,7 +10,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from deploykit.arrays import FloatArray
-from deploykit.backbones.weights import weights_digest
 from deploykit.backends.backend import Engine, Lowering, LowerOptions, resolve
 from deploykit.backends.runtime import run_in_batches
 from deploykit.bundle import Manifest
@@ -22,7 +21,7 @@ from deploykit.calibration.search import Measured
 from deploykit.errors import DeviceUnavailable
 from deploykit.export.graphs import select
 from deploykit.export.job import ExportJob, tool_versions
-from deploykit.export.measure import measure, open_here
+from deploykit.export.measure import measure, open_here, program_outputs
 from deploykit.export.speed import SpeedReport, time_in_turns
 from deploykit.fusion.embed_preprocessing import embed_preprocessing
 from deploykit.fusion.pipeline import FusionRecord
@@ -57,7 +56,8 @@ class Evaluator:
     Args:
         job: what is exported.
         network: its master graph, plan and images.
-        expected: torch's outputs in FP32 for every level and the head.
+        expected: for every level and the head, torch's outputs in FP32, or those of a trained network with its
+            roundings.
         progress: hears of the steps of the runtime's own build.
     """
 
@@ -184,8 +184,11 @@ class Evaluator:
         self._open.close()
 
     def expected(self, names: Iterable[str], count: int) -> dict[str, FloatArray]:
-        """Return what torch gives for the first images, of some outputs."""
-        return {name: self._expected[name][:count] for name in names}
+        """Return what torch gives in FP32 for the first images, of some outputs."""
+        if self.job.trained is None:
+            return {name: self._expected[name][:count] for name in names}
+        found = program_outputs(self.network.master.torch, self.network.probe[:count])
+        return {name: found[name] for name in names}
 
     def manifest(self, built: Built) -> Manifest:
         """Return the manifest of an engine that was built and not yet run."""
@@ -203,7 +206,7 @@ class Evaluator:
             target=options.target_name,
             made_for=job.made_for,
             requires=built.engine.requires,
-            weights_digest=weights_digest(job.backbone),
+            weights_digest=job.weights_digest,
             calibration_digest=job.images.digest if job.images and quantized else None,
             fusions={record.name: record.rewrites for record in (*self.network.fusions, *built.records)},
             compiler=built.engine.compiler,

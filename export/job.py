@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
 import deploykit
 from deploykit.backbones.base import BaseBackbone
@@ -11,6 +12,7 @@ from deploykit.backends.backend import Backend, resolve
 from deploykit.backends.table import EVALUATOR, engine_names, load_backend
 from deploykit.bundle import Manifest
 from deploykit.calibration.images import CalibrationSet
+from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.precision import check_images_given
 from deploykit.calibration.ranges import STATISTICS_VERSION
 from deploykit.calibration.recipes import with_recipe
@@ -24,6 +26,9 @@ from deploykit.processor import saturates
 from deploykit.spec import DEFAULT_BUILD, InputSpec, Int8
 from deploykit.target import known_names
 
+if TYPE_CHECKING:
+    from deploykit.export.qat import QatNetwork
+
 _TOOLS = ("torch", "onnx", "onnx_ir", "onnxscript")
 
 
@@ -32,17 +37,26 @@ class ExportJob:
     """What to export; `checked` gives the job with what its options leave to the target decided.
 
     ``labels`` are the class names that the bundle carries, in the order of the logits; None: those of the backbone.
+    ``plan`` is an INT8 plan that was made before; None: one is made of the images. ``trained`` is the backbone after
+    quantization-aware training: its weights and ranges are exported, and the engine is compared with it.
     """
 
     backbone: BaseBackbone
     options: ExportOptions
     images: CalibrationSet | None = None
     labels: tuple[str, ...] | None = None
+    plan: QuantizationPlan | None = None
+    trained: QatNetwork | None = None
 
     @property
     def backend(self) -> Backend:
         """The descriptor of the engine's runtime."""
         return load_backend(self.options.runtime)
+
+    @property
+    def weights_digest(self) -> str:
+        """The digest of the weights that are exported."""
+        return weights_digest(self.backbone if self.trained is None else self.trained)
 
     @property
     def input(self) -> InputSpec:
@@ -59,7 +73,7 @@ class ExportJob:
         """Say how a built engine differs from the one that is asked for; None: it does not."""
         asked = {
             "backbone": (self.backbone.spec, manifest.backbone),
-            "weights": (weights_digest(self.backbone), manifest.weights_digest),
+            "weights": (self.weights_digest, manifest.weights_digest),
             "runtime": (self.options.runtime, manifest.runtime),
             "precision": (self.options.precision.name, manifest.precision),
             "input": (self.input, manifest.input),
@@ -104,7 +118,7 @@ class ExportJob:
         options = self.options
         return {
             "backbone": asdict(self.backbone.spec),
-            "weights": weights_digest(self.backbone),
+            "weights": self.weights_digest,
             "network": network_digest(self.backbone, self.input.as_images()),
             "input": asdict(self.input),
             "runtime": options.runtime,
@@ -143,7 +157,8 @@ def checked(job: ExportJob) -> ExportJob:
     _check_build(backend, options)
     job = replace(job, options=_settled(options, backend))
     _check_precision(backend, job)
-    check_images_given(job.options.precision, job.images)
+    if job.plan is None and job.trained is None:
+        check_images_given(job.options.precision, job.images)
     return job
 
 

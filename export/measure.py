@@ -20,7 +20,7 @@ from deploykit.backends.table import load_backend
 from deploykit.bundle import Manifest
 from deploykit.calibration.images import CalibrationSet
 from deploykit.errors import DeviceUnavailable
-from deploykit.graph import Graph, OnnxGraph
+from deploykit.graph import Graph, OnnxGraph, TorchProgram
 from deploykit.images.preprocess import denormalize
 from deploykit.onnx_session import graph_batch, onnx_session
 from deploykit.parity.compare import LOGITS, compare
@@ -63,6 +63,19 @@ def torch_outputs(backbone: BaseBackbone, images: FloatArray) -> dict[str, Float
         # torch.tensor copies: a module may work in place on its input.
         parts.extend(twin.forward_everything(torch.tensor(image[None])) for image in images)
     return {name: np.concatenate([part[name].numpy() for part in parts]) for name in parts[0]}
+
+
+def program_outputs(network: TorchProgram, images: FloatArray) -> dict[str, FloatArray]:
+    """Return every output of a traced network, for ``(N, C, H, W)`` images."""
+    module, batch = network.program.module(), network.input.batch
+    size = batch if isinstance(batch, int) else 1
+    parts = []
+    with torch.no_grad():
+        for start in range(0, len(images), size):
+            part = images[np.arange(start, start + size) % len(images)]
+            parts.append([found.numpy()[: len(images) - start] for found in module(torch.from_numpy(part))])
+    names = [output.name for output in network.outputs]
+    return dict(zip(names, (np.concatenate(column) for column in zip(*parts, strict=True)), strict=True))
 
 
 def measure(

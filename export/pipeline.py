@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from deploykit.arrays import FloatArray, ImageArray
-from deploykit.backbones.weights import weights_digest
 from deploykit.backends.backend import resolve
 from deploykit.bundle import Manifest, write_manifest, writing
 from deploykit.calibration.dialect import Dialect
@@ -45,6 +44,9 @@ from deploykit.trust import remember_engine
 
 SEARCH_FILE = "mixed-precision.json"
 RECIPES_FILE = "recipes.json"
+
+TRAINED = "the trained network with its roundings"
+"""What the report of a network after quantization-aware training says that it was compared with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +101,7 @@ def export(job: ExportJob, folder: Path, *, overwrite: bool = False, progress: P
     with writing(folder, overwrite=overwrite) as staging:
         job, recipes = settle_recipe(job, progress, evaluate_job)
         network = prepare(job, progress)
-        expected = torch_outputs(job.backbone, network.probe)
+        expected = _expected(job, network)
         with Evaluator(job, network, expected, progress) as engines:
             conversion = prove_conversion(engines, progress)
             search = _search(engines, progress)
@@ -114,6 +116,8 @@ def export(job: ExportJob, folder: Path, *, overwrite: bool = False, progress: P
                 parity, manifest = engines.compare(built, staging)
                 parity.raise_for_failures()
             parity = parity.with_conversion(conversion)
+            if job.trained is not None:
+                parity = replace(parity, reference=TRAINED)
             baseline = engines.baseline(manifest, staging) if job.options.probe_levels else None
             speed = _speed(engines, plan, manifest, staging, progress)
         progress(StageStarted(name="bundle"))
@@ -145,17 +149,27 @@ def _save_reference(network: Prepared, expected: dict[str, FloatArray], manifest
 def evaluate_job(job: ExportJob, held_out: CalibrationSet) -> Measured:
     """Build a job's engine and compare it on images that it was not calibrated with."""
     network = prepare(job, quiet, compared_on=held_out)
-    with Evaluator(job, network, torch_outputs(job.backbone, network.probe), quiet) as engines:
+    with Evaluator(job, network, _expected(job, network), quiet) as engines:
         return engines.evaluate(network.plan)
 
 
-def prepare(job: ExportJob, progress: Progress, compared_on: CalibrationSet | None = None) -> Prepared:
+def _expected(job: ExportJob, network: Prepared) -> dict[str, FloatArray]:
+    """Return what an engine is compared with: torch in FP32, or a trained network with its roundings."""
+    if job.trained is None:
+        return torch_outputs(job.backbone, network.probe)
+    return job.trained.outputs_of(network.probe)
+
+
+def prepare(
+    job: ExportJob, progress: Progress, compared_on: CalibrationSet | None = None, dialect: Dialect | None = None
+) -> Prepared:
     """Trace, fuse, write the master graph and plan the precision of a checked job.
 
     Args:
         job: what to export, its recipe settled.
         progress: hears of the stages.
         compared_on: the images to compare on; None: some of those to calibrate with.
+        dialect: says what of the plan stays in float; None: that of the runtime.
 
     Raises:
         CalibrationError: images that cannot be used.
@@ -170,35 +184,36 @@ def prepare(job: ExportJob, progress: Progress, compared_on: CalibrationSet | No
     balancing = equalization_passes(job.options.precision, job.images, spec)
     fused = fuse(program, spec, probe, export_passes(*balancing))
     progress(StageStarted(name="to_onnx"))
-    model = to_onnx(fused.program, spec, output_names(job.backbone))
+    program = fused.program if job.trained is None else job.trained.put_into(fused.program)
+    model = to_onnx(program, spec, output_names(job.backbone))
     outputs = output_specs(model)
     master = Master(
         onnx=OnnxGraph(input=spec, outputs=outputs, model=model),
-        torch=TorchProgram(input=spec, outputs=outputs, program=fused.program),
+        torch=TorchProgram(input=spec, outputs=outputs, program=program),
     )
     progress(StageStarted(name="plan"))
     plan = _plan(job, master, probe, progress)
+    if isinstance(plan, QuantizationPlan):
+        dialect = dialect or resolve(str(job.backend.dialect))
+        plan = dialect.keep_float(model, plan)
     return Prepared(input=job.input, images=images, probe=probe, master=master, plan=plan, fusions=fused.records)
 
 
 def _plan(job: ExportJob, master: Master, probe: FloatArray, progress: Progress) -> PrecisionPlan:
     total = len(job.images) if job.images is not None else 0
     model = master.onnx.model
-    plan = plan_precision(
+    return plan_precision(
         model,
         job.options.precision,
         calibration=job.images,
         probe=probe,
-        weights_digest=weights_digest(job.backbone),
+        weights_digest=job.weights_digest,
+        offered=job.plan if job.trained is None else job.trained.plan_of(model),
         cache=PlanCache() if job.options.cache else None,
         tune=tuning(job, master, progress),
         on_image=lambda seen: progress(ImagesCalibrated(done=min(seen, total), total=total)),
         on_resume=lambda seen: progress(ImagesCalibrated(done=min(seen, total), total=total, resumed=True)),
     )
-    if not isinstance(plan, QuantizationPlan):
-        return plan
-    dialect: Dialect = resolve(str(job.backend.dialect))
-    return dialect.keep_float(model, plan)
 
 
 def _search(engines: Evaluator, progress: Progress) -> SearchResult | None:

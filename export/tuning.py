@@ -13,9 +13,11 @@ from deploykit.calibration.images import CalibrationSet
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.precision import Tuning
 from deploykit.export.job import ExportJob
+from deploykit.export.measure import parity_images
 from deploykit.export.trace import output_names, trace
 from deploykit.fusion.pipeline import export_passes, fuse
 from deploykit.graph import Master
+from deploykit.images.preprocess import network_images
 from deploykit.progress import Progress, StageStarted
 from deploykit.spec import BatchRange, Int8
 
@@ -50,8 +52,8 @@ def float_network(job: ExportJob, master: Master) -> FloatNetwork:
     """
     spec = replace(job.input.as_images(), batch=BatchRange())
     scaling = equalization_passes(job.options.precision, job.images, spec)
-    assert job.images is not None  # noqa: S101  (INT8 has images; narrows the type)
-    program = fuse(trace(job.backbone, spec), spec, job.images.sample(2), export_passes(*scaling)).program
+    probe = network_images(parity_images(job.images, spec), spec)
+    program = fuse(trace(job.backbone, spec), spec, probe, export_passes(*scaling)).program
     return FloatNetwork(
         model=master.onnx.model,
         traced=master.torch.program.module(),

@@ -47,7 +47,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("backends",),
     ("export",),
     ("jobs",),
-    ("facade", "opening", "verification", "assertion"),
+    ("facade", "opening", "verification", "assertion", "qat"),
     ("several_targets",),
     ("accuracy", "bench", "extraction", "tune", "serving"),
     ("changes", "sweep"),
