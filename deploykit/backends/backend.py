@@ -161,7 +161,7 @@ class LowerOptions:
 class Engine:
     """An engine file, by its name in the folder, and what it is tied to.
 
-    ``compiler`` is what its compiler chose by measuring, where it did.
+    ``compiler`` is what its compiler chose or left out, where it tells.
     """
 
     file: str

@@ -15,6 +15,7 @@ BACKENDS: dict[str, str] = {
     "openvino": "deploykit.backends.openvino.backend:BACKEND",
     "tensorrt": "deploykit.backends.tensorrt.backend:BACKEND",
     "litert": "deploykit.backends.litert.backend:BACKEND",
+    "executorch": "deploykit.backends.executorch.backend:BACKEND",
 }
 
 SYNONYMS: dict[str, str] = {
@@ -23,6 +24,8 @@ SYNONYMS: dict[str, str] = {
     "ov": "openvino",
     "trt": "tensorrt",
     "tflite": "litert",
+    "pte": "executorch",
+    "xnnpack": "executorch",
     "aotinductor": "torch_compile",
     "inductor": "torch_compile",
     "pytorch": "torch",

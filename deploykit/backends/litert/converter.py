@@ -9,42 +9,17 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed, which programs may call
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from deploykit.backends.conversion import ConversionRequest, answer
 from deploykit.backends.litert.half_weights import store_halves
 from deploykit.backends.litert.integer_weights import IntegerWeight, check_integers, write_integers
-from deploykit.errors import ExportError
-
-REFUSED = 3
-"""The exit status where the converter refuses the network; the file ``reason`` has the converter's words."""
-
-UNPROVED = 4
-"""The exit status where the file is not what the plan says; the file ``reason`` has the whole message."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConversionRequest:
-    """What the process reads: files by their paths, the input, and the names of the outputs in order.
-
-    ``quantized``: the Q/DQ operators of the program become integers.
-    """
-
-    program: str
-    engine: str
-    reason: str
-    input: str
-    shape: tuple[int, ...]
-    dtype: str
-    outputs: tuple[str, ...]
-    quantized: bool = False
 
 
 class Named(nn.Module):
@@ -124,21 +99,7 @@ def _quantization(request: ConversionRequest) -> Any:
     return QuantConfig(pt2e_quantizer=PT2EQuantizer().set_global(settings))
 
 
-def main(path: str) -> int:
-    """Run one request; return the exit status."""
-    request = msgspec.json.decode(Path(path).read_bytes(), type=ConversionRequest)
-    try:
-        convert(request)
-    except ExportError as error:
-        Path(request.reason).write_text(str(error), encoding="utf-8")
-        return UNPROVED
-    except Exception as error:  # the converter raises what its stages raise; none of it is a type of its own
-        Path(request.reason).write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
-        return REFUSED
-    return 0
-
-
 if __name__ == "__main__":
     # The default partitioner transposes maps between convolutions and back.
     os.environ |= {"LITERT_TORCH_SHOW_PROGRESS": "n", "LAYOUT_OPTIMIZE_PARTITIONER": "GREEDY"}
-    sys.exit(main(sys.argv[1]))
+    sys.exit(answer(sys.argv[1], convert))

@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
-import msgspec
-import torch
-
 from deploykit.backends.backend import Engine, LowerOptions
-from deploykit.backends.litert.converter import REFUSED, UNPROVED, ConversionRequest
+from deploykit.backends.conversion import (
+    CONVERSION_SECONDS,
+    ConversionRequest,
+    lacks_operator,
+    run_converter,
+    write_request,
+)
 from deploykit.backends.litert.package import CONVERTER, PACKAGE
-from deploykit.child_process import child_environment, run_module
 from deploykit.errors import ExportError, MissingDependency
-from deploykit.fusion.locate import describe_node
-from deploykit.fusion.quiet import quiet_torch
 from deploykit.graph import TorchProgram
 from deploykit.optional import installed_version
 from deploykit.places import scratch_folder
 
 ENGINE = "model.tflite"
-CONVERSION_SECONDS = 1800.0
-"""A conversion that takes longer is stopped; a network of a thousand operators takes about a minute."""
-
-_LOG_LINES = 8
+TITLE = "LiteRT"
 _UNKNOWN_OPERATOR = re.compile(r"Lowering not found: (?P<operator>[\w.]+)")
 
 
@@ -45,9 +41,7 @@ def lower(graph: TorchProgram, folder: Path, options: LowerOptions) -> Engine:
     """
     versions = {package.distribution: _installed(package.module) for package in (PACKAGE, CONVERTER)}
     with scratch_folder("litert") as scratch:
-        request = _request(graph, scratch)
-        with quiet_torch():
-            torch.export.save(graph.program, request.program)
+        request = write_request(graph, scratch, ENGINE)
         _convert(request, graph, scratch)
         shutil.copyfile(request.engine, folder / ENGINE)
     return Engine(
@@ -78,47 +72,15 @@ def _installed(module: str) -> str:
     return version
 
 
-def _request(graph: TorchProgram, scratch: Path) -> ConversionRequest:
-    spec = graph.input
-    batch = spec.batch if isinstance(spec.batch, int) else 1
-    return ConversionRequest(
-        program=str(scratch / "program.pt2"),
-        engine=str(scratch / ENGINE),
-        reason=str(scratch / "reason"),
-        input=spec.name,
-        shape=(batch, *(int(size) for size in spec.shape[1:])),
-        dtype=spec.dtype,
-        outputs=tuple(output.name for output in graph.outputs),
-        quantized=any("quantized_decomposed" in str(node.target) for node in graph.program.graph.nodes),
-    )
-
-
 def _convert(request: ConversionRequest, graph: TorchProgram, scratch: Path) -> None:
-    file = scratch / "request.json"
-    file.write_bytes(msgspec.json.encode(request))
-    try:
-        done = subprocess.run(
-            run_module("deploykit.backends.litert.converter", str(file)),
-            capture_output=True,
-            text=True,
-            errors="replace",
-            env=child_environment(),
-            timeout=CONVERSION_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise ExportError(
-            f"the conversion to LiteRT took more than {CONVERSION_SECONDS:g} s and was stopped. Try a smaller model."
-        ) from error
-    if done.returncode == 0:
-        return
-    if done.returncode in (REFUSED, UNPROVED):
-        reason = Path(request.reason).read_text(encoding="utf-8")
-        raise _refused(graph, reason) if done.returncode == REFUSED else ExportError(reason)
-    tail = "".join(f"\n  {line}" for line in done.stderr.splitlines()[-_LOG_LINES:])
-    cause = f"crashed (signal {-done.returncode})" if done.returncode < 0 else "failed"
-    hint = " Out of memory is the usual cause: free some, or try a smaller model." if done.returncode == -9 else ""
-    raise ExportError(f"the conversion to LiteRT {cause}.{hint} The end of its log:{tail}")
+    """Write ``request.engine`` in the folder ``scratch``."""
+    run_converter(
+        "deploykit.backends.litert.converter",
+        TITLE,
+        request,
+        lambda reason: _refused(graph, reason),
+        CONVERSION_SECONDS,
+    )
 
 
 def _refused(graph: TorchProgram, reason: str) -> ExportError:
@@ -129,10 +91,4 @@ def _refused(graph: TorchProgram, reason: str) -> ExportError:
             f"litert-torch does not convert the network: {' '.join(reason.split())[:400]}. "
             "Export for another runtime, or write the part that it names in other operators."
         )
-    operator = unknown["operator"]
-    calls = [node for node in graph.program.graph.nodes if str(node.target) == operator]
-    return ExportError(
-        f"LiteRT has no {operator}, which the network calls"
-        f"{f' ({describe_node(calls[0])})' if calls else ''}. Write that part in other operators, or export for "
-        "another runtime."
-    )
+    return lacks_operator(TITLE, unknown["operator"], graph)

@@ -1,0 +1,133 @@
+"""Converting a torch program in a process of its own.
+
+Converters bring libraries that start threads, write to the terminal and may end their process.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+
+from deploykit.child_process import child_environment, run_module
+from deploykit.errors import ExportError
+from deploykit.fusion.locate import describe_node
+from deploykit.fusion.quiet import quiet_torch
+from deploykit.graph import TorchProgram
+
+CONVERSION_SECONDS = 1800.0
+"""A conversion that takes longer is stopped; a network of a thousand operators takes about a minute."""
+
+REFUSED = 3
+"""The exit status where the converter refuses the network; the file ``reason`` has the converter's words."""
+
+UNPROVED = 4
+"""The exit status where the file is not what the plan says; the file ``reason`` has the whole message."""
+
+_LOG_LINES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionRequest:
+    """What the process reads: files by their paths, the input, and the names of the outputs in order.
+
+    ``quantized``: the program has Q/DQ operators.
+    """
+
+    program: str
+    engine: str
+    reason: str
+    input: str
+    shape: tuple[int, ...]
+    dtype: str
+    outputs: tuple[str, ...]
+    quantized: bool = False
+
+
+def write_request(graph: TorchProgram, scratch: Path, engine: str) -> ConversionRequest:
+    """Save a program in a scratch folder and return the request that converts it; a dynamic batch becomes one image."""
+    spec = graph.input
+    batch = spec.batch if isinstance(spec.batch, int) else 1
+    request = ConversionRequest(
+        program=str(scratch / "program.pt2"),
+        engine=str(scratch / engine),
+        reason=str(scratch / "reason"),
+        input=spec.name,
+        shape=(batch, *(int(size) for size in spec.shape[1:])),
+        dtype=spec.dtype,
+        outputs=tuple(output.name for output in graph.outputs),
+        quantized=any("quantized_decomposed" in str(node.target) for node in graph.program.graph.nodes),
+    )
+    with quiet_torch():
+        torch.export.save(graph.program, request.program)
+    return request
+
+
+def run_converter(
+    module: str, title: str, request: ConversionRequest, refused: Callable[[str], ExportError], seconds: float
+) -> None:
+    """Run a converter's module, which calls `answer`, until the engine of a request is written.
+
+    Args:
+        module: its dotted name.
+        title: of the format, for messages.
+        request: what is converted.
+        refused: makes the error of a network that the converter refuses, of the converter's own words.
+        seconds: after which it is stopped.
+
+    Raises:
+        ExportError: it refused the network, crashed, or took too long.
+    """
+    file = Path(request.program).parent / "request.json"
+    file.write_bytes(msgspec.json.encode(request))
+    try:
+        done = subprocess.run(
+            run_module(module, str(file)),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env=child_environment(),
+            timeout=seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ExportError(
+            f"the conversion to {title} took more than {seconds:g} s and was stopped. Try a smaller model."
+        ) from error
+    if done.returncode == 0:
+        return
+    if done.returncode in (REFUSED, UNPROVED):
+        reason = Path(request.reason).read_text(encoding="utf-8")
+        raise refused(reason) if done.returncode == REFUSED else ExportError(reason)
+    tail = "".join(f"\n  {line}" for line in done.stderr.splitlines()[-_LOG_LINES:])
+    cause = f"crashed (signal {-done.returncode})" if done.returncode < 0 else "failed"
+    hint = " Out of memory is the usual cause: free some, or try a smaller model." if done.returncode == -9 else ""
+    raise ExportError(f"the conversion to {title} {cause}.{hint} The end of its log:{tail}")
+
+
+def lacks_operator(title: str, operator: str, graph: TorchProgram) -> ExportError:
+    """Return the error of an operator that a format does not have, with the place of its first call."""
+    calls = [node for node in graph.program.graph.nodes if str(node.target) == operator]
+    return ExportError(
+        f"{title} has no {operator}, which the network calls"
+        f"{f' ({describe_node(calls[0])})' if calls else ''}. Write that part in other operators, or export for "
+        "another runtime."
+    )
+
+
+def answer(path: str, convert: Callable[[ConversionRequest], None]) -> int:
+    """Convert what a request asks for, in the converter's own process; return the exit status."""
+    request = msgspec.json.decode(Path(path).read_bytes(), type=ConversionRequest)
+    try:
+        convert(request)
+    except ExportError as error:
+        Path(request.reason).write_text(str(error), encoding="utf-8")
+        return UNPROVED
+    except Exception as error:  # converters raise what their stages raise; none of it is a type of its own
+        Path(request.reason).write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
+        return REFUSED
+    return 0

@@ -1,0 +1,1 @@
+"""ExecuTorch: .pte files, on CPUs of phones, boards and servers, through XNNPACK."""
