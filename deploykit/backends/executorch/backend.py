@@ -6,7 +6,7 @@ from deploykit.backends.executorch.package import PACKAGE
 BACKEND = Backend(
     name="executorch",
     package=PACKAGE,
-    precisions=("fp32",),
+    precisions=("fp32", "int8"),
     version_rule="same_or_newer",
     source="torch",
     devices="deploykit.backends.executorch.adapter:ExecuTorchRuntime.devices",

@@ -6,8 +6,12 @@ ExecuTorch's exporter imports torchao, whose loggers write to the terminal. Star
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,7 +19,8 @@ import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_dec
 from torch import Tensor, nn
 
 from deploykit.backends.conversion import ConversionRequest, answer
-from deploykit.backends.executorch.adapter import INPUT_NAME, OUTPUT_NAMES
+from deploykit.backends.executorch.adapter import FORWARD, INPUT_NAME, OUTPUT_NAMES
+from deploykit.backends.executorch.integer_weights import check_integers, planned_weights
 from deploykit.backends.executorch.package import load_library
 from deploykit.backends.executorch.program_file import ProgramFile
 
@@ -41,6 +46,7 @@ def convert(request: ConversionRequest) -> None:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         module = Whole(torch.export.load(request.program))
+        weights = planned_weights(module.whole)
         example = (torch.zeros(request.shape, dtype=getattr(torch, request.dtype)),)
         edge = to_edge_transform_and_lower(
             torch.export.export(module, example),
@@ -48,7 +54,9 @@ def convert(request: ConversionRequest) -> None:
             constant_methods={INPUT_NAME: [request.input], OUTPUT_NAMES: list(request.outputs)},
         )
         content = bytes(edge.to_executorch().buffer)
+    check_integers(content, weights)
     _check_operators(content)
+    _check_run(content, example[0])
     Path(request.engine).write_bytes(content)
 
 
@@ -62,6 +70,37 @@ def _check_operators(content: bytes) -> None:
     for operator in ProgramFile(content).kernels():
         if operator not in known:
             raise NotImplementedError(f"no kernel of {operator}")
+
+
+def _check_run(content: bytes, images: Tensor) -> None:
+    """Open the file and run it once: the delegate's compiler takes some programs that its runtime refuses.
+
+    Raises:
+        RuntimeError: the runtime refuses it; with what it logged.
+    """
+    library = load_library()
+    with tempfile.TemporaryFile() as log, _errors_to(log.fileno()):
+        try:
+            program = library._load_program_from_buffer(
+                content, program_verification=library.Verification.InternalConsistency
+            )
+            program.load_method(FORWARD).call([images])
+        except RuntimeError as error:
+            log.seek(0)
+            said = [line for line in log.read().decode(errors="replace").splitlines() if "cpuinfo" not in line]
+            raise RuntimeError(f"the runtime refuses the program: {error}: {'; '.join(said)}") from error
+
+
+@contextmanager
+def _errors_to(file: int) -> Iterator[None]:
+    """Let the process write its standard error, C++ libraries included, into a file meanwhile."""
+    kept = os.dup(2)
+    os.dup2(file, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 if __name__ == "__main__":

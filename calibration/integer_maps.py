@@ -1,0 +1,64 @@
+"""A plan in a torch program whose runtime reads and writes whole maps of int8.
+
+Every tensor that a kernel of integers writes is rounded, whoever reads it, with a DQ for each reader. Linears get the
+plan's integers for their weights; how they round what they read is the runtime's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.fx import GraphModule, Node
+
+from deploykit.calibration.plan import QuantizationPlan
+from deploykit.calibration.torch_integers import (
+    CONVOLUTIONS,
+    Activations,
+    Integers,
+    PlannedNode,
+    planned_nodes,
+    write_weight,
+)
+
+
+def write_integer_maps(module: GraphModule, plan: QuantizationPlan, outputs: tuple[str, ...]) -> list[PlannedNode]:
+    """Write a plan into a module, in place; return the nodes whose weights are integers now.
+
+    Args:
+        module: of a master program.
+        plan: the part of the plan that the runtime has in integers.
+        outputs: the names of what the module returns, in order.
+    """
+    activations = Activations(module, plan, Integers(dtype=torch.int8))
+    sources = _tensors_of(module, outputs)
+    planned = list(planned_nodes(module, plan))
+    convolutions = {each.node for each in planned if each.node.target in CONVOLUTIONS}
+    for each in planned:
+        write_weight(module, each, plan)
+    for node, readers in _quantized(sources, plan, convolutions):
+        for reader in readers:
+            activations.read(reader, node, sources[node])
+    module.recompile()
+    return planned
+
+
+def _tensors_of(module: GraphModule, outputs: tuple[str, ...]) -> dict[Node, str]:
+    """Map each node to the plan's name of what it gives: its own, but for the images and the outputs."""
+    tensors = {node: str(node.target) if node.op == "placeholder" else node.name for node in module.graph.nodes}
+    (given,) = module.graph.output_node().args
+    return tensors | dict(zip(given, outputs, strict=True))  # type: ignore[arg-type]  # a tuple of nodes
+
+
+def _quantized(
+    sources: dict[Node, str], plan: QuantizationPlan, convolutions: set[Node]
+) -> Iterator[tuple[Node, list[Node]]]:
+    """Yield every node whose output becomes integers, and who reads it through them."""
+    everyone = {*plan.placement.writes, *plan.placement.between}
+    known = {*plan.placement.tensors, *plan.placement.same_range}
+    for node, tensor in sources.items():
+        if tensor not in known:
+            continue
+        readers = [user for user in node.users if tensor in everyone or user in convolutions]
+        if readers:
+            yield node, readers
