@@ -117,7 +117,7 @@ def plan_precision(
             on_batch=heard,
         )
         if by_nncf:
-            return quantize_by_nncf(model, plan, started, images, settings)
+            plan = quantize_by_nncf(model, plan, started, images, settings)
         if again:
             plan = reconstruct(model, plan, images.sample(RECONSTRUCTION_IMAGES), settings)
         return plan if tune is None else tune.run(plan, images, settings)
