@@ -135,7 +135,7 @@ class Verification:
             min_sqnr_db=precision.min_sqnr_db,
             min_top1_agreement=precision.min_top1_agreement,
         )
-        return report if exported is None else report.with_conversion(exported.conversion())
+        return report if exported is None else report.with_errors(exported.errors())
 
     def report_answers(self, images: ImageArray) -> ParityReport:
         """Look for answers that were not computed from images of the user's own."""

@@ -63,6 +63,7 @@ def prove_conversion(engines: Evaluator, progress: Progress) -> dict[str, float]
                 f"{job.options.runtime} computes the network otherwise than torch already in fp32, before "
                 f"{job.options.precision.name}: {', '.join(wrong)}; expected at least {budget:g} dB."
             )
+    engines.proof = found
     return {level.name: level.sqnr_db for level in levels}
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from deploykit.arrays import FloatArray
 from deploykit.backends.backend import Engine, Lowering, LowerOptions, resolve
@@ -21,21 +23,25 @@ from deploykit.calibration.search import Measured
 from deploykit.errors import DeviceUnavailable
 from deploykit.export.graphs import select
 from deploykit.export.job import ExportJob, tool_versions
-from deploykit.export.measure import measure, open_here, program_outputs
+from deploykit.export.measure import measure, node_by_node, open_here, program_outputs
 from deploykit.export.speed import SpeedReport, time_in_turns
 from deploykit.fusion.embed_preprocessing import embed_preprocessing
 from deploykit.fusion.pipeline import FusionRecord
-from deploykit.graph import Graph
+from deploykit.graph import Graph, OnnxGraph
 from deploykit.parity.baseline import Baseline, measure_baseline
-from deploykit.parity.report import ParityReport
+from deploykit.parity.metrics import sqnr_db
+from deploykit.parity.report import MAX_SQNR_DB, ErrorKind, ParityReport
 from deploykit.places import scratch_folder
 from deploykit.processor import machine_key
 from deploykit.progress import BuildStep, Progress
-from deploykit.spec import Int8
+from deploykit.spec import Fp32, Int8
 
 if TYPE_CHECKING:
     from deploykit.backends.runtime import Runtime
     from deploykit.export.pipeline import Prepared
+
+APART_IMAGES = 4
+"""How many images errors are told apart on, where the FP32 engine was run on none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +75,8 @@ class Evaluator:
         self._dialect: Dialect = resolve(str(job.backend.dialect))
         self._open = ExitStack()
         self._float: dict[str, Runtime] = {}
+        self.proof: dict[str, FloatArray] = {}
+        """What the FP32 engine gave for the first images, where it was run."""
 
     def __enter__(self) -> Evaluator:
         return self
@@ -111,6 +119,23 @@ class Evaluator:
             lower=self._lower_graph,
             elsewhere=self.job.is_elsewhere,
         )
+
+    def errors_apart(self, built: Built, manifest: Manifest, folder: Path) -> dict[ErrorKind, dict[str, float]]:
+        """Compare a built engine with the runtime's FP32 engine, and with its own graph node by node.
+
+        Returns:
+            The SQNR of each output in dB, by kind; empty for FP32, and where the engine's device is not here.
+        """
+        precision = self.job.options.precision
+        if manifest.status == "built" or isinstance(precision, Fp32):
+            return {}
+        images = self.network.images[: len(next(iter(self.proof.values()), self.network.images[:APART_IMAGES]))]
+        with self._opened(manifest, folder) as model:
+            own = run_in_batches(model, images)
+        found: dict[ErrorKind, dict[str, float]] = {"quantization": _apart(self.proof, own)}
+        if isinstance(built.graph, OnnxGraph) and isinstance(precision, Int8) and precision.float_dtype == "fp32":
+            found["runtime"] = _apart(node_by_node(built.graph, images), own)
+        return found
 
     def baseline(self, manifest: Manifest, folder: Path) -> Baseline | None:
         """Measure what a built engine gives and how far that moves; None where its device is not here."""
@@ -231,3 +256,9 @@ class Evaluator:
             manifest = replace(manifest, precision=precision, precision_settings={})
             self._float[precision] = self._open.enter_context(self._opened(manifest, folder))
         return self._float[precision]
+
+
+def _apart(expected: Mapping[str, FloatArray], own: Mapping[str, FloatArray]) -> dict[str, float]:
+    """Return the SQNR of each output that both have, in dB, as a report stores it."""
+    shared = [name for name in expected if name in own]
+    return {name: float(np.clip(sqnr_db(expected[name], own[name]), -MAX_SQNR_DB, MAX_SQNR_DB)) for name in shared}

@@ -136,7 +136,7 @@ def _proxy_levels(
     """Compare what an ONNX graph gives node by node on the CPU; nothing of a torch program."""
     if not isinstance(graph, OnnxGraph):
         return ()
-    return _compare(_by_proxy(graph, images), expected, precision, measured_on=PROXY)
+    return _compare(node_by_node(graph, images), expected, precision, measured_on=PROXY)
 
 
 def _report(manifest: Manifest, precision: Precision, levels: tuple[LevelParity, ...], *, images: int) -> ParityReport:
@@ -212,8 +212,8 @@ def open_here(manifest: Manifest, folder: Path) -> Runtime:
     return adapter(manifest, folder)
 
 
-def _by_proxy(graph: OnnxGraph, images: ImageArray) -> dict[str, FloatArray]:
-    """Evaluate a graph for an absent device node by node on the CPU."""
+def node_by_node(graph: OnnxGraph, images: ImageArray) -> dict[str, FloatArray]:
+    """Evaluate a graph node by node on the CPU, as it is written."""
     session = onnx_session(graph.model, optimize=False)
     size, names = graph_batch(graph.model), [output.name for output in graph.outputs]
     parts = []

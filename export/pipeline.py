@@ -115,7 +115,8 @@ def export(job: ExportJob, folder: Path, *, overwrite: bool = False, progress: P
                 progress(StageStarted(name="parity"))
                 parity, manifest = engines.compare(built, staging)
                 parity.raise_for_failures()
-            parity = parity.with_conversion(conversion)
+            parity = parity.with_errors({"conversion": conversion})
+            parity = parity.with_errors(engines.errors_apart(built, manifest, staging))
             if job.trained is not None:
                 parity = replace(parity, reference=TRAINED)
             baseline = engines.baseline(manifest, staging) if job.options.probe_levels else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import msgspec
 
@@ -31,6 +31,10 @@ NEAR_DB = 1.0
 MAX_MAX_ABS = 3.4028234663852886e38
 """float32's largest value, stored as the max-abs of a level with NaN or infinity."""
 
+ErrorKind: TypeAlias = Literal["conversion", "quantization", "runtime"]
+ErrorsApart: TypeAlias = Mapping[ErrorKind, Mapping[str, float]]
+"""In dB, by kind and level."""
+
 ELSEWHERE = "engine, on another machine"
 """Where the levels of an engine were measured that is for another machine than the one that ran it."""
 
@@ -43,9 +47,10 @@ class LevelParity:
     where there are no logits. ``measured_on`` says what ran: ``engine``, or another runtime that
     ran the same graph where the engine cannot run here. ``conversion_db`` is that of the runtime's
     FP32 engine against torch, where the export built one beside this precision: what ``sqnr_db``
-    has less is the precision's. ``agreement_db`` is in dB against what the engine itself gave when
-    it was exported, ``min_agreement_db`` what is needed, and ``faults`` say in
-    words what else differs; None: the bundle does not carry that.
+    has less is the precision's. ``quantization_db`` is the engine against that FP32 engine, and
+    ``runtime_db`` against the same graph node by node, on the same few images. ``agreement_db`` is in dB
+    against what the engine itself gave when it was exported, ``min_agreement_db`` what is needed, and
+    ``faults`` say in words what else differs; None: the bundle does not carry that.
     """
 
     name: str
@@ -56,6 +61,8 @@ class LevelParity:
     top1_agreement: float | None = None
     measured_on: str = "engine"
     conversion_db: float | None = None
+    quantization_db: float | None = None
+    runtime_db: float | None = None
     agreement_db: float | None = None
     min_agreement_db: float | None = None
     faults: tuple[str, ...] = ()
@@ -154,7 +161,7 @@ class ParityReport:
         title = f"{self.runtime} {self.runtime_version} {self.precision} against {self.reference}"
         table = Table(
             title=Text(printable(title), style="italic"),
-            caption=f"{self.images} images{self._budget()}{self._interval()}{self._conversion()}",
+            caption=f"{self.images} images{self._budget()}{self._interval()}{self._apart()}",
         )
         elsewhere = any(level.measured_on != "engine" for level in self.levels)
         agreement = any(level.top1_agreement is not None for level in self.levels)
@@ -175,26 +182,43 @@ class ParityReport:
             table.add_row(*map(Text, row), verdict)
         return table
 
-    def with_conversion(self, conversion: Mapping[str, float]) -> ParityReport:
-        """Return the report with the SQNR of the runtime's FP32 engine by level, in dB."""
+    def with_errors(self, errors: ErrorsApart) -> ParityReport:
+        """Return the report with its errors apart, in dB by level; of a kind that is not given, it keeps its own."""
+        conversion, quantization, runtime = (errors.get(kind, {}) for kind in ("conversion", "quantization", "runtime"))
         levels = tuple(
-            replace(level, conversion_db=min(MAX_SQNR_DB, conversion[level.name]))
-            if level.name in conversion
-            else level
+            replace(
+                level,
+                conversion_db=conversion.get(level.name, level.conversion_db),
+                quantization_db=quantization.get(level.name, level.quantization_db),
+                runtime_db=runtime.get(level.name, level.runtime_db),
+            )
             for level in self.levels
         )
         return replace(self, levels=levels)
 
-    def conversion(self) -> dict[str, float]:
-        """Return the SQNR of the runtime's FP32 engine by level, in dB, where it is known."""
-        return {level.name: level.conversion_db for level in self.levels if level.conversion_db is not None}
+    def errors(self) -> dict[ErrorKind, dict[str, float]]:
+        """Return the errors apart, in dB by kind and level, where they are known."""
+        kinds: dict[ErrorKind, dict[str, float | None]] = {
+            "conversion": {level.name: level.conversion_db for level in self.levels},
+            "quantization": {level.name: level.quantization_db for level in self.levels},
+            "runtime": {level.name: level.runtime_db for level in self.levels},
+        }
+        return {
+            kind: {name: value for name, value in found.items() if value is not None} for kind, found in kinds.items()
+        }
 
-    def _conversion(self) -> str:
-        known = self.conversion()
-        if not known:
-            return ""
-        name = min(known, key=lambda level: known[level])
-        return f"\nof this the conversion to the runtime, in fp32: {name} {decibels(known[name])} dB"
+    def _apart(self) -> str:
+        whats: dict[ErrorKind, str] = {
+            "conversion": "of this the conversion to the runtime, in fp32",
+            "quantization": f"{self.precision} against fp32 in this runtime",
+            "runtime": "this runtime against the same graph node by node",
+        }
+        lines = []
+        for kind, known in self.errors().items():
+            if known:
+                name = min(known, key=lambda level: known[level])
+                lines.append(f"\n{whats[kind]}: {name} {decibels(known[name])} dB")
+        return "".join(lines)
 
     def notes(self) -> list[str]:
         """Say which levels passed by so little that other images could decide otherwise."""

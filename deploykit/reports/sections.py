@@ -189,12 +189,20 @@ def _range_row(tensor: str, seen: Mapping[str, float], span: Mapping[str, float]
     return (tensor, f"{float(seen['sqnr_db']):.1f}", chosen, range_text(seen), *figures)
 
 
+def _worst(errors: list[float]) -> str:
+    return f"{decibels(min(errors))} dB" if errors else "not measured"
+
+
 def _making(facts: BundleFacts) -> Section:
     manifest = facts.side.manifest
     done = ", ".join(f"{name} {count}" for name, count in manifest.fusions.items() if count)
     known = [level.conversion_db for level in facts.levels if level.conversion_db is not None]
+    quantization = [level.quantization_db for level in facts.levels if level.quantization_db is not None]
+    runtime = [level.runtime_db for level in facts.levels if level.runtime_db is not None]
     rows = {
         "conversion to the runtime, in FP32": f"{decibels(min(known))} dB against torch" if known else "see its levels",
+        f"{manifest.precision} against FP32 in this runtime": _worst(quantization),
+        "this runtime against the same graph node by node": _worst(runtime),
         "weights": f"{manifest.backbone.weights or 'random'}, digest {manifest.weights_digest[:12]}",
         "input": f"{' x '.join(map(str, manifest.input.shape))} {manifest.input.dtype}",
         "fusion passes that found something": done or "none",

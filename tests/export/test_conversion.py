@@ -130,10 +130,16 @@ def test_the_proof_comes_before_the_engine_and_not_for_fp32(tmp_path):
     assert stages.index("plan") < stages.index("conversion") < stages.index("lower")
     assert "conversion" not in stages_of(module, tmp_path / "fp32", runtime="onnxruntime")
     quantized, plain = (verify_bundle(tmp_path / name) for name in ("int8", "fp32"))
-    found = quantized.conversion()
-    assert set(found) == {level.name for level in quantized.levels}
-    assert all(found[level.name] > 100 > level.sqnr_db for level in quantized.levels)
-    assert not plain.conversion()
+    found = quantized.errors()
+    assert set(found["conversion"]) == {level.name for level in quantized.levels}
+    for level in quantized.levels:
+        assert level.conversion_db > 100 > level.sqnr_db
+        assert level.quantization_db == pytest.approx(level.sqnr_db, abs=3)  # the same error, on other images
+        assert level.runtime_db > level.quantization_db
+    assert not any(plain.errors().values())
+    text = str(quantized.render().caption)
+    for kind in ("the conversion to the runtime", "int8 against fp32 in this runtime", "same graph node by node"):
+        assert kind in text
 
 
 def test_the_proof_is_left_out_where_the_device_is_absent(tmp_path, monkeypatch):
