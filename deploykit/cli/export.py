@@ -9,6 +9,8 @@ from deploykit.backends.table import EVALUATOR
 from deploykit.cli import export_options as opt
 from deploykit.cli.backbone_options import BackboneChoice, takes_backbone
 from deploykit.cli.output import JsonFlag, input_text, show, show_json, size_text, table
+from deploykit.cli.repository import served_lines
+from deploykit.errors import SpecError
 from deploykit.export.target_options import export_options
 from deploykit.labels import LABELS_FILE
 from deploykit.parity.report import ELSEWHERE
@@ -18,6 +20,7 @@ from deploykit.unset import UNSET, or_unset
 if TYPE_CHECKING:
     from deploykit.cli.export_check import ExportPlan
     from deploykit.export.pipeline import ExportResult
+    from deploykit.serving.repository import ServedModel
 
 SHOWN_LABELS = 10
 """How many class names of the user's own are printed."""
@@ -58,6 +61,8 @@ def export(
     require_speedup: opt.RequireSpeedupFlag = False,
     output: opt.OutputOption = None,
     overwrite: opt.OverwriteFlag = False,
+    layout: opt.LayoutOption = None,
+    repository: opt.RepositoryOption = opt.REPOSITORY,
     dry_run: opt.DryRunFlag = False,
     json: JsonFlag = False,
 ) -> None:
@@ -102,6 +107,8 @@ def export(
         skip_corrupt=skip_corrupt,
         output=Path(output) if output is not None else opt.default_output(backbone.name, options),
         overwrite=overwrite,
+        layout=layout,
+        repository=repository,
     )
     _check_and_export(choice, dry_run=dry_run, json=json)
 
@@ -109,6 +116,8 @@ def export(
 def _check_and_export(choice: opt.ExportChoice, *, dry_run: bool, json: bool) -> None:
     from deploykit.cli.export_check import check_export
 
+    if choice.layout is not None:
+        _check_layout(choice, choice.layout)
     plans = check_export(choice, decode=dry_run)
     if dry_run:
         whole = {"plan": plans[0]} if len(plans) == 1 else {"plans": plans}
@@ -117,7 +126,29 @@ def _check_and_export(choice: opt.ExportChoice, *, dry_run: bool, json: bool) ->
     if len(plans) > 1:
         _report_several(_export_several(choice), json=json)
         return
-    _report(_export(choice), json=json)
+    result = _export(choice)
+    _report(result, _served(result, choice), json=json)
+
+
+def _check_layout(choice: opt.ExportChoice, layout: str) -> None:
+    """Refuse, before any work, a layout that is none, or whose server does not open the engine."""
+    from deploykit.serving.repository import check_layout
+
+    if len(choice.options) > 1:
+        raise SpecError(
+            f"--layout {layout} is for one target, and {len(choice.options)} were given. Fix: export them, and add "
+            "each with deploykit repository, under a --name of its own."
+        )
+    check_layout(layout, choice.options[0].runtime)
+
+
+def _served(result: ExportResult, choice: opt.ExportChoice) -> ServedModel | None:
+    from deploykit.serving.repository import check_layout, write_repository
+
+    if choice.layout is None:
+        return None
+    layout = check_layout(choice.layout, result.manifest.runtime)
+    return write_repository(result.folder, choice.repository, layout=layout)
 
 
 def _export_several(choice: opt.ExportChoice) -> dict[str, ExportResult]:
@@ -199,10 +230,10 @@ def _report_several(results: dict[str, ExportResult], *, json: bool) -> None:
     show("Next: copy each bundle to its device, and run there: deploykit verify BUNDLE --record")
 
 
-def _report(result: ExportResult, *, json: bool) -> None:
+def _report(result: ExportResult, served: ServedModel | None, *, json: bool) -> None:
     folder, manifest, speed = result.folder, result.manifest, result.speed
     if json:
-        show_json(_told(result))
+        show_json(_told(result) | ({"served": served} if served is not None else {}))
         return
     for report in (result.recipes, result.search):
         if report is not None:
@@ -217,6 +248,8 @@ def _report(result: ExportResult, *, json: bool) -> None:
         names = (folder / LABELS_FILE).read_text(encoding="utf-8").splitlines()
         show(f"Class names: {', '.join(names[:SHOWN_LABELS])}{', ...' if len(names) > SHOWN_LABELS else ''}.")
     show(f"Wrote {folder}: {len(manifest.files)} files, {size}, status {manifest.status}.")
+    if served is not None:
+        show(*served_lines(served))
     if manifest.status == "built":
         show(f"{_why_built(result)} Copy it to its device, and run there: deploykit verify {folder} --record")
         return

@@ -266,10 +266,28 @@ OutputOption = Annotated[
 OverwriteFlag = Annotated[
     bool, option("--overwrite", panel=_BUNDLE, help="Replace an existing bundle, once the new one is whole.")
 ]
+LayoutOption = Annotated[
+    str | None,
+    option(
+        "--layout",
+        panel=_BUNDLE,
+        metavar="LAYOUT",
+        default="none",
+        help="Add the bundle to a model server's repository too: triton, triton-python, ovms or kserve.",
+    ),
+]
+RepositoryOption = Annotated[
+    str,
+    option("--repository", panel=_BUNDLE, metavar="FOLDER", help="The repository that --layout adds to."),
+]
 DryRunFlag = Annotated[
     bool,
     option("--dry-run", panel=_BUNDLE, help="Check every option and print what would be made; build nothing."),
 ]
+
+
+REPOSITORY = "models"
+"""Where ``--layout`` adds a bundle, unless another folder is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,6 +300,8 @@ class ExportChoice:
     skip_corrupt: bool
     output: Path
     overwrite: bool
+    layout: str | None = None
+    repository: str = REPOSITORY
 
 
 def batch_of(text: str) -> Batch:

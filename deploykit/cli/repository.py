@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from deploykit.backends.table import EVALUATOR
 from deploykit.cli.output import BundleArgument, JsonFlag, show, show_json
+
+if TYPE_CHECKING:
+    from deploykit.serving.repository import ServedModel
 
 EXAMPLE = f"Example: deploykit repository resnet18-{EVALUATOR}-fp32 --layout triton -o models"
 
@@ -43,8 +46,12 @@ def repository(
     if json:
         show_json(done)
         return
-    show(
-        f"Added {done.name}, version {done.version}, to {done.repository} for {done.layout}: {', '.join(done.files)}.",
-        *(f"Note: {note}" for note in done.notes),
-        f"Next: {done.start}",
+    show(*served_lines(done), f"Next: {done.start}")
+
+
+def served_lines(done: ServedModel) -> list[str]:
+    """Return what is printed of a model that was added to a repository."""
+    added = (
+        f"Added {done.name}, version {done.version}, to {done.repository} for {done.layout}: {', '.join(done.files)}."
     )
+    return [added, *(f"Note: {note}" for note in done.notes)]

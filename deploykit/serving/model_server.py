@@ -20,17 +20,8 @@ _MOST_BYTES = 4 << 20
 
 
 def model_server_entry(manifest: Manifest, serving: Serving, name: str) -> dict[str, Any]:
-    """Return what the configuration says of a model, whose folder is named relative to it.
-
-    Raises:
-        SpecError: the server does not open engines of this runtime.
-    """
-    if serving.model_server is None:
-        raise SpecError(
-            f"the server of the layout 'ovms' opens no {manifest.runtime} engines. Choose another, or export the "
-            "backbone for that server's own runtime."
-        )
-    return {"name": name, "base_path": name, "plugin_config": resolve(serving.model_server)(manifest)}
+    """Return what the configuration says of a model, whose folder is named relative to it."""
+    return {"name": name, "base_path": name, "plugin_config": resolve(str(serving.model_server))(manifest)}
 
 
 def with_entry(path: Path, entry: dict[str, Any]) -> bytes:

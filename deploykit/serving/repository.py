@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, cast, get_args
 
 from deploykit.arguments import check_arguments
 from deploykit.backends.backend import Serving, resolve
@@ -78,8 +78,6 @@ def write_repository(
         StorageError: the folder cannot be written.
     """
     check_arguments(write_repository, locals())
-    if layout not in get_args(Layout):
-        raise SpecError(f"layout is {layout!r}. {nearest(layout, get_args(Layout))}")
     if not 1 <= version <= 1 << 31:
         raise SpecError(f"version is {version}; expected a whole number from 1 on.")
     folder, root = Path(bundle), Path(repository).absolute()
@@ -87,9 +85,8 @@ def write_repository(
     name = name if name is not None else re.sub(r"[^A-Za-z0-9_.-]", "-", manifest.backbone.name).lstrip(".-") or "model"
     if not _NAME.fullmatch(name):
         raise SpecError(f"the name of the model is {name!r}; expected letters, digits, '_', '-' and '.'.")
-    path = load_backend(manifest.runtime).serving
-    serving: Serving = resolve(path) if path is not None else Serving()
-    plan = _plan(make_shipment(folder), serving, layout, name, version)
+    serving = _serving_of(manifest.runtime)
+    plan = _plan(make_shipment(folder), serving, check_layout(layout, manifest.runtime), name, version)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with locked_folder(root, f"to add the model {name}", seconds=_LOCK_SECONDS):
@@ -108,6 +105,29 @@ def write_repository(
         start=_START[layout].format(repository=root),
         notes=tuple(note for key, note in serving.notes.items() if layout == "triton" and key == manifest.precision),
     )
+
+
+def check_layout(layout: str, runtime: str) -> Layout:
+    """Return a layout whose server opens engines of a runtime.
+
+    Raises:
+        SpecError: no such layout, or its server does not.
+    """
+    if layout not in get_args(Layout):
+        raise SpecError(f"layout is {layout!r}. {nearest(str(layout), get_args(Layout))}")
+    serving = _serving_of(runtime)
+    if (layout == "triton" and serving.triton_backend is None) or (layout == "ovms" and serving.model_server is None):
+        raise SpecError(
+            f"the server of the layout {layout!r} opens no {runtime} engines by itself. Choose 'triton-python' or "
+            "'kserve', where deploykit opens them, or export the backbone for another runtime."
+        )
+    return cast("Layout", layout)
+
+
+def _serving_of(runtime: str) -> Serving:
+    path = load_backend(runtime).serving
+    serving: Serving = resolve(path) if path is not None else Serving()
+    return serving
 
 
 _START: dict[Layout, str] = {

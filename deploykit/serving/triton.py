@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 
 from deploykit.backends.backend import Serving
-from deploykit.errors import SpecError
 from deploykit.labels import LABELS_FILE
 from deploykit.manifest import Manifest
 from deploykit.spec import BatchRange
@@ -35,16 +34,8 @@ def triton_config(manifest: Manifest, serving: Serving, name: str, *, python: bo
         serving: what servers call the runtime.
         name: of the model.
         python: let Triton's Python backend call deploykit, in place of the runtime's own backend.
-
-    Raises:
-        SpecError: no Triton backend opens engines of this runtime.
     """
-    backend = "python" if python else serving.triton_backend
-    if backend is None:
-        raise SpecError(
-            f"Triton has no backend of its own for {manifest.runtime} engines. Fix: the layout triton-python, in which "
-            "its Python backend opens the bundle by deploykit."
-        )
+    backend = "python" if python else str(serving.triton_backend)
     parameters = {} if python else serving.triton_parameters
     batching = _batching(manifest)
     on_gpu = _device(manifest) != "cpu"

@@ -206,6 +206,32 @@ def test_nothing_half_written_stays(onnx, ir, tmp_path, monkeypatch):
     assert not (tmp_path / "models" / "tiny").exists()
 
 
+EXPORT = ("export", "resnet18", "--runtime", "onnxruntime", "--image-size", "32")
+
+
+@pytest.mark.slow
+def test_an_export_adds_its_bundle(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    monkeypatch.chdir(tmp_path)
+    done = call(*EXPORT, "--layout", "triton", "-o", "bundle", "--json")
+    assert done.code == 0, done.err
+    assert done.json()["served"]["name"] == "resnet18"
+    config, _ = triton_config(tmp_path / "models" / "resnet18" / "config.pbtxt")
+    assert list(config.input[0].dims) == [1, 3, 32, 32]
+
+
+def test_an_export_refuses_a_layout_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused = call(*EXPORT, "--layout", "ovms")
+    assert (refused.code, list(tmp_path.iterdir())) == (2, [])
+    assert "opens no onnxruntime engines" in refused.err
+    several = call(
+        "export", "resnet18", "--target", "raspberry-pi-5", "--target", "raspberry-pi-4", "--layout", "triton"
+    )
+    assert (several.code, list(tmp_path.iterdir())) == (2, [])
+    assert "for one target" in several.err
+
+
 def test_deploykit_in_triton_serves_any_runtime(onnx, tmp_path):
     done = write_repository(onnx, tmp_path / "models", layout="triton-python", name="tiny", version=2)
     config, _ = triton_config(tmp_path / "models" / "tiny" / "config.pbtxt")
