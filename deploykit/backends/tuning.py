@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import msgspec
 
 from deploykit.backends.backend import Backend
-from deploykit.errors import MissingDependency, SpecError
+from deploykit.errors import DeployKitError
 from deploykit.manifest import Manifest, engine_parts
 from deploykit.processor import this_processor
 from deploykit.store import Address, Store, address
@@ -56,7 +56,7 @@ def remembered(manifest: Manifest, backend: Backend, device: str, hint: Hint) ->
     try:
         value = Store().load(_address(manifest, backend, device, hint))
         found = None if value is None else msgspec.json.decode(value, type=Tuning)
-    except (SpecError, MissingDependency, msgspec.MsgspecError):  # no folder to keep things in
+    except (DeployKitError, msgspec.MsgspecError):  # no folder to keep things in, or a device without platformdirs
         return None
     usable = found is not None and found.hint == hint and 1 <= found.in_flight <= MOST_THREADS
     return found if usable else None
