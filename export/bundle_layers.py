@@ -16,13 +16,16 @@ from deploykit.bundle import open_bundle
 from deploykit.bundle_files import PLAN_FILE, PLAN_FILES
 from deploykit.errors import SpecError
 from deploykit.export.layers import SAME_DB, LayerReport, compare_layers
+from deploykit.export.runtime_layers import compare_in_runtime
 from deploykit.manifest import Manifest
 from deploykit.parity.reference import REFERENCE_FILE, ParityReference
 
 EQUALIZED = "equalize-channels"
 
 
-def bundle_layers(folder: Path, reference: Path | None = None, *, reproducer: Path | None = None) -> LayerReport:
+def bundle_layers(
+    folder: Path, reference: Path | None = None, *, runtime: str | None = None, reproducer: Path | None = None
+) -> LayerReport:
     """Return each layer's own error and the whole network's, on the bundle's images.
 
     Args:
@@ -31,14 +34,22 @@ def bundle_layers(folder: Path, reference: Path | None = None, *, reproducer: Pa
             precision and plan every layer must give the same, and the first that does not is the culprit; with
             another precision, the layer with the largest own error is. None: the engine itself with its activations in
             float.
+        runtime: compare with what this runtime makes of each layer of the bundle's graph, in place of a reference.
         reproducer: where to write a culprit that gives something else than the same, see `compare_layers`.
 
     Raises:
-        SpecError: a bundle that holds no ONNX graph, of another network, or equalized otherwise.
+        SpecError: a bundle that holds no ONNX graph, of another network, or equalized otherwise; a runtime that reads
+            none.
+        ExportError: the runtime refuses a part of the graph.
         BundleError: a bundle is damaged.
     """
+    if runtime is not None and reference is not None:
+        raise SpecError("a reference and a runtime to compare with were given. Fix: give one of the two.")
     manifest = open_bundle(folder)
     model, images = engine_graph(folder, manifest)
+    if runtime is not None:
+        modules = _modules(folder, manifest)
+        return compare_in_runtime(model, images, runtime, modules=modules, reproducer=reproducer)
     other = None if reference is None else open_bundle(reference)
     if reference is None or other is None:
         return compare_layers(model, images, modules=_modules(folder, manifest))

@@ -8,31 +8,23 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import common as ir_passes
 
 from deploykit.arrays import Array
 from deploykit.errors import SpecError
-from deploykit.onnx_session import Arrays, GraphSession, graph_batch, onnx_session
-from deploykit.parity.metrics import sqnr_db
-from deploykit.parity.report import MAX_SQNR_DB
-from deploykit.places import storage_error
+from deploykit.export.layer_walk import Walk, computed, typed
+from deploykit.onnx_session import graph_batch
 
 SAME_DB = 60.0
 """Layers of two engines of one precision give the same, but for roundings."""
 
 GROUP = 24
 """Tensors that are looked at together, which bounds the memory."""
-
-REFERENCE = "/reference"
-"""The end of an input's name that stands for the reference's tensor."""
-
-_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,16 +94,16 @@ def compare_layers(
         SpecError: the graphs share no tensor, or there is nothing to leave out.
     """
     start = time.perf_counter()
-    candidate, reference = _typed(candidate), None if reference is None else _typed(reference)
+    candidate, reference = typed(candidate), None if reference is None else typed(reference)
     other = without_activation_quantizers(candidate) if reference is None else reference
     names = shared_tensors(candidate, other)
     batch = np.ascontiguousarray(images[np.arange(graph_batch(candidate)) % len(images)])
-    walk = _Walk(candidate, other, names, batch)
+    walk = Walk(candidate, other, names, batch)
     report = LayerReport(
         reference=reference_name,
         images=len(batch),
         min_own_db=min_own_db,
-        layers=tuple(_layer_errors(candidate, walk, names, modules or {})),
+        layers=tuple(layer_errors(candidate, walk, names, modules or {})),
         only_reference={} if reference is None else _more_of(reference, candidate),
         only_candidate={} if reference is None else _more_of(candidate, reference),
         seconds=round(time.perf_counter() - start, 2),
@@ -121,9 +113,8 @@ def compare_layers(
     return report
 
 
-def _layer_errors(
-    candidate: ir.Model, walk: _Walk, names: list[str], modules: Mapping[str, str]
-) -> Iterator[LayerError]:
+def layer_errors(candidate: ir.Model, walk: Walk, names: list[str], modules: Mapping[str, str]) -> Iterator[LayerError]:
+    """Yield each layer of a walk, the tensors looked at in groups."""
     producers = {str(value.name): node for node in candidate.graph for value in node.outputs}
     for begin in range(0, len(names), GROUP):
         for name, own_db, whole_db in walk.errors(names[begin : begin + GROUP]):
@@ -145,8 +136,8 @@ def shared_tensors(candidate: ir.Model, reference: ir.Model) -> list[str]:
     Raises:
         SpecError: there is none.
     """
-    theirs = {str(value.name) for value in _computed(reference)}
-    names = [str(value.name) for value in _computed(candidate) if str(value.name) in theirs]
+    theirs = {str(value.name) for value in computed(reference)}
+    names = [str(value.name) for value in computed(candidate) if str(value.name) in theirs]
     if not names:
         raise SpecError(
             "the two graphs name no tensor alike, so their layers cannot be told. Fix: give a reference that was "
@@ -186,119 +177,6 @@ def without_activation_quantizers(model: ir.Model) -> ir.Model:
             "reference: another bundle of the same backbone and runtime, such as the last release's."
         )
     return whole
-
-
-def _typed(model: ir.Model) -> ir.Model:
-    """Return a graph whose every tensor says its type, which a file may leave out."""
-    return ir_passes.ShapeInferencePass()(model.clone()).model
-
-
-class _Walk:
-    """Two graphs on one batch, of which any tensors can be asked."""
-
-    def __init__(self, candidate: ir.Model, reference: ir.Model, names: Sequence[str], batch: Array) -> None:
-        self._candidate = candidate
-        self._batch = batch
-        self._cuts = set(names)
-        self._sessions = [_opened(model, names) for model in (candidate, reference)]
-        self._sources = [str(model.graph.inputs[0].name) for model in (candidate, reference)]
-
-    def errors(self, group: Sequence[str]) -> Iterator[tuple[str, float, float]]:
-        """Yield each tensor of a group with its own error and that of the whole network, in dB."""
-        found, expected, given = self._values(group)
-        part, feeds = self._part(group, given)
-        own = dict(zip(group, onnx_session(part, optimize=False).run(list(group), feeds), strict=True))
-        for name in group:
-            yield name, _decibels(expected[name], own[name]), _decibels(expected[name], found[name])
-
-    def reproduce(self, tensor: str, path: Path) -> None:
-        """Write one layer, the reference's tensors that it reads, and what the reference gives.
-
-        Raises:
-            StorageError: the files cannot be written.
-        """
-        _, expected, given = self._values([tensor])
-        part, feeds = self._part([tensor], given)
-        read = {str(value.name) for value in part.graph.inputs}
-        try:
-            ir.save(part, path)
-            arrays = {f"input/{name}": array for name, array in feeds.items() if name in read}
-            np.savez_compressed(path.with_suffix(".npz"), allow_pickle=False, **arrays, expected=expected[tensor])
-        except OSError as error:
-            raise storage_error(f"the layer {path} cannot be written", error) from error
-
-    def _values(self, group: Sequence[str]) -> tuple[Arrays, Arrays, Arrays]:
-        """Return what candidate and reference give for a group and what it reads, and the latter as it is fed."""
-        read = self._read_by(group)
-        asked = list(dict.fromkeys((*group, *read)))
-        found, expected = (
-            dict(zip(asked, session.run_path(asked, {source: self._batch}), strict=True))
-            for session, source in zip(self._sessions, self._sources, strict=True)
-        )
-        return found, expected, {name: expected[name].astype(found[name].dtype) for name in read}
-
-    def _read_by(self, group: Sequence[str]) -> list[str]:
-        """Return the shared tensors that the layers of a group read."""
-        values = {str(value.name): value for value in _computed(self._candidate)}
-        found: dict[str, None] = {}
-        stack = [operand for name in group for operand in _operands(values[name])]
-        seen = set()
-        while stack:
-            value = stack.pop()
-            if value in seen:
-                continue
-            seen.add(value)
-            if str(value.name) in self._cuts:
-                found[str(value.name)] = None
-            else:
-                stack += _operands(value)
-        return list(found)
-
-    def _part(self, group: Sequence[str], given: Arrays) -> tuple[ir.Model, Arrays]:
-        """Return the layers of a group, which read the reference's tensors, and what feeds them."""
-        copy = self._candidate.clone()
-        values = {str(value.name): value for node in copy.graph for value in node.outputs}
-        inputs = []
-        for name, array in given.items():
-            dtype = ir.tensor(np.zeros(0, array.dtype)).dtype
-            cut = ir.Value(name=f"{name}{REFERENCE}", shape=ir.Shape(array.shape), type=ir.TensorType(dtype))
-            for usage in list(values[name].uses()):
-                usage.node.replace_input_with(usage.idx, cut)
-            inputs.append(cut)
-        source = copy.graph.inputs[0]
-        copy.graph.inputs.extend(inputs)
-        copy.graph.outputs.clear()
-        copy.graph.outputs.extend(values[name] for name in group)
-        part = ir.convenience.extract(copy.graph, list(copy.graph.inputs), list(group))
-        part.opset_imports.update(copy.graph.opset_imports)
-        feeds = {f"{name}{REFERENCE}": array for name, array in given.items()} | {str(source.name): self._batch}
-        return ir.Model(part, ir_version=copy.ir_version), feeds
-
-
-def _opened(model: ir.Model, names: Sequence[str]) -> GraphSession:
-    """Open a graph that gives these tensors."""
-    copy = model.clone()
-    values = {str(value.name): value for node in copy.graph for value in node.outputs}
-    copy.graph.outputs.clear()
-    copy.graph.outputs.extend(values[name] for name in names)
-    return onnx_session(copy, optimize=False)
-
-
-def _computed(model: ir.Model) -> list[ir.Value]:
-    """Return the float tensors that depend on the images, in order."""
-    moving: set[ir.Value | None] = set(model.graph.inputs)
-    found = []
-    for node in model.graph:
-        if not any(value in moving for value in node.inputs):
-            continue
-        moving.update(node.outputs)
-        found += [value for value in node.outputs if value.name and value.dtype in _FLOATS]
-    return found
-
-
-def _operands(value: ir.Value) -> list[ir.Value]:
-    node = value.producer()
-    return [] if node is None else [operand for operand in node.inputs if operand is not None]
 
 
 def _low_of(quantizer: ir.Node) -> float:
@@ -344,13 +222,3 @@ def _more_of(one: ir.Model, other: ir.Model) -> dict[str, int]:
     return {
         name: more[name] for name in sorted(more) if not name.endswith("quantizeLinear") and name != "QuantizeLinear"
     }
-
-
-def _decibels(expected: Array, found: Array) -> float:
-    """Return the SQNR, capped; tensors of two shapes are as far apart as can be."""
-    if expected.shape != found.shape or not expected.size:
-        return -MAX_SQNR_DB
-    wanted = expected.astype(np.float32)
-    if not np.isfinite(wanted).all():
-        return MAX_SQNR_DB  # a mask's infinities: nothing can be said
-    return float(np.clip(sqnr_db(wanted, found.astype(np.float32)), -MAX_SQNR_DB, MAX_SQNR_DB))

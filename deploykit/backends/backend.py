@@ -59,6 +59,7 @@ class Backend:
         profile: ``(float graph, INT8 graph, nodes, batch) -> dict[str, float] | None``: milliseconds that each node
             gains by running in integers.
         debug: ``(part of a graph, inputs, min_sqnr_db) -> str | None``: what the runtime does wrong with it.
+        run_part: ``(part of a graph, inputs) -> list of arrays``: what the runtime gives for it.
         serving: the `Serving` that says how model servers open its engines; None: none of their own does.
         reducible: its engines, or its portable ones, are ONNX graphs, of which ``verify --debug`` finds a failing part.
         demo: the precisions that ``deploykit demo`` exports.
@@ -87,6 +88,7 @@ class Backend:
     inspect: str | None = None
     profile: str | None = None
     debug: str | None = None
+    run_part: str | None = None
     serving: str | None = None
     reducible: bool = False
     demo: tuple[str, ...] = ()

@@ -100,6 +100,17 @@ LayersFlag = Annotated[
 ]
 
 
+InRuntimeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--in-runtime",
+        metavar="RUNTIME",
+        help="With --layers: compare each layer with what this runtime makes of it, such as another one than the "
+        "bundle's.",
+    ),
+]
+
+
 def verify(
     bundles: Annotated[list[str], typer.Argument(metavar="BUNDLE...", help="Folders that `deploykit export` wrote.")],
     *,
@@ -114,6 +125,7 @@ def verify(
     min_top1_agreement: MinAgreementOption = None,
     max_drop_db: MaxDropOption = None,
     layers: LayersFlag = False,
+    in_runtime: InRuntimeOption = None,
     debug: DebugFlag = False,
     json: JsonFlag = False,
 ) -> None:
@@ -124,6 +136,8 @@ def verify(
     """
     from deploykit.parity.budget import Budget
 
+    if in_runtime is not None and not layers:
+        raise SpecError("--in-runtime goes with --layers. Fix: give both.")
     budget = Budget(min_sqnr_db=min_sqnr_db, min_top1_agreement=min_top1_agreement, max_drop_db=max_drop_db)
     options: VerifyOptions = {
         "device": device,
@@ -135,7 +149,9 @@ def verify(
         "trust": trust,
         "signed_by": signed_by,
     }
-    results = [_verify(bundle, options, layers=layers, debug=debug, quiet=json) for bundle in bundles]
+    results = [
+        _verify(bundle, options, layers=layers, runtime=in_runtime, debug=debug, quiet=json) for bundle in bundles
+    ]
     passed = all(result["passed"] for result in results)
     if json:
         show_json(results[0] if len(results) == 1 else {"passed": passed, "bundles": results})
@@ -163,7 +179,9 @@ def _list(failed: list[str]) -> str:
     return f"; not {', '.join(failed)}" if failed else ""
 
 
-def _verify(bundle: str, options: VerifyOptions, *, layers: bool, debug: bool, quiet: bool) -> dict[str, object]:
+def _verify(
+    bundle: str, options: VerifyOptions, *, layers: bool, runtime: str | None, debug: bool, quiet: bool
+) -> dict[str, object]:
     """Verify one bundle; show what was found, unless ``quiet``, and return it for JSON."""
     from deploykit.verification import verify_bundle
 
@@ -184,16 +202,16 @@ def _verify(bundle: str, options: VerifyOptions, *, layers: bool, debug: bool, q
         "report": report,
     }
     if layers:
-        result |= _layers(bundle, options["reference"], passed=report.passed, quiet=quiet)
+        result |= _layers(bundle, options["reference"], runtime, passed=report.passed, quiet=quiet)
     if debug and not report.passed:
         _reduce(bundle)
     return result
 
 
-def _layers(bundle: str, reference: str | None, *, passed: bool, quiet: bool) -> dict[str, object]:
+def _layers(bundle: str, reference: str | None, runtime: str | None, *, passed: bool, quiet: bool) -> dict[str, object]:
     """Walk the layers; where that cannot be done, what verifying found stays beside the error."""
     try:
-        found = walk_layers(bundle, reference)
+        found = walk_layers(bundle, reference, runtime)
     except DeployKitError as error:
         message = as_options(str(error))
         show_error(message)

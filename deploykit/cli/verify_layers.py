@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 SHOWN = 12
 
 
-def walk_layers(bundle: str, reference: str | None) -> LayerReport:
+def walk_layers(bundle: str, reference: str | None, runtime: str | None) -> LayerReport:
     """Walk a bundle's layers; a culprit outside the gate is written into the current folder.
 
     Raises:
@@ -29,7 +29,7 @@ def walk_layers(bundle: str, reference: str | None) -> LayerReport:
     from deploykit.export.bundle_layers import bundle_layers
 
     other = None if reference is None else Path(reference)
-    return bundle_layers(Path(bundle), other, reproducer=_reproducer(bundle))
+    return bundle_layers(Path(bundle), other, runtime=runtime, reproducer=_reproducer(bundle))
 
 
 def show_layers(bundle: str, found: LayerReport) -> None:

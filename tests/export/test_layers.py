@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -16,6 +17,7 @@ from deploykit.bundle import read_manifest, write_manifest
 from deploykit.errors import SpecError
 from deploykit.export.bundle_layers import bundle_layers
 from deploykit.export.layers import compare_layers, without_activation_quantizers
+from deploykit.export.runtime_layers import compare_in_runtime
 from tests.cli.conftest import call
 from tests.test_pipeline_examples import drifted as with_drift
 
@@ -133,3 +135,39 @@ def test_what_cannot_be_walked_is_refused(tmp_path):
     write_manifest(other, dataclasses.replace(manifest, fusions={"equalize-channels": 3}))
     with pytest.raises(SpecError, match="do not correspond"):
         bundle_layers(INT8, other)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_one_graph_in_two_runtimes_gives_every_layer_alike(runtime):
+    report = bundle_layers(INT8, runtime=runtime)
+    assert report.culprit is None
+    assert len(report.layers) == 4  # between quantizers
+    assert all(min(layer.own_db, layer.whole_db) >= 30 for layer in report.layers)
+
+
+def test_a_layer_that_a_runtime_computes_otherwise_is_named_and_runs_alone(monkeypatch, tmp_path):
+    from deploykit.backends.onnxruntime import debug
+
+    right = debug.run_part
+
+    def wrong(part, inputs):
+        """A runtime whose third convolution has the wrong sign."""
+        arrays = right(part, inputs)
+        return [
+            -array if value.name == "conv2" else array for value, array in zip(part.graph.outputs, arrays, strict=True)
+        ]
+
+    monkeypatch.setattr(debug, "run_part", wrong)
+    report = compare_in_runtime(network(), IMAGES, "onnxruntime", reproducer=tmp_path / "alone.onnx")
+    assert (report.culprit.node, report.culprit.tensor) == ("node_conv2", "conv2")
+    with np.load(tmp_path / "alone.npz") as arrays:
+        feeds = {name.removeprefix("input/"): arrays[name] for name in arrays.files if name.startswith("input/")}
+        session = onnxruntime.InferenceSession(tmp_path / "alone.onnx", providers=["CPUExecutionProvider"])
+        np.testing.assert_allclose(session.run(None, feeds)[0], arrays["expected"], rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_walked_in_a_runtime_is_named(tmp_path):
+    with pytest.raises(SpecError, match=r"torch_compile reads no parts.*onnxruntime, openvino"):
+        bundle_layers(INT8, runtime="torch_compile")
+    with pytest.raises(SpecError, match="one of the two"):
+        bundle_layers(INT8, tmp_path, runtime="openvino")

@@ -21,6 +21,7 @@ BACKEND = Backend(
     profile="deploykit.backends.onnxruntime.profile:integer_savings",
     serving="deploykit.backends.onnxruntime.serving:SERVING",
     debug="deploykit.backends.onnxruntime.debug:find_problem",
+    run_part="deploykit.backends.onnxruntime.debug:run_part",
     reducible=True,
     demo=("int8",),
 )

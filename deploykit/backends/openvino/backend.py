@@ -20,5 +20,6 @@ BACKEND = Backend(
     inspect="deploykit.backends.openvino.inspect:left_in_float",
     serving="deploykit.backends.openvino.serving:SERVING",
     debug="deploykit.backends.openvino.debug:find_problem",
+    run_part="deploykit.backends.openvino.debug:run_part",
     demo=("int8", "fp16"),
 )

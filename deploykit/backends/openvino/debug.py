@@ -25,7 +25,7 @@ def find_problem(part: ir.Model, inputs: Arrays, min_sqnr_db: float) -> str | No
     names = [str(value.name) for value in part.graph.outputs]
     expected = dict(zip(names, onnx_session(part, optimize=False).run(names, inputs), strict=True))
     try:
-        found = dict(zip(names, _run(part, inputs), strict=True))
+        found = dict(zip(names, run_part(part, inputs), strict=True))
     except RuntimeError as error:
         return f"it refuses it: {read_error(error)}"
     try:
@@ -35,7 +35,8 @@ def find_problem(part: ir.Model, inputs: Arrays, min_sqnr_db: float) -> str | No
     return None
 
 
-def _run(part: ir.Model, inputs: Arrays) -> list[np.ndarray]:
+def run_part(part: ir.Model, inputs: Arrays) -> list[np.ndarray]:
+    """Return what OpenVINO on the CPU gives for a part, output by output."""
     core = load_openvino().Core()
     with scratch_folder("debug") as folder:
         path = folder / "part.onnx"
