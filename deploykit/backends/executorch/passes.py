@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 
 from deploykit.arrays import FloatArray
 from deploykit.backends.executorch.pooling import keep_pooled_sides
+from deploykit.backends.executorch.token_operators import rewrite_tokens
 from deploykit.calibration.dialect import Rendered, keep_float
 from deploykit.calibration.float_fallback import keep_image_side
 from deploykit.calibration.integer_maps import write_integer_maps
@@ -48,6 +49,7 @@ class ExecuTorchDialect:
                 if planned.node.target not in CONVOLUTIONS:
                     round_rows(module, planned.node)
         keep_pooled_sides(module)
+        rewrite_tokens(module)
         module.recompile()
         return Rendered(graph=replace(graph, program=export_program(module, graph.input)))
 

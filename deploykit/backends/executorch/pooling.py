@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from torch.fx import GraphModule, Node
 
 _DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_tensor.default

@@ -87,7 +87,8 @@ def test_it_gives_what_the_same_plan_gives_in_an_unoptimized_graph(exported: Exp
     session = onnx_session(rendered.model)
     runs = [session.run(None, {"images": image[None]}) for image in case.images]
     for expected, theirs, ours in zip(case.run(), zip(*runs, strict=True), exported.outputs, strict=True):
-        assert sqnr_db(expected, ours) >= sqnr_db(expected, np.concatenate(theirs)) - 1
+        margin = 1 if expected.ndim == 4 else 2  # a head of 10 logits, which the runtimes round by different ranges
+        assert sqnr_db(expected, ours) >= sqnr_db(expected, np.concatenate(theirs)) - margin
 
 
 def test_a_layer_that_is_not_in_the_delegates_integers_is_named():
