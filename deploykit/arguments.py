@@ -14,7 +14,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Literal, Union
 
-from deploykit.errors import SpecError
+from deploykit.errors import SpecError, nearest
 from deploykit.unset import UNSET, Unset
 
 _SHOWN = 80
@@ -173,3 +173,32 @@ def _expected(hint: object) -> str:
         return " or ".join(repr(each) for each in arguments if each is not UNSET)
     base = origin or hint
     return _SCALARS[base][1] if base in _SCALARS else _KINDS.get(base, f"a {getattr(base, '__name__', str(base))}")
+
+
+def check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is none of the choices.
+
+    Raises:
+        SpecError: it is not; with the nearest valid spellings.
+    """
+    if value not in choices:
+        raise SpecError(f"{field} is {value!r}. {nearest(str(value), choices)}")
+
+
+def check_only(settings: object, only: Mapping[str, object], *, beside: str) -> None:
+    """Refuse settings that do not combine with another one.
+
+    Args:
+        settings: a dataclass whose fields may be `UNSET`.
+        only: the value that each field may have.
+        beside: the other setting, for people.
+
+    Raises:
+        SpecError: a field is neither unset nor that value.
+    """
+    for name, value in only.items():
+        if getattr(settings, name) not in (UNSET, value):
+            raise SpecError(
+                f"{name} is {getattr(settings, name)!r}, which does not go with {beside}: expected {value!r}. Fix: "
+                f"leave {name} out, or choose another recipe."
+            )

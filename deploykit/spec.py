@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
-from deploykit.arguments import check_fields
+from deploykit.arguments import check_choice, check_fields, check_only
 from deploykit.errors import SpecError, nearest
 from deploykit.unset import UNSET, UnsetType
 
@@ -43,11 +43,6 @@ Layout: TypeAlias = Literal["NCHW", "NHWC"]
 
 BATCH_DIM = "batch"
 """The name of the dynamic batch dimension in every exported graph."""
-
-
-def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise SpecError(f"{field} is {value!r}. {nearest(str(value), choices)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +111,8 @@ class Preprocessing:
             raise SpecError(f"std is {self.std}; every value must be above 0.")
         if not 0 < self.crop_pct <= 1:
             raise SpecError(f"crop_pct is {self.crop_pct}; it must be above 0 and at most 1.")
-        _check_choice("interpolation", self.interpolation, ("nearest", "bilinear", "bicubic", "lanczos"))
-        _check_choice("crop_mode", self.crop_mode, ("center", "squash", "border"))
+        check_choice("interpolation", self.interpolation, ("nearest", "bilinear", "bicubic", "lanczos"))
+        check_choice("crop_mode", self.crop_mode, ("center", "squash", "border"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,28 +336,19 @@ class Int8:
             raise SpecError(f"distill_minutes is {self.distill_minutes}; it must be above 0.")
         if isinstance(self.distill_seed, bool) or not self.distill_seed >= 0:
             raise SpecError(f"distill_seed is {self.distill_seed}; it must be 0 or more.")
-        _check_choice("float_dtype", self.float_dtype, ("fp32", "fp16"))
+        check_choice("float_dtype", self.float_dtype, ("fp32", "fp16"))
         if isinstance(self.bias_correction, bool):
             object.__setattr__(self, "bias_correction", "fast" if self.bias_correction else None)
         for name, choices in _RECIPE_CHOICES.items():
             value = getattr(self, name)
             if value is not UNSET and not (value is None and name == "bias_correction"):
-                _check_choice(name, value, choices)
+                check_choice(name, value, choices)
         if self.calibrator == "nncf":
-            self._check_nncf()
+            check_only(self, {"rounding": "nearest", "weight_scales": "max"}, beside="calibrator='nncf'")
         if not 50 < self.percentile <= 100:
             raise SpecError(f"percentile is {self.percentile}; it must be above 50 and at most 100.")
         if isinstance(self.equalization, (int, float)) and not 0 <= self.equalization <= 1:
             raise SpecError(f"equalization is {self.equalization}; it must be 0 to 1, or None for none.")
-
-    def _check_nncf(self) -> None:
-        """Refuse what would change the integers that NNCF chooses."""
-        for name, only in (("rounding", "nearest"), ("weight_scales", "max")):
-            if getattr(self, name) not in (UNSET, only):
-                raise SpecError(
-                    f"{name} is {getattr(self, name)!r}, and with calibrator='nncf' NNCF rounds the weights: expected "
-                    f"{only!r}. Fix: leave {name} out, or choose another recipe."
-                )
 
     def filled(self, defaults: Mapping[str, Any] | None = None) -> Int8:
         """Return the settings with every `UNSET` one filled: from ``defaults``, or else from `RECIPE_DEFAULTS`."""
@@ -388,7 +374,7 @@ class BuildOptions:
     timing_cache: str | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("hardware_compatibility", self.hardware_compatibility, get_args(HardwareCompatibility))
+        check_choice("hardware_compatibility", self.hardware_compatibility, get_args(HardwareCompatibility))
 
 
 DEFAULT_BUILD = BuildOptions()
