@@ -22,8 +22,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 LINKED = (*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "examples" / "README.md")
 SLOW_MARK = "<!-- slow -->"
-WHOLLY_SLOW = ("tutorial.md",)
-"""Its way through the commands is also that of tests/test_tutorial.py; the slow tests run the page itself."""
+WHOLLY_SLOW = ("tutorial.md", "optimization.md")
+"""What they show has quick tests of its own; the slow tests run the pages themselves."""
 BLOCK = re.compile(
     r"(?P<slow><!-- slow -->\n+)?^```(?P<language>python|sh)\n(?P<code>.*?)^```\n"
     r"(?:\n*^```(?:text)?\n(?P<printed>.*?)^```\n)?",

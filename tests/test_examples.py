@@ -48,7 +48,7 @@ def test_every_script_is_run_here_and_listed_in_the_readme():
     assert sorted(listed) == SCRIPTS
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("runtime", [pytest.param("onnxruntime", marks=pytest.mark.slow), "openvino"])
 def test_export_int8_prints_the_stages_and_every_level(bundles, runtime):
     folder, printed = bundles[runtime]
     assert "... trace\n" in printed and "... bundle\n" in printed

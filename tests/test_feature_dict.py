@@ -96,7 +96,7 @@ class Selects(nn.Module):
         return [features[index] for index in (2, 4) if index in features]
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_program_may_index_features_and_return_them(backbone, strict, tmp_path):
     images = torch.zeros(1, 3, 32, 32)
     indexed = torch.export.export(Selects(backbone), (images,), strict=strict).module()(images)

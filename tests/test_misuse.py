@@ -162,7 +162,7 @@ def test_a_function_answers_or_raises_a_typed_error(data, places, model, monkeyp
 
 
 @settings(
-    max_examples=400 if WHOLE else 15,
+    max_examples=400 if WHOLE else 8,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

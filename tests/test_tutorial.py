@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save_file
 from torch import nn
@@ -92,7 +94,7 @@ def tutorial(tmp_path_factory) -> Tutorial:
         torch.manual_seed(0)
         model: Any = create_backbone(NAME, num_classes=10, image_size=SIDE)
         untrained = {name: value.clone() for name, value in model.state_dict().items()}
-        fit(model, images, classes)
+        fit_once(model, images, classes, tmp_path_factory)
     tested = tuple(sorted(test.glob("*/*.jpg")))
     photographs = torch.from_numpy(load_images(tested, SPEC))
     with torch.no_grad():
@@ -106,6 +108,17 @@ def tutorial(tmp_path_factory) -> Tutorial:
         images=photographs,
         logits=logits,
     )
+
+
+def fit_once(model: nn.Module, images: torch.Tensor, classes: torch.Tensor, factory: pytest.TempPathFactory) -> None:
+    """Train in one test process, and take its weights in the others."""
+    shared = "PYTEST_XDIST_WORKER" in os.environ
+    weights = (factory.getbasetemp().parent if shared else factory.mktemp("trained")) / "tutorial.pth"
+    with FileLock(f"{weights}.lock"):
+        if not weights.exists():
+            fit(model, images, classes)
+            torch.save(model.state_dict(), weights)
+    model.load_state_dict(torch.load(weights, weights_only=True))
 
 
 def fit(model: nn.Module, images: torch.Tensor, classes: torch.Tensor) -> None:

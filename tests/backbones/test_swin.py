@@ -75,7 +75,8 @@ def test_default_weights_and_preprocessing_are_timms(timm):
     against_timm.assert_sources_are_timms(timm, Swin)
 
 
-@pytest.mark.parametrize(("name", "size"), [("v1", (76, 100)), pytest.param("v2", (128, 128), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "size"), [("v1", (76, 100)), ("v2", (128, 128))])
 def test_exports_with_constant_masks_and_position_bias(name, size, tmp_path):
     model = small(name, size, num_classes=10)
     also = {"Split", "Softmax", "Slice", "Concat"} | ({"ReduceL2", "Clip", "Div"} if name == "v2" else set())

@@ -221,11 +221,12 @@ def test_exports_with_a_dynamic_batch(tmp_path):
     transformers.assert_exports(model, tmp_path / "vit.onnx", TRANSFORMER_OPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pyramid", "ops"),
     [
         (True, {"Resize", "AveragePool"}),
-        pytest.param("simple_feature_pyramid", {"ConvTranspose", "MaxPool"}, marks=pytest.mark.slow),
+        ("simple_feature_pyramid", {"ConvTranspose", "MaxPool"}),
     ],
 )
 def test_pyramids_export_with_a_dynamic_batch(tmp_path, pyramid, ops):

@@ -82,7 +82,13 @@ sys.exit(os.waitpid(child, 0)[1])
 
 
 @every_runtime
-@pytest.mark.parametrize("action", ["pass", "model.close()", "del model", "model = None; import gc; gc.collect()"])
+@pytest.mark.parametrize(
+    "action",
+    [
+        *("pass", "model = None; import gc; gc.collect()"),
+        *(pytest.param(action, marks=pytest.mark.slow) for action in ("model.close()", "del model")),
+    ],
+)
 def test_a_forked_child_ends_whatever_it_did_with_the_engine(bundle, action):
     done = subprocess.run(
         [sys.executable, "-c", END.format(action=action), str(bundle)], capture_output=True, text=True, check=False

@@ -83,6 +83,7 @@ def test_progress_counts_images(residual):
     assert heard == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_correcting_biases_improves_real_weights(lite0):
     plain = plan_of(lite0.graph, lite0.images, Int8(bias_correction=False))
     expected = lite0.run()

@@ -133,6 +133,7 @@ def test_a_corrupt_photograph_is_named_and_stops_the_export(call, tmp_path, corr
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_corrupt_photograph_is_left_out_when_asked(call, tmp_path, corrupt):
     out = tmp_path / "out"
     words = ("export", "resnet18", *HERE, "--precision", "int8", "--calibration", corrupt, "-o", out)
@@ -235,6 +236,7 @@ def test_a_missing_runtime_package_gives_the_pip_command(call, tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_numbers_outside_the_budget_name_each_level_and_leave_nothing(call, tmp_path, photos):
     words = ("--precision", "int8", "--calibration", photos, "--min-sqnr-db", "90", "-o", tmp_path / "out")
     done = call("export", "resnet18", *HERE, *words)

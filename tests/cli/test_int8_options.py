@@ -20,6 +20,7 @@ def told(call, photos, tmp_path_factory):
     return folder, done
 
 
+@pytest.mark.slow
 def test_the_ratio_to_fp32_is_printed_and_kept(told):
     folder, done = told
     speedup = open_bundle(folder).speedup

@@ -89,6 +89,7 @@ def test_a_terminal_says_where_a_stopped_calibration_goes_on(monkeypatch):
     assert "1204/4096" in shown
 
 
+@pytest.mark.slow
 def test_a_stopped_export_goes_on_calibrating(call, photos, tmp_path, monkeypatch):
     monkeypatch.setenv("DEPLOYKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(checkpoint, "SAVE_SECONDS", 0.0)

@@ -56,6 +56,7 @@ def test_few_images_are_warned_of_on_stderr(told):
     assert told.err.count("warning: only 4 different calibration images were given; expected at least 16") == 1
 
 
+@pytest.mark.slow
 def test_the_table_shows_some_layers_and_sums_up_the_rest(call, photos, told):
     done = call(*WORDS, "--calibration", photos, "--nodes", "3")
     assert done.code == 0

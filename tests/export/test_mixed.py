@@ -75,6 +75,7 @@ def test_a_budget_that_int8_misses_is_met_with_some_layers_in_float(
     assert len(list((tmp_path / "cache" / "searches").iterdir())) == len(heard)
 
 
+@pytest.mark.slow
 def test_a_metric_of_the_users_own_is_a_budget_too(backbone, photographs, tmp_path, worst_db):
     opened = []
 

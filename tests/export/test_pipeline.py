@@ -63,6 +63,7 @@ def int8_bundles(backbone, photographs, tmp_path_factory) -> tuple[Path, Path]:
     return folders
 
 
+@pytest.mark.slow
 def test_equal_exports_give_equal_files(int8_bundles):
     one, other = (open_bundle(folder) for folder in int8_bundles)
     assert one == other
@@ -98,7 +99,9 @@ def test_an_int8_bundle_carries_its_plan_its_report_and_its_reference(int8_bundl
             {"features_only": True, "output_indices": (1, 3)},
             {"stage1": (64, 16, 24), "stage3": (256, 4, 6)},
         ),
-        ("openvino", {"num_classes": 0, "in_channels": 1}, {"embedding": (512,)}),
+        pytest.param(
+            *("openvino", {"num_classes": 0, "in_channels": 1}, {"embedding": (512,)}), marks=pytest.mark.slow
+        ),
     ],
     ids=["features", "embedding"],
 )
@@ -241,6 +244,7 @@ def test_a_full_disk_is_a_bundle_error_that_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_second_runtime_does_not_calibrate_again(backbone, photographs, tmp_path, monkeypatch):
     monkeypatch.setenv("DEPLOYKIT_CACHE", str(tmp_path / "cache"))
     heard = {"onnxruntime": [], "openvino": []}

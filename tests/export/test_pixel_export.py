@@ -42,7 +42,8 @@ def test_a_photograph_gives_the_features_of_torch_on_the_normalised_one(backbone
     assert min(sqnr_db(expected[name], found[name]) for name in expected) >= 100
 
 
-@pytest.mark.parametrize("precision", [pytest.param("fp16", marks=pytest.mark.slow), "int8"])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_lower_precisions_keep_the_same_input(backbone, precision, photographs, tmp_path):
     export_backbone(
         backbone,
@@ -58,6 +59,7 @@ def test_lower_precisions_keep_the_same_input(backbone, precision, photographs, 
     assert verify_bundle(tmp_path / "bundle").passed
 
 
+@pytest.mark.slow
 def test_int8_is_calibrated_on_pixels_as_on_the_photographs_they_come_from(backbone, photographs, tmp_path):
     files = sorted(photographs.iterdir())
     sources = {"files": files, "pixels": load_images(files, backbone.input_spec.as_pixels())}

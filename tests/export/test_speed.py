@@ -52,6 +52,7 @@ def test_the_ratio_is_in_the_manifest_and_told(timed):
     assert not [operator for operator in report.left if "Conv" in operator]
 
 
+@pytest.mark.slow
 def test_an_export_that_was_not_asked_is_not_timed(backbone, photographs, tmp_path):
     result = export_backbone(
         backbone, tmp_path / "bundle", runtime="onnxruntime", precision="int8", calibration=photographs
@@ -60,6 +61,7 @@ def test_an_export_that_was_not_asked_is_not_timed(backbone, photographs, tmp_pa
     assert result.manifest.speedup is None
 
 
+@pytest.mark.slow
 def test_a_float_engine_is_not_timed_against_itself(backbone, tmp_path):
     result = export_backbone(backbone, tmp_path / "bundle", runtime="onnxruntime", require_speedup=True)
     assert result.manifest.speedup is None

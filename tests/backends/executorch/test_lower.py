@@ -40,6 +40,7 @@ class _Spectrum(nn.Module):
         return (torch.special.bessel_j0(images),)
 
 
+@pytest.mark.slow
 def test_an_operator_that_is_not_converted_is_named_and_nothing_is_written(tmp_path: Path):
     program = tiny_program(dynamic=False)
     outputs = (dataclasses.replace(program.outputs[0], shape=(1, 3, 32, 32)),)
