@@ -81,13 +81,14 @@ def test_the_integers_in_the_file_are_the_plans(exported: Exported):
         assert any(planned.is_of(layer) for layer in layers), name
 
 
-def test_it_gives_what_the_same_plan_gives_in_an_unoptimized_graph(exported: Exported):
+def test_it_gives_what_the_same_plan_gives_in_an_unoptimized_graph(residual: Case, exported: Exported):
     case = exported.case
     rendered = resolve(load_backend("onnxruntime").dialect).render(case.graph, exported.plan, case.images).graph
     session = onnx_session(rendered.model)
     runs = [session.run(None, {"images": image[None]}) for image in case.images]
     for expected, theirs, ours in zip(case.run(), zip(*runs, strict=True), exported.outputs, strict=True):
-        margin = 1 if expected.ndim == 4 else 2  # a head of 10 logits, which the runtimes round by different ranges
+        # 1 dB is wanted; linears that round each row by its own range leave the ten logits of tokens 1.3 dB behind.
+        margin = 1 if exported.case is residual or expected.ndim == 4 else 2
         assert sqnr_db(expected, ours) >= sqnr_db(expected, np.concatenate(theirs)) - margin
 
 
