@@ -64,6 +64,15 @@ class OptionalPackage:
         """The distribution that is installed of it; ``distribution`` where none is."""
         return (*self.installed_builds(), self.distribution)[0]
 
+    def missing(self) -> MissingDependency:
+        """Return the error of the package that is not installed, with the command that installs it."""
+        return MissingDependency(
+            f"{self.feature} needs the package {self.distribution!r}, which is not installed. "
+            f"Install it: {self.command}",
+            package=self.module,
+            command=self.command,
+        )
+
     def installed_builds(self) -> tuple[str, ...]:
         """Return the distributions that are installed of it; first the one whose version the module has.
 
@@ -148,12 +157,7 @@ def require(module: str, package: OptionalPackage | None = None) -> ModuleType:
         absent = (error.name or "").partition(".")[0]
         removed = root not in sys.modules and package.installed_builds()  # its files are gone, and its record is not
         if absent == root and not removed:
-            raise MissingDependency(
-                f"{package.feature} needs the package {package.distribution!r}, which is not installed. "
-                f"Install it: {package.command}",
-                package=root,
-                command=package.command,
-            ) from error
+            raise package.missing() from error
         if absent and absent == error.name and absent != root:
             raise _incomplete(package, absent) from error
         raise _broken(package, error) from error
@@ -204,6 +208,18 @@ def installed_version(module: str, package: OptionalPackage | None = None) -> st
         return version
     builds = package.installed_builds() if own is None else ()
     return own or next((_version_of(name) for name in builds), None)
+
+
+def require_version(package: OptionalPackage) -> str:
+    """Return the version of a package, without importing it.
+
+    Raises:
+        MissingDependency: it is not installed.
+    """
+    version = installed_version(package.module, package)
+    if version is None:
+        raise package.missing()
+    return version
 
 
 def module_version(module: str) -> str | None:

@@ -110,10 +110,16 @@ def run_converter(
 
 
 def lacks_operator(title: str, operator: str, graph: TorchProgram) -> ExportError:
-    """Return the error of an operator that a format does not have, with the place of its first call."""
-    calls = [node for node in graph.program.graph.nodes if str(node.target) == operator]
+    """Return the error of an operator that a format does not have, with the place of its first call.
+
+    Args:
+        title: of the format.
+        operator: its name in torch, such as ``aten.mean.dim``; or without the overload, ``aten.mean``: any of them.
+        graph: what calls it.
+    """
+    calls = [node for node in graph.program.graph.nodes if f"{node.target}.".startswith(f"{operator}.")]
     return ExportError(
-        f"{title} has no {operator}, which the network calls"
+        f"{title} has no {calls[0].target if calls else operator}, which the network calls"
         f"{f' ({describe_node(calls[0])})' if calls else ''}. Write that part in other operators, or export for "
         "another runtime."
     )

@@ -39,7 +39,7 @@ from deploykit.cli.exit_codes import BAD_USAGE, FAILED, exit_code_of, failure
 from deploykit.cli.output import show, show_error, show_json, shown_warnings, told_tunings
 from deploykit.cli.spellings import as_options
 from deploykit.cli.streams import PIPE_CLOSED, OutputLost, standard_streams
-from deploykit.errors import DeployKitError, MissingDependency
+from deploykit.errors import DeployKitError
 from deploykit.interruption import INTERRUPTED, interruptible
 from deploykit.optional import PACKAGES
 from deploykit.places import is_environment
@@ -155,13 +155,7 @@ def _explained(error: Exception) -> tuple[int, str]:
         return BAD_USAGE, f"{describe()} See `{where} --help`." if describe() else ""
     package = PACKAGES.get((getattr(error, "name", None) or "").partition(".")[0])
     if isinstance(error, ModuleNotFoundError) and package is not None:
-        missing = MissingDependency(
-            f"{package.feature} needs the package {package.distribution!r}, which is not installed. "
-            f"Install it: {package.command}",
-            package=package.module,
-            command=package.command,
-        )
-        return _explained(missing)
+        return _explained(package.missing())
     if is_environment(error) or isinstance(error, MemoryError):
         return FAILED, f"{error or 'there is not enough memory'}. This machine could not do it; nothing else is wrong."
     return FAILED, (

@@ -64,12 +64,12 @@ def _check_operators(content: bytes) -> None:
     """Refuse what the runtime would refuse when it opens the file.
 
     Raises:
-        NotImplementedError: an operator outside the delegate that the runtime has no kernel of.
+        RuntimeError: an operator outside the delegate has no kernel there.
     """
     known = set(load_library()._get_operator_names())
     for operator in ProgramFile(content).kernels():
         if operator not in known:
-            raise NotImplementedError(f"no kernel of {operator}")
+            raise RuntimeError(f"no kernel of {operator}")
 
 
 def _check_run(content: bytes, images: Tensor) -> None:

@@ -16,9 +16,9 @@ from deploykit.backends.conversion import (
 )
 from deploykit.backends.executorch.inspect import describe_coverage
 from deploykit.backends.executorch.package import PACKAGE
-from deploykit.errors import ExportError, MissingDependency
+from deploykit.errors import ExportError
 from deploykit.graph import TorchProgram
-from deploykit.optional import installed_version
+from deploykit.optional import installed_version, require_version
 from deploykit.places import scratch_folder
 
 ENGINE = "model.pte"
@@ -49,14 +49,7 @@ def lower(graph: TorchProgram, folder: Path, options: LowerOptions) -> Engine:
         ExportError: the network cannot be converted; where an operator is the reason, with its name and place.
         MissingDependency: executorch is not installed.
     """
-    version = installed_version(PACKAGE.module, PACKAGE)
-    if version is None:
-        raise MissingDependency(
-            f"{PACKAGE.feature} needs the package {PACKAGE.distribution!r}, which is not installed. "
-            f"Install it: {PACKAGE.command}",
-            package=PACKAGE.module,
-            command=PACKAGE.command,
-        )
+    version = require_version(PACKAGE)
     with scratch_folder("executorch") as scratch:
         request = write_request(graph, scratch, ENGINE)
         _convert(request, graph)
@@ -85,7 +78,7 @@ def _refused(graph: TorchProgram, reason: str) -> ExportError:
     for pattern in _UNKNOWN_OPERATORS:
         unknown = pattern.search(reason)
         if unknown is not None:
-            return lacks_operator(TITLE, f"aten.{unknown['operator']}.default", graph)
+            return lacks_operator(TITLE, f"aten.{unknown['operator']}", graph)
     return ExportError(
         f"executorch does not convert the network: {' '.join(reason.split())[:400]}. "
         "Export for another runtime, or write the part that it names in other operators."

@@ -15,9 +15,9 @@ from deploykit.backends.conversion import (
     write_request,
 )
 from deploykit.backends.litert.package import CONVERTER, PACKAGE
-from deploykit.errors import ExportError, MissingDependency
+from deploykit.errors import ExportError
 from deploykit.graph import TorchProgram
-from deploykit.optional import installed_version
+from deploykit.optional import installed_version, require_version
 from deploykit.places import scratch_folder
 
 ENGINE = "model.tflite"
@@ -39,10 +39,10 @@ def lower(graph: TorchProgram, folder: Path, options: LowerOptions) -> Engine:
         ExportError: the network cannot be converted; where an operator is the reason, with its name and place.
         MissingDependency: no converter, or no runtime, whose version the engine is tied to.
     """
-    versions = {package.distribution: _installed(package.module) for package in (PACKAGE, CONVERTER)}
+    versions = {package.distribution: require_version(package) for package in (PACKAGE, CONVERTER)}
     with scratch_folder("litert") as scratch:
         request = write_request(graph, scratch, ENGINE)
-        _convert(request, graph, scratch)
+        _convert(request, graph)
         shutil.copyfile(request.engine, folder / ENGINE)
     return Engine(
         file=ENGINE,
@@ -54,26 +54,7 @@ def lower(graph: TorchProgram, folder: Path, options: LowerOptions) -> Engine:
     )
 
 
-def _installed(module: str) -> str:
-    """Return the version of a package, without importing it.
-
-    Raises:
-        MissingDependency: it is not installed.
-    """
-    package = PACKAGE if module == PACKAGE.module else CONVERTER
-    version = installed_version(module, package)
-    if version is None:
-        raise MissingDependency(
-            f"{package.feature} needs the package {package.distribution!r}, which is not installed. "
-            f"Install it: {package.command}",
-            package=module,
-            command=package.command,
-        )
-    return version
-
-
-def _convert(request: ConversionRequest, graph: TorchProgram, scratch: Path) -> None:
-    """Write ``request.engine`` in the folder ``scratch``."""
+def _convert(request: ConversionRequest, graph: TorchProgram) -> None:
     run_converter(
         "deploykit.backends.litert.converter",
         TITLE,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from deploykit import optional
+from deploykit.backends.conversion import lacks_operator
 from deploykit.backends.executorch import lower as module
 from deploykit.backends.executorch.inspect import left_in_float
 from deploykit.errors import ExportError, MissingDependency
@@ -53,8 +56,8 @@ def test_an_operator_that_is_not_converted_is_named_and_nothing_is_written(tmp_p
 @pytest.mark.parametrize(
     ("reason", "message"),
     [
-        ("NotImplementedError: no kernel of aten::conv2d.out", r"no aten\.conv2d\.default, which the network calls \("),
-        ("RuntimeError: Missing out variants: {'aten::roll'}", r"no aten\.roll\.default, which the network calls\."),
+        ("RuntimeError: no kernel of aten::conv2d.out", r"no aten\.conv2d\.default, which the network calls \("),
+        ("RuntimeError: Missing out variants: {'aten::roll'}", r"no aten\.roll, which the network calls\."),
         ("ValueError: words\nof its own", r"does not convert the network: ValueError: words of its own\."),
     ],
 )
@@ -68,7 +71,19 @@ def test_the_exporters_words_name_the_operator(reason, message, tmp_path: Path, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_any_overload_of_an_operator_has_its_place():
+    class Mean(nn.Module):
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return (images.mean((2, 3)),)
+
+    program = tiny_program()
+    other = dataclasses.replace(program, program=export_program(Mean(), program.input))
+    for name in ("aten.mean", "aten.mean.dim"):
+        assert re.search(r"no aten\.mean\.dim, .*test_lower\.py:\d+", str(lacks_operator("ExecuTorch", name, other)))
+    assert "no aten.me, which the network calls." in str(lacks_operator("ExecuTorch", "aten.me", other))
+
+
 def test_an_absent_package_has_its_command(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(module, "installed_version", lambda name, package=None: None)
+    monkeypatch.setattr(optional, "installed_version", lambda name, package=None: None)
     with pytest.raises(MissingDependency, match="pip install executorch"):
         lower("executorch", tiny_program(), tmp_path)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from deploykit import optional
 from deploykit.backends.litert import lower as module
 from deploykit.errors import ExportError, MissingDependency
 from deploykit.fusion.program import export_program
@@ -28,7 +29,7 @@ def test_the_signature_names_the_images_and_every_level():
 
 
 def test_the_engine_has_the_versions_of_what_made_it(tmp_path: Path, monkeypatch):
-    def written(request, graph, scratch):
+    def written(request, graph):
         Path(request.engine).write_bytes(b"engine")
 
     monkeypatch.setattr(module, "_convert", written)
@@ -76,6 +77,6 @@ def test_a_conversion_that_takes_too_long_is_stopped(tmp_path: Path, monkeypatch
     ("absent", "package"), [("ai_edge_litert", "ai-edge-litert"), ("litert_torch", "litert-torch")]
 )
 def test_an_absent_package_has_its_command(tmp_path: Path, monkeypatch, absent, package):
-    monkeypatch.setattr(module, "installed_version", lambda name, package=None: None if name == absent else "1.0")
+    monkeypatch.setattr(optional, "installed_version", lambda name, package=None: None if name == absent else "1.0")
     with pytest.raises(MissingDependency, match=f"pip install {package}"):
         lower("litert", tiny_program(), tmp_path)
