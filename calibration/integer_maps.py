@@ -7,11 +7,16 @@ plan's integers for their weights; how they round what they read is the runtime'
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
+import onnx_ir as ir
 import torch
 from torch.fx import GraphModule, Node
 
+from deploykit.calibration.dialect import keep_float
+from deploykit.calibration.float_fallback import keep_image_side
 from deploykit.calibration.plan import QuantizationPlan
+from deploykit.calibration.quantize_activations import UINT8, IntegerType
 from deploykit.calibration.torch_integers import (
     CONVOLUTIONS,
     Activations,
@@ -20,6 +25,20 @@ from deploykit.calibration.torch_integers import (
     planned_nodes,
     write_weight,
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntegerMapsDialect:
+    """What the dialects of such runtimes have in common; each adds how it renders."""
+
+    activations: IntegerType = UINT8
+    dynamic_operators: frozenset[str] = frozenset({"Gemm", "MatMul"})
+    integer_outputs: bool = True
+    integer_biases: bool = False
+
+    def keep_float(self, model: ir.Model, plan: QuantizationPlan) -> QuantizationPlan:
+        """Take the convolutions of the image out of a plan: they read a map of three channels."""
+        return keep_float(model, plan, (keep_image_side,))
 
 
 def write_integer_maps(module: GraphModule, plan: QuantizationPlan, outputs: tuple[str, ...]) -> list[PlannedNode]:

@@ -9,19 +9,16 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass, replace
 
-import onnx_ir as ir
 import torch
 from torch.fx import GraphModule, Node
 
 from deploykit.arrays import FloatArray
 from deploykit.backends.executorch.pooling import keep_pooled_sides
 from deploykit.backends.executorch.token_operators import rewrite_tokens
-from deploykit.calibration.dialect import Rendered, keep_float
-from deploykit.calibration.float_fallback import keep_image_side
-from deploykit.calibration.integer_maps import write_integer_maps
+from deploykit.calibration.dialect import Rendered
+from deploykit.calibration.integer_maps import IntegerMapsDialect, write_integer_maps
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.precision_plan import PrecisionPlan
-from deploykit.calibration.quantize_activations import UINT8, IntegerType
 from deploykit.calibration.torch_integers import CONVOLUTIONS, copy_of
 from deploykit.fusion.constants import operand
 from deploykit.fusion.program import export_program
@@ -29,16 +26,8 @@ from deploykit.graph import TorchProgram
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExecuTorchDialect:
+class ExecuTorchDialect(IntegerMapsDialect):
     """Writes plans into torch programs."""
-
-    activations: IntegerType = UINT8
-    dynamic_operators: frozenset[str] = frozenset({"Gemm", "MatMul"})
-    integer_outputs: bool = True
-
-    def keep_float(self, model: ir.Model, plan: QuantizationPlan) -> QuantizationPlan:
-        """Take the convolutions of the image out of a plan: they read a map of three channels."""
-        return keep_float(model, plan, (keep_image_side,))
 
     def render(self, graph: TorchProgram, plan: PrecisionPlan, probe: FloatArray) -> Rendered:
         """Write a plan (None: FP32) into a copy of the master program, in operators that the delegate has."""

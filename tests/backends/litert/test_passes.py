@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 from deploykit.backbones.attention import TransformerBlock
-from deploykit.backends.backend import resolve
 from deploykit.backends.litert.flatbuffer import WEIGHTED, TFLiteModel
 from deploykit.backends.litert.inspect import left_in_float
 from deploykit.backends.litert.integer_weights import IntegerWeight, check_integers, write_integers
 from deploykit.backends.litert.passes import DIALECT
-from deploykit.backends.table import load_backend
-from deploykit.calibration.plan import QuantizationPlan
 from deploykit.errors import ExportError
-from deploykit.onnx_session import onnx_session
 from deploykit.onnx_values import array_of
+from tests.backends.integer_engine import IntegerEngine, integer_engine, losses
 from tests.calibration.conftest import Case
 from tests.calibration.networks import Tokens, master_of, plan_of
-from tests.conftest_graphs import engine_of, lower, manifest_of, open_engine, sqnr_db
+from tests.conftest_graphs import engine_of
 
 
 class Transformer(Tokens):
@@ -45,44 +39,20 @@ def transformer(tokens: Case) -> Case:
     return Case(graph=master.onnx, program=master.torch, images=tokens.images, plan=plan)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Exported:
-    """An INT8 engine of a small network: its file, the part of the plan in it, and what it gives."""
-
-    case: Case
-    plan: QuantizationPlan
-    file: Path
-    outputs: list[np.ndarray]
-
-
 @pytest.fixture(scope="module", params=["residual", pytest.param("transformer", marks=pytest.mark.slow)])
-def exported(request, tmp_path_factory) -> Exported:
+def exported(request, tmp_path_factory) -> IntegerEngine:
     """A network of convolutions and one of linears, in the same plan as elsewhere."""
-    case: Case = request.getfixturevalue(request.param)
-    plan = DIALECT.keep_float(case.graph.model, case.plan)
-    graph = DIALECT.render(case.program, plan, case.images).graph
-    folder = tmp_path_factory.mktemp("litert")
-    engine = lower("litert", graph, folder)
-    settings = {"reduce_range": plan.reduce_range}
-    manifest = manifest_of("litert", graph, engine, precision="int8", precision_settings=settings)
-    with open_engine(manifest, folder) as model:
-        runs = [model._run(image[None]) for image in case.images]
-    return Exported(
-        case=case,
-        plan=plan,
-        file=folder / engine.file,
-        outputs=[np.concatenate(parts) for parts in zip(*runs, strict=True)],
-    )
+    return integer_engine("litert", request.getfixturevalue(request.param), tmp_path_factory.mktemp("litert"))
 
 
-def test_every_planned_operator_runs_in_integers(exported: Exported):
+def test_every_planned_operator_runs_in_integers(exported: IntegerEngine):
     found = left_in_float(exported.file)
     floats = sum(count for operator, count in found.items() if operator.startswith("float "))
     assert floats == len(exported.plan.placement.float_nodes)
     assert all("few channels" in reason for reason in exported.plan.placement.float_nodes.values())
 
 
-def test_the_integers_in_the_file_are_the_plans(exported: Exported):
+def test_the_integers_in_the_file_are_the_plans(exported: IntegerEngine):
     model, weights = TFLiteModel(exported.file.read_bytes()), exported.case.graph.model.graph.initializers
     stored = set()
     for operator in model.operators():
@@ -97,13 +67,8 @@ def test_the_integers_in_the_file_are_the_plans(exported: Exported):
         assert (planned.stored(), scales.tobytes()) in stored, name
 
 
-def test_it_gives_what_the_same_plan_gives_in_an_unoptimized_graph(exported: Exported):
-    case = exported.case
-    rendered = resolve(load_backend("onnxruntime").dialect).render(case.graph, exported.plan, case.images).graph
-    session = onnx_session(rendered.model)
-    runs = [session.run(None, {"images": image[None]}) for image in case.images]
-    for expected, theirs, ours in zip(case.run(), zip(*runs, strict=True), exported.outputs, strict=True):
-        assert sqnr_db(expected, ours) >= sqnr_db(expected, np.concatenate(theirs)) - 1
+def test_it_gives_what_the_same_plan_gives_in_an_unoptimized_graph(exported: IntegerEngine):
+    assert all(loss <= 1 for loss in losses(exported))
 
 
 def test_an_operator_that_stayed_in_float_is_named():
