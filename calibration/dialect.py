@@ -55,6 +55,11 @@ class Dialect(Protocol):
         """Whether what integer kernels write, and what stands between them, is rounded for float nodes too."""
         ...
 
+    @property
+    def integer_biases(self) -> bool:
+        """Whether biases of convolutions are rounded to the steps of their products."""
+        ...
+
     def keep_float(self, model: ir.Model, plan: QuantizationPlan) -> QuantizationPlan:
         """Return the part of a plan that this dialect writes in integers, the rest with the reason why not."""
         ...
@@ -73,6 +78,7 @@ class OnnxDialect:
         activations: the type in which integer nodes read.
         dynamic_operators: those that take their range from each call.
         integer_outputs: what integer kernels write, and what stands between them, is rounded for float nodes too.
+        integer_biases: biases of convolutions are rounded to the steps of their products.
         float_choices: what stays in float because this backend is faster so.
         legalize: passes over the master graph that write operators which the backend refuses or computes wrongly in
             an equal form, each proved on numbers; they run before any plan is written.
@@ -84,6 +90,7 @@ class OnnxDialect:
     activations: IntegerType = UINT8
     dynamic_operators: frozenset[str] = frozenset()
     integer_outputs: bool = False
+    integer_biases: bool = False
     float_choices: tuple[FloatChoice, ...] = ()
     legalize: tuple[OnnxPass, ...] = ()
     optimize: tuple[OnnxPass, ...] = ()

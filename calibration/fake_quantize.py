@@ -105,10 +105,14 @@ class FakeQuantize(nn.Module):
         rounded: Tensor = _RoundTensor.apply(values, self._log_scale(), self.zero_point, (self.least, self.most))  # type: ignore[no-untyped-call]
         return rounded
 
+    def scale(self) -> Tensor:
+        """Return the step that values are rounded to now, a scalar."""
+        return self._log_scale().exp()
+
     def range(self) -> ActivationRange:
         """Return the range that is rounded to now."""
         with torch.no_grad():
-            scale = float(self._log_scale().exp())
+            scale = float(self.scale())
             zero = float(self.zero_point.round().clamp(self.least, self.most))
         if self.kind.symmetric:
             amax = scale * TOP
@@ -165,6 +169,10 @@ class FakeQuantizedWeight(nn.Module):
         rounded: Tensor = _RoundChannels.apply(self.weight, self._log_scales())  # type: ignore[no-untyped-call]
         return rounded
 
+    def scales(self) -> Tensor:
+        """Return the steps that each channel is rounded to now, ``(channels,)``."""
+        return self._log_scales().exp()
+
     def quantized(self) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
         """Return the integers, of the weight's shape, and the scales ``(channels,)`` that it is rounded to now."""
         weight = self.weight.detach().cpu()
@@ -189,6 +197,27 @@ class FakeQuantizedWeight(nn.Module):
             pairs = [one.clamp_min(0).topk(min(2, rows.shape[1]), dim=1).values.sum(1) for one in (rows, -rows)]
             floor = max(float(amax.max()) * LEAST_SHARE, 1e-8)
             return (torch.maximum(torch.maximum(*pairs), amax).clamp_min(floor) / TOP).log()
+
+
+class FakeQuantizeBias(nn.Module):
+    """Round a bias, ``(channels,)``, to the steps of the products that it is added to; the gradient passes.
+
+    Args:
+        activation: what rounds the other operand of the products.
+        weight: what rounds their weight.
+    """
+
+    def __init__(self, activation: FakeQuantize, weight: FakeQuantizedWeight) -> None:
+        super().__init__()
+        self._factors = (activation, weight)  # in a tuple, so that their parameters are in the state dict once
+
+    def forward(self, bias: Tensor) -> Tensor:
+        """Return the bias rounded."""
+        with torch.no_grad():
+            activation, weight = self._factors
+            steps = (activation.scale() * weight.scales()).double()
+            rounded = ((bias / steps).round_() * steps).float()
+        return bias + (rounded - bias).detach()
 
 
 def _along(channels: Tensor, weight: Tensor) -> Tensor:

@@ -17,7 +17,12 @@ from torch.fx import GraphModule, Node
 from deploykit.arrays import FloatArray
 from deploykit.backbones.attention import TRANSPOSED
 from deploykit.calibration.dialect import Dialect, OnnxDialect
-from deploykit.calibration.fake_quantize import FakeQuantize, FakeQuantizedWeight, FakeQuantizeEachCall
+from deploykit.calibration.fake_quantize import (
+    FakeQuantize,
+    FakeQuantizeBias,
+    FakeQuantizedWeight,
+    FakeQuantizeEachCall,
+)
 from deploykit.calibration.placement import IntegerWeight
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.quantize_activations import written_in_integers
@@ -132,6 +137,10 @@ class _Writer:
             with self.module.graph.inserting_before(node):
                 rounded = self._call(FakeQuantizeEachCall(), node.args[0])
             node.update_arg(0, rounded)
+        if self.dialect.integer_biases:
+            for name, node in self._nodes.items():
+                if name not in dynamic and operators[name] == "Conv":
+                    self._round_bias(node, self.layers[name].weight)
         self.module.recompile()
 
     def _weighted_nodes(self) -> Iterator[tuple[str, Node]]:
@@ -226,6 +235,13 @@ class _Writer:
             if users and value not in done:
                 done.add(value)
                 self._round(value, tensor, users)
+
+    def _round_bias(self, node: Node, weight: FakeQuantizedWeight) -> None:
+        source: Any = node.args[0]
+        activation = self.module.get_submodule(str(source.target)) if source.op == "call_module" else None
+        if isinstance(activation, FakeQuantize):
+            with self.module.graph.inserting_before(node):
+                node.update_arg(2, self._call(FakeQuantizeBias(activation, weight), node.args[2]))
 
     def _only_reader(self, tensor: str) -> Node | None:
         """Return the call that gives a tensor which the exporter named anew, where it alone reads a known value."""

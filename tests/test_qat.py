@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from torch import nn
 from deploykit import create_backbone, export_backbone, load_bundle, prepare_qat
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.errors import CalibrationError, SpecError
+from deploykit.onnx_session import onnx_session
 from deploykit.parity.metrics import sqnr_db
 from deploykit.spec import Int8
 from tests.backbones.realistic import randomize
@@ -100,6 +102,12 @@ def outputs_of(bundle: Path, images: torch.Tensor) -> np.ndarray:
         return np.concatenate([model(image[None]) for image in images.numpy()])
 
 
+def as_written(bundle: Path, images: torch.Tensor) -> np.ndarray:
+    """What the engine's graph says, node by node."""
+    session = onnx_session(ir.load(bundle / "model.onnx"), optimize=False)
+    return np.concatenate([session.run(["logits"], {"images": image[None]})[0] for image in images.numpy()])
+
+
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
     with torch.random.fork_rng():
@@ -138,6 +146,7 @@ def test_the_engine_gives_what_the_trained_network_gives(case, trained, bundle):
     with torch.no_grad():
         expected = trained[0](images).numpy()
     assert sqnr_db(expected, outputs_of(bundle, images)) > 40
+    assert sqnr_db(expected, as_written(bundle, images)) > 60  # but for sums next to the middle of two integers
     with torch.no_grad():
         assert sqnr_db(case.fp32(images).numpy(), expected) < 30  # it is another network than the one in FP32
 

@@ -2,7 +2,12 @@ import numpy as np
 import pytest
 import torch
 
-from deploykit.calibration.fake_quantize import FakeQuantize, FakeQuantizedWeight, FakeQuantizeEachCall
+from deploykit.calibration.fake_quantize import (
+    FakeQuantize,
+    FakeQuantizeBias,
+    FakeQuantizedWeight,
+    FakeQuantizeEachCall,
+)
 from deploykit.calibration.quantize_activations import INT8, UINT8
 from deploykit.calibration.ranges import ActivationRange, TensorStatistics, quantize_weight
 
@@ -94,3 +99,20 @@ def test_a_reduced_range_follows_the_weight():
     quantizer().square().sum().backward()
     assert quantizer.log_scales.grad is None
     assert quantizer.weight.grad.abs().sum() > 0
+
+
+def test_a_bias_is_rounded_to_the_steps_of_its_products():
+    weight = torch.randn(6, 5, 3, 3, generator=torch.Generator().manual_seed(0))
+    integers, scales = quantize_weight(weight.numpy(), 0, reduce_range=False)
+    activation = FakeQuantize(RANGE, UINT8)
+    quantizer = FakeQuantizeBias(activation, FakeQuantizedWeight(weight, integers, scales, reduce_range=False))
+    bias = torch.linspace(-1, 1, 6).requires_grad_()
+    steps = scales.astype(np.float64) * float(UINT8.parameters(RANGE)[0])
+    rounded = quantizer(bias)
+    assert np.allclose(rounded.detach().numpy(), np.round(bias.detach().numpy() / steps) * steps, atol=1e-6)
+    rounded.sum().backward()
+    assert bias.grad.eq(1).all()
+    assert not quantizer.state_dict()  # what it rounds by is in that of the others
+    with torch.no_grad():
+        activation.log_scale += 10
+    assert quantizer(bias).abs().max() == 0  # it follows the ranges

@@ -45,6 +45,7 @@ class InductorDialect:
     activations: IntegerType = UINT8
     dynamic_operators: frozenset[str] = frozenset()
     integer_outputs: bool = False
+    integer_biases: bool = False
 
     def keep_float(self, model: ir.Model, plan: QuantizationPlan) -> QuantizationPlan:
         """Take convolutions on 1x1 maps out of a plan: oneDNN gains nothing from their integers."""

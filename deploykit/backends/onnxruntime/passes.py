@@ -25,6 +25,7 @@ DIALECT = OnnxDialect(
     activations=UINT8,
     dynamic_operators=DYNAMIC_OPERATORS,
     integer_outputs=True,
+    integer_biases=True,
     float_choices=(keep_image_side,),
     int8=(
         pad_channels,
