@@ -79,8 +79,11 @@ def read_error(path: Path, error: OSError) -> StorageError:
     return storage_error(f"{path} cannot be read", error, remedy)
 
 
-def cache_root() -> Path | None:
+def cache_root(*, tell: bool = True) -> Path | None:
     """Return ``$DEPLOYKIT_CACHE``, or deploykit's folder in the user's cache; None where there is no home folder.
+
+    Args:
+        tell: log a warning where there is none, which is for those who would keep something there.
 
     Raises:
         SpecError: the variable begins with ``~`` and there is no home folder.
@@ -96,10 +99,11 @@ def cache_root() -> Path | None:
                 f"{CACHE} is {chosen!r}, and there is no home folder: HOME is not set and the user has none "
                 f"({error}). Fix: set {CACHE} to an absolute path."
             ) from error
-        tell_once(
-            "Nothing is kept in a cache, because HOME is not set and user "
-            f"{os.getuid()} has no home folder. Set {CACHE} to a writable folder to keep engines and plans."
-        )
+        if tell:
+            tell_once(
+                "Nothing is kept in a cache, because HOME is not set and user "
+                f"{os.getuid()} has no home folder. Set {CACHE} to a writable folder to keep engines and plans."
+            )
         return None
     return root
 

@@ -7,6 +7,7 @@ import logging
 import pickle
 
 import numpy as np
+import platformdirs
 import pytest
 
 import deploykit.tune as tune_module
@@ -49,6 +50,14 @@ def test_it_opens_as_was_measured_best_and_says_so(found, caplog):
             streamed = list(model.stream([images, images]))
             for name, level in plain(images).items():
                 assert np.array_equal(streamed[1][name], level) or np.allclose(streamed[1][name], level, atol=1e-4)
+
+
+def test_opening_says_nothing_of_a_cache_that_there_is_not(bundle, monkeypatch, caplog):
+    monkeypatch.delenv("DEPLOYKIT_CACHE")
+    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: "~nobody-of-this-name/cache")
+    with load_bundle(bundle) as model:
+        assert model.tuned is None
+    assert "cache" not in caplog.text
 
 
 def test_the_settings_reach_the_runtime(found):

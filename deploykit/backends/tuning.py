@@ -14,6 +14,7 @@ import msgspec
 from deploykit.backends.backend import Backend
 from deploykit.errors import DeployKitError
 from deploykit.manifest import Manifest, engine_parts
+from deploykit.places import cache_root
 from deploykit.processor import this_processor
 from deploykit.store import Address, Store, address
 from deploykit.threads import MOST_THREADS, Hint, allowed_processors, thread_limit
@@ -54,7 +55,11 @@ def remembered(manifest: Manifest, backend: Backend, device: str, hint: Hint) ->
     if not manifest.files or not backend.tunable:
         return None
     try:
-        value = Store().load(_address(manifest, backend, device, hint))
+        root = cache_root(tell=False)
+        store = None if root is None else Store(root)
+        if store is None or not store.has(KIND):  # nothing was ever tuned here
+            return None
+        value = store.load(_address(manifest, backend, device, hint))
         found = None if value is None else msgspec.json.decode(value, type=Tuning)
     except (DeployKitError, msgspec.MsgspecError):  # no folder to keep things in, or a device without platformdirs
         return None
