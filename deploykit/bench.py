@@ -113,7 +113,7 @@ def _open(name: str, load: Callable[[], Runtime], opened: ExitStack) -> _Timed:
     before, start = _resident(), perf_counter()
     model = opened.enter_context(load())
     loaded = perf_counter()
-    images = random_images(model, own_batch(model))
+    images = random_images(model, model.input_spec.best_batch)
     called = perf_counter()
     model(images)
     first_ms, after = 1e3 * (perf_counter() - called), _resident()
@@ -192,15 +192,9 @@ def throughput(model: Runtime, images: ImageArray, seconds: float) -> float:
     return count * len(images) / (perf_counter() - start)
 
 
-def own_batch(model: Runtime) -> int:
-    """Return the batch that an engine is tuned for."""
-    batch = model.input_spec.batch
-    return batch if isinstance(batch, int) else batch.opt
-
-
 def _checked_batch(timed: _Timed, batch: int | None) -> int:
     if batch is None:
-        return own_batch(timed.model)
+        return timed.model.input_spec.best_batch
     if not timed.model.input_spec.accepts_batch(batch):
         raise SpecError(
             f"{timed.name} takes a batch of {timed.model.input_spec.batch}, and {batch} was asked for. Export it with "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -84,7 +85,8 @@ def prepare_qat(
 
 def is_qat(model: object) -> TypeGuard[QatNetwork]:
     """Return whether a model is one that `prepare_qat` gave; torch itself is not needed to tell."""
-    return type(model).__name__ == "QatNetwork" and hasattr(model, "put_into")
+    module = sys.modules.get("deploykit.export.qat")  # without it there is no such model
+    return module is not None and isinstance(model, module.QatNetwork)
 
 
 def check_alone(options: Mapping[str, object], calibration: object) -> None:

@@ -165,6 +165,11 @@ class InputSpec:
         return (batch, self.channels, self.height, self.width)
 
     @property
+    def best_batch(self) -> int:
+        """The batch that an engine is built for; of a range, the one that it is tuned for."""
+        return self.batch if isinstance(self.batch, int) else self.batch.opt
+
+    @property
     def embeds_preprocessing(self) -> bool:
         """Whether the engine itself does the cast, the transpose and the mean and std."""
         return self.dtype == "uint8"

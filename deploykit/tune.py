@@ -26,7 +26,7 @@ from deploykit.backends.runtime import LATENCY_IN_FLIGHT, Runtime
 from deploykit.backends.stream import MOST_IN_FLIGHT
 from deploykit.backends.table import load_backend
 from deploykit.backends.tuning import Tuning, forget, remember
-from deploykit.bench import own_batch, random_images, throughput
+from deploykit.bench import random_images, throughput
 from deploykit.bundle import open_bundle
 from deploykit.errors import SpecError
 from deploykit.manifest import Manifest
@@ -186,7 +186,7 @@ def _measured(
 ) -> TuningResult:
     """Time the default, which is the first of the engines, and the candidates; then the best of them once more."""
     first = models[0]
-    images = random_images(first, own_batch(first))
+    images = random_images(first, first.input_spec.best_batch)
     progress(f"{first.hint}: measure {len(candidates)} candidates")
     figures = _rounds(models, images, seconds)
     gains = [_gain(figures[0], own, first.hint) for own in figures[1:]]

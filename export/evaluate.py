@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from deploykit.arrays import FloatArray
 from deploykit.backends.backend import Engine, Lowering, LowerOptions, resolve
@@ -30,7 +28,7 @@ from deploykit.fusion.pipeline import FusionRecord
 from deploykit.graph import Graph, OnnxGraph
 from deploykit.parity.baseline import Baseline, measure_baseline
 from deploykit.parity.metrics import sqnr_db
-from deploykit.parity.report import MAX_SQNR_DB, ErrorKind, ParityReport
+from deploykit.parity.report import ErrorKind, ParityReport, capped
 from deploykit.places import scratch_folder
 from deploykit.processor import machine_key
 from deploykit.progress import BuildStep, Progress
@@ -120,30 +118,35 @@ class Evaluator:
             elsewhere=self.job.is_elsewhere,
         )
 
-    def errors_apart(self, built: Built, manifest: Manifest, folder: Path) -> dict[ErrorKind, dict[str, float]]:
-        """Compare a built engine with the runtime's FP32 engine, and with its own graph node by node.
+    @contextmanager
+    def opened(self, manifest: Manifest, folder: Path) -> Iterator[Runtime | None]:
+        """Give a built engine, open until the block ends; None where its device is not here."""
+        if manifest.status == "built":
+            yield None
+            return
+        with self._opened(manifest, folder) as model:
+            yield model
+
+    def errors_apart(self, built: Built, model: Runtime) -> dict[ErrorKind, dict[str, float]]:
+        """Compare an engine with the runtime's FP32 engine, and with its own graph node by node.
 
         Returns:
-            The SQNR of each output in dB, by kind; empty for FP32, and where the engine's device is not here.
+            The SQNR of each output in dB, by kind; empty for FP32.
         """
         precision = self.job.options.precision
-        if manifest.status == "built" or isinstance(precision, Fp32):
+        if isinstance(precision, Fp32):
             return {}
         images = self.network.images[: len(next(iter(self.proof.values()), self.network.images[:APART_IMAGES]))]
-        with self._opened(manifest, folder) as model:
-            own = run_in_batches(model, images)
+        own = run_in_batches(model, images)
         found: dict[ErrorKind, dict[str, float]] = {"quantization": _apart(self.proof, own)}
         if isinstance(built.graph, OnnxGraph) and isinstance(precision, Int8) and precision.float_dtype == "fp32":
             found["runtime"] = _apart(node_by_node(built.graph, images), own)
         return found
 
-    def baseline(self, manifest: Manifest, folder: Path) -> Baseline | None:
-        """Measure what a built engine gives and how far that moves; None where its device is not here."""
-        if manifest.status == "built":
-            return None
-        with self._opened(manifest, folder) as model:
-            machine = machine_key(model.seen_on(), model.threads)
-            return measure_baseline(lambda images: run_in_batches(model, images), self.network.images, machine)
+    def baseline(self, model: Runtime) -> Baseline:
+        """Measure what an engine gives and how far that moves."""
+        machine = machine_key(model.seen_on(), model.threads)
+        return measure_baseline(lambda images: run_in_batches(model, images), self.network.images, machine)
 
     def evaluate(self, plan: PrecisionPlan, *, timed: bool = False) -> Measured:
         """Build the engine of a plan in a temporary folder and compare it with torch.
@@ -261,4 +264,4 @@ class Evaluator:
 def _apart(expected: Mapping[str, FloatArray], own: Mapping[str, FloatArray]) -> dict[str, float]:
     """Return the SQNR of each output that both have, in dB, as a report stores it."""
     shared = [name for name in expected if name in own]
-    return {name: float(np.clip(sqnr_db(expected[name], own[name]), -MAX_SQNR_DB, MAX_SQNR_DB)) for name in shared}
+    return {name: capped(sqnr_db(expected[name], own[name])) for name in shared}

@@ -13,7 +13,7 @@ from onnx_ir.passes import common as ir_passes
 from deploykit.arrays import Array
 from deploykit.onnx_session import Arrays, GraphSession, onnx_session
 from deploykit.parity.metrics import sqnr_db
-from deploykit.parity.report import MAX_SQNR_DB
+from deploykit.parity.report import MAX_SQNR_DB, capped
 from deploykit.places import storage_error
 
 RunPart: TypeAlias = Callable[[ir.Model, Arrays], list[Array]]
@@ -161,4 +161,4 @@ def decibels_between(expected: Array, found: Array) -> float:
     wanted = expected.astype(np.float32)
     if not np.isfinite(wanted).all():
         return MAX_SQNR_DB  # a mask's infinities: nothing can be said
-    return float(np.clip(sqnr_db(wanted, found.astype(np.float32)), -MAX_SQNR_DB, MAX_SQNR_DB))
+    return capped(sqnr_db(wanted, found.astype(np.float32)))

@@ -116,10 +116,13 @@ def export(job: ExportJob, folder: Path, *, overwrite: bool = False, progress: P
                 parity, manifest = engines.compare(built, staging)
                 parity.raise_for_failures()
             parity = parity.with_errors({"conversion": conversion})
-            parity = parity.with_errors(engines.errors_apart(built, manifest, staging))
             if job.trained is not None:
                 parity = replace(parity, reference=TRAINED)
-            baseline = engines.baseline(manifest, staging) if job.options.probe_levels else None
+            baseline = None
+            with engines.opened(manifest, staging) as model:
+                if model is not None:
+                    parity = parity.with_errors(engines.errors_apart(built, model))
+                    baseline = engines.baseline(model) if job.options.probe_levels else None
             speed = _speed(engines, plan, manifest, staging, progress)
         progress(StageStarted(name="bundle"))
         _save_reference(network, expected, manifest, staging)

@@ -176,8 +176,7 @@ def _chosen(model: Runtime, images: ImageArray, names: Sequence[str]) -> dict[st
 def one_call(model: Runtime) -> tuple[Callable[[], object], int]:
     """Return a call of one batch of a bundle's own images, to be timed, and how many images that is."""
     side = _opened(model)
-    batch = model.input_spec.batch
-    size = batch if isinstance(batch, int) else batch.opt
+    size = model.input_spec.best_batch
     images = side.images[np.arange(size) % len(side.images)]
     return lambda: model(images), size
 

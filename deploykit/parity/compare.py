@@ -6,12 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import TypeAlias
 
-import numpy as np
-
 from deploykit.arrays import Array
 from deploykit.errors import ParityError, SpecError
 from deploykit.parity.metrics import ErrorSums, top1_matches
-from deploykit.parity.report import MAX_MAX_ABS, MAX_RELATIVE_L2, MAX_SQNR_DB, LevelParity
+from deploykit.parity.report import MAX_MAX_ABS, MAX_RELATIVE_L2, LevelParity, capped
 
 LOGITS = "logits"
 
@@ -158,7 +156,7 @@ def _level(
         within = within and agreement >= min_top1_agreement
     return LevelParity(
         name=name,
-        sqnr_db=float(np.clip(sums.sqnr_db, -MAX_SQNR_DB, MAX_SQNR_DB)),
+        sqnr_db=capped(sums.sqnr_db),
         cosine=sums.cosine,
         relative_l2=min(sums.relative_l2, MAX_RELATIVE_L2),
         max_abs=min(sums.max_abs, MAX_MAX_ABS),

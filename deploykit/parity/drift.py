@@ -21,7 +21,7 @@ from deploykit.parity.baseline import (
 )
 from deploykit.parity.metrics import sqnr_db
 from deploykit.parity.probes import ImageArray, noisy_images
-from deploykit.parity.report import MAX_SQNR_DB, LevelParity
+from deploykit.parity.report import MAX_SQNR_DB, LevelParity, capped
 
 HERE = 0.1
 """On the machine of the export: the share of the spread by which outputs may move. Reruns gave equal bits in ONNX
@@ -99,8 +99,8 @@ def _level_drift(level: LevelBaseline, found: FloatArray, noisy: FloatArray, *, 
     size = math.sqrt(float((level.values.astype(np.float64) ** 2).mean()))
     error = found.astype(np.float64) - level.values
     allowed = max(level.spread * (HERE if same else ELSEWHERE), size * LEAST * (1e-3 if same else 1.0))
-    agreement = _capped(sqnr_db(level.values, found))
-    needed = _capped(20 * math.log10(size / allowed)) if size and allowed else MAX_SQNR_DB
+    agreement = capped(sqnr_db(level.values, found))
+    needed = capped(20 * math.log10(size / allowed)) if size and allowed else MAX_SQNR_DB
     faults = []
     if agreement < needed:
         faults.append(f"{agreement:.1f} dB from what it gave when exported; at least {needed:.1f} dB")
@@ -141,10 +141,6 @@ def _response_faults(level: LevelBaseline, quiet: FloatArray, noisy: FloatArray)
 def response_fault(found: float, exported: float) -> str:
     """Say that an engine answers noise in its images as the exported one did not, both in dB."""
     return (
-        f"noise in the images moves it by {_capped(found):.1f} dB, and did by {exported:.1f} dB when exported: "
+        f"noise in the images moves it by {capped(found):.1f} dB, and did by {exported:.1f} dB when exported: "
         "the answers do not follow the images"
     )
-
-
-def _capped(value: float) -> float:
-    return float(np.clip(value, -MAX_SQNR_DB, MAX_SQNR_DB))

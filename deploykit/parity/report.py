@@ -286,6 +286,11 @@ class ParityReport:
         )
 
 
+def capped(value: float) -> float:
+    """Return an SQNR in dB as reports have it, within +-`MAX_SQNR_DB`: infinity is no JSON."""
+    return min(max(float(value), -MAX_SQNR_DB), MAX_SQNR_DB)  # in this order NaN stays NaN
+
+
 def decibels(value: float | None) -> str:
     """Return an SQNR as text; empty for None."""
     if value is None:

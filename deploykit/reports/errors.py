@@ -13,7 +13,7 @@ import numpy.typing as npt
 from deploykit.backends.runtime import Runtime, run_in_batches
 from deploykit.parity.metrics import sqnr_db
 from deploykit.parity.reference import REFERENCE_FILE, ParityReference
-from deploykit.parity.report import MAX_SQNR_DB
+from deploykit.parity.report import capped
 
 Kind: TypeAlias = Literal["conversion", "quantization", "runtime"]
 Outputs: TypeAlias = Mapping[str, npt.NDArray[np.float32]]
@@ -84,5 +84,5 @@ def _errors(kind: Kind, bundle: str, against: str, expected: Outputs, found: Out
     for level, values in expected.items():
         if not np.isfinite(values).all():
             continue
-        figure = float(np.clip(sqnr_db(values, found[level]), -MAX_SQNR_DB, MAX_SQNR_DB))
+        figure = capped(sqnr_db(values, found[level]))
         yield ErrorApart(kind=kind, bundle=bundle, against=against, level=level, sqnr_db=figure)

@@ -107,8 +107,7 @@ def _call(package: Path, spec: InputSpec) -> Callable[[], object]:
     """Return a call of a package on zeros, of the batch that it is tuned for."""
     torch = require("torch")
     loader = load_package(package)
-    batch = spec.batch if isinstance(spec.batch, int) else spec.batch.opt
-    images = [torch.zeros((batch, *spec.shape[1:]), dtype=getattr(torch, spec.dtype))]
+    images = [torch.zeros((spec.best_batch, *spec.shape[1:]), dtype=getattr(torch, spec.dtype))]
     return lambda: loader.run(images)
 
 
