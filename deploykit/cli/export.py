@@ -62,7 +62,7 @@ def export(
     output: opt.OutputOption = None,
     overwrite: opt.OverwriteFlag = False,
     layout: opt.LayoutOption = None,
-    repository: opt.RepositoryOption = opt.REPOSITORY,
+    repository: opt.RepositoryOption = None,
     dry_run: opt.DryRunFlag = False,
     json: JsonFlag = False,
 ) -> None:
@@ -108,7 +108,7 @@ def export(
         output=Path(output) if output is not None else opt.default_output(backbone.name, options),
         overwrite=overwrite,
         layout=layout,
-        repository=repository,
+        repository=_repository_of(layout, repository),
     )
     _check_and_export(choice, dry_run=dry_run, json=json)
 
@@ -119,6 +119,7 @@ def _check_and_export(choice: opt.ExportChoice, *, dry_run: bool, json: bool) ->
     if choice.layout is not None:
         _check_layout(choice, choice.layout)
     plans = check_export(choice, decode=dry_run)
+    _check_vacant(choice, plans[0].backbone.name)
     if dry_run:
         whole = {"plan": plans[0]} if len(plans) == 1 else {"plans": plans}
         show_json({"dry_run": True} | whole) if json else show(*(line for plan in plans for line in _planned(plan)))
@@ -142,10 +143,25 @@ def _check_layout(choice: opt.ExportChoice, layout: str) -> None:
     check_layout(layout, choice.options[0].runtime)
 
 
+def _repository_of(layout: str | None, repository: str | None) -> Path | None:
+    if layout is None and repository is not None:
+        raise SpecError("--repository is where --layout adds the bundle, and no layout was given. Fix: give both.")
+    return None if layout is None else Path(repository or "models")
+
+
+def _check_vacant(choice: opt.ExportChoice, backbone: str) -> None:
+    """Refuse, before any work, a repository that has the model already."""
+    from deploykit.serving.repository import check_layout, check_vacant
+
+    if choice.layout is not None and choice.repository is not None:
+        layout = check_layout(choice.layout, choice.options[0].runtime)
+        check_vacant(choice.repository, backbone, layout)
+
+
 def _served(result: ExportResult, choice: opt.ExportChoice) -> ServedModel | None:
     from deploykit.serving.repository import check_layout, write_repository
 
-    if choice.layout is None:
+    if choice.layout is None or choice.repository is None:
         return None
     layout = check_layout(choice.layout, result.manifest.runtime)
     return write_repository(result.folder, choice.repository, layout=layout)

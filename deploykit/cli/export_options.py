@@ -277,17 +277,19 @@ LayoutOption = Annotated[
     ),
 ]
 RepositoryOption = Annotated[
-    str,
-    option("--repository", panel=_BUNDLE, metavar="FOLDER", help="The repository that --layout adds to."),
+    str | None,
+    option(
+        "--repository",
+        panel=_BUNDLE,
+        metavar="FOLDER",
+        default="models",
+        help="The repository that --layout adds to.",
+    ),
 ]
 DryRunFlag = Annotated[
     bool,
     option("--dry-run", panel=_BUNDLE, help="Check every option and print what would be made; build nothing."),
 ]
-
-
-REPOSITORY = "models"
-"""Where ``--layout`` adds a bundle, unless another folder is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,7 +303,7 @@ class ExportChoice:
     output: Path
     overwrite: bool
     layout: str | None = None
-    repository: str = REPOSITORY
+    repository: Path | None = None
 
 
 def batch_of(text: str) -> Batch:

@@ -35,9 +35,8 @@ class BundleModel(MLModel):
 
         folder = await get_model_uri(self.settings)
         self._model = await asyncio.to_thread(load_bundle, folder)
-        batch = self._model.input_spec.batch
-        shape = (batch if isinstance(batch, int) else batch.opt, *self._model.input_spec.shape[1:])
-        await asyncio.to_thread(self._model, np.zeros(shape, self._model.input_spec.dtype))
+        spec = self._model.input_spec
+        await asyncio.to_thread(self._model, np.zeros((spec.best_batch, *spec.shape[1:]), spec.dtype))
         return True
 
     async def predict(self, payload: Any) -> Any:

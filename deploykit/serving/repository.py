@@ -15,7 +15,6 @@ from typing import Literal, TypeAlias, cast, get_args
 from deploykit.arguments import check_arguments
 from deploykit.backends.backend import Serving, resolve
 from deploykit.backends.table import load_backend
-from deploykit.bundle import open_bundle
 from deploykit.errors import BundleError, SpecError, nearest
 from deploykit.labels import LABELS_FILE
 from deploykit.locks import locked_folder
@@ -81,12 +80,13 @@ def write_repository(
     if not 1 <= version <= 1 << 31:
         raise SpecError(f"version is {version}; expected a whole number from 1 on.")
     folder, root = Path(bundle), Path(repository).absolute()
-    manifest = open_bundle(folder)
-    name = name if name is not None else re.sub(r"[^A-Za-z0-9_.-]", "-", manifest.backbone.name).lstrip(".-") or "model"
+    shipment = make_shipment(folder)
+    manifest = shipment.manifest
+    name = name if name is not None else model_name(manifest.backbone.name)
     if not _NAME.fullmatch(name):
         raise SpecError(f"the name of the model is {name!r}; expected letters, digits, '_', '-' and '.'.")
     serving = _serving_of(manifest.runtime)
-    plan = _plan(make_shipment(folder), serving, check_layout(layout, manifest.runtime), name, version)
+    plan = _plan(shipment, serving, check_layout(layout, manifest.runtime), name, version)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with locked_folder(root, f"to add the model {name}", seconds=_LOCK_SECONDS):
@@ -105,6 +105,29 @@ def write_repository(
         start=_START[layout].format(repository=root),
         notes=tuple(note for key, note in serving.notes.items() if layout == "triton" and key == manifest.precision),
     )
+
+
+def model_name(backbone: str) -> str:
+    """Return what a backbone's model is called in a repository, unless another name is given."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", backbone).lstrip(".-") or "model"
+
+
+def check_vacant(repository: Path, backbone: str, layout: Layout) -> None:
+    """Refuse a repository in which the first version of a backbone's model is, before it is exported.
+
+    Raises:
+        SpecError: it is there.
+    """
+    folder = repository / model_name(backbone) / _version_folder(layout, 1)
+    if os.path.lexists(folder):
+        raise SpecError(
+            f"{folder} is there already. Give another --repository; or export without --layout, and add the bundle by "
+            "deploykit repository with another --version or --name."
+        )
+
+
+def _version_folder(layout: Layout, version: int) -> str:
+    return f"v{version}" if layout == "kserve" else str(version)
 
 
 def check_layout(layout: str, runtime: str) -> Layout:
@@ -154,28 +177,28 @@ class _Plan:
 
 
 def _plan(shipment: Shipment, serving: Serving, layout: Layout, name: str, version: int) -> _Plan:
-    manifest, files = shipment.manifest, shipment.files
+    manifest, files, inside = shipment.manifest, shipment.files, _version_folder(layout, version)
     if layout == "kserve":
-        copied = {f"v{version}/{open_inference.BUNDLE}/{each}": (each, record) for each, record in files.items()}
+        copied = {f"{inside}/{open_inference.BUNDLE}/{each}": (each, record) for each, record in files.items()}
         settings = open_inference.model_settings(manifest, name, version)
-        texts = {f"v{version}/{open_inference.CONFIG}": settings}
-        return _Plan(copied=copied, texts=texts, fixed=frozenset(), version=f"v{version}")
+        texts = {f"{inside}/{open_inference.CONFIG}": settings}
+        return _Plan(copied=copied, texts=texts, fixed=frozenset(), version=inside)
     parts = engine_parts(manifest.engine, manifest.files)
-    copied = {f"{version}/{PurePosixPath(part).name}": (part, files[part]) for part in parts}
+    copied = {f"{inside}/{PurePosixPath(part).name}": (part, files[part]) for part in parts}
     described = [MANIFEST, MANIFEST_DIGEST, *([LABELS_FILE] if LABELS_FILE in manifest.files else [])]
     if layout == "ovms":
         entry = model_server.model_server_entry(manifest, serving, name)
-        return _Plan(copied=copied, texts={}, fixed=frozenset(), version=str(version), entry=entry)
+        return _Plan(copied=copied, texts={}, fixed=frozenset(), version=inside, entry=entry)
     python = layout == "triton-python"
     config = triton.triton_config(manifest, serving, name, python=python).encode()
     texts = {triton.CONFIG: config}
     if python:
-        copied = {f"{version}/{triton_model.BUNDLE}/{each}": (each, record) for each, record in files.items()}
-        texts[f"{version}/{triton.PYTHON_MODEL}"] = triton_model.MODEL
+        copied = {f"{inside}/{triton_model.BUNDLE}/{each}": (each, record) for each, record in files.items()}
+        texts[f"{inside}/{triton.PYTHON_MODEL}"] = triton_model.MODEL
         described = [LABELS_FILE] if LABELS_FILE in manifest.files else []
-    copied |= {(each if each == LABELS_FILE else f"{version}/{each}"): (each, files[each]) for each in described}
+    copied |= {(each if each == LABELS_FILE else f"{inside}/{each}"): (each, files[each]) for each in described}
     fixed = frozenset({triton.CONFIG} | ({LABELS_FILE} & copied.keys()))
-    return _Plan(copied=copied, texts=texts, fixed=fixed, version=str(version))
+    return _Plan(copied=copied, texts=texts, fixed=fixed, version=inside)
 
 
 def _write(plan: _Plan, folder: Path, root: Path, name: str) -> None:

@@ -100,7 +100,7 @@ def _warm_up(manifest: Manifest, batching: BatchRange | None) -> Iterator[str]:
     spec = manifest.input
     sides = [int(side) for side in spec.shape[1:]]
     if batching is None:
-        sides = [spec.batch if isinstance(spec.batch, int) else spec.batch.opt, *sides]
+        sides = [spec.best_batch, *sides]
     for size in sorted({1, batching.opt}) if batching is not None else (1,):
         value = f"data_type: {_TYPES[spec.dtype]}, dims: {_dims(sides)}, zero_data: true"
         yield (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +11,7 @@ import msgspec
 from deploykit.arguments import check_arguments
 from deploykit.bundle import open_bundle, writing
 from deploykit.bundle_files import SIGNATURE, SOURCE_FILE
-from deploykit.errors import SpecError
-from deploykit.manifest import Manifest
+from deploykit.errors import BundleError, SpecError
 from deploykit.plain_files import read_plain
 from deploykit.shipping.address import Address, HubAddress, parse_address
 from deploykit.shipping.hub import fetch_again, pull_from_hub, push_to_hub
@@ -121,12 +119,10 @@ def pull_bundle(
     address, folder = parse_address(source), Path(output)
     if isinstance(address, HubAddress):
         revision, files = pull_from_hub(address)
-        manifest = arrived_manifest(files, str(address))
-        files |= _mended(address, revision, files, manifest)
+        _check_from_hub(address, revision, files)
     else:
         revision, files = read_layout(address)
-        manifest = arrived_manifest(files, str(address))
-    check_arrived(files, manifest, str(address))
+        check_arrived(files, arrived_manifest(files, str(address)), str(address))
     with writing(folder, overwrite=overwrite) as staging:
         copy_files(files, staging)
         if signed_by is not None:
@@ -157,11 +153,20 @@ def _keep_source(staging: Path, source: Source) -> None:
     target.write_bytes(msgspec.json.format(msgspec.json.encode(source), indent=2) + b"\n")
 
 
-def _mended(address: HubAddress, commit: str, files: Mapping[str, Path], manifest: Manifest) -> dict[str, Path]:
-    """Return files that the hub's cache held damaged, downloaded once more."""
-    records = {name: record for name, record in manifest.files.items() if name in files}
-    wrong = [name for name, record in records.items() if file_problem(files[name], name, record)]
-    return fetch_again(address, commit, wrong) if wrong else {}
+def _check_from_hub(address: HubAddress, commit: str, files: dict[str, Path]) -> None:
+    """Compare files of the hub's cache with the manifest; what the cache holds damaged is downloaded once more.
+
+    Raises:
+        BundleError: the bundle is damaged there too.
+    """
+    manifest = arrived_manifest(files, str(address))
+    try:
+        check_arrived(files, manifest, str(address))
+    except BundleError:
+        records = {name: record for name, record in manifest.files.items() if name in files}
+        wrong = [name for name, record in records.items() if file_problem(files[name], name, record)]
+        files |= fetch_again(address, commit, wrong)
+        check_arrived(files, manifest, str(address))
 
 
 def _pinned(address: Address, revision: str) -> str:

@@ -225,11 +225,18 @@ def test_an_export_refuses_a_layout_before_any_work(tmp_path, monkeypatch):
     refused = call(*EXPORT, "--layout", "ovms")
     assert (refused.code, list(tmp_path.iterdir())) == (2, [])
     assert "opens no onnxruntime engines" in refused.err
+    alone = call(*EXPORT, "--repository", "served")
+    assert (alone.code, list(tmp_path.iterdir())) == (2, [])
+    assert "no layout was given" in alone.err
     several = call(
         "export", "resnet18", "--target", "raspberry-pi-5", "--target", "raspberry-pi-4", "--layout", "triton"
     )
     assert (several.code, list(tmp_path.iterdir())) == (2, [])
     assert "for one target" in several.err
+    (tmp_path / "served" / "resnet18" / "1").mkdir(parents=True)
+    taken = call(*EXPORT, "--layout", "triton", "--repository", "served")
+    assert (taken.code, [path.name for path in tmp_path.iterdir()]) == (2, ["served"])
+    assert "resnet18/1 is there already. Give another --repository" in taken.err
 
 
 def test_deploykit_in_triton_serves_any_runtime(onnx, tmp_path):
