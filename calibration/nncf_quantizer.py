@@ -34,7 +34,7 @@ from deploykit.calibration.strip_quantizers import Stripped, TensorQuantizer, We
 from deploykit.errors import CalibrationError, plain_reason
 from deploykit.onnx_session import graph_batch
 from deploykit.onnx_values import array_of, floats_of
-from deploykit.optional import OptionalPackage, installed_version, require
+from deploykit.optional import OptionalPackage, require
 from deploykit.spec import Int8
 
 PACKAGE = OptionalPackage(
@@ -46,16 +46,6 @@ PACKAGE = OptionalPackage(
 )
 MOST_IMAGES = 300
 """How many images NNCF sees at most: what it takes by default."""
-
-
-def check_installed() -> None:
-    """Refuse NNCF's recipe where it is not installed, before any work is done.
-
-    Raises:
-        MissingDependency: it is not.
-    """
-    if installed_version("nncf", PACKAGE) is None:
-        require("nncf", PACKAGE)
 
 
 def block_reports() -> None:

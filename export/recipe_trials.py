@@ -11,7 +11,7 @@ import numpy as np
 
 from deploykit.calibration.distillation import FEWEST_IMAGES
 from deploykit.calibration.images import CalibrationSet, calibration_set
-from deploykit.calibration.nncf_quantizer import check_installed
+from deploykit.calibration.nncf_quantizer import PACKAGE as NNCF
 from deploykit.calibration.recipes import (
     AUTO_RECIPE,
     NOT_TRIED,
@@ -24,6 +24,7 @@ from deploykit.calibration.recipes import (
 from deploykit.calibration.search import Measured
 from deploykit.errors import CalibrationError
 from deploykit.export.job import ExportJob
+from deploykit.optional import require_version
 from deploykit.progress import CandidateMeasured, Progress, StageStarted
 from deploykit.spec import Int8
 from deploykit.store import Address, Store, address
@@ -54,7 +55,7 @@ def settle_recipe(
     if settings.recipe != AUTO_RECIPE:
         settled = with_recipe(settings, job.backbone.family)
         if settled.calibrator == "nncf":
-            check_installed()
+            require_version(NNCF)
         return job.with_precision(settled), None
     progress(StageStarted(name="recipes"))
     report = _kept_report(job) or _try_recipes(job, settings, job.images, progress, evaluate)
