@@ -184,9 +184,7 @@ class InputSpec:
 
     def accepts_batch(self, count: int) -> bool:
         """Return whether a call with ``count`` images is within the engine's batch."""
-        if isinstance(self.batch, int):
-            return count == self.batch
-        return self.batch.min <= count <= self.batch.max
+        return count == self.batch if isinstance(self.batch, int) else self.batch.min <= count <= self.batch.max
 
 
 @dataclass(frozen=True, kw_only=True)
