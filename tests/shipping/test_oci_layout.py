@@ -274,7 +274,7 @@ def test_a_signed_bundle_stays_signed(tmp_path):
     pulled = pull_bundle(f"oci:{tmp_path}/models", tmp_path / "pulled", signed_by=key.with_suffix(".pub"))
     assert pulled.signed
     assert deploykit.verify_bundle(tmp_path / "pulled", signed_by=key.with_suffix(".pub")).passed
-    assert state(tmp_path / "pulled") == state(bundle)
+    assert state(bundle).items() <= state(tmp_path / "pulled").items()
     shutil.rmtree(tmp_path / "pulled")
     with pytest.raises(BundleError, match="not signed by"):
         pull_bundle(f"oci:{tmp_path}/models", tmp_path / "pulled", signed_by=other.with_suffix(".pub"))
