@@ -36,11 +36,11 @@ def in_onnxruntime(model: onnx.ModelProto | ir.Model | Path) -> Call:
     return lambda images: session.run(None, {name: images})
 
 
-def in_openvino(model: onnx.ModelProto | ir.Model | Path) -> Call:
-    """A graph, or its file, as a call in OpenVINO, on the CPU, precision pinned to FP32 where there are no integers."""
+def in_openvino(model: onnx.ModelProto | ir.Model | Path, precision: str = "f32") -> Call:
+    """A graph, or its file, as a call in OpenVINO, on the CPU, ``precision`` pinned where there are no integers."""
     import openvino
 
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    settings = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     core = openvino.Core()
     request = core.compile_model(core.read_model(_readable(model)), "CPU", settings).create_infer_request()
 

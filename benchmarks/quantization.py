@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import json
 import logging
 import statistics
@@ -36,6 +35,7 @@ import onnx_ir as ir
 import torch
 from _planned import DIALECTS, NETWORKS, Network
 from _side_by_side import stock_graph
+from _stock import STOCK, by_nncf
 from _timing import RUNTIMES, Call, alternate, outputs_of
 from torch import nn
 
@@ -44,6 +44,7 @@ from deploykit.export.graphs import output_specs, select
 from deploykit.export.trace import output_names
 from deploykit.graph import OnnxGraph
 from deploykit.parity.metrics import sqnr_db, top1_agreement
+from deploykit.processor import saturates
 from deploykit.spec import InputSpec, Int8
 
 OURS = "deploykit"
@@ -58,16 +59,11 @@ class Route:
     timed: onnx.ModelProto | ir.Model | Path
 
 
-def nncf_route(model: onnx.ModelProto, images: FloatArray) -> onnx.ModelProto:
-    """NNCF's post-training quantization of the ONNX graph, mixed preset, as a transformer where it is one."""
-    return _by_nncf(copy.deepcopy(model), model, images)
-
-
 def nncf_on_openvino(model: onnx.ModelProto, images: FloatArray, folder: Path, *, logits: bool) -> Route:
     """The same of the graph as OpenVINO reads it, as OpenVINO's own files."""
     import openvino
 
-    quantized = _by_nncf(openvino.Core().read_model(model.SerializeToString()), model, images)
+    quantized = by_nncf(openvino.Core().read_model(model.SerializeToString()), model, images)
     route = Route(whole=folder / "whole.xml", timed=folder / ("logits.xml" if logits else "whole.xml"))
     openvino.save_model(quantized, route.whole, compress_to_fp16=False)
     if logits:
@@ -75,56 +71,6 @@ def nncf_on_openvino(model: onnx.ModelProto, images: FloatArray, folder: Path, *
             quantized.remove_result(result)
         openvino.save_model(quantized, route.timed, compress_to_fp16=False)
     return route
-
-
-def _by_nncf(form: Any, model: onnx.ModelProto, images: FloatArray) -> Any:
-    import nncf
-
-    dataset = nncf.Dataset([image[None] for image in images], lambda image: {"images": image})
-    transformer = nncf.ModelType.TRANSFORMER if any(node.op_type == "Softmax" for node in model.graph.node) else None
-    preset = nncf.QuantizationPreset.MIXED
-    return nncf.quantize(form, dataset, preset=preset, subset_size=len(images), model_type=transformer)
-
-
-def static_route(model: onnx.ModelProto, images: FloatArray) -> onnx.ModelProto:
-    """ONNX Runtime's static quantization, per channel, Q/DQ, uint8 activations and int8 weights."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
-
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.left = iter(images)
-
-        def get_next(self) -> Any:
-            image = next(self.left, None)
-            return None if image is None else {"images": image[None]}
-
-    with tempfile.TemporaryDirectory() as scratch:
-        source, target = Path(scratch) / "fp32.onnx", Path(scratch) / "int8.onnx"
-        onnx.save(model, source)
-        quantize_static(
-            source, target, Reader(), per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8
-        )
-        return onnx.load(target)
-
-
-def dynamic_route(model: onnx.ModelProto, images: FloatArray) -> onnx.ModelProto:
-    """ONNX Runtime's dynamic quantization of matrix products, per channel; takes no images."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    with tempfile.TemporaryDirectory() as scratch:
-        source, target = Path(scratch) / "fp32.onnx", Path(scratch) / "int8.onnx"
-        onnx.save(model, source)
-        quantize_dynamic(
-            source, target, per_channel=True, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8
-        )
-        return onnx.load(target)
-
-
-STOCK: dict[str, Callable[[onnx.ModelProto, FloatArray], onnx.ModelProto]] = {
-    "quantize_static": static_route,
-    "quantize_dynamic": dynamic_route,
-    "NNCF on ONNX": nncf_route,
-}
 
 
 def measure(name: str, count: int, rounds: int, settings: Int8, outputs: str) -> list[dict[str, Any]]:
@@ -285,7 +231,7 @@ def main() -> None:
         if name in measured:
             continue
         print(f"measuring {name}", flush=True)
-        found = measure(name, options.images, options.rounds, Int8(), options.outputs)
+        found = measure(name, options.images, options.rounds, Int8(reduce_range=saturates(None)), options.outputs)
         rows += found
         if options.results:
             with options.results.open("a") as file:
