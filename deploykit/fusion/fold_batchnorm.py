@@ -9,7 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from deploykit.fusion.affine import Affine, fold
-from deploykit.fusion.constants import argument, constant, tidy
+from deploykit.fusion.constants import argument, constant, operand, tidy
 
 _NORM = torch.ops.aten.batch_norm.default
 
@@ -26,15 +26,18 @@ def fold_batchnorm(module: GraphModule) -> int:
     """
     folded = 0
     for norm in module.graph.find_nodes(op="call_function", target=_NORM):
-        affine = _affine(module, norm)
-        if affine is not None and fold(module, norm, norm.args[0], affine):
+        found = norm_affine(module, norm)
+        if found is not None and fold(module, norm, *found):
             folded += 1
     if folded:
         tidy(module)
     return folded
 
 
-def _affine(module: GraphModule, norm: Node) -> Affine | None:
+def norm_affine(module: GraphModule, norm: Node) -> tuple[Node, Affine] | None:
+    """Return what a BatchNorm of constants scales and shifts, and by how much; None for any other node."""
+    if norm.target != _NORM:
+        return None
     read = [argument(norm, place, "", None) for place in range(1, 5)]
     gain, shift, mean, variance = (constant(module, node) for node in read)
     computed = any(node is not None and value is None for node, value in zip(read[:2], (gain, shift), strict=True))
@@ -44,4 +47,4 @@ def _affine(module: GraphModule, norm: Node) -> Affine | None:
     # In double, as all of the fold is.
     scale = (variance.double() + epsilon).rsqrt() * (1.0 if gain is None else gain.double())
     moved = (0.0 if shift is None else shift.double()) - mean.double() * scale
-    return Affine(factor=scale, shift=moved, axis=1)
+    return operand(norm, 0), Affine(factor=scale, shift=moved, axis=1)

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch.fx import GraphModule, Node
 
-from deploykit.fusion.constants import Target, argument, readers, shape_of, tidy
+from deploykit.fusion.constants import argument, operand, readers, tidy
+from deploykit.fusion.convolution_settings import PLAIN, ConvolutionSettings, bias_of, set_convolution, settings_of
 
 _aten = torch.ops.aten
 _PADS = (_aten.pad.default, _aten.constant_pad_nd.default)
-_CONVOLUTIONS: dict[object, Target] = {
-    _aten.conv1d.default: _aten.conv1d.default,
-    _aten.conv2d.default: _aten.conv2d.default,
-    _aten.conv3d.default: _aten.conv3d.default,
-    _aten.conv1d.padding: _aten.conv1d.default,
-    _aten.conv2d.padding: _aten.conv2d.default,
-    _aten.conv3d.padding: _aten.conv3d.default,
-}
 
 
 def fold_pad(module: GraphModule) -> int:
@@ -38,20 +33,15 @@ def fold_pad(module: GraphModule) -> int:
 
 
 def _fold(module: GraphModule, pad: Node) -> bool:
-    layers, amounts = readers(pad, tuple(_CONVOLUTIONS)), _amounts(pad)
+    layers, amounts = readers(pad, tuple(PLAIN)), _amounts(pad)
     if layers is None or amounts is None:
         return False
-    padding = [_padding(layer, amounts) for layer in layers]
-    if any(value is None for value in padding):
+    settings = [_padded(layer, amounts) for layer in layers]
+    if any(value is None for value in settings):
         return False
-    for layer, value in zip(layers, padding, strict=True):
+    for layer, value in zip(layers, settings, strict=True):
         assert value is not None  # noqa: S101  (checked above; narrows the type)
-        layer.target = _CONVOLUTIONS[layer.target]
-        ones = [1] * len(value)
-        stride = argument(layer, 3, "stride", ones)
-        rest = (argument(layer, 5, "dilation", ones), argument(layer, 6, "groups", 1))
-        layer.args = (pad.args[0], layer.args[1], argument(layer, 2, "bias", None), stride, value, *rest)
-        layer.kwargs = {}
+        set_convolution(layer, operand(pad, 0), bias_of(layer), value)
     module.graph.erase_node(pad)
     return True
 
@@ -69,12 +59,10 @@ def _amounts(pad: Node) -> list[int] | None:
     return list(sides[::2])
 
 
-def _padding(layer: Node, amounts: list[int]) -> list[int] | None:
-    axes = len(shape_of(layer)) - 2
-    old = argument(layer, 4, "padding", 0)
-    if old == "same" or any(amounts[axes:]):
+def _padded(layer: Node, amounts: list[int]) -> ConvolutionSettings | None:
+    old = settings_of(layer)
+    if old is None or argument(layer, 4, "padding", 0) == "same" or any(amounts[len(old.padding) :]):
         return None
-    start = [0] * axes if old == "valid" else [old] * axes if isinstance(old, int) else list(old)
-    start = start * axes if len(start) == 1 else start
+    axes = len(old.padding)
     added = [*amounts[:axes], *[0] * (axes - len(amounts))][::-1]
-    return [one + other for one, other in zip(start, added, strict=True)]
+    return replace(old, padding=tuple(one + other for one, other in zip(old.padding, added, strict=True)))

@@ -26,9 +26,7 @@ def fold_scale(module: GraphModule) -> int:
     """
     folded = 0
     for node in list(module.graph.nodes):
-        if node.target not in _TARGETS:
-            continue
-        found = _affine(module, node)
+        found = scale_affine(module, node)
         if found is not None and fold(module, node, *found):
             folded += 1
     if folded:
@@ -36,8 +34,10 @@ def fold_scale(module: GraphModule) -> int:
     return folded
 
 
-def _affine(module: GraphModule, node: Node) -> tuple[Node, Affine] | None:
-    """Return what the node scales and shifts, and by how much; None where it is no affine map of a channel."""
+def scale_affine(module: GraphModule, node: Node) -> tuple[Node, Affine] | None:
+    """Return what a node scales and shifts, and by how much; None where it is no affine map of a channel."""
+    if node.target not in _TARGETS:
+        return None
     left, right = node.args[:2]
     swapped = not isinstance(left, Node) or constant(module, left) is not None
     source, value = (right, left) if swapped else (left, right)

@@ -22,6 +22,7 @@ from deploykit.fusion.fold_layernorm import fold_layernorm
 from deploykit.fusion.fold_pad import fold_pad
 from deploykit.fusion.fold_scale import fold_scale
 from deploykit.fusion.fuse_attention import fuse_attention
+from deploykit.fusion.merge_branches import merge_branches
 from deploykit.fusion.merge_linears import merge_linears
 from deploykit.fusion.plain_divisor import plain_divisor
 from deploykit.fusion.program import export_program
@@ -68,6 +69,8 @@ _FOLDS: tuple[FusionPass, ...] = (
     # Before the scales: a layer scale behind a BatchNorm then reaches the convolution.
     FusionPass(name="fold-batchnorm", rewrite=fold_batchnorm, min_sqnr_db=EXACT_DB),
     FusionPass(name="fold-scale", rewrite=fold_scale, min_sqnr_db=EXACT_DB),
+    # After both folds, so that branches are convolutions; it folds again behind each sum that it merges.
+    FusionPass(name="merge-branches", rewrite=merge_branches, min_sqnr_db=EXACT_DB),
     FusionPass(name="fold-layernorm", rewrite=fold_layernorm, min_sqnr_db=EXACT_DB),
     FusionPass(name="fold-attention-scale", rewrite=fold_attention_scale, min_sqnr_db=EXACT_DB),
     # After the folds, which then see one layer with one reader and not the parts of a split.

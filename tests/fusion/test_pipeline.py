@@ -127,6 +127,7 @@ def test_a_users_own_block_is_fused_whole():
         "fuse-attention": 1,
         "fold-batchnorm": 1,
         "fold-scale": 1,
+        "merge-branches": 0,
         "fold-layernorm": 2,
         "fold-attention-scale": 1,
         "merge-linears": 2,
