@@ -72,8 +72,8 @@ class Network:
         return cls(
             backbone=backbone,
             spec=spec,
-            calibrated=_crops(CALIBRATED, calibrated, 0, spec),
-            evaluated=_crops((*SHOWN, "motorcycle_right.png"), evaluated, 1, spec),
+            calibrated=crops_of(CALIBRATED, calibrated, 0, spec),
+            evaluated=crops_of((*SHOWN, "motorcycle_right.png"), evaluated, 1, spec),
         )
 
     def fused(self, settings: Int8 | None) -> OnnxGraph:
@@ -110,7 +110,7 @@ class Network:
         return with_recipe(settings, self.backbone.family)
 
 
-def _crops(names: Iterable[str], count: int, seed: int, spec: InputSpec) -> FloatArray:
+def crops_of(names: Iterable[str], count: int, seed: int, spec: InputSpec) -> FloatArray:
     """Square crops of photographs, preprocessed: ``(count, 3, H, W)``."""
     generator, names, images = np.random.default_rng(seed), list(names), []
     for number in range(count):

@@ -16,10 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import resource
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -27,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _memory import in_a_process, peak_mb
 
 
 def write_photographs(folder: Path, count: int, side: int) -> Path:
@@ -84,7 +81,7 @@ def calibrate_here(graph: Path, photographs: Path, count: int, calibrator: str) 
     height, width = (int(side) for side in list(model.graph.inputs[0].shape or ())[2:])
     spec = InputSpec(height=height, width=width)
     images = calibration_set(sorted(photographs.iterdir())[:count], spec)
-    before, start = _peak(), time.perf_counter()
+    before, start = peak_mb(), time.perf_counter()
     calibrate(
         model,
         images.batches(graph_batch(model)),
@@ -92,29 +89,7 @@ def calibrate_here(graph: Path, photographs: Path, count: int, calibrator: str) 
         key="",
         started=Statistics(spec.preprocessing),
     )
-    return {"before_mb": before, "peak_mb": _peak(), "seconds": time.perf_counter() - start}
-
-
-def _peak() -> float:
-    """The highest resident memory of this process so far, in MB.
-
-    On Linux from ``VmHWM``: getrusage's figure begins at that of the process which started this one.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024 / 1e6
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-
-
-def measure(arguments: list[str]) -> dict[str, Any]:
-    """`calibrate_here` in a process where nothing else has run."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--here", *arguments], check=True, stdout=subprocess.PIPE, text=True, env=os.environ
-    )
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return {"before_mb": before, "peak_mb": peak_mb(), "seconds": time.perf_counter() - start}
 
 
 def main() -> None:
@@ -143,7 +118,7 @@ def main() -> None:
         print(f"{'images':>7}{'before MB':>11}{'peak MB':>9}{'ratio':>7}{'seconds':>9}{'ms/image':>10}{'ratio':>7}")
         rows: list[dict[str, Any]] = []
         for count in options.images:
-            row = measure([str(graph), str(photographs), str(count), options.calibrator])
+            row = in_a_process(__file__, ["--here", str(graph), str(photographs), str(count), options.calibrator])
             rows.append(row)
             each, ratio = 1000 * row["seconds"] / count, row["peak_mb"] / rows[0]["peak_mb"]
             slower = each / (1000 * rows[0]["seconds"] / options.images[0])

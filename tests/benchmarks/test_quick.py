@@ -29,3 +29,28 @@ def test_limit_says_where_the_time_goes(script, work, tmp_path, capsys):
         assert (row["total"]["float_ms"] > 0) == (row["precision"] == "int8")
     assert found["machine"]["cores"] and "depthwise" in capsys.readouterr().out
     assert picture.read_text().startswith("<?xml") and (tmp_path / "limit-dark.svg").exists()
+
+
+@pytest.mark.slow
+def test_pipeline_times_both_ways_stage_by_stage(script, tmp_path, capsys):
+    results = tmp_path / "pipeline.json"
+    script("pipeline").main(["--network", SMALL, "--images", "4", "--json", str(results)])
+    found = json.loads(results.read_text())
+    assert {"load", "trace", "fuse", "plan", "lower", "parity"} <= {stage["name"] for stage in found["deploykit"]}
+    assert [stage["name"] for stage in found["by_hand"]] == ["load", "torch.onnx.export", "quantize_static"]
+    for stage in (*found["deploykit"], *found["by_hand"]):
+        assert stage["seconds"] > 0 and 50 < stage["peak_mb"] < 4000
+    assert "plan over quantize_static: time" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_startup_starts_both_ways_in_processes(script, work, tmp_path, capsys):
+    results = tmp_path / "startup.json"
+    script("startup").main(["--network", SMALL, "--starts", "2", "--work", str(work), "--json", str(results)])
+    rows = json.loads(results.read_text())["rows"]
+    assert [(row["runtime"], row["way"]) for row in rows] == [
+        (runtime, way) for runtime in ("onnxruntime", "openvino") for way in ("raw", "ours")
+    ]
+    assert all(row["open_ms"] > 0 and row["first_ms"] > 0 and row["memory_mb"] > 20 for row in rows)
+    assert [row["import_ms"] > 0 for row in rows] == [False, True, False, True]
+    assert "bar 1.2" in capsys.readouterr().out
