@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,6 +15,30 @@ ENOUGH_IMAGES = 16
 """With fewer different images, the ranges are those of these images and not of the network's work."""
 SPREAD = 1.5
 """How far outside the range of normalised pixels the root mean square may lie."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeenImage:
+    """What the checks take of one image; ``constant``: each channel has one value."""
+
+    digest: bytes
+    constant: bool
+    low: float
+    high: float
+    squares: float
+    size: int
+
+
+def look_at(image: FloatArray, *, hashed: bool = True) -> SeenImage:
+    """Return what the checks take of an image, ``(C, H, W)`` float32; ``hashed``: with its digest."""
+    return SeenImage(
+        digest=hashlib.sha256(image.tobytes()).digest() if hashed else b"",
+        constant=bool(np.ptp(image.reshape(len(image), -1), axis=1).max() == 0),
+        low=float(image.min()),
+        high=float(image.max()),
+        squares=float(np.square(image, dtype=np.float64).sum()),
+        size=image.size,
+    )
 
 
 class ImageChecks:
@@ -33,14 +58,17 @@ class ImageChecks:
     def update(self, batch: FloatArray) -> None:
         """Add a batch of images, ``(N, C, H, W)`` float32, as the network takes them."""
         for image in batch:
-            self._seen += 1
-            if len(self._different) < ENOUGH_IMAGES:
-                self._different.add(hashlib.sha256(image.tobytes()).digest())
-            low, high = float(image.min()), float(image.max())
-            self._constant += bool(np.ptp(image.reshape(len(image), -1), axis=1).max() == 0)
-            self._least, self._most = min(self._least, low), max(self._most, high)
-            self._squares += float(np.square(image, dtype=np.float64).sum())
-            self._values += image.size
+            self.add(look_at(image, hashed=len(self._different) < ENOUGH_IMAGES))
+
+    def add(self, image: SeenImage) -> None:
+        """Add what was seen of one image."""
+        self._seen += 1
+        if len(self._different) < ENOUGH_IMAGES:
+            self._different.add(image.digest)
+        self._constant += image.constant
+        self._least, self._most = min(self._least, image.low), max(self._most, image.high)
+        self._squares += image.squares
+        self._values += image.size
 
     def state(self) -> dict[str, Array]:
         """Return all that was seen, exactly."""

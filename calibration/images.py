@@ -123,7 +123,7 @@ class CalibrationSet:
     def digest(self) -> str:
         """SHA-256 over the content of the images and the preprocessing."""
         digest = hashlib.sha256(repr(self.spec.preprocessing).encode())
-        digest.update(repr(self.spec.shape[1:]).encode())
+        digest.update(repr(self.spec.shape_at(1)[1:]).encode())
         if self.arrays is not None:
             for image in _rows(self.arrays):
                 digest.update(np.ascontiguousarray(image).tobytes())
@@ -144,13 +144,14 @@ def calibration_set(source: CalibrationSource, spec: InputSpec, *, skip_corrupt:
         source: a folder (searched recursively), an image file, a list of files, a ``.npy`` or
             ``.npz`` file, an array ``(N, C, H, W)``, an iterable of such arrays or torch tensors
             (or of tuples that start with one, as a DataLoader gives), or a `CalibrationSet`.
-        spec: the model's input. Where it embeds the preprocessing, arrays may also be pixels
-            ``(N, H, W, C)`` uint8, which are normalised on the way in.
+        spec: the model's input; a range of sizes is calibrated at its best size. Where it embeds the preprocessing,
+            arrays may also be pixels ``(N, H, W, C)`` uint8, which are normalised on the way in.
         skip_corrupt: leave unreadable image files out with a warning instead of raising.
 
     Raises:
         CalibrationError: nothing to read, or something that cannot be read.
     """
+    spec = spec.at((spec.height, spec.width))  # of a range, the best size alone
     if isinstance(source, CalibrationSet):
         return _made_for(source, spec)
     if isinstance(source, (str, os.PathLike)):
@@ -170,7 +171,7 @@ def calibration_set(source: CalibrationSource, spec: InputSpec, *, skip_corrupt:
 
 
 def _made_for(source: CalibrationSet, spec: InputSpec) -> CalibrationSet:
-    made, wanted = ((each.as_images().shape[1:], each.preprocessing) for each in (source.spec, spec))
+    made, wanted = ((each.as_images().shape_at(1)[1:], each.preprocessing) for each in (source.spec, spec))
     if made != wanted:
         raise CalibrationError(
             f"the calibration set was made for {made[0]} with {made[1]}; the model takes {wanted[0]} with {wanted[1]}. "

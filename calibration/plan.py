@@ -15,16 +15,18 @@ import onnx_ir as ir
 
 from deploykit.arrays import Array, FloatArray
 from deploykit.bundle_files import PLAN_FILE, SHIFT_FILE
-from deploykit.calibration.placement import Placement, place, without
+from deploykit.calibration.instrumented import Instrumented, add_constant
+from deploykit.calibration.placement import Placement, without
 from deploykit.calibration.ranges import STATISTICS_VERSION, ActivationRange, TensorStatistics, quantize_weight
 from deploykit.calibration.rounded_weight import RoundedWeight
 from deploykit.calibration.statistics import Statistics
 from deploykit.errors import CalibrationError
 from deploykit.npz import read_npz
-from deploykit.onnx_session import GraphSession, onnx_session
-from deploykit.onnx_values import floats_of, tensor_of
+from deploykit.onnx_values import tensor_of
 from deploykit.plain_files import digest_of, open_plain, read_plain
 from deploykit.spec import FloatDtype, Int8
+
+__all__ = ["IMPORTED", "QuantizationPlan", "add_constant", "calibrate", "constants_digest", "plan_key"]
 
 SCHEMA_VERSION = 2
 """From version 2 on a plan carries the digest of both its files; version 1 is still read, unproved."""
@@ -256,22 +258,16 @@ def calibrate(
         CalibrationError: no images, or activations that are not finite.
         MissingDependency: onnxruntime, which runs the graph, is not installed.
     """
-    settings, placement = settings.filled(), place(model)
-    if not placement.weights:
-        raise CalibrationError("the graph has no convolution or matrix product with constant weights to quantize.")
-    probes = _BiasProbes(model, placement, settings) if settings.bias_correction else None
-    session = onnx_session(_instrument(model, placement, probes))
-    averaged = probes.outputs if probes else {}
-    source = str(model.graph.inputs[0].name)
-    statistics = started or Statistics()
+    settings = settings.filled()
+    network, statistics = Instrumented(model, settings), started or Statistics()
     for batch in batches:
-        _observe(session, {source: batch}, statistics, tensors=placement.tensors, probes=averaged)
+        statistics.update(batch, *network.observe(batch))
         if on_batch:
             on_batch(statistics)
     if not statistics.images:
         raise CalibrationError("the calibration set gave no images; expected at least one.")
-    plan = _chosen(placement, statistics, settings, key=key, constants=constants_digest(model))
-    shifts = {node: statistics.mean(output) for output, node in averaged.items()}
+    plan = _chosen(network.placement, statistics, settings, key=key, constants=constants_digest(model))
+    shifts = {node: statistics.mean(output) for output, node in network.averaged.items()}
     return replace(plan, weights_digest=weights_digest, bias_shift=shifts)
 
 
@@ -292,71 +288,3 @@ def _chosen(
         ranges=ranges,
         statistics={name: statistics.histograms[name].statistics(chosen) for name, chosen in ranges.items()},
     )
-
-
-def _observe(
-    session: GraphSession,
-    feeds: dict[str, FloatArray],
-    statistics: Statistics,
-    *,
-    tensors: Iterable[str],
-    probes: Iterable[str],
-) -> None:
-    """Run one batch and add what it gives; nothing of it is alive when the next one runs."""
-    wanted = [name for name in (*tensors, *probes) if name not in feeds]
-    found = dict(zip(wanted, session.run(wanted, feeds), strict=True)) | feeds
-    (batch,) = feeds.values()
-    statistics.update(batch, {name: found[name] for name in tensors}, {name: found[name] for name in probes})
-
-
-class _BiasProbes:
-    """Beside each integer node, the same node with the rounding error of its weight, averaged a channel."""
-
-    def __init__(self, model: ir.Model, placement: Placement, settings: Int8) -> None:
-        self._reduce_range = bool(settings.reduce_range)
-        self._weights = model.graph.initializers
-        self._placement = placement
-        self.outputs = {f"{node}/mean_error": node for node in placement.weights}
-
-    def add_to(self, graph: ir.Graph) -> None:
-        """Insert the probes into a copy of the master graph."""
-        nodes = {node.name: node for node in graph}
-        for output, name in self.outputs.items():
-            use = self._placement.weights[name]
-            values = floats_of(self._weights[use.weight])
-            integers, scales = quantize_weight(values, use.axis, reduce_range=self._reduce_range)
-            shape = [1] * values.ndim
-            shape[use.axis] = -1
-            error = add_constant(graph, f"{name}/error", values - integers * scales.reshape(shape))
-            node = nodes[name]
-            twin = ir.node(node.op_type, [node.inputs[0], error], dict(node.attributes), name=f"{name}/twin")
-            channel = 1 if node.op_type == "Conv" else -1
-            rank = len(node.outputs[0].shape or ())
-            axes = [axis for axis in range(rank) if axis != channel % rank]
-            mean = ir.node(
-                "ReduceMean", [twin.outputs[0], add_constant(graph, f"{name}/axes", np.array(axes))], {"keepdims": 0}
-            )
-            mean.outputs[0].name = output
-            graph.extend([twin, mean])
-            graph.outputs.append(mean.outputs[0])
-
-
-def add_constant(graph: ir.Graph, name: str, array: Array) -> ir.Value:
-    """Register an array as an initializer of a graph."""
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value
-
-
-def _instrument(model: ir.Model, placement: Placement, probes: _BiasProbes | None) -> ir.Model:
-    """Return the graph with every tensor that needs a range as an output."""
-    copy = model.clone()
-    values = {value.name: value for node in copy.graph for value in node.outputs}
-    present = {value.name for value in copy.graph.outputs}
-    for name in placement.tensors:
-        if name in values and name not in present:
-            copy.graph.outputs.append(values[name])
-    if probes:
-        probes.add_to(copy.graph)
-    return copy

@@ -71,6 +71,29 @@ class TensorStatistics:
     sqnr_db: float
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CountedValues:
+    """Some values of a batch, each of which stands for ``weight`` values of its tensor: their sums, and their bins.
+
+    ``bins`` is ``(BINS,)``, whole numbers; all 0 for a tensor of zeros.
+    """
+
+    weight: float
+    total: float
+    squares: float
+    bins: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CountedBatch:
+    """What a histogram takes of one batch: the ends and the number of all its values, and those that were counted."""
+
+    low: float
+    high: float
+    size: int
+    parts: tuple[CountedValues, ...]
+
+
 class Histogram:
     """The distribution of one tensor, fed a batch at a time."""
 
@@ -109,42 +132,28 @@ class Histogram:
         Raises:
             CalibrationError: no values, or NaN or infinity among them.
         """
-        if not values.size:
-            raise CalibrationError(f"an activation has shape {values.shape}, which holds no values. Check the images.")
-        low, high = float(values.min()), float(values.max())
-        if not np.isfinite(low) or not np.isfinite(high):
-            raise CalibrationError("an activation is NaN or infinite in FP32. Check the images and the weights.")
-        self.low, self.high = min(self.low, low), max(self.high, high)
-        self._widen(max(abs(low), abs(high)))
-        flat = values.reshape(-1)
-        count = min(SAMPLES_PER_IMAGE * (len(values) if values.ndim else 1), MOST_SAMPLES)
-        if flat.size < 2 * count:
-            self._count(flat, 1.0)
-        else:
-            # The number of values seen so far gives other positions in each batch, also after a stop.
-            tails, inner = _split(flat, flat[sample_positions(flat.size, count, first=self._seen)])
-            self._count(tails, 1.0)
-            self._count(inner, (flat.size - tails.size) / inner.size)
-        self._seen += flat.size
+        low, high = extremes(values)
+        edge = widened(self._edge, low, high)
+        self.add(count_values(values, low, high, edge=edge, first=self._seen))
 
-    def _count(self, values: Array, weight: float) -> None:
-        """Add values, each of which stands for ``weight`` values of the tensor."""
-        samples = values.astype(np.float64)  # float32 has no 2048 bins below its least normal number
-        self._sum += weight * float(samples.sum())
-        self._squares += weight * float(np.square(samples).sum())
-        if self._edge > 0:
-            samples += self._edge
-            samples *= BINS / 2 / self._edge
-            bins = samples.astype(np.int64)
-            self._counts += weight * np.bincount(np.minimum(bins, BINS - 1), minlength=BINS)
+    def add(self, batch: CountedBatch) -> None:
+        """Add a batch that was counted with this histogram's edge, widened for it, and its number of values before."""
+        self.low, self.high = min(self.low, batch.low), max(self.high, batch.high)
+        self._widen(batch.low, batch.high)
+        for part in batch.parts:
+            self._sum += part.weight * part.total
+            self._squares += part.weight * part.squares
+            if self._edge > 0:
+                self._counts += part.weight * part.bins
+        self._seen += batch.size
 
-    def _widen(self, magnitude: float) -> None:
-        if self._edge == 0.0:
-            self._edge = magnitude
-        while self._edge < magnitude:
+    def _widen(self, low: float, high: float) -> None:
+        edge = widened(self._edge, low, high)
+        while 0.0 < self._edge < edge:
             middle = self._counts.reshape(-1, 2).sum(1)
             self._counts = np.pad(middle, BINS // 4)
             self._edge *= 2
+        self._edge = edge
 
     def statistics(self, chosen: ActivationRange) -> TensorStatistics:
         """Return what was seen, and how well a range rounds it."""
@@ -223,6 +232,61 @@ class Histogram:
             best = min(shares, key=lambda share: _error(centres, counts, low * share, high, levels))
             low *= best
         return float(low), float(high)
+
+
+def extremes(values: Array) -> tuple[float, float]:
+    """Return the least and the greatest value of one batch of a tensor.
+
+    Raises:
+        CalibrationError: no values, or NaN or infinity among them.
+    """
+    if not values.size:
+        raise CalibrationError(f"an activation has shape {values.shape}, which holds no values. Check the images.")
+    low, high = float(values.min()), float(values.max())
+    if not np.isfinite(low) or not np.isfinite(high):
+        raise CalibrationError("an activation is NaN or infinite in FP32. Check the images and the weights.")
+    return low, high
+
+
+def widened(edge: float, low: float, high: float) -> float:
+    """Return the edge of a histogram after a batch from ``low`` to ``high``: the first one's magnitude, doubled."""
+    magnitude = max(abs(low), abs(high))
+    if edge == 0.0:
+        return magnitude
+    while edge < magnitude:
+        edge *= 2
+    return edge
+
+
+def count_values(values: Array, low: float, high: float, *, edge: float, first: int) -> CountedBatch:
+    """Count one batch of a tensor into bins over ``-edge..edge``.
+
+    Args:
+        values: of any shape and layout; images along the first axis, if there is any.
+        low: the least of them.
+        high: the greatest.
+        edge: of the histogram that takes it, widened for it.
+        first: how many values came before, which gives other positions of the sample in each batch.
+    """
+    flat = values.reshape(-1)
+    count = min(SAMPLES_PER_IMAGE * (len(values) if values.ndim else 1), MOST_SAMPLES)
+    if flat.size < 2 * count:
+        parts: tuple[CountedValues, ...] = (_counted(flat, 1.0, edge),)
+    else:
+        tails, inner = _split(flat, flat[sample_positions(flat.size, count, first=first)])
+        parts = (_counted(tails, 1.0, edge), _counted(inner, (flat.size - tails.size) / inner.size, edge))
+    return CountedBatch(low=low, high=high, size=flat.size, parts=parts)
+
+
+def _counted(values: Array, weight: float, edge: float) -> CountedValues:
+    samples = values.astype(np.float64)  # float32 has no 2048 bins below its least normal number
+    total, squares = float(samples.sum()), float(np.square(samples).sum())
+    counts = np.zeros(BINS, np.int64)
+    if edge > 0:
+        samples += edge
+        samples *= BINS / 2 / edge
+        counts = np.bincount(np.minimum(samples.astype(np.int64), BINS - 1), minlength=BINS)
+    return CountedValues(weight=weight, total=total, squares=squares, bins=counts)
 
 
 def _split(flat: Array, sampled: Array) -> tuple[Array, Array]:

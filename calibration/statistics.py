@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from deploykit.arrays import Array, FloatArray
-from deploykit.calibration.image_checks import ImageChecks
-from deploykit.calibration.ranges import Histogram
+from deploykit.calibration.image_checks import ImageChecks, SeenImage
+from deploykit.calibration.ranges import CountedBatch, Histogram
 from deploykit.errors import CalibrationError
 from deploykit.npz import read_npz
 from deploykit.spec import Preprocessing
@@ -48,6 +48,20 @@ class Statistics:
             self.checks.update(images)
         for name, values in tensors.items():
             self.histograms.setdefault(name, Histogram()).update(values)
+        for name, values in probes.items():
+            self._sums[name] = self._sums.get(name, 0.0) + values.astype(np.float64)
+        self.images += len(images)
+        self.batches += 1
+
+    def add(
+        self, images: Sequence[SeenImage], tensors: Mapping[str, CountedBatch], probes: Mapping[str, FloatArray]
+    ) -> None:
+        """Add one batch that was counted elsewhere, as `update` would have counted it here; see `partial`."""
+        if self.checks:
+            for image in images:
+                self.checks.add(image)
+        for name, counted in tensors.items():
+            self.histograms.setdefault(name, Histogram()).add(counted)
         for name, values in probes.items():
             self._sums[name] = self._sums.get(name, 0.0) + values.astype(np.float64)
         self.images += len(images)

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         InputSpec,
         Int8,
         Preprocessing,
+        SizeRange,
         TensorSpec,
     )
     from deploykit.verification import verify_bundle
@@ -107,6 +108,7 @@ _PUBLIC = {
     "FeatureLevel": "spec",
     "InputSpec": "spec",
     "Preprocessing": "spec",
+    "SizeRange": "spec",
     "TensorSpec": "spec",
     "Fp32": "spec",
     "Fp16": "spec",
@@ -160,6 +162,7 @@ __all__ = [
     "Prediction",
     "Preprocessing",
     "ServedModel",
+    "SizeRange",
     "SpecError",
     "TensorSpec",
     "Tolerances",

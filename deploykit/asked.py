@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from deploykit.bundle import Manifest, read_manifest
 from deploykit.errors import SpecError
-from deploykit.spec import BatchRange, parse_batch, parse_image_size, parse_precision
+from deploykit.spec import BatchRange, SizeRange, parse_batch, parse_image_sizes, parse_precision
 from deploykit.target import find_target
 from deploykit.unset import UNSET
 
@@ -48,7 +49,7 @@ def _held(manifest: Manifest) -> dict[str, object]:
         "output_stride": backbone.output_stride,
         "num_classes": backbone.num_classes,
         "in_channels": backbone.in_channels,
-        "image_size": backbone.image_size,
+        "image_size": manifest.input.sizes or backbone.image_size,
         "patch_size": backbone.patch_size,
         "hierarchical": backbone.hierarchical,
         "runtime": manifest.runtime,
@@ -57,6 +58,14 @@ def _held(manifest: Manifest) -> dict[str, object]:
         "embed_preprocessing": manifest.input.embeds_preprocessing,
         "target": manifest.target,
     }
+
+
+def _sizes(value: object, held: object) -> object:
+    """Return an image size, or a range of them in the steps of the bundle's, which are the network's."""
+    size = parse_image_sizes(value)
+    if isinstance(size, SizeRange) and isinstance(held, SizeRange):
+        return replace(size, step=held.step)
+    return size
 
 
 def _target_name(value: object) -> object:
@@ -76,7 +85,7 @@ def _normal(name: str, value: Any, held: object) -> object:
     if value is None and name in ("output_indices", "image_size"):
         return held
     if name == "image_size":
-        return parse_image_size(value)
+        return _sizes(value, held)
     if name == "output_indices":
         return tuple(sorted(value))
     return _target_name(value) if name == "target" and value != held else value

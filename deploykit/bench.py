@@ -17,6 +17,7 @@ from deploykit.arrays import ImageArray
 from deploykit.backends.runtime import Runtime
 from deploykit.errors import SpecError
 from deploykit.facade import load_bundle
+from deploykit.image_sizes import Size, size_text
 from deploykit.threads import Hint
 
 SECONDS = 2.0
@@ -28,7 +29,7 @@ _STATUS = Path("/proc/self/statm")
 
 @dataclass(frozen=True, kw_only=True)
 class BenchResult:
-    """Figures of one case: milliseconds, images a second, and bytes.
+    """Figures of one case: milliseconds, images a second, and bytes; ``image`` is height x width.
 
     ``load_ms`` is the time to verify and open the bundle, ``first_ms`` that of the first call. Percentiles are of
     single calls, one at a time; ``images_per_s`` is that of a stream with as many runs in flight as the hint gives.
@@ -41,6 +42,7 @@ class BenchResult:
     precision: str
     device: str
     batch: int
+    image: str
     threads: int | None
     hint: Hint
     in_flight: int
@@ -58,6 +60,7 @@ def bench(
     bundles: Sequence[str | os.PathLike[str]],
     *,
     batches: Sequence[int] | None = None,
+    sizes: Sequence[Size] | None = None,
     threads: Sequence[int] | None = None,
     hint: Hint = "latency",
     seconds: float = SECONDS,
@@ -70,6 +73,7 @@ def bench(
     Args:
         bundles: folders that an export wrote.
         batches: images a call; None: what each engine is tuned for.
+        sizes: ``(height, width)`` of the images, for engines that take a range; None: what each is tuned for.
         threads: how many threads compute; None: as many as the process may use.
         hint: what the engines are opened for; see `deploykit.load_bundle`.
         seconds: how long each case's latency is measured, and its throughput again, at least.
@@ -78,7 +82,7 @@ def bench(
         progress: called with each step's name.
 
     Raises:
-        SpecError: a batch that an engine does not take, or a time that is none.
+        SpecError: a batch or a size that an engine does not take, or a time that is none.
         BundleError, IncompatibleEngine, DeviceUnavailable: a bundle that cannot be opened here.
     """
     if not seconds > 0 or not np.isfinite(seconds):
@@ -92,8 +96,9 @@ def bench(
                 progress(f"open {name}")
                 load = partial(load_bundle, bundle, device=device, threads=count, hint=hint, trust=trust)
                 timed.append(_open(name, load, opened))
-            for batch in batches or (None,):
-                results += _one_batch(timed, batch, seconds, progress)
+            for size in sizes or (None,):
+                for batch in batches or (None,):
+                    results += _one_batch(timed, batch, size, seconds, progress)
     return results
 
 
@@ -127,10 +132,10 @@ def _open(name: str, load: Callable[[], Runtime], opened: ExitStack) -> _Timed:
 
 
 def _one_batch(
-    timed: Sequence[_Timed], batch: int | None, seconds: float, progress: Callable[[str], None]
+    timed: Sequence[_Timed], batch: int | None, size: Size | None, seconds: float, progress: Callable[[str], None]
 ) -> list[BenchResult]:
-    inputs = [random_images(each.model, _checked_batch(each, batch)) for each in timed]
-    progress(f"latency, batch {batch or 'of each'}")
+    inputs = [random_images(each.model, _checked_batch(each, batch), size) for each in timed]
+    progress(f"latency, batch {batch or 'of each'}{f', {size_text(size)}' if size is not None else ''}")
     times = _latencies([each.model for each in timed], inputs, seconds)
     progress(f"throughput, batch {batch or 'of each'}")
     rates = [throughput(each.model, images, seconds) for each, images in zip(timed, inputs, strict=True)]
@@ -141,6 +146,7 @@ def _one_batch(
             precision=each.model.precision.name,
             device=each.model.device,
             batch=len(images),
+            image=size_text(each.model.input_spec.size_of(images.shape)),
             threads=each.model.threads,
             hint=each.model.hint,
             in_flight=each.model.in_flight,
@@ -203,10 +209,17 @@ def _checked_batch(timed: _Timed, batch: int | None) -> int:
     return batch
 
 
-def random_images(model: Runtime, batch: int) -> ImageArray:
-    """Return images as the engine takes them, with the spread of normalised ones, from a fixed seed."""
+def random_images(model: Runtime, batch: int, size: Size | None = None) -> ImageArray:
+    """Return images as the engine takes them, with the spread of normalised ones, from a fixed seed.
+
+    Args:
+        model: the engine.
+        batch: how many.
+        size: ``(height, width)``; None: what the engine is tuned for.
+    """
     generator = np.random.default_rng(0)
-    shape = (batch, *(int(side) for side in model.input_spec.shape[1:]))
+    spec = model.input_spec if size is None else model.input_spec.at(size)
+    shape = spec.shape_at(batch)
     if model.input_spec.embeds_preprocessing:
         return generator.integers(0, 256, shape).astype(np.uint8)
     return generator.standard_normal(shape).astype(np.float32)

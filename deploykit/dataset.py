@@ -69,7 +69,7 @@ class Dataset:
         image = np.asarray(self.arrays[position])
         if image.dtype == np.uint8:
             return prepare_image(decode(image, f"image {position} of {self.name}"), spec)
-        if spec.embeds_preprocessing or image.shape != spec.shape[1:]:
+        if spec.embeds_preprocessing or image.ndim != 3 or not spec.accepts_size((1, *image.shape)):
             raise SpecError(
                 f"{self.name} holds images {image.shape} {image.dtype}, and the model takes {spec.shape[1:]} "
                 f"{spec.dtype}. Give uint8 pixels (N, H, W, C), which are prepared for every model."

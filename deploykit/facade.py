@@ -30,6 +30,8 @@ from deploykit.spec import (
     BuildOptions,
     Precision,
     Preprocessing,
+    Size,
+    SizeRange,
     parse_batch,
 )
 from deploykit.threads import Hint, check_threads, checked_hint
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from deploykit.export.pipeline import ExportResult
 
 Model: TypeAlias = "BaseBackbone | PixelBackbone | Runtime"
+ImageSize: TypeAlias = int | tuple[int, int] | tuple[int | Size, int | Size, int | Size] | SizeRange
 BatchSize: TypeAlias = int | str | tuple[int, int, int] | BatchRange
 
 
@@ -58,7 +61,7 @@ def create_backbone(
     output_stride: int | UnsetType = UNSET,
     num_classes: int | UnsetType = UNSET,
     in_channels: int | UnsetType = UNSET,
-    image_size: int | tuple[int, int] | UnsetType | None = UNSET,
+    image_size: ImageSize | UnsetType | None = UNSET,
     patch_size: int | UnsetType | None = UNSET,
     hierarchical: bool | str | UnsetType = UNSET,
     labels: LabelSource | None = None,
@@ -94,7 +97,8 @@ def create_backbone(
         output_stride: 8, 16 or 32, by dilation, for the families that can; 32 when not given.
         num_classes: outputs of the classifier, 0 for the embedding; not given: those of the weights, else 1000.
         in_channels: channels of the images; not given: those of the weights, else 3.
-        image_size: pixels, an int or (height, width); None: the size of the weights.
+        image_size: pixels, an int or (height, width); None: the size of the weights. A range, (min, opt, max) or a
+            `SizeRange`, where the network and the runtime take one.
         patch_size: another patch for a plain ViT.
         hierarchical: a pyramid of strides 4 to 32 from a plain ViT.
         labels: the class names, in the order of the classes: a list, a mapping or a file; None: those of the weights.

@@ -210,8 +210,10 @@ def _counts(manifest: Manifest) -> Iterator[tuple[str, int, int]]:
     """Yield every number that counts something: its name, the number, and the least that it may be."""
     backbone, taken = manifest.backbone, manifest.input
     batch = (taken.batch,) if isinstance(taken.batch, int) else (taken.batch.min, taken.batch.opt, taken.batch.max)
+    sizes = taken.sizes
+    sides = () if sizes is None else (*sizes.sides[0], *sizes.sides[1], sizes.step)
     for name, values in (
-        ("input", (*batch, taken.channels, taken.height, taken.width)),
+        ("input", (*batch, taken.channels, taken.height, taken.width, *sides)),
         ("image_size", backbone.image_size),
         ("in_channels", (backbone.in_channels,)),
         ("output_stride", (backbone.output_stride,)),

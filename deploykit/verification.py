@@ -17,9 +17,10 @@ from deploykit.bundle import Status
 from deploykit.bundle_status import record_status
 from deploykit.errors import SpecError
 from deploykit.facade import load_bundle
+from deploykit.image_sizes import size_text
 from deploykit.names import path_of
 from deploykit.parity.baseline import BASELINE_FILE, Baseline, FloatArray, measure_baseline
-from deploykit.parity.reference import REFERENCE_FILE, ParityReference
+from deploykit.parity.reference import REFERENCE_FILE, ParityReference, corner_file
 from deploykit.parity.report import MAX_SQNR_DB, PARITY_FILE, LevelParity, ParityReport
 from deploykit.parity.verify import answer_levels, compare_engines, verify_levels
 from deploykit.processor import machine_key
@@ -85,10 +86,10 @@ def verify_bundle(
             options: dict[str, Any] = {"device": device, "threads": threads, "trust": trust, "signed_by": signed_by}
             with load_bundle(reference, **options) as other:
                 further = verification.report_against(other, path_of(reference), own, report)
-            report, held = (replace(each, further=(further,)) for each in (report, held))
+            report, held = (replace(each, further=(*each.further, further)) for each in (report, held))
         elif own is not None:
             answers = verification.report_answers(own)
-            report, held = (replace(each, further=(answers,)) for each in (report, held))
+            report, held = (replace(each, further=(*each.further, answers)) for each in (report, held))
         baseline = verification.measure() if record and within and verification.baseline is None else None
     if record:
         status: Status = "parity_checked" if within else "executed"
@@ -135,7 +136,28 @@ class Verification:
             min_sqnr_db=precision.min_sqnr_db,
             min_top1_agreement=precision.min_top1_agreement,
         )
+        report = replace(report, further=self._corners())
         return report if exported is None else report.with_errors(exported.errors())
+
+    def _corners(self) -> tuple[ParityReport, ...]:
+        """Compare the engine with torch at the corners of its range of sizes, where the bundle has references."""
+        sizes = self.model.input_spec.sizes
+        found = []
+        for size in sizes.corners if sizes is not None else ():
+            if corner_file(size) in self.model.manifest.files:
+                reference = ParityReference.load(self.model.read_file(corner_file(size)))
+                levels = verify_levels(
+                    self.run,
+                    reference,
+                    reference.images.astype(self.model.input_spec.dtype, copy=False),
+                    self.model.precision,
+                    None,
+                    machine=self.machine,
+                    generator=self._generator,
+                )
+                report = self._report(f"torch fp32 at {size_text(size)}", len(reference), levels)
+                found.append(replace(report, min_sqnr_db=self.model.precision.min_sqnr_db))
+        return tuple(found)
 
     def report_answers(self, images: ImageArray) -> ParityReport:
         """Look for answers that were not computed from images of the user's own."""
@@ -156,8 +178,8 @@ class Verification:
         Raises:
             SpecError: the two take other images, or give other outputs.
         """
-        if (other.input_spec.shape[1:], other.input_spec.dtype, other.input_spec.preprocessing) != (
-            self.model.input_spec.shape[1:],
+        if (other.input_spec.shape_at(1)[1:], other.input_spec.dtype, other.input_spec.preprocessing) != (
+            self.model.input_spec.shape_at(1)[1:],
             self.model.input_spec.dtype,
             self.model.input_spec.preprocessing,
         ):

@@ -90,10 +90,11 @@ def engine_graph(folder: Path, manifest: Manifest) -> tuple[ir.Model, Any]:
 
 
 def _check_pair(manifest: Manifest, other: Manifest) -> None:
-    if (manifest.backbone.name, manifest.input.shape[1:]) != (other.backbone.name, other.input.shape[1:]):
+    own, its = (each.input.shape_at(1)[1:] for each in (manifest, other))
+    if (manifest.backbone.name, own) != (other.backbone.name, its):
         raise SpecError(
-            f"the reference is {other.backbone.name} {other.input.shape[1:]} and the bundle {manifest.backbone.name} "
-            f"{manifest.input.shape[1:]}. Fix: give a reference of the same backbone and image size."
+            f"the reference is {other.backbone.name} {its} and the bundle {manifest.backbone.name} {own}. "
+            "Fix: give a reference of the same backbone and image size."
         )
     if manifest.fusions.get(EQUALIZED, 0) != other.fusions.get(EQUALIZED, 0):
         raise SpecError(

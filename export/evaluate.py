@@ -94,7 +94,7 @@ class Evaluator:
         outputs, taken = self.job.backbone.spec.output_names, self.network.input
         graph = embed_preprocessing(select(rendered.graph, outputs), taken)
         return Built(
-            engine=self._lower_graph(graph, folder),
+            engine=self.lower_graph(graph, folder),
             graph=graph,
             whole=embed_preprocessing(rendered.graph, taken),
             records=rendered.records,
@@ -114,7 +114,7 @@ class Evaluator:
             precision=self.job.options.precision,
             graph=built.graph,
             whole=built.whole if self.job.options.probe_levels else None,
-            lower=self._lower_graph,
+            lower=self.lower_graph,
             elsewhere=self.job.is_elsewhere,
         )
 
@@ -241,7 +241,8 @@ class Evaluator:
             tools=tool_versions() | built.engine.tools,
         )
 
-    def _lower_graph(self, graph: Graph, folder: Path) -> Engine:
+    def lower_graph(self, graph: Graph, folder: Path) -> Engine:
+        """Write a graph into a folder as an engine of the job's runtime."""
         options, backend = self.job.options, self.job.backend
         lowering: Lowering = resolve(str(backend.portable if options.portable else backend.lower))
         return lowering(graph, folder, LowerOptions(target=options.target, build=options.build, on_step=self._step))

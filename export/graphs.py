@@ -26,12 +26,19 @@ def select(graph: Graph, names: Sequence[str]) -> Graph:
 
 
 def output_specs(model: ir.Model) -> tuple[TensorSpec, ...]:
-    """Describe every output of a graph by name and shape; the first dimension is the batch."""
+    """Describe every output of a graph by name and shape; the first dimension is the batch, dynamic ones have names."""
     specs = []
     for value in model.graph.outputs:
-        shape = tuple(size if isinstance(size, int) else BATCH_DIM for size in value.shape or ())
+        shape = tuple(_size(size, axis) for axis, size in enumerate(value.shape or ()))
         specs.append(TensorSpec(name=str(value.name), shape=shape))
     return tuple(specs)
+
+
+def _size(size: int | ir.SymbolicDim, axis: int) -> int | str:
+    """Return a size, or its name: a batch's where the first is dynamic, else that which `to_onnx` wrote."""
+    if isinstance(size, int):
+        return size
+    return BATCH_DIM if axis == 0 else str(size.value)
 
 
 def part_giving(model: ir.Model, names: Sequence[str]) -> ir.Model:

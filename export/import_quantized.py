@@ -204,7 +204,7 @@ def import_quantized(
 def _describe(source: ir.Model, taken: InputSpec, name: str) -> BackboneSpec:
     """Run a graph once to see what it gives, name its outputs by deploykit's convention, and describe them."""
     try:
-        found = _run(source, taken, np.zeros((graph_batch(source), *taken.shape[1:]), np.float32))
+        found = _run(source, taken, np.zeros(taken.shape_at(graph_batch(source)), np.float32))
     except Exception as error:  # the runtime raises classes of its own
         raise QuantizedModelError(
             f"the graph does not run on one batch of zeros ({plain_reason(error)}). Fix: check the file with "

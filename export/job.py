@@ -153,6 +153,7 @@ def checked(job: ExportJob) -> ExportJob:
             f"Choose a runtime: {', '.join(engine_names())}."
         )
     backend.require()
+    _check_sizes(backend, job)
     _check_target(backend, options)
     _check_build(backend, options)
     job = replace(job, options=_settled(options, backend))
@@ -175,6 +176,23 @@ def _settled(options: ExportOptions, backend: Backend) -> ExportOptions:
     if not isinstance(precision, Int8) or precision.reduce_range is not None:
         return options
     return replace(options, precision=replace(precision, reduce_range=backend.uses_cpu and saturates(processor)))
+
+
+def _check_sizes(backend: Backend, job: ExportJob) -> None:
+    sizes = job.backbone.input_spec.sizes
+    if sizes is None:
+        return
+    if not backend.image_sizes:
+        having = [name for name in engine_names() if load_backend(name).image_sizes]
+        raise SpecError(
+            f"image_size is the range {sizes}, and engines of {backend.name} take one size. Give one size, or choose "
+            f"a runtime that takes a range: {', '.join(having)}."
+        )
+    if job.trained is not None:
+        raise SpecError(
+            f"image_size is the range {sizes}, and a network after quantization-aware training is exported for one "
+            "size. Give one size to prepare_qat."
+        )
 
 
 def _check_target(backend: Backend, options: ExportOptions) -> None:

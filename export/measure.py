@@ -41,11 +41,12 @@ def parity_images(calibration: CalibrationSet | None, spec: InputSpec) -> ImageA
     (Field 1987) from a fixed seed. They show whether a conversion is right; they never set a
     quantization range.
     """
-    images = calibration.sample(PARITY_IMAGES) if calibration is not None else _synthetic_images(spec)
+    images = calibration.sample(PARITY_IMAGES) if calibration is not None else synthetic_images(spec)
     return denormalize(images, spec.preprocessing) if spec.embeds_preprocessing else images
 
 
-def _synthetic_images(spec: InputSpec) -> FloatArray:
+def synthetic_images(spec: InputSpec) -> FloatArray:
+    """Return `PARITY_IMAGES` images ``(N, C, H, W)`` with the spectrum of photographs; see `parity_images`."""
     generator = np.random.default_rng(0)
     shape = (PARITY_IMAGES, spec.channels, spec.height, spec.width)
     vertical, horizontal = np.fft.fftfreq(spec.height)[:, None], np.fft.rfftfreq(spec.width)[None]

@@ -26,6 +26,7 @@ from deploykit.export.job import ExportJob, checked
 from deploykit.export.measure import parity_images, torch_outputs
 from deploykit.export.mixed import search_mixed_precision
 from deploykit.export.recipe_trials import settle_recipe
+from deploykit.export.size_corners import prove_sizes
 from deploykit.export.speed import SpeedReport, check_speedup
 from deploykit.export.target_checks import check_fits
 from deploykit.export.to_onnx import to_onnx
@@ -114,6 +115,8 @@ def export(job: ExportJob, folder: Path, *, overwrite: bool = False, progress: P
                 check_fits(job, built.engine, staging)
                 progress(StageStarted(name="parity"))
                 parity, manifest = engines.compare(built, staging)
+                corners = prove_sizes(engines, built, manifest, staging)
+                parity = replace(parity, further=corners)
                 parity.raise_for_failures()
             parity = parity.with_errors({"conversion": conversion})
             if job.trained is not None:

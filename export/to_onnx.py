@@ -13,10 +13,12 @@ import torch
 from deploykit.backbones.attention import TRANSPOSED, onnx_translations
 from deploykit.errors import ExportError, plain_reason
 from deploykit.export.output_names import name_outputs
+from deploykit.fusion.constants import hint, shape_of
 from deploykit.fusion.locate import describe_node
 from deploykit.fusion.quiet import quiet_torch
+from deploykit.onnx_values import shape_of_value
 from deploykit.optional import require
-from deploykit.spec import BATCH_DIM, InputSpec
+from deploykit.spec import BATCH_DIM, HEIGHT_DIM, WIDTH_DIM, InputSpec
 
 OPSET = 21
 """The opset of every master graph: the first whose Q/DQ nodes have all integer types."""
@@ -56,7 +58,7 @@ def to_onnx(program: torch.export.ExportedProgram, spec: InputSpec, outputs: Seq
         raise ExportError("torch's ONNX exporter gave no program. Report it with the backbone's name.")
     _name_weights(exported.model, program)
     name_outputs(exported.model, outputs)
-    return _tidy(exported.model, spec)
+    return _tidy(exported.model, program, spec)
 
 
 def _name_weights(model: ir.Model, program: torch.export.ExportedProgram) -> None:
@@ -72,13 +74,15 @@ def _name_weights(model: ir.Model, program: torch.export.ExportedProgram) -> Non
             value.name = f"{parameter}{TRANSPOSED}"
 
 
-def _tidy(model: ir.Model, spec: InputSpec) -> ir.Model:
-    """Name the batch, drop stack traces and folder names, and sort: equal exports give equal bytes."""
+def _tidy(model: ir.Model, program: torch.export.ExportedProgram, spec: InputSpec) -> ir.Model:
+    """Name the dynamic sides, drop stack traces and folder names, and sort: equal exports give equal bytes."""
     passes.ClearMetadataAndDocStringPass()(model)
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.metadata_props.clear()
     if not isinstance(spec.batch, int):
         _rename_batch(model)
+    if spec.sizes is not None:
+        _rename_sides(model, program, spec)
     model.producer_name, model.producer_version = "deploykit", ""
     model.graph.name = "backbone"
     proto = ir.to_proto(model)
@@ -96,6 +100,20 @@ def _rename_batch(model: ir.Model) -> None:
         shape = value.shape
         if shape is not None and not isinstance(shape[0], int):
             value.shape = ir.Shape([BATCH_DIM, *shape[1:]])
+
+
+def _rename_sides(model: ir.Model, program: torch.export.ExportedProgram, spec: InputSpec) -> None:
+    """Name the sides of the images ``height`` and ``width``, and those of a map of stride 8 ``height/8``."""
+    (images,) = model.graph.inputs
+    batch = shape_of_value(images)[0]
+    images.shape = ir.Shape([batch, spec.channels, HEIGHT_DIM, WIDTH_DIM])
+    (returned,) = (node for node in program.graph.nodes if node.op == "output")
+    for value, node in zip(model.graph.outputs, returned.args[0], strict=True):
+        traced = shape_of(node)
+        if len(traced) == 4 and not all(isinstance(side, int) for side in traced[2:]):
+            strides = [whole // hint(side) for whole, side in zip((spec.height, spec.width), traced[2:], strict=True)]
+            sides = [f"{name}/{stride}" for name, stride in zip((HEIGHT_DIM, WIDTH_DIM), strides, strict=True)]
+            value.shape = ir.Shape([*shape_of_value(value)[:2], *sides])
 
 
 def _why(error: BaseException, program: torch.export.ExportedProgram) -> str:

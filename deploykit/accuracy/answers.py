@@ -127,7 +127,7 @@ def collect_answers(
         decoded: dict[tuple[object, ...], ImageArray] = {}
         read: list[int] = []
         for subject, own in zip(subjects, answers, strict=True):
-            key = (subject.input.shape[1:], subject.input.dtype, subject.input.preprocessing)
+            key = (subject.input.shape_at(1)[1:], subject.input.dtype, subject.input.preprocessing)
             if key not in decoded:
                 read, images, problems = read_images(dataset, chunk, subject.input, skip_corrupt=skip_corrupt)
                 for problem in problems if not decoded else ():

@@ -121,6 +121,8 @@ class BaseBackbone(nn.Module):
     """The fields of a variant that ``options.architecture`` may replace."""
     fixed_size: ClassVar[bool] = False
     """Whether a built module takes one image size only (absolute position embeddings, windows)."""
+    size_factor: ClassVar[int] = 1
+    """By how many pixels of its deepest map the sides of images in a range of sizes may differ."""
     untrained_prefixes: ClassVar[tuple[str, ...]] = ()
     """How the names of parameters begin that checkpoints of the variant lack, and that start random."""
     takes_patch_size: ClassVar[bool] = False
@@ -397,7 +399,8 @@ class BaseBackbone(nn.Module):
 
     def _spec_for(self, shape: tuple[int, ...]) -> InputSpec:
         """Return the input spec with the size of these images, where the family takes any size."""
-        if self.fixed_size or len(shape) != 4 or shape[1] != self.input_spec.channels:
+        fixed = self.fixed_size or self.input_spec.sizes is not None
+        if fixed or len(shape) != 4 or shape[1] != self.input_spec.channels:
             return self.input_spec
         return replace(self.input_spec, height=shape[2], width=shape[3])
 
@@ -414,7 +417,7 @@ class BaseBackbone(nn.Module):
             raise SpecError(f"the images are on {images.device}, and the model is on {here}. Fix: images.to('{here}').")
         if images.device.type == "cpu" and images.dtype == torch.float32:
             check_images(images.detach().resolve_neg().numpy(), spec)
-        elif images.dtype not in (torch.float32, torch.float16, torch.bfloat16) or images.shape[1:] != spec.shape[1:]:
+        elif images.dtype not in (torch.float32, torch.float16, torch.bfloat16) or not spec.accepts_size(images.shape):
             raise SpecError(
                 f"the images are {tuple(images.shape)} {images.dtype}; "
                 f"expected {spec.shape} torch.float32 {spec.layout}."

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from deploykit.backbones.base import BaseBackbone
+from deploykit.backbones.image_sizes import set_image_sizes
 from deploykit.backbones.module_copy import copy_module, share
 from deploykit.backbones.necks import FeaturePyramid
 from deploykit.backbones.registry import build_requested, describe, is_known
@@ -18,18 +20,38 @@ from deploykit.backbones.user_module import wrap_module
 from deploykit.bundle_files import why_no_bundle
 from deploykit.errors import BundleError, DeployKitError, SpecError
 from deploykit.names import TIMM, is_bare, path_of
-from deploykit.spec import InputSpec
+from deploykit.spec import InputSpec, SizeRange
 from deploykit.unset import UNSET
 
 
 def build_any(name: Any, asked: BackboneRequest) -> BaseBackbone:
-    """Return a name, a ``timm/`` name or a module, as a backbone with its weights, labels and preprocessing.
+    """Return a name, a ``timm/`` name or a module, as a backbone with its weights, labels, preprocessing and sizes.
 
     Raises:
         SpecError: an unknown name, or options that do not go with it.
         WeightsError: weights that cannot be had, do not fit, or disagree with what was asked for.
         BundleError: the name is a path.
     """
+    sizes = asked.image_sizes
+    if sizes is None:
+        return _build(name, asked)
+    exists = isinstance(name, BaseBackbone) and name.is_described
+    one_size = replace(asked, image_sizes=None, image_size=None if exists else asked.image_size)
+    return _with_sizes(_build(name, one_size), sizes, shared=is_module(name))
+
+
+def _with_sizes(backbone: BaseBackbone, sizes: SizeRange, *, shared: bool) -> BaseBackbone:
+    """Return a backbone for a range of sizes; a copy, where its modules are ``shared`` with the caller."""
+    if shared:
+        other = copy_module(backbone, share)
+        assert isinstance(other, BaseBackbone)  # noqa: S101  (a copy has its original's type)
+        backbone = other
+    set_image_sizes(backbone, sizes)
+    return backbone
+
+
+def _build(name: Any, asked: BackboneRequest) -> BaseBackbone:
+    """Return a backbone for one image size; see `build_any`."""
     if hasattr(name, "input_spec") and name.input_spec.embeds_preprocessing:
         raise SpecError(
             f"{name!r} embeds its preprocessing already; expected the backbone inside it. "

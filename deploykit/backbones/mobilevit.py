@@ -232,6 +232,7 @@ class MobileViT(BaseBackbone):
 
     family: ClassVar[str] = "mobilevit"
     variants: ClassVar[Mapping[str, MobileVitVariant]] = VARIANTS
+    size_factor: ClassVar[int] = _PATCH
     why_not_output_stride: ClassVar[str] = "its transformers unfold maps of stride 8, 16 and 32"
 
     def __init__(self, name: str, options: BackboneOptions) -> None:

@@ -330,7 +330,7 @@ class WithNeck(BaseBackbone):
         self.grad_checkpointing = enable
 
     def _spec_for(self, shape: tuple[int, ...]) -> InputSpec:
-        return self.backbone._spec_for(shape)
+        return self.input_spec if self.input_spec.sizes is not None else self.backbone._spec_for(shape)
 
 
 def _described_levels(source: object) -> FeatureInfo | None:

@@ -15,7 +15,7 @@ from typing import Any, SupportsIndex, TypeAlias
 
 from deploykit.errors import SpecError, nearest
 from deploykit.labels import LabelSource
-from deploykit.spec import InputSpec, Preprocessing, parse_image_size
+from deploykit.spec import InputSpec, Preprocessing, SizeRange, parse_image_sizes
 from deploykit.unset import UNSET, Unset
 
 Pretrained: TypeAlias = bool | str | Path
@@ -32,7 +32,8 @@ class BackboneRequest:
         output_stride: 8, 16 or 32.
         num_classes: outputs of the classifier, 0 for the embedding; not given: those of the weights.
         in_channels: channels of the images; not given: those of the weights.
-        image_size: (height, width) in pixels; None: that of the weights.
+        image_size: (height, width) in pixels; None: that of the weights. Of a range, its ``opt``.
+        image_sizes: the range, where ``image_size`` is given as one.
         patch_size: another patch for a plain ViT.
         hierarchical: a pyramid from a plain ViT.
         pretrained: True, a tag, or a checkpoint file.
@@ -48,6 +49,7 @@ class BackboneRequest:
     num_classes: int | Unset = UNSET
     in_channels: int | Unset = UNSET
     image_size: tuple[int, int] | None = None
+    image_sizes: SizeRange | None = None
     patch_size: int | None = None
     hierarchical: bool | str = False
     pretrained: Pretrained = False
@@ -69,7 +71,11 @@ class BackboneRequest:
             raise SpecError(f"checkpoint_key is {self.checkpoint_key!r}; give the name of a state dict in the file.")
         object.__setattr__(self, "output_indices", _indices(self.output_indices))
         if self.image_size is not None:
-            object.__setattr__(self, "image_size", parse_image_size(self.image_size))
+            size = parse_image_sizes(self.image_size)
+            if isinstance(size, SizeRange):
+                object.__setattr__(self, "image_sizes", size)
+                size = size.best
+            object.__setattr__(self, "image_size", size)
         if isinstance(self.pretrained, os.PathLike):
             object.__setattr__(self, "pretrained", Path(self.pretrained))
         if self.preprocessing is not None:

@@ -39,6 +39,7 @@ class Backend:
         version_rule: which installed versions open an engine.
         least_version: ``(engine, name) -> str | None``: the oldest version that reads an engine's bytes; None: the one
             that built it.
+        image_sizes: one engine takes a range of image sizes.
         uses_cpu: INT8 products run on the CPU, where some processors saturate.
         targets: what engines can be built for, by name; empty: nothing to choose.
         source: the form that is lowered: an ONNX graph or a torch program.
@@ -71,6 +72,7 @@ class Backend:
     int8_float_dtypes: tuple[str, ...] = ("fp32",)
     version_rule: VersionRule = "exact"
     least_version: str | None = None
+    image_sizes: bool = False
     uses_cpu: bool = True
     targets: tuple[str, ...] = ()
     source: Literal["onnx", "torch"] = "onnx"

@@ -10,6 +10,7 @@ import numpy as np
 
 from deploykit.arrays import Array, FloatArray, ImageArray
 from deploykit.errors import SpecError
+from deploykit.image_sizes import size_text
 from deploykit.spec import InputSpec
 
 
@@ -40,8 +41,9 @@ def check_shape(shape: tuple[int, ...], spec: InputSpec) -> None:
     if len(shape) != 4:
         hint = " Add the batch dimension: images[None]." if len(shape) == 3 else ""
         raise SpecError(f"the images have shape {shape}; expected {_expected(spec)}.{hint}")
-    if shape[1:] != spec.shape[1:]:
-        raise SpecError(f"the images have shape {shape}; expected {_expected(spec)}.{_layout_hint(shape, spec)}")
+    if not spec.accepts_size(shape):
+        hint = _layout_hint(shape, spec) or _size_hint(shape, spec)
+        raise SpecError(f"the images have shape {shape}; expected {_expected(spec)}.{hint}")
     if not spec.accepts_batch(shape[0]):
         raise SpecError(
             f"the batch has {shape[0]} images and the model takes {spec.batch}. "
@@ -50,7 +52,8 @@ def check_shape(shape: tuple[int, ...], spec: InputSpec) -> None:
 
 
 def _expected(spec: InputSpec) -> str:
-    return f"{spec.shape} {spec.dtype} {spec.layout}"
+    sizes = f", {spec.sizes}" if spec.sizes is not None else ""
+    return f"{spec.shape} {spec.dtype} {spec.layout}{sizes}"
 
 
 def _cast_hint(images: Array, spec: InputSpec) -> str:
@@ -69,12 +72,20 @@ def _cast_hint(images: Array, spec: InputSpec) -> str:
 
 def _layout_hint(shape: tuple[int, ...], spec: InputSpec) -> str:
     """Return how to turn images that stand in the other layout; empty where they do not."""
-    other = (spec.as_pixels() if spec.layout == "NCHW" else spec.as_images()).shape
-    if shape[1:] != other[1:]:
+    other = spec.as_pixels() if spec.layout == "NCHW" else spec.as_images()
+    if not other.accepts_size(shape):
         return ""
     if spec.layout == "NCHW":
         return " These look like NHWC: use images.transpose(0, 3, 1, 2)."
     return " These look like NCHW: use images.transpose(0, 2, 3, 1)."
+
+
+def _size_hint(shape: tuple[int, ...], spec: InputSpec) -> str:
+    """Return which size of a range is nearest; empty where there is no range, or the channels are wrong too."""
+    size = spec.size_of(shape)
+    if spec.sizes is None or shape[1:] != spec.shape_at(1, size)[1:]:
+        return ""
+    return f" The nearest size is {size_text(spec.sizes.nearest(size))}: resize the images, or export another range."
 
 
 def _check_finite(images: FloatArray) -> None:

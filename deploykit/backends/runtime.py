@@ -166,6 +166,7 @@ class Runtime(ABC):
     def stream(self, frames: Iterable[Images], in_flight: int | None = None) -> Iterator[Any]:
         """Run frame after frame, several at a time, and yield what a call would give for each, in their order.
 
+        After a frame that is refused no more are taken; the answers for those before it come first, then the error.
         A frame is what a call takes, and is copied, so that its buffer may be used again. No frame is taken from
         ``frames`` before there is room for it: at most ``in_flight`` are taken and not yet answered.
 

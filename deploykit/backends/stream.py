@@ -25,13 +25,21 @@ def streamed(engine: Runtime, frames: Iterable[Images], in_flight: int | None) -
     room = checked_in_flight(in_flight, engine.in_flight)
     queue = engine.open_queue(room)
     waiting: deque[Callable[[], Any]] = deque()
+    coming, fault = iter(frames), None
     try:
-        for frame in frames:
-            waiting.append(engine.start(queue, frame))
+        while fault is None:
+            try:
+                waiting.append(engine.start(queue, next(coming)))
+            except StopIteration:
+                break
+            except Exception as error:  # of the reader, or a frame that is refused: first the answers before it
+                fault = error
             if len(waiting) == room:
                 yield waiting.popleft()()
         while waiting:
             yield waiting.popleft()()
+        if fault is not None:
+            raise fault
     finally:
         queue.close()
 
@@ -48,24 +56,26 @@ def mapped(engine: Runtime, images: Iterable[ImageArray], in_flight: int | None)
 
 
 def _batches(images: Iterable[ImageArray], least: int, most: int, sizes: deque[int]) -> Iterator[ImageArray]:
-    """Cut single images into batches; a last one that is too small repeats its images."""
+    """Cut single images into batches of one size; one that is too small repeats its images."""
     pending: list[ImageArray] = []
-    for image in images:
-        pending.append(np.array(image))  # a copy: a reader may fill its buffer again
+    for each in images:
+        image = np.array(each)  # a copy: a reader may fill its buffer again
+        if pending and image.shape != pending[0].shape:
+            sizes.append(len(pending))
+            yield _filled(pending, least)
+            pending = []
+        pending.append(image)
         if len(pending) == most:
             sizes.append(most)
-            yield _stacked(pending)
+            yield np.stack(pending)
             pending = []
     if pending:
         sizes.append(len(pending))
-        yield _stacked([pending[index % len(pending)] for index in range(max(least, len(pending)))])
+        yield _filled(pending, least)
 
 
-def _stacked(images: list[ImageArray]) -> ImageArray:
-    different = {image.shape for image in images}
-    if len(different) > 1:
-        raise SpecError(f"images of one batch have the shapes {sorted(different)}; expected one size for all.")
-    return np.stack(images)
+def _filled(images: list[ImageArray], least: int) -> ImageArray:
+    return np.stack([images[index % len(images)] for index in range(max(least, len(images)))])
 
 
 def _one(outputs: Any, position: int) -> Any:

@@ -13,7 +13,7 @@ import typer
 
 from deploykit.backbones.checkpoint_names import SUFFIXES, is_checkpoint_name
 from deploykit.errors import SpecError
-from deploykit.spec import CropMode, Interpolation, parse_image_size
+from deploykit.spec import CropMode, Interpolation, Size, SizeRange, parse_image_size
 
 _PANEL = "Backbone"
 _OWN_WEIGHTS = "Weights of your own"
@@ -87,9 +87,9 @@ SizeOption = Annotated[
     option(
         "--image-size",
         panel=_PANEL,
-        metavar="S|HxW",
+        metavar="S|HxW|MIN,OPT,MAX",
         default="the size of the weights",
-        help="In pixels: 224, or height x width as 256x320.",
+        help="In pixels: 224, or height x width as 256x320; or three of them, for an engine that takes a range.",
     ),
 ]
 PatchOption = Annotated[
@@ -312,14 +312,29 @@ def _architecture_of(name: str) -> str:
     return said
 
 
-def image_size_of(text: str | None) -> tuple[int, int] | None:
+def image_size_of(text: str | None) -> Size | SizeRange | None:
+    """Return ``"224"`` or ``"256x320"`` to (height, width) in pixels, and ``"160,224,320"`` to a range.
+
+    Raises:
+        SpecError: anything else, or sizes out of order.
+    """
+    if text is None:
+        return None
+    parts = text.split(",")
+    if len(parts) == 1:
+        return one_size_of(text)
+    if len(parts) != 3:
+        raise SpecError(f"--image-size is {text!r}; expected one size, or the three sizes MIN,OPT,MAX.")
+    low, opt, high = map(one_size_of, parts)
+    return SizeRange(min=low, opt=opt, max=high)
+
+
+def one_size_of(text: str) -> Size:
     """Return ``"224"`` or ``"256x320"`` to (height, width) in pixels.
 
     Raises:
         SpecError: anything else.
     """
-    if text is None:
-        return None
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.isdecimal() for side in sides):
         raise SpecError(f"--image-size is {text!r}; expected one number of pixels (224), or height x width (256x320).")

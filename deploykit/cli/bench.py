@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from deploykit.backends.table import EVALUATOR
-from deploykit.cli.backbone_options import integers_of
+from deploykit.cli.backbone_options import integers_of, one_size_of
 from deploykit.cli.output import (
     DeviceOption,
     JsonFlag,
@@ -34,6 +34,15 @@ def bench(
     batches: Annotated[
         str | None,
         typer.Option("--batch-size", metavar="N,...", help="Images a call.", show_default="what each is tuned for"),
+    ] = None,
+    image_size: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--image-size",
+            metavar="S|HxW",
+            help="Size of the images, for engines that take a range; repeatable.",
+            show_default="what each is tuned for",
+        ),
     ] = None,
     threads: Annotated[
         str | None,
@@ -63,6 +72,7 @@ def bench(
     found = measure(
         bundles,
         batches=None if batches is None else integers_of(batches, "--batch-size"),
+        sizes=None if not image_size else [one_size_of(text) for text in image_size],
         threads=None if threads is None else integers_of(threads, "--threads"),
         hint=cast("Hint", hint),
         seconds=seconds,
@@ -77,11 +87,24 @@ def bench(
 
 
 def _as_table(found: list[BenchResult]) -> Any:
-    columns = ("bundle", "batch", "threads", "load ms", "first ms", "p50 ms", "p90 ms", "p99 ms", "images/s", "memory")
+    columns = (
+        "bundle",
+        "batch",
+        "image",
+        "threads",
+        "load ms",
+        "first ms",
+        "p50 ms",
+        "p90 ms",
+        "p99 ms",
+        "images/s",
+        "memory",
+    )
     rows = [
         [
             each.bundle,
             str(each.batch),
+            each.image,
             "all" if each.threads is None else str(each.threads),
             f"{each.load_ms:.0f}",
             f"{each.first_ms:.2f}",

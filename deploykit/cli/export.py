@@ -12,6 +12,7 @@ from deploykit.cli.output import JsonFlag, input_text, show, show_json, size_tex
 from deploykit.cli.repository import served_lines
 from deploykit.errors import SpecError
 from deploykit.export.target_options import export_options
+from deploykit.image_sizes import size_text as pixels_text
 from deploykit.labels import LABELS_FILE
 from deploykit.parity.report import ELSEWHERE
 from deploykit.spec import DEFAULT_BUILD, BuildOptions
@@ -255,7 +256,9 @@ def _report(result: ExportResult, served: ServedModel | None, *, json: bool) -> 
         if report is not None:
             show(report.render())
     size = size_text(sum(record.size for record in manifest.files.values()))
-    show(result.parity.render())
+    show(result.parity.render(), *result.parity.further_lines())
+    if manifest.input.sizes is not None and manifest.precision == "int8":
+        show(f"The plan was calibrated at {pixels_text(manifest.input.sizes.best)}, the best size of the range.")
     if speed is not None:
         show(speed.sentence())
         if speed.slower:

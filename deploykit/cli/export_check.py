@@ -144,6 +144,7 @@ def calibration_source(paths: tuple[str, ...]) -> str | list[str] | None:
 def _without_memory(choice: ExportChoice) -> tuple[BaseBackbone, str]:
     """The backbone on torch's meta device, and a word on its weights; a checkpoint file is read, and must fit."""
     from deploykit.backbones.build import build_any
+    from deploykit.backbones.image_sizes import set_image_sizes
     from deploykit.backbones.registry import backbone_class, describe, open_options, resolve_name
     from deploykit.backbones.request import make_request
     from deploykit.backbones.weights import default_source, is_path, resolve_source
@@ -164,6 +165,8 @@ def _without_memory(choice: ExportChoice) -> tuple[BaseBackbone, str]:
     if found is not None and found.preprocessing is not None:
         backbone.set_preprocessing(found.preprocessing)
     describe(backbone, asked)
+    if asked.image_sizes is not None:
+        set_image_sizes(backbone, asked.image_sizes)
     return backbone, "random" if found is None else found.tag
 
 

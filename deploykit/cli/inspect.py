@@ -73,7 +73,7 @@ def inspect(bundle: BundleArgument, json: JsonFlag = False) -> None:
         show(title, *(f"  {name:<{width}}  {value}" for name, value in rows), "")
     _show_levels(manifest)
     if parity is not None:
-        show(_as_stored(parity), "")
+        show(_as_stored(parity), *parity.further_lines(), "")
     if source is not None:
         show(f"Pulled from {source.address}, revision {source.revision}.")
     for each in tunings:

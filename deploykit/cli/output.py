@@ -181,9 +181,9 @@ def told_tunings() -> Iterator[None]:
 
 
 def input_text(spec: InputSpec) -> str:
-    """Return ``"1 x 224 x 224 x 3 uint8 NHWC"``."""
+    """Return ``"1 x 224 x 224 x 3 uint8 NHWC"``, with the sizes of a range behind."""
     sides = " x ".join(str(side) for side in (spec.batch, *spec.shape[1:]))
-    return f"{sides} {spec.dtype} {spec.layout}"
+    return f"{sides} {spec.dtype} {spec.layout}{f' ({spec.sizes})' if spec.sizes is not None else ''}"
 
 
 def size_text(size: float) -> str:

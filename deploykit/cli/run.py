@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from deploykit.backends.table import EVALUATOR
+from deploykit.cli.backbone_options import one_size_of
 from deploykit.cli.output import (
     BundleArgument,
     DeviceOption,
@@ -88,6 +89,15 @@ def run(
             help="How a photograph becomes the input's size.",
         ),
     ] = None,
+    image_size: Annotated[
+        str | None,
+        typer.Option(
+            "--image-size",
+            metavar="S|HxW",
+            show_default="what the engine is tuned for",
+            help="Which size of its range an engine gets the images in.",
+        ),
+    ] = None,
     skip_corrupt: Annotated[
         bool, typer.Option("--skip-corrupt", help="Go on past images that cannot be read; each is named and counted.")
     ] = False,
@@ -104,7 +114,8 @@ def run(
         raise SpecError(f"--top is {top}; give at least 1.")
     given = find_given(images)
     with load_bundle(bundle, device=device, threads=threads, trust=trust, signed_by=signed_by) as model:
-        spec = _with_crop_mode(model.input_spec, crop_mode)
+        spec = model.input_spec if image_size is None else model.input_spec.at(one_size_of(image_size))
+        spec = _with_crop_mode(spec, crop_mode)
         results = list(_results(model, given, spec, top=top, skip_corrupt=skip_corrupt))
         about = {"bundle": bundle, "runtime": model.runtime, "precision": model.precision.name, "device": model.device}
     if not results:

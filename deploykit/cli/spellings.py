@@ -9,6 +9,7 @@ _SPELLINGS = {
     "overwrite=True": "--overwrite",
     "pretrained=<file>": "--weights FILE",
     "batch_size='dynamic'": "--batch-size dynamic",
+    "image_size=(min, opt, max)": "--image-size MIN,OPT,MAX",
     "device='cpu'": "--device cpu",
     "trust=True": "--trust",
     "new_head=True": "--new-head",

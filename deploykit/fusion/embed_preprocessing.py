@@ -65,8 +65,7 @@ class _Embedded(nn.Module):
 
 def _embed_in_program(program: torch.export.ExportedProgram, spec: InputSpec) -> torch.export.ExportedProgram:
     dynamic = not isinstance(spec.batch, int)
-    _, *sides = spec.shape
-    example = torch.zeros((spec.batch if isinstance(spec.batch, int) else 2, *sides), dtype=torch.uint8)
+    example = torch.zeros(spec.shape_at(spec.batch if isinstance(spec.batch, int) else 2), dtype=torch.uint8)
     shapes = ({0: torch.export.Dim.DYNAMIC},) if dynamic else None  # with the bounds of the program inside
     try:
         with torch.no_grad(), warnings.catch_warnings():
@@ -142,8 +141,8 @@ def _with_row(graph: ir.Graph, operator: str, value: ir.Value, name: str, row: F
 
 
 def _row(channels: FloatArray, spec: InputSpec) -> FloatArray:
-    """Return one value a channel, written out for a row of pixels: ``(1, 1, W, C)``."""
-    return np.tile(channels, (1, 1, spec.width, 1))
+    """Return one value a channel, written out for a row of pixels where its width is fixed: ``(1, 1, W or 1, C)``."""
+    return np.tile(channels, (1, 1, spec.width if spec.sizes is None else 1, 1))
 
 
 def _replace_constant(graph: ir.Graph, stem: ir.Node, position: int, array: FloatArray) -> None:

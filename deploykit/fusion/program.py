@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -9,20 +11,21 @@ from deploykit.errors import ExportError, plain_reason
 from deploykit.fusion.constants import remove_unread
 from deploykit.fusion.locate import describe_error
 from deploykit.fusion.quiet import quiet_torch
-from deploykit.spec import BATCH_DIM, InputSpec
+from deploykit.spec import BATCH_DIM, HEIGHT_DIM, WIDTH_DIM, InputSpec
 
 
 def export_program(module: nn.Module, spec: InputSpec) -> torch.export.ExportedProgram:
     """Return `torch.export` of a module called with one image tensor.
 
-    A dynamic batch is traced from two images, since torch takes a size of one for a constant.
+    A dynamic batch is traced from two images, since torch takes a size of one for a constant; a range of sizes, whose
+    steps are dynamic, from its best size of at least two steps a side.
 
     Raises:
         ExportError: torch cannot trace it.
     """
-    dynamic = not isinstance(spec.batch, int)
-    example = torch.zeros(spec.batch if isinstance(spec.batch, int) else 2, spec.channels, spec.height, spec.width)
-    shapes = ({0: torch.export.Dim(BATCH_DIM)},) if dynamic else None
+    batch = spec.batch if isinstance(spec.batch, int) else 2
+    example = torch.zeros(batch, spec.channels, spec.height, spec.width)
+    shapes = _dynamic_shapes(spec)
     try:
         with torch.no_grad(), quiet_torch():
             program = torch.export.export(module, (example,), dynamic_shapes=shapes)
@@ -36,3 +39,13 @@ def export_program(module: nn.Module, spec: InputSpec) -> torch.export.ExportedP
     remove_unread(program.graph)
     program.graph_module.recompile()
     return program
+
+
+def _dynamic_shapes(spec: InputSpec) -> tuple[dict[int, Any]] | None:
+    """Return which sides of the images are dynamic, as torch.export has it; sizes of a range are whole steps."""
+    dynamic: dict[int, Any] = {} if isinstance(spec.batch, int) else {0: torch.export.Dim(BATCH_DIM)}
+    if spec.sizes is not None:
+        for axis, name in ((2, HEIGHT_DIM), (3, WIDTH_DIM)):
+            steps = torch.export.Dim(f"{name}_steps")
+            dynamic[axis] = steps * spec.sizes.step if spec.sizes.step > 1 else steps
+    return (dynamic,) if dynamic else None

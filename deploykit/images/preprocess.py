@@ -121,7 +121,7 @@ def prepare_image(picture: Image.Image, spec: InputSpec) -> ImageArray:
     if spec.channels not in (1, 3):
         raise SpecError(
             f"the model takes {spec.channels} channels and an image file has 1 or 3. "
-            f"Pass arrays of shape (N, {', '.join(map(str, spec.shape[1:]))}) instead of files."
+            f"Pass arrays of shape (N, {', '.join(map(str, spec.shape_at(1)[1:]))}) instead of files."
         )
     fitted = _fit(picture if spec.channels == 3 or picture.mode == "L" else picture.convert("L"), spec)
     pixels = np.array(fitted, np.uint8).reshape(spec.height, spec.width, spec.channels)

@@ -12,12 +12,15 @@ import numpy.typing as npt
 
 from deploykit.arrays import Array, FloatArray
 from deploykit.errors import ParityError, SpecError
+from deploykit.image_sizes import Size, size_text
 from deploykit.npz import bundled_arrays, unpacked_limit
 from deploykit.parity.compare import LOGITS, check_levels
 from deploykit.places import storage_error
 from deploykit.sampling import hashed_fractions
 
 REFERENCE_FILE = "reference.npz"
+CORNER_FILES = "reference-{}.npz"
+"""The references of an engine for a range of image sizes, at its corners: ``reference-160x160.npz``."""
 MAX_VALUES = 16384
 """How many values of each output are kept an image; logits are kept whole."""
 
@@ -117,6 +120,11 @@ class ParityReference:
                 positions={name: cast("npt.NDArray[np.int64]", arrays[f"positions/{name}"]) for name in names},
                 shapes={name: tuple(int(side) for side in arrays[f"shape/{name}"]) for name in names},
             )
+
+
+def corner_file(size: Size) -> str:
+    """Return the name of the reference for images of ``(height, width)``."""
+    return CORNER_FILES.format(size_text(size))
 
 
 def capture(images: FloatArray, outputs: Mapping[str, Array]) -> ParityReference:

@@ -233,6 +233,15 @@ class ParityReport:
                 )
         return found + [note for report in self.further for note in report.notes()]
 
+    def further_lines(self) -> list[str]:
+        """Return one line for each further comparison: its reference, its worst output in dB, and the result."""
+        lines = []
+        for report in self.further:
+            worst = min(report.levels, key=lambda level: level.sqnr_db)
+            figure = f"{worst.name} {decibels(worst.sqnr_db)} dB"
+            lines.append(f"against {report.reference}: {figure}, {'pass' if report.passed else 'FAIL'}")
+        return lines
+
     def _of(self, agreement: float) -> Interval:
         return wilson(round(agreement * self.images), self.images)
 

@@ -51,7 +51,7 @@ def errors_apart(models: Mapping[str, Runtime]) -> tuple[ErrorApart, ...]:
 def _network(model: Runtime) -> tuple[object, ...]:
     taken, given = model.input_spec, model.manifest.outputs
     outputs = tuple((output.name, output.shape[1:]) for output in given)
-    return model.manifest.weights_digest, taken.shape[1:], taken.dtype, taken.preprocessing, outputs
+    return model.manifest.weights_digest, taken.shape_at(1)[1:], taken.dtype, taken.preprocessing, outputs
 
 
 def _of_group(models: Mapping[str, Runtime]) -> Iterator[ErrorApart]:

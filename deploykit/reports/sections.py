@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploykit.changes.plans import range_text
 from deploykit.parity.interval import wilson
-from deploykit.parity.report import LevelParity, decibels
+from deploykit.parity.report import LevelParity, ParityReport, decibels
 from deploykit.reports.errors import ErrorApart
 from deploykit.reports.facts import BundleFacts, Collected
 
@@ -122,6 +122,9 @@ def _own(facts: BundleFacts) -> Iterator[Section]:
         yield Section(
             title="What is wrong", bundle=facts.name, table=Table(columns=("level", "fault"), rows=(*faults,))
         )
+    report = facts.here or facts.side.parity
+    if report is not None and report.further:
+        yield _corners(facts.name, report)
     if facts.worst is not None:
         text = f"Values of {facts.worst.output} on the bundle's images: torch FP32 and the engine."
         yield Section(title="Worst output", text=text, drawing="worst", bundle=facts.name)
@@ -130,6 +133,17 @@ def _own(facts: BundleFacts) -> Iterator[Section]:
     if facts.side.plan is not None:
         yield from _quantizer(facts.name, facts.side.plan)
     yield _making(facts)
+
+
+def _corners(name: str, report: ParityReport) -> Section:
+    """Return what an engine for a range of image sizes gives at its corners."""
+    rows = []
+    for each in report.further:
+        worst = min(each.levels, key=lambda level: level.sqnr_db)
+        rows.append((each.reference, worst.name, decibels(worst.sqnr_db), "pass" if each.passed else "FAIL"))
+    table = Table(columns=("against", "worst output", "SQNR dB", "result"), rows=(*rows,), right=frozenset((2,)))
+    text = "The smallest, the largest and the flattest image of the range; all else here is at the best size."
+    return Section(title="Image sizes", text=text, table=table, bundle=name)
 
 
 def _layers(name: str, found: LayerReport) -> Section:

@@ -36,7 +36,7 @@ class BundleModel(MLModel):
         folder = await get_model_uri(self.settings)
         self._model = await asyncio.to_thread(load_bundle, folder)
         spec = self._model.input_spec
-        await asyncio.to_thread(self._model, np.zeros((spec.best_batch, *spec.shape[1:]), spec.dtype))
+        await asyncio.to_thread(self._model, np.zeros(spec.shape_at(spec.best_batch), spec.dtype))
         return True
 
     async def predict(self, payload: Any) -> Any:

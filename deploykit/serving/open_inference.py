@@ -28,7 +28,7 @@ def model_settings(manifest: Manifest, name: str, version: int) -> bytes:
         "name": name,
         "implementation": IMPLEMENTATION,
         "platform": manifest.runtime,
-        "inputs": [{"name": spec.name, "datatype": _TYPES[spec.dtype], "shape": [batch, *spec.shape[1:]]}],
+        "inputs": [{"name": spec.name, "datatype": _TYPES[spec.dtype], "shape": [batch, *_sides(spec.shape[1:])]}],
         "outputs": [
             {"name": output.name, "datatype": "FP32", "shape": [batch, *_sides(output.shape[1:])]}
             for output in manifest.outputs

@@ -71,7 +71,7 @@ def _device(manifest: Manifest) -> str:
 def _tensors(manifest: Manifest, *, batched: bool) -> Iterator[str]:
     spec = manifest.input
     first = [] if batched else [spec.batch if isinstance(spec.batch, int) else -1]
-    sides = [*first, *(int(side) for side in spec.shape[1:])]
+    sides = [*first, *(side if isinstance(side, int) else -1 for side in spec.shape[1:])]
     yield f"input [ {{ name: {_text(spec.name)}, data_type: {_TYPES[spec.dtype]}, dims: {_dims(sides)} }} ]"
     labels = LABELS_FILE in manifest.files and not manifest.backbone.features_only
     outputs = []
@@ -98,7 +98,7 @@ def _warm_up(manifest: Manifest, batching: BatchRange | None) -> Iterator[str]:
     Black images, because Triton's random ones are random bits, among them NaN, which deploykit refuses.
     """
     spec = manifest.input
-    sides = [int(side) for side in spec.shape[1:]]
+    sides = list(spec.shape_at(spec.best_batch)[1:])
     if batching is None:
         sides = [spec.best_batch, *sides]
     for size in sorted({1, batching.opt}) if batching is not None else (1,):

@@ -107,7 +107,7 @@ def _call(package: Path, spec: InputSpec) -> Callable[[], object]:
     """Return a call of a package on zeros, of the batch that it is tuned for."""
     torch = require("torch")
     loader = load_package(package)
-    images = [torch.zeros((spec.best_batch, *spec.shape[1:]), dtype=getattr(torch, spec.dtype))]
+    images = [torch.zeros(spec.shape_at(spec.best_batch), dtype=getattr(torch, spec.dtype))]
     return lambda: loader.run(images)
 
 

@@ -9,6 +9,7 @@ BACKEND = Backend(
     package=PACKAGE,
     precisions=("fp32", "fp16", "int8"),
     version_rule="same_or_newer",
+    image_sizes=True,
     least_version="deploykit.backends.onnxruntime.needs:least_version",
     targets=tuple(PROCESSOR_TARGETS),
     open_options=("arena_extend_strategy", "cudnn_conv_algo_search", "gpu_mem_limit"),

@@ -9,6 +9,7 @@ BACKEND = Backend(
     package=PACKAGE,
     precisions=("fp32", "fp16", "bf16", "int8"),
     version_rule="same_or_newer",
+    image_sizes=True,
     least_version="deploykit.backends.openvino.needs:least_version",
     targets=tuple(PROCESSOR_TARGETS),
     open_options=("NPU_TURBO", "NUM_STREAMS", "SCHEDULING_CORE_TYPE"),

@@ -15,7 +15,7 @@ from deploykit.errors import ExportError
 from deploykit.graph import OnnxGraph
 from deploykit.optional import installed_version
 from deploykit.places import scratch_folder
-from deploykit.spec import BatchRange, InputSpec
+from deploykit.spec import HEIGHT_DIM, WIDTH_DIM, BatchRange, InputSpec
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -53,10 +53,16 @@ def lower(graph: OnnxGraph, folder: Path, options: LowerOptions) -> Engine:
 
 
 def _input_shape(openvino: OpenVINOPackage, spec: InputSpec) -> Shape:
-    """Return the input's shape, with the bounds of a dynamic batch."""
+    """Return the input's shape, with the bounds of a dynamic batch and of a range of sizes."""
     batch = spec.batch
-    first = openvino.Dimension(batch.min, batch.max) if isinstance(batch, BatchRange) else openvino.Dimension(batch)
-    return openvino.PartialShape([first, *(openvino.Dimension(side) for side in spec.shape[1:])])
+    dimension = openvino.Dimension
+    first = dimension(batch.min, batch.max) if isinstance(batch, BatchRange) else dimension(batch)
+    bounds = {} if spec.sizes is None else dict(zip((HEIGHT_DIM, WIDTH_DIM), spec.sizes.sides, strict=True))
+    rest = [
+        dimension(bounds[side][0], bounds[side][2]) if isinstance(side, str) else dimension(side)
+        for side in spec.shape[1:]
+    ]
+    return openvino.PartialShape([first, *rest])
 
 
 def _name_nodes_in_order(model: Model, source: ir.Model) -> None:

@@ -19,6 +19,7 @@ BACKEND = Backend(
     name="tensorrt",
     package=_package(),
     precisions=("fp32", "fp16", "int8"),
+    image_sizes=True,
     int8_float_dtypes=("fp32", "fp16"),
     uses_cpu=False,
     targets=TARGETS,

@@ -23,7 +23,7 @@ from deploykit.backends.tensorrt.targets import DEVICES, TARGETS
 from deploykit.errors import ExportError, nearest
 from deploykit.graph import OnnxGraph
 from deploykit.optional import installed_version
-from deploykit.spec import BatchRange, BuildOptions, InputSpec
+from deploykit.spec import BuildOptions, InputSpec
 
 DEFAULT_CAPABILITY = "sm86"
 
@@ -156,8 +156,12 @@ def _of_this_gpu(capability: str | None) -> str:
 
 
 def _profile(spec: InputSpec) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
-    """Return the min, opt and max shape of a dynamic batch; None for a fixed one."""
-    if not isinstance(spec.batch, BatchRange):
+    """Return the min, opt and max shape of a dynamic batch or a range of sizes; None where all is fixed."""
+    batch, sizes = spec.batch, spec.sizes
+    if isinstance(batch, int) and sizes is None:
         return None
-    rest = tuple(int(side) for side in spec.shape[1:])
-    return ((spec.batch.min, *rest), (spec.batch.opt, *rest), (spec.batch.max, *rest))
+    batches = (batch, batch, batch) if isinstance(batch, int) else (batch.min, batch.opt, batch.max)
+    one = (spec.height, spec.width)
+    size_of_each = (one, one, one) if sizes is None else tuple(zip(*sizes.sides, strict=True))
+    low, opt, high = (spec.shape_at(count, size) for count, size in zip(batches, size_of_each, strict=True))
+    return low, opt, high

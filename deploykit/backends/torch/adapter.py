@@ -168,7 +168,8 @@ class PixelBackbone(nn.Module):
 
     def _spec_for(self, shape: tuple[int, ...]) -> InputSpec:
         """Return the input with the size of these images, where the family takes any size."""
-        if self.backbone.fixed_size or len(shape) != 4 or shape[3] != self.input_spec.channels:
+        fixed = self.backbone.fixed_size or self.input_spec.sizes is not None
+        if fixed or len(shape) != 4 or shape[3] != self.input_spec.channels:
             return self.input_spec
         return replace(self.input_spec, height=shape[1], width=shape[2])
 
