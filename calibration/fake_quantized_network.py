@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from deploykit.arrays import FloatArray
-from deploykit.backbones.attention import TRANSPOSED
 from deploykit.calibration.dialect import Dialect, OnnxDialect
 from deploykit.calibration.fake_quantize import (
     FakeQuantize,
@@ -29,6 +28,7 @@ from deploykit.calibration.quantize_activations import written_in_integers
 from deploykit.calibration.rounded_weight import RoundedWeight
 from deploykit.errors import CalibrationError
 from deploykit.fusion.affine import LINEAR
+from deploykit.graph import TRANSPOSED
 from deploykit.onnx_values import floats_of
 
 EVERY_RUNTIME: Dialect = OnnxDialect()

@@ -13,11 +13,11 @@ import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_dec
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from deploykit.backbones.attention import TRANSPOSED
 from deploykit.calibration.placement import IntegerWeight
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.ranges import ActivationRange
 from deploykit.fusion.constants import operand
+from deploykit.graph import TRANSPOSED
 
 CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding)
 WEIGHTED = (*CONVOLUTIONS, torch.ops.aten.linear.default)

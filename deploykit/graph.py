@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
+TRANSPOSED = ".T"
+"""Ends the name of a linear layer's weight in an ONNX graph, where it stands transposed, ``(in, out)``."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxGraph:

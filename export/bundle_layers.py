@@ -17,6 +17,7 @@ from deploykit.bundle_files import PLAN_FILE, PLAN_FILES
 from deploykit.errors import SpecError
 from deploykit.export.layers import SAME_DB, LayerReport, compare_layers
 from deploykit.export.runtime_layers import compare_in_runtime
+from deploykit.graph import TRANSPOSED
 from deploykit.manifest import Manifest
 from deploykit.parity.reference import REFERENCE_FILE, ParityReference
 
@@ -48,11 +49,12 @@ def bundle_layers(
     manifest = open_bundle(folder)
     model, images = engine_graph(folder, manifest)
     if runtime is not None:
-        modules = _modules(folder, manifest)
+        modules = modules_of_plan(folder, manifest)
         return compare_in_runtime(model, images, runtime, modules=modules, reproducer=reproducer)
+    names = [output.name for output in manifest.outputs]
     other = None if reference is None else open_bundle(reference)
     if reference is None or other is None:
-        return compare_layers(model, images, modules=_modules(folder, manifest))
+        return compare_layers(model, images, modules=modules_of_plan(folder, manifest), outputs=names)
     _check_pair(manifest, other)
     alike = (manifest.precision, manifest.weights_digest) == (other.precision, other.weights_digest)
     same = alike and all(manifest.files.get(name) == other.files.get(name) for name in PLAN_FILES)
@@ -62,7 +64,8 @@ def bundle_layers(
         reference=engine_graph(reference, other)[0],
         reference_name=f"{other.runtime} {other.precision} of {reference}",
         min_own_db=SAME_DB if same else None,
-        modules=_modules(folder, manifest),
+        modules=modules_of_plan(folder, manifest),
+        outputs=names,
         reproducer=reproducer,
     )
 
@@ -103,11 +106,11 @@ def _check_pair(manifest: Manifest, other: Manifest) -> None:
         )
 
 
-def _modules(folder: Path, manifest: Manifest) -> dict[str, str]:
+def modules_of_plan(folder: Path, manifest: Manifest) -> dict[str, str]:
     """Return the path in torch of each quantized node's weights."""
     if PLAN_FILE not in manifest.files:
         return {}
     plan = msgspec.json.decode((folder / PLAN_FILE).read_bytes(), type=dict[str, Any])
     weights = plan["placement"]["weights"]
     paths = {node: str(entry["weight"]).removeprefix("backbone.") for node, entry in weights.items()}
-    return {node: path.removesuffix(".weight") for node, path in paths.items()}
+    return {node: path.removesuffix(TRANSPOSED).removesuffix(".weight") for node, path in paths.items()}

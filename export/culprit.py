@@ -9,13 +9,11 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import torch
-from torch import Tensor
-from torch.fx import Interpreter, Node
 
 from deploykit.arrays import FloatArray
 from deploykit.calibration.placement import constant_values
 from deploykit.export.graphs import part_giving
+from deploykit.export.program_values import ProgramValues
 from deploykit.fusion.locate import describe_node
 from deploykit.graph import Master
 from deploykit.onnx_session import Arrays, graph_batch, values_of
@@ -36,15 +34,15 @@ def wrong_in_onnx(master: Master, images: FloatArray, min_sqnr_db: float) -> str
     """
     model = master.onnx.model
     batch = _whole_batch(model, images)
-    ours = _program_values(master, batch)
+    program = ProgramValues(master.torch)
     given = {str(value.name) for node in model.graph for value in node.outputs}
-    names = [name for name in ours if name in given]
-    theirs = values_of(model, names, batch)
-    for name in names:
-        node, expected = ours[name]
+    ours = program.give((name for name in program.nodes if name in given), batch)
+    theirs = values_of(model, list(ours), batch)
+    for name, expected in ours.items():
         figure = _decibels(expected, theirs[name])
         if not figure >= min_sqnr_db:
-            return f"torch's ONNX exporter writes {describe_node(node)} wrongly ({figure:.1f} dB against torch)"
+            described = describe_node(program.nodes[name])
+            return f"torch's ONNX exporter writes {described} wrongly ({figure:.1f} dB against torch)"
     return None
 
 
@@ -78,33 +76,6 @@ def wrong_in_runtime(
             return None
     source: Arrays = {str(model.graph.inputs[0].name): batch}
     return _bisected(model, nodes, lambda part: find_problem(part, source, min_sqnr_db))
-
-
-def _program_values(master: Master, batch: FloatArray) -> dict[str, tuple[Node, npt.NDArray[Any]]]:
-    """Return every float tensor of the torch program by the name that it has in the ONNX graph, in order."""
-    module = master.torch.program.module()
-    (output,) = module.graph.find_nodes(op="output")
-    outputs = dict(
-        zip((node.name for node in output.args[0]), (spec.name for spec in master.onnx.outputs), strict=True)
-    )
-    taken = set(outputs.values())  # what else had such a name has another one in the graph
-    values: dict[str, tuple[Node, npt.NDArray[Any]]] = {}
-
-    class Recorded(Interpreter):
-        """Keeps what each call gives."""
-
-        def run_node(self, node: Node) -> Any:
-            """Run a node and note its tensor."""
-            result = super().run_node(node)
-            name = outputs.get(node.name, node.name)
-            known = node.name in outputs or name not in taken
-            if node.op == "call_function" and known and isinstance(result, Tensor) and result.is_floating_point():
-                values[name] = node, result.numpy()
-            return result
-
-    with torch.no_grad():
-        Recorded(module).run(torch.tensor(batch))
-    return values
 
 
 def _alone(node: ir.Node, model: ir.Model, values: Arrays) -> tuple[ir.Model, Arrays]:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as ir_passes
 
 from deploykit.arrays import Array
-from deploykit.onnx_session import Arrays, GraphSession, onnx_session
+from deploykit.onnx_session import Arrays, onnx_session
 from deploykit.parity.metrics import sqnr_db
 from deploykit.parity.report import MAX_SQNR_DB, capped
 from deploykit.places import storage_error
@@ -19,10 +19,13 @@ from deploykit.places import storage_error
 RunPart: TypeAlias = Callable[[ir.Model, Arrays], list[Array]]
 """What computes a part of a graph on given inputs: its outputs, in order."""
 
+GiveTensors: TypeAlias = Callable[[Sequence[str]], list[Array]]
+"""What gives tensors of a network for one batch by name, in the order asked for."""
+
 REFERENCE = "/reference"
 """The end of an input's name that stands for the reference's tensor."""
 
-_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
 
 def node_by_node(part: ir.Model, feeds: Arrays) -> list[Array]:
@@ -36,12 +39,20 @@ def typed(model: ir.Model) -> ir.Model:
 
 
 class Walk:
-    """Two graphs on one batch, of which any tensors can be asked."""
+    """A graph and its reference on one batch; ``found`` and ``expected`` give their shared tensors and own outputs.
+
+    Args:
+        candidate: the graph.
+        reference: another graph that has the tensors too, or what gives them.
+        names: the shared tensors.
+        batch: as both take it.
+        run: what computes the candidate's layers.
+    """
 
     def __init__(
         self,
         candidate: ir.Model,
-        reference: ir.Model,
+        reference: ir.Model | GiveTensors,
         names: Sequence[str],
         batch: Array,
         run: RunPart = node_by_node,
@@ -50,8 +61,8 @@ class Walk:
         self._batch = batch
         self._run = run
         self._cuts = set(names)
-        self._sessions = [_opened(model, names) for model in (candidate, reference)]
-        self._sources = [str(model.graph.inputs[0].name) for model in (candidate, reference)]
+        self.found = giving(candidate, names, batch)
+        self.expected = giving(reference, names, batch) if isinstance(reference, ir.Model) else reference
 
     def errors(self, group: Sequence[str]) -> Iterator[tuple[str, float, float]]:
         """Yield each tensor of a group with its own error and that of the whole network, in dB."""
@@ -83,15 +94,12 @@ class Walk:
         """Return what candidate and reference give for a group and what it reads, and the latter as it is fed."""
         read = self._read_by(group)
         asked = list(dict.fromkeys((*group, *read)))
-        found, expected = (
-            dict(zip(asked, session.run_path(asked, {source: self._batch}), strict=True))
-            for session, source in zip(self._sessions, self._sources, strict=True)
-        )
-        return found, expected, {name: expected[name].astype(found[name].dtype) for name in read}
+        found, expected = (dict(zip(asked, give(asked), strict=True)) for give in (self.found, self.expected))
+        return found, expected, {name: _as_read(expected[name], found[name]) for name in read}
 
     def _read_by(self, group: Sequence[str]) -> list[str]:
         """Return the shared tensors that the layers of a group read."""
-        values = {str(value.name): value for value in computed(self._candidate)}
+        values = {str(value.name): value for node in self._candidate.graph for value in node.outputs}
         found: dict[str, None] = {}
         stack = [operand for name in group for operand in operands_of(values[name])]
         seen = set()
@@ -127,13 +135,19 @@ class Walk:
         return ir.Model(part, ir_version=copy.ir_version), feeds
 
 
-def _opened(model: ir.Model, names: Sequence[str]) -> GraphSession:
-    """Open a graph that gives these tensors."""
+def giving(model: ir.Model, names: Sequence[str], batch: Array) -> GiveTensors:
+    """Open a graph on a batch; any of these tensors and of its outputs can then be asked."""
     copy = model.clone()
     values = {str(value.name): value for node in copy.graph for value in node.outputs}
-    copy.graph.outputs.clear()
-    copy.graph.outputs.extend(values[name] for name in names)
-    return onnx_session(copy, optimize=False)
+    own = {str(value.name) for value in copy.graph.outputs}
+    copy.graph.outputs.extend(values[name] for name in names if name not in own)
+    session, source = onnx_session(copy, optimize=False), str(model.graph.inputs[0].name)
+    return lambda asked: session.run_path(asked, {source: batch})
+
+
+def _as_read(expected: Array, found: Array) -> Array:
+    """Return the reference's tensor as the candidate's layers read it; of another shape they cannot."""
+    return expected.astype(found.dtype) if expected.shape == found.shape else found
 
 
 def computed(model: ir.Model) -> list[ir.Value]:
@@ -144,7 +158,7 @@ def computed(model: ir.Model) -> list[ir.Value]:
         if not any(value in moving for value in node.inputs):
             continue
         moving.update(node.outputs)
-        found += [value for value in node.outputs if value.name and value.dtype in _FLOATS]
+        found += [value for value in node.outputs if value.name and value.dtype in FLOATS]
     return found
 
 

@@ -10,12 +10,13 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import torch
 
-from deploykit.backbones.attention import TRANSPOSED, onnx_translations
+from deploykit.backbones.attention import onnx_translations
 from deploykit.errors import ExportError, plain_reason
 from deploykit.export.output_names import name_outputs
 from deploykit.fusion.constants import hint, shape_of
 from deploykit.fusion.locate import describe_node
 from deploykit.fusion.quiet import quiet_torch
+from deploykit.graph import TRANSPOSED
 from deploykit.onnx_values import shape_of_value
 from deploykit.optional import require
 from deploykit.spec import BATCH_DIM, HEIGHT_DIM, WIDTH_DIM, InputSpec

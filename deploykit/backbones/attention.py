@@ -12,10 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deploykit.graph import TRANSPOSED
 from deploykit.optional import require
-
-TRANSPOSED = ".T"
-"""Ends the name of a linear layer's weight in an ONNX graph, where it stands transposed, ``(in, out)``."""
 
 
 class ElementType(Protocol):

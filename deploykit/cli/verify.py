@@ -21,7 +21,7 @@ from deploykit.cli.output import (
     show_warning,
 )
 from deploykit.cli.spellings import as_options
-from deploykit.cli.verify_layers import show_layers, walk_layers
+from deploykit.cli.verify_layers import LayersAsked, show_layers, walk_layers
 from deploykit.errors import BundleError, DeployKitError, DeviceUnavailable, SpecError
 
 if TYPE_CHECKING:
@@ -94,8 +94,8 @@ LayersFlag = Annotated[
     bool,
     typer.Option(
         "--layers",
-        help="Also walk the layers of an engine that is an ONNX graph, beside those of --reference, or of itself with "
-        "its activations in float, and name the culprit (needs the extra export).",
+        help="Also walk the layers of an engine that is an ONNX graph, beside those of --reference, of torch with "
+        "--weights, or of itself with its activations in float, and name the culprit (needs the extra export).",
     ),
 ]
 
@@ -107,6 +107,33 @@ InRuntimeOption = Annotated[
         metavar="RUNTIME",
         help="With --layers: compare each layer with what this runtime makes of it, such as another one than the "
         "bundle's.",
+    ),
+]
+
+
+LayerPretrainedFlag = Annotated[
+    bool,
+    typer.Option("--pretrained", help="With --layers: compare each layer with torch, with the default weights."),
+]
+
+
+LayerWeightsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        metavar="FILE|TAG",
+        help="With --layers: compare each layer with torch, with the checkpoint that was exported.",
+    ),
+]
+
+
+LayerKeyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--checkpoint-key",
+        metavar="KEY",
+        help="Which of several state dicts in the file of --weights.",
+        show_default="averaged weights first",
     ),
 ]
 
@@ -126,6 +153,9 @@ def verify(
     max_drop_db: MaxDropOption = None,
     layers: LayersFlag = False,
     in_runtime: InRuntimeOption = None,
+    pretrained: LayerPretrainedFlag = False,
+    weights: LayerWeightsOption = None,
+    checkpoint_key: LayerKeyOption = None,
     debug: DebugFlag = False,
     json: JsonFlag = False,
 ) -> None:
@@ -136,8 +166,16 @@ def verify(
     """
     from deploykit.parity.budget import Budget
 
-    if in_runtime is not None and not layers:
-        raise SpecError("--in-runtime goes with --layers. Fix: give both.")
+    asked = LayersAsked(
+        reference=reference,
+        in_runtime=in_runtime,
+        pretrained=pretrained,
+        weights=weights,
+        checkpoint_key=checkpoint_key,
+    )
+    if not layers and asked != LayersAsked(reference=reference):
+        alone = "--in-runtime" if in_runtime is not None else "--weights" if weights is not None else "--pretrained"
+        raise SpecError(f"{alone} goes with --layers. Fix: give both.")
     budget = Budget(min_sqnr_db=min_sqnr_db, min_top1_agreement=min_top1_agreement, max_drop_db=max_drop_db)
     options: VerifyOptions = {
         "device": device,
@@ -149,9 +187,8 @@ def verify(
         "trust": trust,
         "signed_by": signed_by,
     }
-    results = [
-        _verify(bundle, options, layers=layers, runtime=in_runtime, debug=debug, quiet=json) for bundle in bundles
-    ]
+    walked = asked if layers else None
+    results = [_verify(bundle, options, walked=walked, debug=debug, quiet=json) for bundle in bundles]
     passed = all(result["passed"] for result in results)
     if json:
         show_json(results[0] if len(results) == 1 else {"passed": passed, "bundles": results})
@@ -180,7 +217,7 @@ def _list(failed: list[str]) -> str:
 
 
 def _verify(
-    bundle: str, options: VerifyOptions, *, layers: bool, runtime: str | None, debug: bool, quiet: bool
+    bundle: str, options: VerifyOptions, *, walked: LayersAsked | None, debug: bool, quiet: bool
 ) -> dict[str, object]:
     """Verify one bundle; show what was found, unless ``quiet``, and return it for JSON."""
     from deploykit.verification import verify_bundle
@@ -201,17 +238,17 @@ def _verify(
         "exit_code": 0 if report.passed else DRIFT,
         "report": report,
     }
-    if layers:
-        result |= _layers(bundle, options["reference"], runtime, passed=report.passed, quiet=quiet)
+    if walked is not None:
+        result |= _layers(bundle, walked, passed=report.passed, quiet=quiet)
     if debug and not report.passed:
         _reduce(bundle)
     return result
 
 
-def _layers(bundle: str, reference: str | None, runtime: str | None, *, passed: bool, quiet: bool) -> dict[str, object]:
+def _layers(bundle: str, asked: LayersAsked, *, passed: bool, quiet: bool) -> dict[str, object]:
     """Walk the layers; where that cannot be done, what verifying found stays beside the error."""
     try:
-        found = walk_layers(bundle, reference, runtime)
+        found = walk_layers(bundle, asked)
     except DeployKitError as error:
         message = as_options(str(error))
         show_error(message)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploykit.cli.output import show, table
+from deploykit.errors import SpecError
 from deploykit.parity.report import decibels
 
 if TYPE_CHECKING:
@@ -16,20 +18,52 @@ if TYPE_CHECKING:
 SHOWN = 12
 
 
-def walk_layers(bundle: str, reference: str | None, runtime: str | None) -> LayerReport:
+@dataclass(frozen=True, kw_only=True)
+class LayersAsked:
+    """What the layers of a bundle are to be compared with: another bundle, a runtime, torch, or themselves in float."""
+
+    reference: str | None = None
+    in_runtime: str | None = None
+    pretrained: bool = False
+    weights: str | None = None
+    checkpoint_key: str | None = None
+
+    def __post_init__(self) -> None:
+        others = {
+            "--reference": self.reference is not None,
+            "--in-runtime": self.in_runtime is not None,
+            "--pretrained": self.pretrained,
+            "--weights": self.weights is not None,
+        }
+        given = [name for name, is_given in others.items() if is_given]
+        if len(given) > 1:
+            raise SpecError(f"layers are compared with one thing, and {' and '.join(given)} were given. Give one.")
+        if self.checkpoint_key is not None and self.weights is None:
+            raise SpecError("--checkpoint-key goes with --weights. Fix: give the checkpoint file too.")
+
+
+def walk_layers(bundle: str, asked: LayersAsked) -> LayerReport:
     """Walk a bundle's layers; a culprit outside the gate is written into the current folder.
 
     Raises:
         MissingDependency: the extra export is not installed.
         SpecError, BundleError: as `deploykit.export.bundle_layers.bundle_layers`.
+        WeightsError: as `deploykit.export.torch_layers.torch_layers`.
     """
     from deploykit.optional import require
 
     require("onnx_ir")
+    reproducer = _reproducer(bundle)
+    if asked.weights is not None or asked.pretrained:
+        require("torch")
+        from deploykit.export.torch_layers import torch_layers
+
+        source = asked.pretrained if asked.weights is None else asked.weights
+        return torch_layers(Path(bundle), pretrained=source, checkpoint_key=asked.checkpoint_key, reproducer=reproducer)
     from deploykit.export.bundle_layers import bundle_layers
 
-    other = None if reference is None else Path(reference)
-    return bundle_layers(Path(bundle), other, runtime=runtime, reproducer=_reproducer(bundle))
+    other = None if asked.reference is None else Path(asked.reference)
+    return bundle_layers(Path(bundle), other, runtime=asked.in_runtime, reproducer=reproducer)
 
 
 def show_layers(bundle: str, found: LayerReport) -> None:
@@ -46,8 +80,9 @@ def show_layers(bundle: str, found: LayerReport) -> None:
     what = "The largest error of its own has" if gate is None else "The first culprit is"
     of = f" (torch: {worst.module})" if worst.module else ""
     reads = f"; it reads {worst.quantizer}" if worst.quantizer else ""
-    show(f"{what} {worst.node}{of}, {worst.operator}, which gives {worst.tensor}: {worst.own_db:.1f} dB{reads}.")
-    if gate is not None:
+    figure = f"{worst.own_db:.1f} dB{reads}" if worst.note is None else worst.note
+    show(f"{what} {worst.node}{of}, {worst.operator}, which gives {worst.tensor}: {figure}.")
+    if gate is not None and worst.note is None:
         show(f"Alone, with its input and what it should give: {_reproducer(bundle)} and .npz.")
 
 

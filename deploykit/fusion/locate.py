@@ -38,6 +38,12 @@ def module_path(path: str) -> str:
     return path
 
 
+def module_of(node: Node) -> str | None:
+    """Return the path of the module that a node was traced in, as the user's module knows it; None for its own."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return module_path(str(stack[-1][0])) or None if stack else None
+
+
 def describe_error(error: BaseException, root: nn.Module) -> str | None:
     """Return where in the user's code an error was raised: ``in 'layer1.act' (Act), net.py:6: if x.sum() > 0``.
 

@@ -16,7 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 from deploykit.bundle import read_manifest, write_manifest
 from deploykit.errors import SpecError
 from deploykit.export.bundle_layers import bundle_layers
-from deploykit.export.layers import compare_layers, without_activation_quantizers
+from deploykit.export.float_activations import without_activation_quantizers
+from deploykit.export.layers import LayerReport, compare_layers
 from deploykit.export.runtime_layers import compare_in_runtime
 from tests.cli.conftest import call
 from tests.test_pipeline_examples import drifted as with_drift
@@ -80,6 +81,106 @@ def test_graphs_that_share_no_name_are_refused():
         node.outputs[0].name = f"other_{node.outputs[0].name}"
     with pytest.raises(SpecError, match="name no tensor alike"):
         compare_layers(network(), IMAGES, reference=other)
+
+
+class Levels:
+    """Two outputs of one shape, ``a`` and ``b``, which a change may touch."""
+
+    def __init__(self) -> None:
+        self.model = network()
+        graph = self.model.graph
+        first = next(node for node in graph if node.name == "node_conv0").outputs[0]
+        graph.outputs.insert(0, first)
+        first.name, graph.outputs[1].name = "a", "b"
+        for value in graph.outputs:
+            value.shape, value.type = ir.Shape([2, 3, 8, 8]), ir.TensorType(ir.DataType.FLOAT)
+
+    def compared(self, change) -> LayerReport:
+        candidate = self.model.clone()
+        change(candidate.graph)
+        return compare_layers(candidate, IMAGES, reference=self.model, min_own_db=60, outputs=("a", "b"))
+
+
+def renamed(graph):
+    graph.outputs[0].name = "c"
+
+
+def exchanged(graph):
+    first, second = graph.outputs
+    first.name, second.name = "b", "a"
+
+
+def frozen(graph):
+    """The deep output is a constant: an answer that was kept."""
+    answer = ir.tensor(np.ones((2, 3, 8, 8), np.float32))
+    constant = ir.node("Constant", [], {"value": answer}, name="node_kept")
+    constant.outputs[0].name = "b"
+    graph.insert_before(graph.node(0), constant)
+    old = graph.outputs[1]
+    old.name = "computed"
+    constant.outputs[0].shape, constant.outputs[0].type = old.shape, old.type
+    graph.outputs[1] = constant.outputs[0]
+
+
+def left_out(graph):
+    graph.outputs.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "node", "note"),
+    [
+        (renamed, "node_conv0", "gives 'c', which is no output of the network; it gives what 'a' should"),
+        (exchanged, "node_conv0", "'b' gives what 'a' should"),
+        (frozen, "node_kept", None),
+        (left_out, "node_conv0", "'a' is an output of the network, and the graph does not give it"),
+    ],
+)
+def test_an_output_that_is_not_what_its_name_says_is_found_at_its_node(change, node, note):
+    levels = Levels()
+    assert levels.compared(lambda graph: None).culprit is None
+    culprit = levels.compared(change).culprit
+    assert culprit.node == node
+    assert culprit.note is None if note is None else note in culprit.note
+
+
+def test_products_that_are_quantized_at_each_call_are_compared_with_float():
+    generator = np.random.default_rng(0)
+    weights = {"w": generator.integers(-63, 64, (6, 4)).astype(np.int8), "z": np.zeros(4, np.int8)}
+    weights |= {"s": np.full(4, 0.01, np.float32), "b": np.ones(4, np.float32)}
+    nodes = [
+        helper.make_node("DynamicQuantizeLinear", ["images"], ["q", "qs", "qz"], "quantize"),
+        helper.make_node("MatMulInteger", ["q", "w", "qz", "z"], ["product"], "node_one/product"),
+        helper.make_node("Cast", ["product"], ["floats"], "node_one/float", to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["qs", "s"], ["step"], "node_one/step"),
+        helper.make_node("Mul", ["floats", "step"], ["one"], "node_one/scaled"),
+        helper.make_node(
+            "MatMulIntegerToFloat",
+            ["q", "w", "qs", "s", "qz", "", "b"],
+            ["two"],
+            "node_two",
+            domain="com.microsoft",
+        ),
+        helper.make_node("Sub", ["two", "one"], ["out"], "node_sub"),
+    ]
+    values = [helper.make_tensor_value_info(*each) for each in (("two", 1, [3, 4]), ("out", 1, [3, 4]))]
+    graph = helper.make_graph(
+        nodes,
+        "products",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, [3, 6])],
+        [values[1]],
+        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+        value_info=[values[0]],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    model = ir.from_proto(helper.make_model(graph, opset_imports=opsets, ir_version=9))
+    images = generator.standard_normal((3, 6)).astype(np.float32)
+    report = compare_layers(model, images, modules={"node_one": "blocks.0.fc"})
+    own = {layer.tensor: layer for layer in report.layers}
+    assert 25 < own["floats"].own_db < 60
+    assert 25 < own["two"].own_db < 60
+    assert (own["floats"].module, own["floats"].quantizer) == ("blocks.0.fc", "a scale for each call")
+    floating = without_activation_quantizers(model)
+    assert {"MatMulInteger", "MatMulIntegerToFloat"} & {node.op_type for node in floating.graph} == set()
 
 
 def test_without_quantizers_there_is_nothing_to_leave_out():

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from deploykit.arrays import FloatArray
-from deploykit.backbones.attention import TRANSPOSED
 from deploykit.calibration.dialect import Rendered, keep_float
 from deploykit.calibration.float_fallback import keep_pointlike
 from deploykit.calibration.half import HalfPlan
@@ -35,7 +34,7 @@ from deploykit.calibration.torch_integers import (
 )
 from deploykit.fusion.constants import operand
 from deploykit.fusion.program import export_program
-from deploykit.graph import TorchProgram
+from deploykit.graph import TRANSPOSED, TorchProgram
 
 
 @dataclass(frozen=True, kw_only=True)

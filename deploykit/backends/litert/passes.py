@@ -13,7 +13,6 @@ import torch
 from torch.fx import GraphModule
 
 from deploykit.arrays import FloatArray
-from deploykit.backbones.attention import TRANSPOSED
 from deploykit.calibration.dialect import Rendered
 from deploykit.calibration.half import HalfPlan
 from deploykit.calibration.integer_maps import IntegerMapsDialect, write_integer_maps
@@ -22,7 +21,7 @@ from deploykit.calibration.precision_plan import PrecisionPlan
 from deploykit.calibration.torch_integers import copy_of, value_of, weighted_nodes
 from deploykit.fusion.constants import operand
 from deploykit.fusion.program import export_program
-from deploykit.graph import TorchProgram
+from deploykit.graph import TRANSPOSED, TorchProgram
 
 
 @dataclass(frozen=True, kw_only=True)
