@@ -8,5 +8,6 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))
 
 from tests.backbones.realistic import randomize as realistic
+from tests.backbones.realistic import settle
 
-__all__ = ["realistic"]
+__all__ = ["realistic", "settle"]

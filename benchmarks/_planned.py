@@ -68,6 +68,11 @@ class Network:
         headless = name == "mobilenetv2_100" and real  # its weights come without a classifier
         backbone = build_backbone(name, BackboneOptions(num_classes=0 if headless else 1000), pretrained=pretrained)
         backbone = (backbone if pretrained else realistic(backbone)).eval()
+        return cls.of(backbone, calibrated, evaluated)
+
+    @classmethod
+    def of(cls, backbone: BaseBackbone, calibrated: int, evaluated: int) -> Network:
+        """Any backbone, as it is."""
         spec = replace(backbone.input_spec, batch=1)
         return cls(
             backbone=backbone,

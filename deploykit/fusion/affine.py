@@ -5,7 +5,7 @@ All sums and products are made in double: the product of two rounded factors los
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ CONVOLUTIONS = (
 )
 TRANSPOSED = (_aten.conv_transpose1d.default, _aten.conv_transpose2d.input, _aten.conv_transpose3d.input)
 LAYERS = (LINEAR, *CONVOLUTIONS, *TRANSPOSED)
+_CAT = _aten.cat.default
 PERMUTATIONS = (
     _aten.permute.default,
     _aten.transpose.int,
@@ -82,17 +83,54 @@ def fold(module: GraphModule, node: Node, source: Node, affine: Affine) -> bool:
 
 
 def fold_back(module: GraphModule, source: Node, affine: Affine) -> bool:
-    """Into the layer that gives ``source``, directly or through permutations that nothing else reads."""
+    """Into the layers that give ``source``, directly or through permutations and joins that nothing else reads."""
+    found = _layers_behind(module, source, affine)
+    if found is None:
+        return False
+    scaled = [_scaled(module, layer, part) for layer, part in found]
+    if not all(_finite(*values) for values in scaled):
+        return False
+    for (layer, _), (weight, bias) in zip(found, scaled, strict=True):
+        _write(module, layer, weight, None if _bias(layer) is None and not (bias != 0).any() else bias)
+    return True
+
+
+def _layers_behind(module: GraphModule, source: Node, affine: Affine) -> list[tuple[Node, Affine]] | None:
+    """Return the layers whose outputs ``source`` is made of, each with its part of the map; None where others are."""
     axis = affine.axis
     while len(source.users) == 1 and source.target in PERMUTATIONS:
         order = permutation(source)
         axis = None if axis is None else order[axis]
         source = operand(source, 0)
-    if len(source.users) != 1 or not is_layer(module, source):
-        return False
-    if axis is not None and axis != channel_axis(source):
-        return False
-    return scale_outputs(module, source, affine.factor, affine.shift)
+    affine = replace(affine, axis=axis)
+    if len(source.users) != 1:
+        return None
+    if source.target == _CAT:
+        parts = _parts(source, affine)
+        found = [_layers_behind(module, part, its) for part, its in parts or ()]
+        layers = [each for behind in found if behind is not None for each in behind]
+        return layers if parts and None not in found else None
+    fits = is_layer(module, source) and axis in (None, channel_axis(source))
+    return [(source, affine)] if fits else None
+
+
+def _parts(join: Node, affine: Affine) -> list[tuple[Node, Affine]] | None:
+    """Return what a concatenation joins, each with its part of an affine map; None where one is read twice."""
+    read = join.args[0]
+    if not isinstance(read, (list, tuple)) or len(set(read)) != len(read):
+        return None
+    nodes = [node for node in read if isinstance(node, Node)]
+    axis = int(argument(join, 1, "dim", 0)) % len(shape_of(join))
+    if affine.axis != axis:
+        return [(node, affine) for node in nodes]
+    widths = [width for width in (shape_of(node)[axis] for node in nodes) if isinstance(width, int)]
+    if len(widths) < len(nodes):
+        return None
+    factors, shifts = (torch.split(value.expand(sum(widths)), widths) for value in (affine.factor, affine.shift))
+    return [
+        (node, replace(affine, factor=factor, shift=shift))
+        for node, factor, shift in zip(nodes, factors, shifts, strict=True)
+    ]
 
 
 def fold_forward(module: GraphModule, node: Node, affine: Affine) -> bool:
@@ -152,22 +190,26 @@ def scale_outputs(module: GraphModule, layer: Node, factor: Tensor, shift: Tenso
         factor: ``(C,)`` or ``()``.
         shift: ``(C,)`` or ``()``.
     """
-    weight = _double(module, layer.args[1])
-    groups = _groups(layer)
+    weight, bias = _scaled(module, layer, Affine(factor=factor, shift=shift, axis=None))
+    if not _finite(weight, bias):
+        return False
+    _write(module, layer, weight, None if _bias(layer) is None and not (bias != 0).any() else bias)
+    return True
+
+
+def _scaled(module: GraphModule, layer: Node, affine: Affine) -> tuple[Tensor, Tensor]:
+    """Return the weight and the bias of ``layer(x) * factor + shift``."""
+    weight, groups = _double(module, layer.args[1]), _groups(layer)
     if layer.target in TRANSPOSED:
         channels = weight.shape[1] * groups
-        factors = factor.expand(channels).reshape(groups, 1, -1, *[1] * (weight.dim() - 2))
+        factors = affine.factor.expand(channels).reshape(groups, 1, -1, *[1] * (weight.dim() - 2))
         scaled = (_by_group(weight, groups) * factors).flatten(0, 1)
     else:
         channels = weight.shape[0]
-        scaled = weight * factor.expand(channels).reshape(-1, *[1] * (weight.dim() - 1))
+        scaled = weight * affine.factor.expand(channels).reshape(-1, *[1] * (weight.dim() - 1))
     old = _bias(layer)
     bias = torch.zeros(channels, dtype=torch.double) if old is None else _double(module, old)
-    moved = bias * factor + shift
-    if not _finite(scaled, moved):
-        return False
-    _write(module, layer, scaled, None if old is None and not (moved != 0).any() else moved)
-    return True
+    return scaled, bias * affine.factor + affine.shift
 
 
 def channel_vector(value: Tensor, rank: int, shape: tuple[Size, ...]) -> tuple[Tensor, int | None] | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from deploykit.fusion.affine import Affine
-from deploykit.fusion.constants import add_constant, constant, operand, set_constant
+from deploykit.fusion.constants import Size, add_constant, constant, operand, set_constant
 from deploykit.fusion.convolution_settings import ConvolutionSettings, bias_of, set_convolution, settings_of
 
 
@@ -32,6 +32,10 @@ class BranchKernel:
     def taps(self) -> int:
         """Products per output value and input channel."""
         return math.prod(self.sides)
+
+    def reach(self, axis: int) -> int:
+        """How much wider the padded map is than the kernel's span beyond one tap, which decides the output's size."""
+        return 2 * self.settings.padding[axis] - self.settings.dilation[axis] * (self.sides[axis] - 1)
 
     def scaled(self, factor: float) -> BranchKernel:
         """Return the kernel of ``factor`` times the branch."""
@@ -72,7 +76,9 @@ def identity_kernel(affine: Affine, like: BranchKernel) -> BranchKernel | None:
     )
 
 
-def merged(one: BranchKernel, other: BranchKernel, read: Sequence[int], written: Sequence[int]) -> BranchKernel | None:
+def merged(
+    one: BranchKernel, other: BranchKernel, read: Sequence[Size], written: Sequence[Size]
+) -> BranchKernel | None:
     """Return the kernel of the sum of two branches of one input.
 
     Args:
@@ -93,9 +99,12 @@ def merged(one: BranchKernel, other: BranchKernel, read: Sequence[int], written:
     known = [axis for axis in axes if axis is not None]
     if len(known) < len(axes) or math.prod(axis.side for axis in known) > one.taps + other.taps:
         return None
-    for axis, step, before, after in zip(known, one.settings.stride, read, written, strict=True):
-        if (before + 2 * axis.padding - axis.dilation * (axis.side - 1) - 1) // step + 1 != after:
-            return None
+    for place, axis in enumerate(known):
+        reach = 2 * axis.padding - axis.dilation * (axis.side - 1)
+        if reach not in (one.reach(place), other.reach(place)):
+            before, after = read[place], written[place]
+            if not isinstance(before, int) or (before + reach - 1) // one.settings.stride[place] + 1 != after:
+                return None
     weight = torch.zeros(*one.weight.shape[:2], *(axis.side for axis in known), dtype=torch.double)
     for index, kernel in enumerate((one, other)):
         slots = [

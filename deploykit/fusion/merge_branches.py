@@ -113,10 +113,7 @@ def _groups(module: GraphModule, branches: list[_Term], root: Node) -> Iterator[
     kernels = [(term, kernel_of(module, term.node)) for term in branches if term.affine is None]
     convolutions = [(term, kernel.scaled(term.factor)) for term, kernel in kernels if kernel is not None]
     identities = [term for term in branches if term.affine is not None]
-    sides = [shape_of(branches[0].source)[2:], shape_of(root)[2:]]
-    read, written = ([side for side in axis if isinstance(side, int)] for axis in sides)
-    if len(read) + len(written) < sum(map(len, sides)):
-        return
+    read, written = shape_of(branches[0].source)[2:], shape_of(root)[2:]
     convolutions.sort(key=lambda pair: -pair[1].taps)
     while convolutions:
         (first, kernel), *rest = convolutions

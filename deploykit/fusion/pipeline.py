@@ -28,6 +28,7 @@ from deploykit.fusion.plain_divisor import plain_divisor
 from deploykit.fusion.program import export_program
 from deploykit.fusion.resize_by_matrix import resize_by_matrix
 from deploykit.fusion.silence_masks import silence_masks
+from deploykit.fusion.split_activations import split_activations
 from deploykit.parity.metrics import sqnr_db
 from deploykit.spec import InputSpec
 
@@ -71,6 +72,8 @@ _FOLDS: tuple[FusionPass, ...] = (
     FusionPass(name="fold-scale", rewrite=fold_scale, min_sqnr_db=EXACT_DB),
     # After both folds, so that branches are convolutions; it folds again behind each sum that it merges.
     FusionPass(name="merge-branches", rewrite=merge_branches, min_sqnr_db=EXACT_DB),
+    # After the folds, which go through a concatenation but not through an activation behind it.
+    FusionPass(name="split-activations", rewrite=split_activations, min_sqnr_db=EXACT_DB),
     FusionPass(name="fold-layernorm", rewrite=fold_layernorm, min_sqnr_db=EXACT_DB),
     FusionPass(name="fold-attention-scale", rewrite=fold_attention_scale, min_sqnr_db=EXACT_DB),
     # After the folds, which then see one layer with one reader and not the parts of a split.

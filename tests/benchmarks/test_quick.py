@@ -54,3 +54,16 @@ def test_startup_starts_both_ways_in_processes(script, work, tmp_path, capsys):
     assert all(row["open_ms"] > 0 and row["first_ms"] > 0 and row["memory_mb"] > 20 for row in rows)
     assert [row["import_ms"] > 0 for row in rows] == [False, True, False, True]
     assert "bar 1.2" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_zoo_compares_int8_with_fp32_and_names_what_does_not_convert(script, tmp_path, capsys):
+    results = tmp_path / "zoo.json"
+    arguments = ["--quick", "--networks", "timm/test_byobnet", "--images", "2", "--rounds", "3"]
+    script("zoo").main([*arguments, "--json", str(results)])
+    rows = json.loads(results.read_text())["rows"]
+    assert [row["runtime"] for row in rows] == ["onnxruntime", "openvino"]
+    assert all(row["fp32_db"] > 80 > row["int8_db"] and row["ratio"] > 0 for row in rows)
+    assert "random weights" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no_such_network"):
+        script("zoo").main(["--networks", "no_such_network"])

@@ -174,3 +174,45 @@ def test_a_variance_of_zero_without_epsilon_is_left_alone():
     nn.init.zeros_(module[1].running_var[2:3])
     graph = traced(module)
     assert fold_batchnorm(graph) == 0
+
+
+def joined(m, x):
+    first, second = m.first(x), m.second(x.relu())
+    return m.norm(torch.cat([first, second.transpose(2, 3)], 1))
+
+
+def test_a_norm_behind_a_concatenation_goes_into_each_layer_that_it_joins():
+    layers = {"first": nn.Conv2d(4, 3, 3), "second": nn.Conv2d(4, 5, 3, bias=False), "norm": norm_of(8)}
+    graph = traced(Calls(joined, **layers).eval())
+    assert rewrites(graph, fold_batchnorm) == 1
+    assert norms_left(graph) == 0
+    check_with_dynamic_batch(Calls(joined, **layers), fold_batchnorm)
+
+
+def joined_with_itself(m, x):
+    first = m.first(x)
+    return m.norm(torch.cat([first, first], 1))
+
+
+def joined_with_another(m, x):
+    return m.norm(torch.cat([m.first(x), x.relu()[:, :, 1:-1, 1:-1]], 1))
+
+
+def joined_and_read_elsewhere(m, x):
+    first, second = m.first(x), m.first_2(x)
+    return m.norm(torch.cat([first, second], 1)), second
+
+
+def joined_along_rows(m, x):
+    return m.norm(torch.cat([m.first(x), m.first_2(x)], 2))
+
+
+@pytest.mark.parametrize("function", [joined_with_itself, joined_with_another, joined_and_read_elsewhere])
+def test_a_norm_behind_a_concatenation_of_anything_else_is_left_alone(function):
+    layers = {"first": nn.Conv2d(4, 4, 3), "first_2": nn.Conv2d(4, 4, 3), "norm": norm_of(8)}
+    assert is_left_alone(Calls(function, **layers).eval(), fold_batchnorm)
+
+
+def test_a_norm_behind_maps_joined_along_rows_goes_whole_into_each():
+    layers = {"first": nn.Conv2d(4, 8, 3), "first_2": nn.Conv2d(4, 8, 3), "norm": norm_of(8)}
+    assert rewrites(traced(Calls(joined_along_rows, **layers).eval()), fold_batchnorm) == 1

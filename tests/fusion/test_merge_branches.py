@@ -9,7 +9,7 @@ from torch import nn
 from deploykit.fusion.merge_branches import merge_branches
 from deploykit.fusion.pipeline import EXPORT_PASSES, run_passes
 from deploykit.fusion.program import export_program
-from deploykit.spec import InputSpec
+from deploykit.spec import InputSpec, SizeRange
 from tests.backbones.realistic import randomize, settle
 from tests.fusion.graphs import Calls, calls, check_with_dynamic_batch, is_left_alone, rewrites, traced, vector
 from tests.fusion.test_fold_batchnorm import norm_of
@@ -160,6 +160,18 @@ def test_a_graph_of_any_batch_is_still_traced():
     check_with_dynamic_batch(
         block(lambda m, x: m.first(x) + m.second(x) + x, first=conv(3), second=conv(1)), merge_branches
     )
+
+
+def test_a_graph_of_any_image_size_is_merged_too():
+    layers = {"first": conv(3, stride=2), "second": conv(1, stride=2), "third": conv(5, stride=2)}
+    sizes = SizeRange(min=8, opt=16, max=32, step=2)
+    spec = InputSpec(channels=4, height=16, width=16, sizes=sizes)
+    graph = traced(block(lambda m, x: m.first(x) + m.second(x) + m.third(x), **layers), spec)
+    expected = [graph(torch.ones(1, 4, side, side))[0] for side in (8, 16)]
+    assert merge_branches(graph) == 2
+    for one in expected:
+        found = graph(torch.ones(1, 4, 2 * one.shape[2], 2 * one.shape[3]))[0]
+        torch.testing.assert_close(found, one)
 
 
 def test_the_module_that_was_traced_keeps_its_numbers():
