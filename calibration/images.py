@@ -109,6 +109,15 @@ class CalibrationSet:
         if pending:
             yield np.stack([pending[index % len(pending)] for index in range(size)])
 
+    def batch_at(self, number: int, size: int) -> FloatArray:
+        """Return the batch of that number, from 0, of those that `batches` gives of a set without unreadable images."""
+        positions = range(number * size, min((number + 1) * size, len(self)))
+        if self.arrays is not None:
+            part = replace(self, arrays=np.asarray(self.arrays[positions.start : positions.stop]))
+        else:
+            part = replace(self, files=self.files[positions.start : positions.stop])
+        return next(part.batches(size))
+
     def sample(self, count: int) -> FloatArray:
         """Up to ``count`` images, evenly spaced over the set, ``(N, C, H, W)``."""
         positions = {int(position) for position in np.linspace(0, len(self) - 1, min(count, len(self)))}

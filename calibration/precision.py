@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import onnx_ir as ir
 
@@ -30,6 +31,10 @@ class Tuning:
     runtime: str | None
 
 
+Gather: TypeAlias = Callable[[ir.Model, CalibrationSet, Int8, Callable[[Statistics], None]], Statistics]
+"""Counts the statistics of a graph over images, and is heard after each batch."""
+
+
 def check_images_given(precision: Precision, calibration: CalibrationSet | None) -> None:
     """Refuse INT8 without images.
 
@@ -53,6 +58,7 @@ def plan_precision(
     offered: QuantizationPlan | None = None,
     cache: PlanCache | None = None,
     tune: Tuning | None = None,
+    gather: Gather | None = None,
     on_image: Callable[[int], None] = lambda seen: None,
     on_resume: Callable[[int], None] = lambda seen: None,
 ) -> PrecisionPlan:
@@ -67,6 +73,7 @@ def plan_precision(
         offered: an INT8 plan that was made before, to use instead of calibrating.
         cache: where INT8 plans that were made before are; None calibrates always.
         tune: tunes a plan by distillation; INT8 settings that ask for it need one, and no others call it.
+        gather: counts the statistics elsewhere, to the same bits; None: here.
         on_image: called with the number of images calibrated so far.
         on_resume: called with the number of images after which a stopped calibration goes on.
 
@@ -94,7 +101,7 @@ def plan_precision(
     kept = PlanKey.of(key, model)
 
     def make() -> QuantizationPlan:
-        checkpoint = cache.checkpoint(kept) if cache is not None else None
+        checkpoint = cache.checkpoint(kept) if cache is not None and gather is None else None
         preprocessing = images.spec.preprocessing
         started = checkpoint.started(preprocessing) if checkpoint else Statistics(preprocessing)
         if started.images:
@@ -107,10 +114,13 @@ def plan_precision(
 
         by_nncf = settings.calibrator == "nncf"
         again = not by_nncf and needs_reconstruction(settings)
+        counted = replace(settings, bias_correction=None) if again or by_nncf else settings
+        if gather is not None:
+            started = gather(model, images, counted, heard)
         plan = calibrate(
             model,
-            images.batches(graph_batch(model), skip=started.batches),
-            replace(settings, bias_correction=None) if again or by_nncf else settings,
+            () if gather is not None else images.batches(graph_batch(model), skip=started.batches),
+            counted,
             key=key,
             weights_digest=weights_digest,
             started=started,

@@ -6,16 +6,18 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from deploykit.arrays import FloatArray
 from deploykit.backends.runtime import Runtime, run_in_batches
+from deploykit.cluster import cluster, run_pieces
 from deploykit.dataset import Dataset, DatasetSource, open_dataset, read_images
 from deploykit.errors import ImageError, SpecError, StorageError
 from deploykit.facade import load_bundle
@@ -32,6 +34,9 @@ CHUNK = 32
 SHARDS_SUFFIX = ".shards"
 JOB_FILE = "job.json"
 LOCK_SECONDS = 5.0
+
+ShardMaker: TypeAlias = Callable[[Path, list[int]], Iterator[int]]
+"""Makes the shards of these numbers in a folder, and yields how many images are done each time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +62,8 @@ def extract(
     device: str = "auto",
     threads: int | None = None,
     trust: bool | None = None,
+    ray: bool = False,
+    workers: int | None = None,
     progress: Progress = quiet,
 ) -> Extraction:
     """Run a bundle on every image of a source and write one row an image, in the source's order.
@@ -76,6 +83,9 @@ def extract(
         device: where the engine runs.
         threads: how many threads it computes in.
         trust: as for `deploykit.load_bundle`.
+        ray: make the shards in processes of a Ray cluster (``RAY_ADDRESS``, else of this machine), which reach the
+            images, the bundle and the output's folder under the same paths. The rows are those of one process.
+        workers: how many of them; None: one for each processor of the cluster.
         progress: hears of the images that are done.
 
     Raises:
@@ -89,15 +99,19 @@ def extract(
     _check_output(target, overwrite=overwrite)
     if isinstance(shard, bool) or not isinstance(shard, int) or not 1 <= shard <= MOST_SHARD:
         raise SpecError(f"shard is {shard!r}; expected rows, 1 to {MOST_SHARD}.")
+    if workers is not None and not ray:
+        raise SpecError(f"workers is {workers!r}, and ray is off. Leave it out, or add ray=True.")
     require("pyarrow.parquet")
     dataset = open_dataset(source)
+    opening = {"folder": Path(bundle).absolute(), "device": device, "threads": threads, "trust": trust}
     folder = target.with_name(f".{target.name}{SHARDS_SUFFIX}")
     try:
         with load_bundle(bundle, device=device, threads=threads, trust=trust) as model:
             job = _Job(model=model, dataset=dataset, pool=pool, shard=shard, skip_corrupt=skip_corrupt)
+            make = partial(job.make_on_cluster, opening=opening, workers=workers) if ray else job.make_here
             folder.mkdir(exist_ok=True)
             with locked_folder(folder, f"to write {target.name}", seconds=LOCK_SECONDS):
-                return job.run(folder, target, progress)
+                return job.run(folder, target, make, progress)
     except OSError as error:
         raise storage_error(f"{target} cannot be written", error) from error
 
@@ -110,23 +124,38 @@ class _Job:
     shard: int
     skip_corrupt: bool
 
-    def run(self, folder: Path, target: Path, progress: Progress) -> Extraction:
+    def run(self, folder: Path, target: Path, make: ShardMaker, progress: Progress) -> Extraction:
         """Make the shards that are not there, and put them together."""
         self._claim(folder)
         total, start, done = len(self.dataset), perf_counter(), 0
-        resumed = 0
-        for number, positions in enumerate(self.dataset.chunks(self.shard)):
-            path = folder / f"{number:08}.parquet"
-            if path.exists():
-                resumed += len(positions)
-            else:
-                for count in self._write_shard(path, positions):
-                    done += count
-                    progress(ImagesRun(done=resumed + done, total=total, seconds=perf_counter() - start))
+        shards = list(enumerate(self.dataset.chunks(self.shard)))
+        missing = [number for number, _ in shards if not shard_path(folder, number).exists()]
+        resumed = total - sum(len(positions) for number, positions in shards if number in set(missing))
+        for count in make(folder, missing):
+            done += count
+            progress(ImagesRun(done=resumed + done, total=total, seconds=perf_counter() - start))
         skipped = _join(sorted(folder.glob("*.parquet")), target, skip_corrupt=self.skip_corrupt)
         shutil.rmtree(folder, ignore_errors=True)
         rate = done / (perf_counter() - start) if done else 0.0
         return Extraction(output=str(target), rows=total, skipped=skipped, resumed=resumed, images_per_s=round(rate, 1))
+
+    def make_here(self, folder: Path, numbers: list[int]) -> Iterator[int]:
+        """Make shards one after the other; yields how many images each piece of one had."""
+        for number in numbers:
+            start = number * self.shard
+            positions = range(start, min(start + self.shard, len(self.dataset)))
+            yield from self._write_shard(shard_path(folder, number), positions)
+
+    def make_on_cluster(
+        self, folder: Path, numbers: list[int], *, opening: Mapping[str, Any], workers: int | None
+    ) -> Iterator[int]:
+        """Make shards in processes of a Ray cluster; yields how many images each had."""
+        settings = {"pool": self.pool, "shard": self.shard, "skip_corrupt": self.skip_corrupt}
+        own = {"here": Path.cwd(), "folder": folder.absolute()}
+        arguments = {**own, "dataset": self.dataset, "opening": opening, "settings": settings}
+        with cluster() as ray:
+            for count in run_pieces(ray, ShardWorker, arguments, numbers, workers):
+                yield int(count)
 
     def _claim(self, folder: Path) -> None:
         """Take the folder of shards, which is new or what the same job left.
@@ -216,6 +245,26 @@ class _Job:
         if self.pool and found.ndim == 4:
             found = found.mean(axis=(2, 3))
         return np.asarray(found.reshape(len(found), -1), np.float32)
+
+
+class ShardWorker:
+    """Makes shards in a process of its own, with an engine of its own."""
+
+    def __init__(
+        self, here: Path, folder: Path, dataset: Dataset, opening: Mapping[str, Any], settings: Mapping[str, Any]
+    ) -> None:
+        os.chdir(here)  # the files may have paths relative to it, which the rows repeat
+        self._folder = folder
+        self._job = _Job(model=load_bundle(**opening), dataset=dataset, **settings)
+
+    def __call__(self, number: int) -> bytes:
+        """Make one shard; returns how many images it has, in decimal."""
+        return str(sum(self._job.make_here(self._folder, [number]))).encode()
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """Return where a shard lies."""
+    return folder / f"{number:08}.parquet"
 
 
 def _join(shards: list[Path], target: Path, *, skip_corrupt: bool) -> int:

@@ -218,6 +218,8 @@ def export_backbone(
     time_against_fp32: bool = False,
     require_speedup: bool = False,
     metric: Callable[[Runtime], float] | None = None,
+    ray: bool = False,
+    workers: int | None = None,
     progress: Progress = quiet,
     **options: Any,
 ) -> ExportResult:
@@ -242,6 +244,9 @@ def export_backbone(
         require_speedup: raise ExportError where an INT8 engine is slower than FP32.
         metric: your own figure of a model, higher is better, as a budget of the mixed-precision search; it may
             fall by ``Int8(max_metric_drop=...)``.
+        ray: count the calibration's statistics in processes of a Ray cluster (``RAY_ADDRESS``, else of this machine);
+            the plan is that of one process, bit by bit.
+        workers: how many of them; None: one for each processor of the cluster.
         progress: called with each `deploykit.progress.ProgressEvent`.
         options: ``pretrained``, ``num_classes``, ``labels`` and the other options of `create_backbone` that say which
             backbone it is. Without ``labels``, a calibration folder with one subfolder a class gives the names.
@@ -267,6 +272,8 @@ def export_backbone(
         time_against_fp32=time_against_fp32,
         require_speedup=require_speedup,
         metric=metric,
+        ray=ray,
+        workers=workers,
     )
     return export_asked(
         name,

@@ -117,6 +117,7 @@ PACKAGES: dict[str, OptionalPackage] = {
             module="model_signing", distribution="model-signing", extra="sign", feature="signatures of bundles"
         ),
         OptionalPackage(module="pyarrow", distribution="pyarrow", extra="parquet", feature="writing Parquet files"),
+        OptionalPackage(module="ray", distribution="ray[data]", extra="ray", feature="work on several machines"),
         OptionalPackage(module="PIL", distribution="pillow", extra="images", feature="reading images"),
         OptionalPackage(
             module="rich", distribution="rich", extra="cli", feature="the deploykit command and its tables"

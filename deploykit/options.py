@@ -31,6 +31,8 @@ class ExportOptions:
             goes into the manifest.
         require_speedup: fail where an INT8 engine is slower than a float one.
         metric: the user's own figure of a model, higher is better, for the mixed-precision search.
+        ray: count the statistics of a calibration in processes of a Ray cluster.
+        workers: how many of them; None: one for each processor of the cluster.
         cache: use what was planned and measured before, and keep what is.
     """
 
@@ -46,6 +48,8 @@ class ExportOptions:
     time_against_fp32: bool = False
     require_speedup: bool = False
     metric: Callable[[Runtime], float] | None = None
+    ray: bool = False
+    workers: int | None = None
     cache: bool = True
 
     @property

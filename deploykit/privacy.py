@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterable
 
-_SWITCHES = {"ORT_DISABLE_TELEMETRY": "1"}
+_SWITCHES = {"ORT_DISABLE_TELEMETRY": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 """Variables that runtimes read when they are imported. A value that the user has set stands."""
 
 

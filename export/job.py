@@ -20,7 +20,7 @@ from deploykit.errors import SpecError, nearest
 from deploykit.export.network_digest import network_digest
 from deploykit.export.target_options import is_here
 from deploykit.manifest import MadeFor
-from deploykit.optional import installed_version
+from deploykit.optional import installed_version, require
 from deploykit.options import ExportOptions
 from deploykit.processor import saturates
 from deploykit.spec import DEFAULT_BUILD, InputSpec, Int8
@@ -154,6 +154,7 @@ def checked(job: ExportJob) -> ExportJob:
         )
     backend.require()
     _check_sizes(backend, job)
+    _check_ray(options)
     _check_target(backend, options)
     _check_build(backend, options)
     job = replace(job, options=_settled(options, backend))
@@ -193,6 +194,13 @@ def _check_sizes(backend: Backend, job: ExportJob) -> None:
             f"image_size is the range {sizes}, and a network after quantization-aware training is exported for one "
             "size. Give one size to prepare_qat."
         )
+
+
+def _check_ray(options: ExportOptions) -> None:
+    if options.workers is not None and not options.ray:
+        raise SpecError(f"workers is {options.workers!r}, and ray is off. Leave it out, or add ray=True.")
+    if options.ray:
+        require("ray.data")
 
 
 def _check_target(backend: Backend, options: ExportOptions) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from deploykit.arrays import FloatArray, ImageArray
 from deploykit.backends.backend import resolve
 from deploykit.bundle import Manifest, write_manifest, writing
+from deploykit.calibration.cluster_statistics import count_on_cluster
 from deploykit.calibration.dialect import Dialect
 from deploykit.calibration.equalization import equalization_passes
 from deploykit.calibration.images import CalibrationSet
@@ -218,6 +220,7 @@ def _plan(job: ExportJob, master: Master, probe: FloatArray, progress: Progress)
         offered=job.plan if job.trained is None else job.trained.plan_of(model),
         cache=PlanCache() if job.options.cache else None,
         tune=tuning(job, master, progress),
+        gather=partial(count_on_cluster, workers=job.options.workers) if job.options.ray else None,
         on_image=lambda seen: progress(ImagesCalibrated(done=min(seen, total), total=total)),
         on_resume=lambda seen: progress(ImagesCalibrated(done=min(seen, total), total=total, resumed=True)),
     )

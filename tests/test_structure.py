@@ -44,7 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "images",
         "threads",
     ),
-    ("places", "npz"),
+    ("places", "npz", "cluster"),
     ("target",),
     ("options", "graph", "dataset"),
     ("parity",),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from deploykit.backends.table import EVALUATOR
 from deploykit.cli import export_options as opt
 from deploykit.cli.backbone_options import BackboneChoice, takes_backbone
-from deploykit.cli.output import JsonFlag, input_text, show, show_json, size_text, table
+from deploykit.cli.output import JsonFlag, RayFlag, WorkersOption, input_text, show, show_json, size_text, table
 from deploykit.cli.repository import served_lines
 from deploykit.errors import SpecError
 from deploykit.export.target_options import export_options
@@ -60,6 +60,8 @@ def export(
     mixed_precision: opt.MixedFlag = False,
     speed: opt.SpeedFlag = True,
     require_speedup: opt.RequireSpeedupFlag = False,
+    ray: RayFlag = False,
+    workers: WorkersOption = None,
     output: opt.OutputOption = None,
     overwrite: opt.OverwriteFlag = False,
     layout: opt.LayoutOption = None,
@@ -98,6 +100,8 @@ def export(
             ),
             time_against_fp32=speed,
             require_speedup=require_speedup,
+            ray=ray,
+            workers=workers,
         )
         for name in map(opt.lowered, target or (None,))
     )

@@ -8,7 +8,16 @@ import typer
 
 from deploykit.backends.table import EVALUATOR
 from deploykit.cli.image_progress import image_progress
-from deploykit.cli.output import DeviceOption, JsonFlag, ThreadsOption, TrustOption, show, show_json
+from deploykit.cli.output import (
+    DeviceOption,
+    JsonFlag,
+    RayFlag,
+    ThreadsOption,
+    TrustOption,
+    WorkersOption,
+    show,
+    show_json,
+)
 from deploykit.extraction import SHARD
 
 if TYPE_CHECKING:
@@ -39,6 +48,8 @@ def extract(
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     trust: TrustOption = None,
+    ray: RayFlag = False,
+    workers: WorkersOption = None,
     json: JsonFlag = False,
 ) -> None:
     """Run a bundle on any number of images and write one row an image; a stopped run goes on where it was.
@@ -60,6 +71,8 @@ def extract(
             device=device,
             threads=threads,
             trust=trust,
+            ray=ray,
+            workers=workers,
             progress=progress,
         )
     if json:

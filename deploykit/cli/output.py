@@ -180,6 +180,22 @@ def told_tunings() -> Iterator[None]:
         logger.setLevel(level)
 
 
+RayFlag = Annotated[
+    bool,
+    typer.Option(
+        "--ray",
+        help="Work in processes of a Ray cluster, which RAY_ADDRESS names, or of this machine (needs the extra ray).",
+    ),
+]
+
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        "--workers", metavar="N", help="Processes of --ray.", show_default="one for each processor of the cluster"
+    ),
+]
+
+
 def input_text(spec: InputSpec) -> str:
     """Return ``"1 x 224 x 224 x 3 uint8 NHWC"``, with the sizes of a range behind."""
     sides = " x ".join(str(side) for side in (spec.batch, *spec.shape[1:]))

@@ -11,6 +11,8 @@ _SPELLINGS = {
     "batch_size='dynamic'": "--batch-size dynamic",
     "image_size=(min, opt, max)": "--image-size MIN,OPT,MAX",
     "device='cpu'": "--device cpu",
+    "leave ray out": "leave out --ray",
+    "ray=True": "--ray",
     "trust=True": "--trust",
     "new_head=True": "--new-head",
     "leave num_classes out": "leave out --num-classes",
