@@ -1,163 +1,199 @@
-"""Plant faults at random places of engines and ask the layer walk for them: how many are found, and at their node.
+"""Plant faults at random places of every family's engines: does the gate find them, and the layer walk their node?
 
-    python benchmarks/localize_faults.py BUNDLE... --faults 20
+    python benchmarks/localize_faults.py --faults 2
 
-A fault that changes no layer on the images (a branch of zeros, two equal channels) is drawn again. The bundles hold
-ONNX graphs.
+Each family's smallest network, with realistic random weights and a feature pyramid behind it, is exported for ONNX
+Runtime in FP32, FP16 and INT8. A fault is planted into a copy of the bundle, whose manifest is written again, so that
+no digest tells. The gate is `verify_bundle` as it stands; the walk compares with the bundle as it was. A fault that
+moves no output by a millionth (a branch of zeros, two equal channels) is drawn again. Of each network an untouched copy
+has to pass both first.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
+import sys
+import tempfile
+import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from _families import FAMILIES, smooth_images, with_pyramid
+from _faults import FAULTS, Fault
 
-from deploykit.bundle import open_bundle
+from deploykit import export_backbone, verify_bundle
+from deploykit.arrays import Array
+from deploykit.bundle import MANIFEST, MANIFEST_DIGEST, open_bundle, write_manifest
+from deploykit.errors import DeployKitError
 from deploykit.export.bundle_layers import engine_graph
+from deploykit.export.layer_walk import typed
 from deploykit.export.layers import SAME_DB, compare_layers
+from deploykit.onnx_session import graph_batch, onnx_session
+from deploykit.parity.metrics import sqnr_db
+from deploykit.spec import Fp16, Fp32, Int8, Precision
 
-WEIGHTED = ("Conv", "Gemm", "MatMul")
-ACTIVATIONS = ("Relu", "Clip", "HardSwish", "HardSigmoid", "Sigmoid", "Gelu", "Erf")
+PRECISIONS: dict[str, Precision] = {
+    "fp32": Fp32(),
+    "fp16": Fp16(min_sqnr_db=20),  # random weights keep less than trained ones
+    "int8": Int8(min_sqnr_db=0),
+}
+SHOWS_DB = 120.0
 TRIES = 200
 
 
-def weight_of(node: ir.Node) -> ir.Value | None:
-    """The constant that holds a node's weight: of the node itself, or of the DequantizeLinear before it."""
-    value = node.inputs[1]
-    source = value.producer() if value is not None else None
-    if source is not None and source.op_type == "DequantizeLinear":
-        value = source.inputs[0]
-    return value if value is not None and value.const_value is not None and len(value.const_value.shape) > 1 else None
+@dataclass
+class Tally:
+    """How many faults of each kind were planted, found by the gate, and named at their node."""
+
+    planted: Counter[str] = field(default_factory=Counter)
+    gate: Counter[str] = field(default_factory=Counter)
+    node: Counter[str] = field(default_factory=Counter)
 
 
-def changed(value: ir.Value, change: Callable[[np.ndarray], np.ndarray]) -> bool:
-    """Replace a constant; whether it differs then."""
-    before = value.const_value.numpy()
-    after = change(before.copy()).astype(before.dtype)
-    value.const_value = ir.tensor(np.ascontiguousarray(after), name=value.name)
-    return not np.array_equal(before, after)
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """An exported bundle that faults are planted into, and a folder for its wrong copies."""
+
+    bundle: Path
+    work: Path
+    model: ir.Model
+    images: Array
+
+    @classmethod
+    def of(cls, bundle: Path, work: Path) -> Subject:
+        """Read a bundle."""
+        model, images = engine_graph(bundle, open_bundle(bundle))
+        return cls(bundle=bundle, work=work, model=typed(model), images=images)
+
+    @property
+    def outputs(self) -> list[str]:
+        """The names of the outputs that the engine has to give."""
+        return [str(value.name) for value in self.model.graph.outputs]
+
+    def passes_gate(self, candidate: ir.Model) -> bool:
+        """Whether `verify_bundle` passes a copy of the bundle with this engine."""
+        if self.work.exists():
+            shutil.rmtree(self.work)
+        shutil.copytree(self.bundle, self.work)
+        manifest = open_bundle(self.work)
+        ir.save(candidate, self.work / manifest.engine)
+        for name in (MANIFEST, MANIFEST_DIGEST):
+            (self.work / name).unlink()
+        write_manifest(self.work, manifest)
+        try:
+            return verify_bundle(self.work).passed
+        except DeployKitError:
+            return False
+
+    def culprit(self, candidate: ir.Model) -> str | None:
+        """The node that the layer walk names."""
+        report = compare_layers(candidate, self.images, reference=self.model, min_own_db=SAME_DB, outputs=self.outputs)
+        return None if report.culprit is None else report.culprit.node
+
+    def shows(self, candidate: ir.Model) -> bool:
+        """Whether any output is another than the bundle's, in its name or by more than rounding."""
+        own = [str(value.name) for value in candidate.graph.outputs]
+        if own != self.outputs:
+            return True
+        size = graph_batch(self.model)
+        batches = [self.images[start : start + size] for start in range(0, min(len(self.images), 4), size)]
+        before, after = onnx_session(self.model), onnx_session(candidate)
+        source = str(self.model.graph.inputs[0].name)
+        for batch in batches:
+            pairs = zip(before.run(own, {source: batch}), after.run(own, {source: batch}), strict=True)
+            if any(one.shape != other.shape or sqnr_db(one, other) < SHOWS_DB for one, other in pairs):
+                return True
+        return False
+
+    def plant(self, fault: Fault, generator: np.random.Generator) -> tuple[ir.Model, set[str], str] | None:
+        """Return a copy with the fault somewhere, the nodes that may be named, and the place; None: it has none."""
+        nodes = list(self.model.graph)
+        places = [place for place, node in enumerate(nodes) if not fault.operators or node.op_type in fault.operators]
+        for place in generator.permutation(places)[:TRIES]:
+            candidate = self.model.clone()
+            node = candidate.graph.node(int(place))
+            name = str(node.name)
+            expected = fault.plant(candidate, node, self.images)
+            if expected and self.shows(candidate):
+                return candidate, expected, name
+        return None
 
 
-def scaled(model: ir.Model, node: ir.Node) -> bool:
-    """The weight, or the scale of one in integers, times 1.01."""
-    source = node.inputs[1].producer()
-    value = source.inputs[1] if source is not None and source.op_type == "DequantizeLinear" else weight_of(node)
-    return weight_of(node) is not None and value.const_value is not None and changed(value, lambda array: array * 1.01)
-
-
-def negated(model: ir.Model, node: ir.Node) -> bool:
-    """The weight with the other sign."""
-    value = weight_of(node)
-    return value is not None and changed(
-        value, lambda array: np.maximum(array, -127 if array.dtype == np.int8 else array) * -1
+def export(name: str, precision: Precision, folder: Path) -> Path:
+    """Export a family's network with a feature pyramid."""
+    images = smooth_images(FAMILIES[name])
+    export_backbone(
+        with_pyramid(name), folder, runtime="onnxruntime", precision=precision, calibration=images, overwrite=True
     )
+    return folder
 
 
-def swapped(model: ir.Model, node: ir.Node) -> bool:
-    """The weight with its first two output channels in each other's place."""
-    value = weight_of(node)
-    axis = 0 if node.op_type != "MatMul" else 1
-    if value is None or value.const_value.shape[axis] < 2:
-        return False
-    return changed(value, lambda array: np.take(array, [1, 0, *range(2, array.shape[axis])], axis=axis))
+def trials(subject: Subject, kinds: Sequence[Fault], count: int, generator: np.random.Generator, label: str) -> Tally:
+    """Plant faults of each kind and look for them; misses are printed."""
+    tally = Tally()
+    untouched = subject.model.clone()
+    if not subject.passes_gate(untouched) or subject.culprit(untouched) is not None:
+        sys.exit(f"{label}: a false alarm, on the engine as it was exported")
+    for fault in kinds:
+        for _ in range(count):
+            planted = subject.plant(fault, generator)
+            if planted is None:
+                break
+            candidate, expected, place = planted
+            tally.planted[fault.name] += 1
+            if subject.passes_gate(candidate):
+                print(f"  {label}: {fault.name} at {place}: the gate missed it", flush=True)
+            else:
+                tally.gate[fault.name] += 1
+            named = subject.culprit(candidate)
+            if named in expected:
+                tally.node[fault.name] += 1
+            else:
+                print(f"  {label}: {fault.name} at {place}: the walk named {named}", flush=True)
+    return tally
 
 
-def transposed(model: ir.Model, node: ir.Node) -> bool:
-    """The kernel with rows for columns."""
-    value = weight_of(node)
-    if value is None or len(value.const_value.shape) != 4 or value.const_value.shape[2] < 2:
-        return False
-    return changed(value, lambda array: array.swapaxes(2, 3))
-
-
-def dropped(model: ir.Model, node: ir.Node) -> bool:
-    """An activation that is not there: what reads it reads what it read."""
-    output = node.outputs[0]
-    if node.op_type not in ACTIVATIONS or output in set(model.graph.outputs):
-        return False
-    ir.convenience.replace_all_uses_with(output, node.inputs[0])
-    model.graph.remove(node, safe=True)
-    return True
-
-
-def shifted(model: ir.Model, node: ir.Node) -> bool:
-    """The zero point of one dequantizer of activations, off by one."""
-    if node.op_type != "DequantizeLinear" or node.inputs[0].const_value is not None or len(node.inputs) < 3:
-        return False
-    point = node.inputs[2]
-    if point is None or point.const_value is None or point.const_value.numpy().size != 1:
-        return False
-    moved = ir.Value(name=f"{point.name}/moved", shape=point.shape, type=point.type)
-    array = point.const_value.numpy()
-    moved.const_value = ir.tensor(
-        np.asarray(int(array) + (1 if int(array) < np.iinfo(array.dtype).max else -1), array.dtype), name=moved.name
-    )
-    model.graph.initializers.add(moved)
-    node.replace_input_with(2, moved)
-    return True
-
-
-FAULTS = {"weight x1.01": scaled, "sign flip": negated, "swapped channels": swapped, "transposed kernel": transposed}
-FAULTS |= {"dropped activation": dropped, "zero point off by one": shifted}
-
-
-def right_nodes(model: ir.Model, node: ir.Node) -> set[str]:
-    """The nodes at which a fault of ``node`` may be named: itself; for one that is gone, those that read it."""
-    names = {str(node.name)}
-    if node.op_type in ACTIVATIONS:
-        for usage in node.outputs[0].uses():
-            names |= {str(usage.node.name)} | {str(each.node.name) for each in usage.node.outputs[0].uses()}
-    return names
-
-
-def trial(
-    model: ir.Model, images: np.ndarray, fault: Callable, generator: np.random.Generator
-) -> tuple[bool, str] | None:
-    """Plant one fault that shows; whether it is named at its node, and what was said. None: it has no place here."""
-    nodes = list(model.graph)
-    for place in generator.permutation(len(nodes))[:TRIES]:
-        candidate = model.clone()
-        node = list(candidate.graph)[place]
-        if fault not in (dropped, shifted) and node.op_type not in WEIGHTED:
-            continue
-        expected = right_nodes(candidate, node)
-        if not fault(candidate, node):
-            continue
-        report = compare_layers(candidate, images, reference=model, min_own_db=SAME_DB)
-        if all(layer.own_db >= 300 for layer in report.layers):
-            continue  # it shows nowhere
-        found = report.culprit
-        return (found is not None and found.node in expected), f"{node.name}: {found.node if found else 'none'}"
-    return None
+def table(found: dict[str, Tally]) -> str:
+    """Return the counts as a table in Markdown: a row a kind, a column a precision."""
+    lines = [f"| fault | {' | '.join(found)} |", f"|---|{'---|' * len(found)}"]
+    for name in [fault.name for fault in FAULTS]:
+        cells = [
+            f"{tally.gate[name]}, {tally.node[name]} of {tally.planted[name]}" if tally.planted[name] else ""
+            for tally in found.values()
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    totals = [f"{tally.gate.total()}, {tally.node.total()} of {tally.planted.total()}" for tally in found.values()]
+    return "\n".join([*lines, f"| **all** | {' | '.join(totals)} |"])
 
 
 def main() -> None:
-    """Plant, look, and count."""
+    """Export, plant, look, and count."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundles", nargs="+", type=Path)
-    parser.add_argument("--faults", type=int, default=5, help="of each kind, for each bundle")
+    parser.add_argument("--networks", nargs="+", default=list(FAMILIES), choices=FAMILIES, metavar="NAME")
+    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
+    parser.add_argument("--faults", type=int, default=1, help="of each kind, for each network and precision")
+    parser.add_argument("--seed", type=int, default=0, help="of the places")
     arguments = parser.parse_args()
-    generator = np.random.default_rng(0)
-    for bundle in arguments.bundles:
-        manifest = open_bundle(bundle)
-        model, images = engine_graph(bundle, manifest)
-        tried: Counter[str] = Counter()
-        right: Counter[str] = Counter()
-        for name, fault in FAULTS.items():
-            for _ in range(arguments.faults):
-                result = trial(model, images, fault, generator)
-                if result is None:
-                    break
-                tried[name] += 1
-                right[name] += result[0]
-                if not result[0]:
-                    print(f"  {bundle.name}: {name} at {result[1]}")
-        counts = ", ".join(f"{name} {right[name]}/{tried[name]}" for name in tried)
-        print(f"{bundle.name}: {sum(right.values())} of {sum(tried.values())} at their node ({counts})", flush=True)
+    warnings.simplefilter("ignore")
+    generator = np.random.default_rng(arguments.seed)
+    found = {name: Tally() for name in arguments.precisions}
+    with tempfile.TemporaryDirectory() as folder:
+        for network in arguments.networks:
+            for name, total in found.items():
+                label = f"{network} {name}"
+                bundle = export(network, PRECISIONS[name], Path(folder) / "bundle")
+                subject = Subject.of(bundle, Path(folder) / "wrong")
+                tally = trials(subject, FAULTS, arguments.faults, generator, label)
+                counts = f"{tally.gate.total()} found, {tally.node.total()} at their node"
+                print(f"{label}: {tally.planted.total()} planted, {counts}", flush=True)
+                for own, other in ((total.planted, tally.planted), (total.gate, tally.gate), (total.node, tally.node)):
+                    own.update(other)
+            print(f"\nfound by the gate, named at their node, of those planted so far\n\n{table(found)}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def main() -> None:
 def faults(bundle: Path, gate: str) -> list[str]:
     """What one verification finds wrong with an engine that is right."""
     with deploykit.load_bundle(bundle) as model:
-        verification = Verification(model, bundle)
+        verification = Verification(model)
         if gate == "elsewhere":
             verification.machine = "another"
         report = verification.report()

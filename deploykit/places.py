@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -56,6 +57,21 @@ _told: set[str] = set()
 def is_environment(error: BaseException | None) -> bool:
     """Whether an error says something of the machine (disk, permissions, open files) and nothing of the files."""
     return isinstance(error, OSError) and error.errno in _ENVIRONMENT
+
+
+def write_whole(path: Path, text: str, *, what: str) -> None:
+    """Write a file that a person named, whole or not at all; ``what`` it is goes into the message.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    staging = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        staging.write_text(text, encoding="utf-8", newline="\n")
+        staging.replace(path)
+    except OSError as error:
+        staging.unlink(missing_ok=True)
+        raise storage_error(f"the {what} {path} cannot be written", error, "choose another file") from error
 
 
 def storage_error(what: str, error: OSError, place: str = "") -> StorageError:

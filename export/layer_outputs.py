@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from deploykit.export.layer_walk import Walk, decibels_between
+from deploykit.export.layer_walk import Walk, computed, decibels_between
 
 TWIN_DB, NEARER_DB = 10.0, 20.0
 """An output that is so near to what another should give, and nearer than to its own by this, gives the other's."""
@@ -23,6 +23,7 @@ def wrong_outputs(candidate: ir.Model, walk: Walk, names: Sequence[str], known: 
     """
     own = [str(value.name) for value in candidate.graph.outputs]
     expected = dict(zip(known, walk.expected(known), strict=True))
+    moving = {str(value.name) for value in computed(candidate)}
     wrong: dict[str, str] = {}
     renamed: set[str] = set()
     for name, values in zip(own, walk.found(own), strict=True):
@@ -33,6 +34,8 @@ def wrong_outputs(candidate: ir.Model, walk: Walk, names: Sequence[str], known: 
             gives = f"; it gives what {twins[0]!r} should" if twins else ""
             wrong[name] = f"the graph gives {name!r}, which is no output of the network{gives}"
             renamed.update(twins)
+        elif name not in moving:
+            wrong[name] = f"{name!r} does not depend on the images"
         elif twins and name in figures and figures[name] < best - NEARER_DB:
             wrong[name] = f"{name!r} gives what {twins[0]!r} should"
     for name in names:

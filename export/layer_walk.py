@@ -35,6 +35,8 @@ def node_by_node(part: ir.Model, feeds: Arrays) -> list[Array]:
 
 def typed(model: ir.Model) -> ir.Model:
     """Return a graph whose every tensor says its type, which a file may leave out."""
+    if all(value.dtype is not None for node in model.graph for value in node.outputs if value.name):
+        return model.clone()
     return ir_passes.ShapeInferencePass()(model.clone()).model
 
 

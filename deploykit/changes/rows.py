@@ -9,7 +9,7 @@ from deploykit.changes.outputs import Between, Ran
 from deploykit.changes.sides import Side
 from deploykit.changes.tolerances import Tolerances
 from deploykit.parity.interval import Interval
-from deploykit.parity.report import MAX_SQNR_DB
+from deploykit.parity.report import with_unit
 
 NEAR_DB = 1.0
 """A figure this near to its limit is said to be so."""
@@ -106,7 +106,7 @@ def _judged(change: LevelChange, found: Between | None, gates: Gates) -> LevelCh
     failures += [found.fault] if found.fault is not None else []
     needed = gates.between_db
     if needed is not None and found.sqnr_db < needed:
-        failures.append(f"{_decibels(found.sqnr_db)} from the old outputs; expected at least {needed:g} dB")
+        failures.append(f"{with_unit(found.sqnr_db)} from the old outputs; expected at least {needed:g} dB")
     elif needed is not None and found.sqnr_db < needed + NEAR_DB:
         notes.append(f"{found.sqnr_db:.1f} dB from the old outputs, near the limit of {needed:g} dB")
     failures += _agreement_failures(found.agreement, gates.agreement)
@@ -124,7 +124,7 @@ def _against_torch(change: LevelChange, gates: Gates) -> tuple[list[str], list[s
     failures, notes = [], []
     found, drop, limit = change.new_db, change.drop_db, gates.drop_db
     if found is not None and found < gates.budget_db:
-        failures.append(f"{_decibels(found)} from torch; its own budget is {gates.budget_db:g} dB")
+        failures.append(f"{with_unit(found)} from torch; its own budget is {gates.budget_db:g} dB")
     elif found is not None and found < gates.budget_db + NEAR_DB:
         notes.append(f"{found:.1f} dB from torch, near its budget of {gates.budget_db:g} dB")
     if drop is not None and limit is not None and drop > limit:
@@ -144,7 +144,3 @@ def _agreement_notes(found: Interval | None, gate: float | None) -> list[str]:
     if found is None or gate is None or not found.low < gate <= found.share:
         return []
     return [f"the same class on {found}: too few images to say that it is above {gate:.1%}"]
-
-
-def _decibels(value: float) -> str:
-    return "broken" if value <= -MAX_SQNR_DB else f"{value:.1f} dB"

@@ -15,6 +15,7 @@ from deploykit.cli.output import (
     JsonFlag,
     ThreadsOption,
     TrustOption,
+    json_text,
     show,
     show_json,
     size_text,
@@ -22,6 +23,7 @@ from deploykit.cli.output import (
 )
 from deploykit.cli.run import find_given
 from deploykit.parity.report import decibels
+from deploykit.places import write_whole
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -86,6 +88,10 @@ def compare(
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     trust: TrustOption = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE.json", help="Also write what --json prints to a file."),
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Compare two bundles: levels, labels, preprocessing, plan, tools, numbers, latency and size.
@@ -106,8 +112,11 @@ def compare(
     found = compare_bundles(
         old, new, images=files, tolerances=tolerances, run=run, device=device, threads=threads, trust=trust
     )
+    told = {"passed": found.passed, "comparison": found}
+    if output is not None:
+        write_whole(output, json_text(told), what="comparison")
     if json:
-        show_json({"passed": found.passed, "comparison": found})
+        show_json(told)
     else:
         _show(found)
     if not found.passed:

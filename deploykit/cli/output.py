@@ -93,13 +93,18 @@ def table(
 
 def show_json(value: object) -> None:
     """Print dataclasses, mappings, lists and plain values as indented JSON on stdout."""
+    sys.stdout.write(json_text(value))
+
+
+def json_text(value: object) -> str:
+    """Return dataclasses, mappings, lists and plain values as indented JSON."""
     import msgspec
 
     try:
         text = msgspec.json.encode(value)
     except UnicodeEncodeError:  # the name of a file that is not UTF-8
         text = msgspec.json.encode(_printable_strings(msgspec.to_builtins(value)))
-    sys.stdout.write(_printable_json(msgspec.json.format(text, indent=2).decode()) + "\n")
+    return _printable_json(msgspec.json.format(text, indent=2).decode()) + "\n"
 
 
 def show_error(message: str) -> None:

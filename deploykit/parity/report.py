@@ -309,5 +309,11 @@ def decibels(value: float | None) -> str:
     return f"{value:.1f}"
 
 
+def with_unit(value: float) -> str:
+    """Return an SQNR as text with its unit, where it is a number."""
+    text = decibels(value)
+    return text if abs(value) >= MAX_SQNR_DB else f"{text} dB"
+
+
 def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.1%}"

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Sequence
-from pathlib import Path
 
 from deploykit.errors import SpecError
 from deploykit.manifest import own_version
 from deploykit.names import path_of
-from deploykit.places import storage_error
+from deploykit.places import write_whole
 from deploykit.reports.facts import BundleFacts, Collected, collect, with_layers
 from deploykit.reports.html_page import html_page
 from deploykit.reports.markdown_page import markdown_page
@@ -58,7 +56,7 @@ def write_report(
         raise SpecError(f"{len(folders)} bundles were given; expected 1 to {MOST_BUNDLES}.")
     collected = collect(folders, run=run, device=device, threads=threads, trust=trust)
     collected = with_layers(collected) if layers else collected
-    _replace(path, _page(collected, html=path.suffix.lower() == ".html"))
+    write_whole(path, _page(collected, html=path.suffix.lower() == ".html"), what="report")
     return collected.bundles
 
 
@@ -72,18 +70,3 @@ def _page(collected: Collected, *, html: bool) -> str:
     from deploykit.reports.drawings import draw_all
 
     return html_page(title, sections(collected), draw_all(facts), footer)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
-    staging = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        staging.write_text(text, encoding="utf-8", newline="\n")
-        staging.replace(path)
-    except OSError as error:
-        staging.unlink(missing_ok=True)
-        raise storage_error(f"the report {path} cannot be written", error, "choose another file") from error

@@ -48,8 +48,7 @@ fi
 
 $command verify "$new" ${VERIFY_OPTIONS:-} --json > "$reports/verify.json" || status=1
 if [ -n "$release" ]; then
-    $command compare "$release" "$new" ${COMPARE_OPTIONS:-} || status=1
-    $command compare "$release" "$new" ${COMPARE_OPTIONS:-} --json > "$reports/compare.json" || status=1
+    $command compare "$release" "$new" ${COMPARE_OPTIONS:-} --output "$reports/compare.json" || status=1
 fi
 for page in report.md report.html; do
     $command report ${release:+"$release"} "$new" ${REPORT_OPTIONS:-} --output "$reports/$page" || status=1

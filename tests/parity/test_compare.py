@@ -41,8 +41,9 @@ def test_every_level_is_measured_in_the_references_order():
 def test_one_bad_level_fails_alone():
     candidate = outputs()
     candidate["stage2"] = candidate["stage2"] * 1.5
-    passed = {level.name: level.passed for level in compare(outputs(), candidate, min_sqnr_db=30)}
-    assert passed == {"stage1": True, "stage2": False, "logits": True}
+    levels = compare(outputs(), candidate, min_sqnr_db=30)
+    assert {level.name: level.passed for level in levels} == {"stage1": True, "stage2": False, "logits": True}
+    assert levels[1].cosine == pytest.approx(1), "a cosine of one is no proof"
 
 
 def test_one_nan_fails_its_level_whatever_the_budget():
