@@ -128,7 +128,8 @@ def _request(manifest: Manifest, pretrained: Pretrained, checkpoint_key: str | N
 
 def _check_same(backbone: BaseBackbone, manifest: Manifest, source: object) -> None:
     ours, theirs = (asdict(spec) for spec in (backbone.spec, manifest.backbone))
-    differing = sorted(name for name in ours if ours[name] != theirs[name] and name not in ("weights", "label_set"))
+    free = {"weights", "label_set"} | ({"image_size"} if manifest.input.sizes is not None else set())
+    differing = sorted(name for name in ours if ours[name] != theirs[name] and name not in free)
     if differing:
         for side in (ours, theirs):
             side["levels"] = ", ".join(level["name"] for level in side["levels"]) or "none"

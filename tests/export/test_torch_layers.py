@@ -130,6 +130,18 @@ def test_a_module_of_the_users_own_is_given_in_python(network, tmp_path, options
         torch_layers(folder, Network().eval())
 
 
+@pytest.mark.slow
+def test_an_engine_for_a_range_of_sizes_is_walked_at_the_size_of_its_images(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        backbone = deploykit.create_backbone("resnet18", output_indices=(0, 1), features_only=True)
+    folder = tmp_path / "sizes"
+    deploykit.export_backbone(backbone, folder, runtime="onnxruntime", precision="fp32", image_size=(32, 64, 96))
+    report = torch_layers(folder, backbone)
+    assert report.culprit is None
+    assert len(report.layers) > 5
+
+
 def test_another_network_and_scaled_channels_are_refused(bundle, tmp_path, network):
     folder, weights = bundle
     with pytest.raises(
