@@ -20,6 +20,7 @@ from deploykit.facade import load_bundle
 from deploykit.image_sizes import size_text
 from deploykit.names import path_of
 from deploykit.parity.baseline import BASELINE_FILE, Baseline, FloatArray, measure_baseline
+from deploykit.parity.budget import Budget
 from deploykit.parity.reference import REFERENCE_FILE, ParityReference, corner_file
 from deploykit.parity.report import MAX_SQNR_DB, PARITY_FILE, LevelParity, ParityReport
 from deploykit.parity.verify import answer_levels, compare_engines, verify_levels
@@ -27,7 +28,6 @@ from deploykit.processor import machine_key
 
 if TYPE_CHECKING:
     from deploykit.calibration.images import CalibrationSource
-    from deploykit.parity.budget import Budget
 
 MOST_IMAGES = 64
 """How many of the user's images are used, evenly spaced."""

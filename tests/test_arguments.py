@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 import pytest
 
-from deploykit.arguments import check_arguments, check_fields
+import deploykit
+from deploykit.arguments import _hints, _Open, check_arguments, check_fields
 from deploykit.errors import SpecError
 from deploykit.unset import UNSET, UnsetType
 
@@ -32,6 +34,9 @@ def taking(
 ) -> None:
     check_arguments(taking, locals())
 
+
+CHECKED_WHERE_USED = {"name", "model", "module", "images", "calibration", "plan", "labels", "against", "backbone"}
+"""Unions with types of optional packages: whoever takes the value compares it."""
 
 RIGHT = {
     "count": [0, -3, np.int64(4), np.uint8(1)],
@@ -90,3 +95,11 @@ def test_the_fields_of_a_dataclass_are_checked():
     assert Settings(count=3, share=0.5).count == 3
     with pytest.raises(SpecError, match="share is 'x'"):
         Settings(share="x")
+
+
+@pytest.mark.parametrize("name", sorted(name for name in deploykit.__all__ if name.islower() and name[0] != "_"))
+def test_no_argument_of_a_public_function_is_left_out(name):
+    function = getattr(deploykit, name)
+    hints = _hints(function)
+    unread = {each for each in inspect.signature(function).parameters if isinstance(hints.get(each), _Open)}
+    assert not unread - CHECKED_WHERE_USED
