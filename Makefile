@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # One thread a test process: two processes with two threads each slow each other down tenfold.
-TEST_ENV := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
+TEST_ENV := OMP_NUM_THREADS=1
 # What exports and compiles nothing: structure, documents, bundles, the store, parity.
 FAST := tests/parity tests/test_structure.py tests/test_docstrings.py tests/test_pages.py tests/test_support.py \
 	tests/test_contributing.py tests/test_bundle.py tests/test_store.py tests/test_spec.py tests/test_unset.py \

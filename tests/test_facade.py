@@ -14,6 +14,7 @@ import deploykit
 from deploykit import create_backbone, export_backbone, load_bundle, load_images, verify_bundle
 from deploykit.errors import BundleError, DeviceUnavailable, SpecError, WeightsError
 from deploykit.spec import Fp32
+from tests.small_resnet import SMALL
 
 CLASSES = {"chelsea": 285, "coffee": 967, "rocket": 657}
 
@@ -22,7 +23,7 @@ CLASSES = {"chelsea": 285, "coffee": 967, "rocket": 657}
 def backbone():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return create_backbone("resnet18", image_size=64, num_classes=10).eval()
+        return create_backbone(SMALL, image_size=64, num_classes=10).eval()
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def bundles(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bundles")
     for runtime in ("onnxruntime", "openvino"):
         export_backbone(
-            "resnet18", folder / runtime, runtime=runtime, image_size=64, features_only=True, output_indices=(2,)
+            SMALL, folder / runtime, runtime=runtime, image_size=64, features_only=True, output_indices=(2,)
         )
     return {path.name: path for path in folder.iterdir()}
 

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from deploykit import Features, create_backbone
 from deploykit.errors import SpecError, UnknownLevel
+from tests.small_resnet import SMALL
 
 INDICES = {2: "stage2", 3: "stage3", 4: "stage4"}
 
@@ -24,7 +25,7 @@ def features() -> Features[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def backbone():
-    return create_backbone("resnet18", features_only=True, output_indices=(2, 4), image_size=32)
+    return create_backbone(SMALL, features_only=True, output_indices=(2, 4), image_size=32)
 
 
 def test_a_level_is_found_by_name_and_by_index(features):

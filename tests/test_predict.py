@@ -20,6 +20,7 @@ from deploykit.labels import LABELS_FILE
 from deploykit.predict import Prediction, predict, top_classes
 from deploykit.spec import BatchRange, InputSpec
 from tests.conftest_graphs import RAN_HERE, SIDE, SLOW_TO_BUILD, engine_of, network, open_engine, spec_of
+from tests.small_resnet import SMALL
 
 NAMES = tuple(f"name {number}" for number in range(10))
 PIXELS = np.random.default_rng(0).integers(0, 256, (7, 40, 50, 3), np.uint8)
@@ -137,7 +138,7 @@ def test_names_may_hold_any_separator_but_a_line_feed(tmp_path):
 def test_torch_names_classes_as_its_logits_do(embed, precision):
     torch.manual_seed(0)
     model = deploykit.create_backbone(
-        "resnet18", num_classes=3, image_size=64, labels=["x", "y", "z"], embed_preprocessing=embed, precision=precision
+        SMALL, num_classes=3, image_size=64, labels=["x", "y", "z"], embed_preprocessing=embed, precision=precision
     )
     assert model.labels == ("x", "y", "z")
     found = model.predict(list(PIXELS), top=2)

@@ -18,7 +18,7 @@ from deploykit.backbones.base import BackboneOptions, BaseBackbone, PretrainedSo
 from deploykit.backbones.features import DilationPlan, ReceptiveField
 from deploykit.spec import FeatureLevel, Preprocessing
 
-STAGE_CHANNELS = (64, 128, 256, 512)
+STAGE_PLANES = (64, 128, 256, 512)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,7 @@ class ResNetVariant:
 
     block: Literal["basic", "bottleneck"] = "bottleneck"
     depths: tuple[int, int, int, int]
+    planes: tuple[int, int, int, int] = STAGE_PLANES
     cardinality: int = 1
     base_width: int = 64
     deep_stem: bool = False
@@ -257,7 +258,7 @@ class ResNet(BaseBackbone):
         block_type = _BLOCKS[variant.block]
         plan = DilationPlan(output_stride=self.options.output_stride, stride=4)
         channels = 64
-        for index, (planes, depth) in enumerate(zip(STAGE_CHANNELS, variant.depths, strict=True), 1):
+        for index, (planes, depth) in enumerate(zip(variant.planes, variant.depths, strict=True), 1):
             first_dilation = plan.dilation
             plan, stride, dilation = plan.next(1 if index == 1 else 2)
             stage = nn.Sequential()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import traceback
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from contextlib import suppress
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
 
 import deploykit
 from deploykit.cli import (
@@ -104,16 +106,23 @@ def _global_options(
     """
 
 
+@functools.cache
+def _command() -> TyperGroup:
+    """Build the command of `app` once: a process that calls `main` again would read every annotation again."""
+    command = typer.main.get_command(app)
+    assert isinstance(command, TyperGroup)  # noqa: S101  (of several commands; narrows the type)
+    return command
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; ``--debug`` is taken at any place, and `verify` hears it too."""
     given = [*(sys.argv[1:] if arguments is None else arguments)]
     debug = "--debug" in given
     words = [word for word in given if word != "--debug"]
     words += ["--debug"] if debug and words[:1] == ["verify"] else []
-    command = typer.main.get_command(app)
     try:
         with standard_streams(), shown_warnings(), told_tunings(), interruptible():
-            code = command.main(words, "deploykit", standalone_mode=False)
+            code = _command().main(words, "deploykit", standalone_mode=False)
     except BrokenPipeError:
         return PIPE_CLOSED
     except OutputLost as error:

@@ -22,6 +22,7 @@ from deploykit.options import ExportOptions
 from deploykit.processor import Processor
 from deploykit.spec import Fp32, Int8
 from tests.backbones.realistic import randomize
+from tests.small_resnet import SMALL
 
 OLD = Processor(model="Old Xeon", cores=1, int8=("AVX2",), absent=("AVX512-VNNI", "AVX-VNNI", "AMX-INT8"))
 NEW = Processor(model="New Xeon", cores=1, int8=("AVX2", "AVX512-VNNI"), absent=("AVX-VNNI", "AMX-INT8"))
@@ -37,7 +38,7 @@ def put_in(monkeypatch, chip: Processor) -> None:
 def backbone():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return randomize(create_backbone("resnet18", image_size=32, num_classes=10)).eval()
+        return randomize(create_backbone(SMALL, image_size=32, num_classes=10)).eval()
 
 
 @pytest.fixture(scope="module")

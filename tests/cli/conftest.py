@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from deploykit.cli.main import main
+from tests.small_resnet import SMALL
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 SIDE = "64"
@@ -55,9 +56,7 @@ def photos(tmp_path_factory) -> Path:
 def classifier(tmp_path_factory) -> Path:
     """An FP32 classifier of static batch 2 in ONNX Runtime."""
     folder = tmp_path_factory.mktemp("bundles") / "classifier"
-    done = call(
-        "export", "resnet18", "--runtime", "onnxruntime", "--image-size", SIDE, "--batch-size", "2", "-o", folder
-    )
+    done = call("export", SMALL, "--runtime", "onnxruntime", "--image-size", SIDE, "--batch-size", "2", "-o", folder)
     assert done.code == 0, done.err
     return folder
 
@@ -67,7 +66,7 @@ def exported_features(tmp_path_factory, photos) -> tuple[Path, Called]:
     """An INT8 engine of two feature levels in ONNX Runtime, and what exporting it printed."""
     folder = tmp_path_factory.mktemp("bundles") / "features"
     done = call(
-        *("export", "resnet18", "--runtime", "onnxruntime", "--image-size", SIDE, "--precision", "int8"),
+        *("export", SMALL, "--runtime", "onnxruntime", "--image-size", SIDE, "--precision", "int8"),
         *("--calibration", photos, "--calibrator", "minmax", "--features-only", "--output-indices", "2,3"),
         *("--batch-size", "1,2,4", "--min-sqnr-db", "20", "-o", folder, "--json"),
     )

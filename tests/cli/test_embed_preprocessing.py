@@ -7,13 +7,14 @@ import pytest
 
 import deploykit
 from deploykit.bundle import read_manifest
+from tests.small_resnet import SMALL
 
 
 @pytest.fixture(scope="module")
 def bundle(call, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundles") / "pixels"
     words = ("--runtime", "onnxruntime", "--image-size", "64x96", "--embed-preprocessing", "-o", folder)
-    done = call("export", "resnet18", *words)
+    done = call("export", SMALL, *words)
     assert done.code == 0, done.err
     return folder
 
@@ -42,7 +43,7 @@ def test_photographs_run_through_it(call, bundle, photos, crop_mode):
 
 
 def test_a_dry_run_shows_the_input(call, tmp_path):
-    words = ("export", "resnet18", "--runtime", "openvino", "--embed-preprocessing", "--batch-size", "2")
+    words = ("export", SMALL, "--runtime", "openvino", "--embed-preprocessing", "--batch-size", "2")
     done = call(*words, "-o", tmp_path / "out", "--dry-run")
     assert done.code == 0, done.err
     assert "2 x 224 x 224 x 3 uint8 NHWC" in done.out

@@ -17,18 +17,19 @@ import torch
 
 import deploykit
 from deploykit.bundle import read_manifest
+from tests.small_resnet import SMALL
 
 HERE = ("--runtime", "onnxruntime", "--image-size", "64")
 
 
 def test_a_checkpoint_becomes_a_bundle_and_the_last_lines_say_what_is_next(call, tmp_path, monkeypatch):
-    model = deploykit.create_backbone("resnet18", num_classes=7)
+    model = deploykit.create_backbone(SMALL, num_classes=7)
     torch.save(model.state_dict(), tmp_path / "mine.pth")
     monkeypatch.chdir(tmp_path)
     words = ("--runtime", "onnxruntime", "--num-classes", "7", "--image-size", "48x64")
-    done = call("export", "mine.pth", "--backbone", "resnet18", *words)
+    done = call("export", "mine.pth", "--backbone", SMALL, *words)
     assert done.code == 0, done.err
-    folder = "resnet18-onnxruntime-fp32"
+    folder = f"{SMALL}-onnxruntime-fp32"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["mine.pth", folder]
     assert "status parity_checked" in done.out
     assert all(f"│ {level} " in done.out for level in ("stem", "stage4", "logits"))
@@ -77,7 +78,7 @@ def test_a_dry_run_tells_the_plan_and_builds_nothing(call, tmp_path, photos):
 def test_a_dry_run_decodes_the_calibration_images(call, tmp_path, photos):
     folder = shutil.copytree(photos, tmp_path / "photos")
     (folder / "torn.jpg").write_bytes(next(folder.glob("*.jpg")).read_bytes()[:900])
-    words = ("export", "resnet18", "--runtime", "openvino", "--precision", "int8", "--calibration", folder, "--dry-run")
+    words = ("export", SMALL, "--runtime", "openvino", "--precision", "int8", "--calibration", folder, "--dry-run")
     done = call(*words, "-o", tmp_path / "out")
     assert done.code == 2
     assert "torn.jpg" in done.err
@@ -94,13 +95,13 @@ def test_a_dry_run_decodes_the_calibration_images(call, tmp_path, photos):
     ],
 )
 def test_what_people_call_it_is_suggested(call, tmp_path, words, meant):
-    done = call("export", "resnet18", *words, "-o", tmp_path / "out", "--dry-run")
+    done = call("export", SMALL, *words, "-o", tmp_path / "out", "--dry-run")
     assert (done.code, meant in done.err) == (2, True), done.err
 
 
 def test_a_dry_run_takes_upper_case_and_tells_the_size(call, tmp_path):
     words = ("--runtime", "OpenVINO", "--precision", "FP16", "--num-classes", "0", "-o", tmp_path / "out")
-    done = call("export", "resnet18", *words, "--dry-run")
+    done = call("export", SMALL, *words, "--dry-run")
     assert done.code == 0, done.err
     assert "about 22.4 MB of weights" in done.out
 
@@ -109,7 +110,7 @@ def test_a_dry_run_tries_whether_the_folder_can_be_written(call, tmp_path):
     (tmp_path / "file").touch()
     places = [tmp_path / "file" / "out", *([Path("/proc/out")] if Path("/proc").is_dir() else [])]
     for place in places:
-        done = call("export", "resnet18", *HERE, "-o", place, "--dry-run")
+        done = call("export", SMALL, *HERE, "-o", place, "--dry-run")
         assert done.code == 2
         assert "is not a folder that can be written to" in done.err
 
@@ -126,7 +127,7 @@ def corrupt(tmp_path_factory, photos):
 
 def test_a_corrupt_photograph_is_named_and_stops_the_export(call, tmp_path, corrupt):
     out = tmp_path / "out"
-    done = call("export", "resnet18", *HERE, "--precision", "int8", "--calibration", corrupt, "-o", out)
+    done = call("export", SMALL, *HERE, "--precision", "int8", "--calibration", corrupt, "-o", out)
     assert done.code == 2
     assert "broken.jpg" in done.err
     assert "--skip-corrupt" in done.err
@@ -136,7 +137,7 @@ def test_a_corrupt_photograph_is_named_and_stops_the_export(call, tmp_path, corr
 @pytest.mark.slow
 def test_a_corrupt_photograph_is_left_out_when_asked(call, tmp_path, corrupt):
     out = tmp_path / "out"
-    words = ("export", "resnet18", *HERE, "--precision", "int8", "--calibration", corrupt, "-o", out)
+    words = ("export", SMALL, *HERE, "--precision", "int8", "--calibration", corrupt, "-o", out)
     done = call(*words, "--skip-corrupt", "--json")
     assert done.code == 0, done.err
     assert done.err.count("warning: left out of calibration") == 1
@@ -146,22 +147,22 @@ def test_a_corrupt_photograph_is_left_out_when_asked(call, tmp_path, corrupt):
 
 USAGE = {
     "unknown backbone": (("resnet19", *HERE), "Did you mean 'resnet18'"),
-    "unknown runtime": (("resnet18", "--runtime", "onnxrt"), "Did you mean 'onnxruntime'"),
-    "torch has no engine": (("resnet18", "--runtime", "torch"), "no engine to export"),
-    "unknown precision": (("resnet18", *HERE, "--precision", "int9"), "Did you mean 'int8'"),
-    "precision not of the runtime": (("resnet18", *HERE, "--precision", "bf16"), "it has fp32, fp16, int8"),
-    "int8 without images": (("resnet18", *HERE, "--precision", "int8"), "--calibration FOLDER"),
-    "setting not of the precision": (("resnet18", *HERE, "--calibrator", "mse"), "has no setting 'calibrator'"),
-    "unknown calibrator": (("resnet18", *HERE, "--precision", "int8", "--calibrator", "mes"), "Did you mean 'mse'"),
-    "agreement above 1": (("resnet18", *HERE, "--min-top1-agreement", "90"), "from 0 to 1"),
-    "absent level": (("resnet18", *HERE, "--features-only", "--output-indices", "2,9"), "It has 0 (stem, stride 2)"),
-    "indices that are no numbers": (("resnet18", *HERE, "--output-indices", "a,b"), "--output-indices is 'a,b'"),
+    "unknown runtime": ((SMALL, "--runtime", "onnxrt"), "Did you mean 'onnxruntime'"),
+    "torch has no engine": ((SMALL, "--runtime", "torch"), "no engine to export"),
+    "unknown precision": ((SMALL, *HERE, "--precision", "int9"), "Did you mean 'int8'"),
+    "precision not of the runtime": ((SMALL, *HERE, "--precision", "bf16"), "it has fp32, fp16, int8"),
+    "int8 without images": ((SMALL, *HERE, "--precision", "int8"), "--calibration FOLDER"),
+    "setting not of the precision": ((SMALL, *HERE, "--calibrator", "mse"), "has no setting 'calibrator'"),
+    "unknown calibrator": ((SMALL, *HERE, "--precision", "int8", "--calibrator", "mes"), "Did you mean 'mse'"),
+    "agreement above 1": ((SMALL, *HERE, "--min-top1-agreement", "90"), "from 0 to 1"),
+    "absent level": ((SMALL, *HERE, "--features-only", "--output-indices", "2,9"), "It has 0 (stem, stride 2)"),
+    "indices that are no numbers": ((SMALL, *HERE, "--output-indices", "a,b"), "--output-indices is 'a,b'"),
     "impossible stride": (("efficientnet_b0", *HERE, "--output-stride", "7"), "it must be 8, 16 or 32"),
-    "image size": (("resnet18", "--runtime", "onnxruntime", "--image-size", "1x2x3"), "256x320"),
-    "batch of one comma": (("resnet18", *HERE, "--batch-size", "1,2"), "MIN,OPT,MAX"),
-    "batch out of order": (("resnet18", *HERE, "--batch-size", "4,2,1"), "1 <= min <= opt <= max"),
+    "image size": ((SMALL, "--runtime", "onnxruntime", "--image-size", "1x2x3"), "256x320"),
+    "batch of one comma": ((SMALL, *HERE, "--batch-size", "1,2"), "MIN,OPT,MAX"),
+    "batch out of order": ((SMALL, *HERE, "--batch-size", "4,2,1"), "1 <= min <= opt <= max"),
     "checkpoint without its name": (("mine.pth", *HERE), "Add --backbone NAME"),
-    "backbone without a checkpoint": (("resnet18", *HERE, "--backbone", "resnet18"), "Leave out --backbone"),
+    "backbone without a checkpoint": ((SMALL, *HERE, "--backbone", SMALL), "Leave out --backbone"),
     "two weights": (("resnet18", *HERE, "--pretrained", "--weights", "a1_in1k"), "both given"),
     "no such path": (("somewhere/else", *HERE), "Check the path"),
 }
@@ -181,7 +182,7 @@ def test_bad_usage_gives_2_and_leaves_nothing(call, tmp_path, monkeypatch, case)
 
 def test_a_calibration_folder_without_images_is_refused(call, tmp_path):
     (tmp_path / "empty").mkdir()
-    words = ("export", "resnet18", *HERE, "--precision", "int8", "-o", tmp_path / "out", "--calibration")
+    words = ("export", SMALL, *HERE, "--precision", "int8", "-o", tmp_path / "out", "--calibration")
     empty, absent = call(*words, tmp_path / "empty"), call(*words, tmp_path / "absent")
     assert (empty.code, absent.code) == (2, 2)
     assert "no image files in the folder" in empty.err
@@ -201,7 +202,7 @@ def test_a_calibration_folder_without_images_is_refused(call, tmp_path):
 def test_calibration_arrays_must_be_what_the_model_takes(call, tmp_path, array, message):
     np.save(tmp_path / "images.npy", array)
     words = ("--precision", "int8", "--calibration", tmp_path / "images.npy", "-o", tmp_path / "out")
-    done = call("export", "resnet18", *HERE, *words)
+    done = call("export", SMALL, *HERE, *words)
     assert done.code == 2
     assert message in done.err
     assert [entry.name for entry in tmp_path.iterdir()] == ["images.npy"]
@@ -209,7 +210,7 @@ def test_calibration_arrays_must_be_what_the_model_takes(call, tmp_path, array, 
 
 def test_weights_that_do_not_fit_are_refused(call, tmp_path):
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "wrong.pth")
-    done = call("export", "resnet18", *HERE, "--weights", tmp_path / "wrong.pth", "-o", tmp_path / "out")
+    done = call("export", SMALL, *HERE, "--weights", tmp_path / "wrong.pth", "-o", tmp_path / "out")
     assert done.code == 6
     assert "missing" in done.err
     assert "conv1.weight" in done.err
@@ -218,8 +219,8 @@ def test_weights_that_do_not_fit_are_refused(call, tmp_path):
 
 def test_a_taken_folder_stays_as_it_is(call, tmp_path, classifier):
     (tmp_path / "notes.txt").write_text("mine")
-    other = call("export", "resnet18", *HERE, "-o", tmp_path)
-    bundle = call("export", "resnet18", *HERE, "-o", classifier)
+    other = call("export", SMALL, *HERE, "-o", tmp_path)
+    bundle = call("export", SMALL, *HERE, "-o", classifier)
     assert (other.code, bundle.code) == (2, 2)
     assert "is not a bundle, so it will not be replaced" in other.err
     assert "--overwrite" in bundle.err
@@ -229,7 +230,7 @@ def test_a_taken_folder_stays_as_it_is(call, tmp_path, classifier):
 
 def test_a_missing_runtime_package_gives_the_pip_command(call, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
-    done = call("export", "resnet18", "--runtime", "openvino", "-o", tmp_path / "out")
+    done = call("export", SMALL, "--runtime", "openvino", "-o", tmp_path / "out")
     assert done.code == 4
     assert "pip install openvino" in done.err
     assert "[1/9]" not in done.err, "refused only after work had begun"
@@ -239,7 +240,7 @@ def test_a_missing_runtime_package_gives_the_pip_command(call, tmp_path, monkeyp
 @pytest.mark.slow
 def test_numbers_outside_the_budget_name_each_level_and_leave_nothing(call, tmp_path, photos):
     words = ("--precision", "int8", "--calibration", photos, "--min-sqnr-db", "90", "-o", tmp_path / "out")
-    done = call("export", "resnet18", *HERE, *words)
+    done = call("export", SMALL, *HERE, *words)
     assert (done.code, done.out) == (1, "")
     assert all(f"\n  {level}: " in done.err for level in ("stem", "stage4", "logits"))
     assert "budget at least 90 dB" in done.err
@@ -250,7 +251,7 @@ def test_a_full_disk_leaves_nothing(call, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, limits[1]))
     try:
-        done = call("export", "resnet18", *HERE, "-o", tmp_path / "out")
+        done = call("export", SMALL, *HERE, "-o", tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert done.code == 6
@@ -289,7 +290,7 @@ def test_an_engine_that_cannot_run_here_is_said_to_be_built_only(call, tmp_path,
     if cuda_capabilities():
         pytest.skip("there is a CUDA device here, so the plan runs")
     out = tmp_path / "out"
-    made = call("export", "resnet18", "--runtime", "tensorrt", "--image-size", "64", "-o", out)
+    made = call("export", SMALL, "--runtime", "tensorrt", "--image-size", "64", "-o", out)
     assert made.code == 0, made.err
     assert "built and never executed" in made.out
     verified = call("verify", out, "--json")

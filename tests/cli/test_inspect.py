@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tests.small_resnet import SMALL
+
 
 @pytest.fixture(autouse=True)
 def no_runtime(monkeypatch):
@@ -19,7 +21,7 @@ def test_the_page_tells_all_of_a_quantized_bundle(call, features):
     done = call("inspect", features)
     assert done.code == 0, done.err
     for expected in (
-        "resnet18 (resnet)",
+        f"{SMALL} (resnet)",
         "random, digest ",
         "1..4 x 3 x 64 x 64 float32 NCHW",
         "0.485 0.456 0.406; 0.229 0.224 0.225",

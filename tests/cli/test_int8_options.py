@@ -7,8 +7,9 @@ import re
 import pytest
 
 from deploykit.bundle import open_bundle
+from tests.small_resnet import SMALL
 
-WORDS = ("export", "resnet18", "--runtime", "openvino", "--image-size", "64", "--precision", "int8")
+WORDS = ("export", SMALL, "--runtime", "openvino", "--image-size", "64", "--precision", "int8")
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from rich.console import Console
 from deploykit.calibration import checkpoint, plan
 from deploykit.cli import progress as progress_module
 from deploykit.progress import BuildStep, CandidateMeasured, ImagesCalibrated, StageStarted, TuningStep
+from tests.small_resnet import SMALL
 
 
 def without_colours(console: Console) -> str:
@@ -93,7 +94,7 @@ def test_a_terminal_says_where_a_stopped_calibration_goes_on(monkeypatch):
 def test_a_stopped_export_goes_on_calibrating(call, photos, tmp_path, monkeypatch):
     monkeypatch.setenv("DEPLOYKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(checkpoint, "SAVE_SECONDS", 0.0)
-    words = ("export", "resnet18", "--runtime", "onnxruntime", "--image-size", "64", "--precision", "int8")
+    words = ("export", SMALL, "--runtime", "onnxruntime", "--image-size", "64", "--precision", "int8")
     words += ("--calibration", photos, "--no-speed", "-o", tmp_path / "bundle")
     observe, seen = plan._observe, []
 

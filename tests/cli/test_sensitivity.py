@@ -4,7 +4,9 @@ import math
 
 import pytest
 
-WORDS = ("sensitivity", "resnet18", "--image-size", "64")
+from tests.small_resnet import SMALL
+
+WORDS = ("sensitivity", SMALL, "--image-size", "64")
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def test_the_table_shows_some_layers_and_sums_up_the_rest(call, photos, told):
     assert set(rows) < layers
     assert "18 more" in done.out
     assert "all of them" in done.out
-    assert done.out.splitlines()[-1].startswith("Next: deploykit export resnet18")
+    assert done.out.splitlines()[-1].startswith("Next: deploykit export " + SMALL)
 
 
 def test_a_float_runtime_and_missing_images_are_bad_usage(call, photos):

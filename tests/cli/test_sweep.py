@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-NETWORK = ("sweep", "resnet18", "--image-size", "64")
+from tests.small_resnet import SMALL
+
+NETWORK = ("sweep", SMALL, "--image-size", "64")
 
 
 def test_one_table_and_one_bundle(call, tmp_path):

@@ -15,12 +15,13 @@ from deploykit.export.job import ExportJob, checked
 from deploykit.options import ExportOptions
 from deploykit.spec import BatchRange, BuildOptions, Fp16, Fp32, Int8
 from tests.backbones.realistic import randomize
+from tests.small_resnet import SMALL
 
 
 def backbone_of(**options):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return randomize(create_backbone("resnet18", **{"image_size": 64, **options})).eval()
+        return randomize(create_backbone(SMALL, **{"image_size": 64, **options})).eval()
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,14 @@ from deploykit.parity.report import ParityReport
 from deploykit.progress import CandidateMeasured
 from deploykit.spec import Int8
 from tests.backbones.realistic import randomize
+from tests.small_resnet import SMALL
 
 
 @pytest.fixture(scope="module")
 def backbone():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return randomize(create_backbone("resnet18", image_size=64, num_classes=10)).eval()
+        return randomize(create_backbone(SMALL, image_size=64, num_classes=10)).eval()
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from deploykit.parity.report import ParityReport
 from deploykit.progress import ImagesCalibrated, StageStarted
 from deploykit.spec import BatchRange, Fp32, Int8
 from tests.backbones.realistic import randomize
+from tests.small_resnet import SMALL
 
 STAGES = ["trace", "fuse", "to_onnx", "plan", "render", "lower", "parity", "bundle"]
 
@@ -29,7 +30,7 @@ STAGES = ["trace", "fuse", "to_onnx", "plan", "render", "lower", "parity", "bund
 def backbone_of(**options):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return randomize(create_backbone("resnet18", **{"image_size": 64, **options})).eval()
+        return randomize(create_backbone(SMALL, **{"image_size": 64, **options})).eval()
 
 
 @pytest.fixture(scope="module")

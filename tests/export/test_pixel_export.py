@@ -15,9 +15,10 @@ from deploykit.images.preprocess import normalize
 from deploykit.parity.metrics import sqnr_db
 from deploykit.parity.report import ParityReport
 from tests.backbones.realistic import randomize
+from tests.small_resnet import SMALL
 
 
-def backbone_of(name: str = "resnet18", size: int = 64, **options: object):
+def backbone_of(name: str = SMALL, size: int = 64, **options: object):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return randomize(create_backbone(name, image_size=size, features_only=True, **options)).eval()
@@ -107,7 +108,7 @@ def test_a_float_bundle_is_not_opened_as_a_pixel_engine(backbone, tmp_path):
 
 
 def test_a_model_that_embeds_its_preprocessing_is_not_wrapped_again(tmp_path):
-    model = create_backbone("resnet18", image_size=64, embed_preprocessing=True)
+    model = create_backbone(SMALL, image_size=64, embed_preprocessing=True)
     with pytest.raises(SpecError, match=r"Give model\.backbone"):
         deploykit.export_backbone(model, tmp_path / "bundle", runtime="onnxruntime")
 

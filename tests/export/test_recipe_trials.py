@@ -20,6 +20,7 @@ from deploykit.options import ExportOptions
 from deploykit.progress import CandidateMeasured, quiet
 from deploykit.spec import Fp16, Int8
 from tests.backbones.realistic import randomize
+from tests.small_resnet import SMALL
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ class Clock:
 
 
 @functools.cache
-def job_of(name: str = "resnet18") -> ExportJob:
+def job_of(name: str = SMALL) -> ExportJob:
     """An INT8 export of 16 images that leaves the recipe to trials."""
     backbone = create_backbone(name, image_size=32)
     arrays = np.random.default_rng(0).normal(size=(16, 3, 32, 32)).astype(np.float32)
@@ -107,7 +108,7 @@ def job_of(name: str = "resnet18") -> ExportJob:
 
 
 def tried(
-    monkeypatch, figures: dict[str, float], *, seconds: float = 10, budget_s: float = 1000, name: str = "resnet18"
+    monkeypatch, figures: dict[str, float], *, seconds: float = 10, budget_s: float = 1000, name: str = SMALL
 ) -> RecipeReport:
     """The report of trials that give these figures in dB (10 where there is none) and take this long each."""
     clock = Clock(seconds)

@@ -12,6 +12,7 @@ from deploykit.errors import ExportError
 from deploykit.export.speed import SpeedReport, check_speedup, time_in_turns
 from deploykit.timing import LEAST_ROUNDS
 from tests.backbones.realistic import randomize
+from tests.small_resnet import SMALL
 
 SLOWER = SpeedReport(
     fp32_ms=2.0,
@@ -26,7 +27,7 @@ SLOWER = SpeedReport(
 def backbone():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return randomize(create_backbone("resnet18", image_size=64, num_classes=10)).eval()
+        return randomize(create_backbone(SMALL, image_size=64, num_classes=10)).eval()
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,13 @@ from deploykit import create_backbone
 from deploykit.errors import ExportError
 from deploykit.export.trace import output_names, trace
 from deploykit.spec import BatchRange, InputSpec
+from tests.small_resnet import SMALL
 
 SPEC = InputSpec(height=64, width=64)
 
 
 def backbone_of(**options):
-    return create_backbone("resnet18", image_size=64, **options)
+    return create_backbone(SMALL, image_size=64, **options)
 
 
 def test_the_outputs_are_the_levels_and_then_the_head():

@@ -27,6 +27,7 @@ from tests.accuracy.small_classifier import NAMES, export
 from tests.backends.bundles import write_bundle
 from tests.cli.conftest import call
 from tests.conftest_graphs import engine_of, photographs
+from tests.small_resnet import SMALL
 from tests.test_bundle import leftovers
 
 MLSERVER_PYTHON = "DEPLOYKIT_MLSERVER_PYTHON"
@@ -206,7 +207,7 @@ def test_nothing_half_written_stays(onnx, ir, tmp_path, monkeypatch):
     assert not (tmp_path / "models" / "tiny").exists()
 
 
-EXPORT = ("export", "resnet18", "--runtime", "onnxruntime", "--image-size", "32")
+EXPORT = ("export", SMALL, "--runtime", "onnxruntime", "--image-size", "32")
 
 
 @pytest.mark.slow
@@ -215,8 +216,8 @@ def test_an_export_adds_its_bundle(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = call(*EXPORT, "--layout", "triton", "-o", "bundle", "--json")
     assert done.code == 0, done.err
-    assert done.json()["served"]["name"] == "resnet18"
-    config, _ = triton_config(tmp_path / "models" / "resnet18" / "config.pbtxt")
+    assert done.json()["served"]["name"] == SMALL
+    config, _ = triton_config(tmp_path / "models" / SMALL / "config.pbtxt")
     assert list(config.input[0].dims) == [1, 3, 32, 32]
 
 
@@ -228,15 +229,13 @@ def test_an_export_refuses_a_layout_before_any_work(tmp_path, monkeypatch):
     alone = call(*EXPORT, "--repository", "served")
     assert (alone.code, list(tmp_path.iterdir())) == (2, [])
     assert "no layout was given" in alone.err
-    several = call(
-        "export", "resnet18", "--target", "raspberry-pi-5", "--target", "raspberry-pi-4", "--layout", "triton"
-    )
+    several = call("export", SMALL, "--target", "raspberry-pi-5", "--target", "raspberry-pi-4", "--layout", "triton")
     assert (several.code, list(tmp_path.iterdir())) == (2, [])
     assert "for one target" in several.err
-    (tmp_path / "served" / "resnet18" / "1").mkdir(parents=True)
+    (tmp_path / "served" / SMALL / "1").mkdir(parents=True)
     taken = call(*EXPORT, "--layout", "triton", "--repository", "served")
     assert (taken.code, [path.name for path in tmp_path.iterdir()]) == (2, ["served"])
-    assert "resnet18/1 is there already. Give another --repository" in taken.err
+    assert f"{SMALL}/1 is there already. Give another --repository" in taken.err
 
 
 def test_deploykit_in_triton_serves_any_runtime(onnx, tmp_path):

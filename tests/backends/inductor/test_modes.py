@@ -26,6 +26,7 @@ from deploykit.graph import Master, TorchProgram
 from deploykit.store import Store, address
 from tests.calibration.networks import Tokens, master_of, plan_of
 from tests.conftest_graphs import tiny_program
+from tests.small_resnet import SMALL
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).numpy()
 CHOICE = ModeChoice(mode="templates", milliseconds={"onednn": 2.5, "templates": 2.0})
@@ -171,5 +172,5 @@ def test_a_mode_asked_for_is_the_one_compiled(
 
 def test_an_unknown_mode_is_refused_with_the_nearest(tmp_path: Path):
     with pytest.raises(SpecError, match=r"unknown torch_compile target 'template'.*templates"):
-        export_backbone("resnet18", tmp_path / "bundle", runtime="torch_compile", target="template", image_size=32)
+        export_backbone(SMALL, tmp_path / "bundle", runtime="torch_compile", target="template", image_size=32)
     assert not list(tmp_path.iterdir())

@@ -29,6 +29,7 @@ from deploykit.spec import BuildOptions, InputSpec, Int8, TensorSpec
 from tests.backends.tensorrt.forms import OUT, WEIGHT_INTEGERS, activation, integer_operator, weight
 from tests.backends.tensorrt.forms import SIDE as FORM_SIDE
 from tests.conftest_graphs import tiny_graph
+from tests.small_resnet import SMALL
 
 
 @pytest.mark.parametrize("target", [None, "sm89", "sm120"])
@@ -331,7 +332,7 @@ def test_a_portable_bundle_does_not_open_without_a_gpu(portable_bundle: Path):
 )
 def test_what_a_runtime_lacks_is_refused_before_any_work(options: dict[str, object], message: str, tmp_path: Path):
     with pytest.raises(SpecError, match=message):
-        export_backbone("resnet18", tmp_path / "bundle", image_size=64, **options)
+        export_backbone(SMALL, tmp_path / "bundle", image_size=64, **options)
     assert not list(tmp_path.iterdir())
 
 

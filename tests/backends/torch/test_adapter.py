@@ -9,6 +9,7 @@ from deploykit.backends.torch.adapter import PixelBackbone
 from deploykit.errors import SpecError
 from deploykit.images.preprocess import normalize
 from deploykit.spec import Bf16
+from tests.small_resnet import SMALL
 
 OPTIONS = {"image_size": 64, "features_only": True, "output_indices": (1, 3)}
 
@@ -17,7 +18,7 @@ OPTIONS = {"image_size": 64, "features_only": True, "output_indices": (1, 3)}
 def model() -> PixelBackbone:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        made = create_backbone("resnet18", embed_preprocessing=True, **OPTIONS)
+        made = create_backbone(SMALL, embed_preprocessing=True, **OPTIONS)
     assert isinstance(made, PixelBackbone)
     return made.eval()
 
@@ -77,7 +78,7 @@ def test_what_is_no_pixels_is_named(model, images, message):
 
 
 def test_half_precision_keeps_float32_outputs():
-    model = create_backbone("resnet18", precision="bf16", embed_preprocessing=True, **OPTIONS).eval()
+    model = create_backbone(SMALL, precision="bf16", embed_preprocessing=True, **OPTIONS).eval()
     assert model.precision == Bf16()
     assert model(pixels())["stage3"].dtype == np.float32
     assert model(torch.from_numpy(pixels()))["stage3"].dtype == torch.float32
