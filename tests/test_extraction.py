@@ -62,22 +62,44 @@ def test_whole_maps_and_arrays(bundle, tmp_path):
     np.testing.assert_allclose(table["deep"][3], own.reshape(-1), rtol=1e-4, atol=1e-5)
 
 
-def test_killed_runs_give_the_rows_of_an_unbroken_one(bundle, folder, tmp_path):
+def kill_when(shards, words, least):
+    """Run the command until it has so many shards, and kill it."""
     script = "import sys; from deploykit.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    process = subprocess.Popen([sys.executable, "-c", script, *words], stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    while len(list(shards.glob("*.parquet"))) < least and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_killed_runs_give_the_rows_of_an_unbroken_one(bundle, folder, tmp_path):
     words = ("extract", str(folder), "--bundle", str(bundle), "-o", str(tmp_path / "broken.parquet"), "--shard", "7")
-    shards = tmp_path / ".broken.parquet.shards"
-    for kills in (1, 3):
-        process = subprocess.Popen([sys.executable, "-c", script, *words], stderr=subprocess.DEVNULL)
-        end = time.monotonic() + 60
-        while len(list(shards.glob("*.parquet"))) < kills and process.poll() is None and time.monotonic() < end:
-            time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+    for least in (1, 3):
+        kill_when(tmp_path / ".broken.parquet.shards", words, least)
     if not (tmp_path / "broken.parquet").exists():
         done = extract(folder, bundle, tmp_path / "broken.parquet", shard=7)
         assert done.resumed >= 7
     extract(folder, bundle, tmp_path / "whole.parquet", shard=7)
     assert parquet.read_table(tmp_path / "broken.parquet").equals(parquet.read_table(tmp_path / "whole.parquet"))
+
+
+@pytest.mark.slow
+def test_many_images_killed_five_times_give_the_file_of_an_unbroken_run(bundle, tmp_path):
+    images = np.concatenate([np.roll(pixels(), shift, axis=2) for shift in range(34)])[:2000]
+    (tmp_path / "images").mkdir()
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / "images" / f"{index:04}.png")
+    broken, shards = tmp_path / "broken.parquet", tmp_path / ".broken.parquet.shards"
+    words = ("extract", str(tmp_path / "images"), "--bundle", str(bundle), "-o", str(broken), "--shard", "100")
+    for least in (2, 5, 8, 11, 14):
+        kill_when(shards, words, least)
+        assert not broken.exists()
+        assert least <= len(list(shards.glob("*.parquet"))) < 20
+    done = extract(tmp_path / "images", bundle, broken, shard=100)
+    assert (done.rows, done.resumed >= 1400) == (2000, True)
+    extract(tmp_path / "images", bundle, tmp_path / "whole.parquet", shard=100)
+    assert broken.read_bytes() == (tmp_path / "whole.parquet").read_bytes()
 
 
 def test_unreadable_images_have_their_reason(bundle, tmp_path):

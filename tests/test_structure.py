@@ -61,7 +61,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("jobs",),
     ("facade", "opening", "verification", "assertion", "qat"),
     ("several_targets",),
-    ("accuracy", "bench", "extraction", "tune", "serving"),
+    ("accuracy", "bench", "bench_plot", "extraction", "tune", "serving"),
     ("changes", "sweep"),
     ("reports",),
     ("cli", "__main__"),

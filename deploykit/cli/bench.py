@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -12,6 +13,7 @@ from deploykit.cli.output import (
     DeviceOption,
     JsonFlag,
     TrustOption,
+    check_plot,
     show,
     show_json,
     size_text,
@@ -61,6 +63,9 @@ def bench(
     seconds: Annotated[
         float, typer.Option("--seconds", metavar="S", help="How long to measure each case, at least.")
     ] = 2.0,
+    plot: Annotated[
+        str | None, typer.Option("--plot", metavar="FILE", help="Draw the figures into a .png or .svg file.")
+    ] = None,
     device: DeviceOption = "auto",
     trust: TrustOption = None,
     json: JsonFlag = False,
@@ -69,6 +74,8 @@ def bench(
     from deploykit.backends.runtime import machine
     from deploykit.bench import bench as measure
 
+    if plot is not None:
+        check_plot(plot)
     found = measure(
         bundles,
         batches=None if batches is None else integers_of(batches, "--batch-size"),
@@ -80,6 +87,10 @@ def bench(
         trust=trust,
         progress=lambda text: stderr_console().print(f"bench: {text}", soft_wrap=True),
     )
+    if plot is not None:
+        from deploykit.bench_plot import plot_bench
+
+        plot_bench(found, Path(plot))
     if json:
         show_json({"machine": machine(), "results": found})
         return

@@ -8,12 +8,14 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from deploykit.cli.spellings import as_options
-from deploykit.errors import DeployKitWarning
+from deploykit.errors import DeployKitWarning, SpecError
+from deploykit.optional import require
 from deploykit.printable import is_printable, printable
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ TUNING_LOG = "deploykit.backends.tuning"
 
 PIPED_WIDTH = 160
 """The width of a table that goes to a file or a pipe, in characters."""
+
+PLOTS = (".png", ".svg")
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of text.")]
 DeviceOption = Annotated[
@@ -50,6 +54,19 @@ SignedByOption = Annotated[
         "--signed-by",
         metavar="FILE",
         help="The public key, or the authority's certificate, of who must have signed the bundle.",
+    ),
+]
+RayFlag = Annotated[
+    bool,
+    typer.Option(
+        "--ray",
+        help="Work in processes of a Ray cluster, which RAY_ADDRESS names, or of this machine (needs the extra ray).",
+    ),
+]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        "--workers", metavar="N", help="Processes of --ray.", show_default="one for each processor of the cluster"
     ),
 ]
 BundleArgument = Annotated[str, typer.Argument(metavar="BUNDLE", help="A folder that `deploykit export` wrote.")]
@@ -185,20 +202,16 @@ def told_tunings() -> Iterator[None]:
         logger.setLevel(level)
 
 
-RayFlag = Annotated[
-    bool,
-    typer.Option(
-        "--ray",
-        help="Work in processes of a Ray cluster, which RAY_ADDRESS names, or of this machine (needs the extra ray).",
-    ),
-]
+def check_plot(path: str) -> None:
+    """Refuse, before any work, a file that a drawing cannot be written to.
 
-WorkersOption = Annotated[
-    int | None,
-    typer.Option(
-        "--workers", metavar="N", help="Processes of --ray.", show_default="one for each processor of the cluster"
-    ),
-]
+    Raises:
+        SpecError: another kind of file, or no such folder.
+        MissingDependency: matplotlib is not installed.
+    """
+    require("matplotlib.figure")
+    if Path(path).suffix not in PLOTS or not Path(path).absolute().parent.is_dir():
+        raise SpecError(f"--plot is {path}; give a file that ends in {' or '.join(PLOTS)}, in a folder that exists.")
 
 
 def input_text(spec: InputSpec) -> str:

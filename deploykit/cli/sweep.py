@@ -11,14 +11,13 @@ from deploykit.backends.table import engine_names
 from deploykit.cli import export_options as opt
 from deploykit.cli.backbone_options import BackboneChoice, option, takes_backbone
 from deploykit.cli.exit_codes import DRIFT
-from deploykit.cli.output import JsonFlag, show, show_json, table
+from deploykit.cli.output import JsonFlag, check_plot, show, show_json, table
 from deploykit.errors import SpecError
 from deploykit.spec import PRECISIONS
 
 if TYPE_CHECKING:
     from deploykit.sweep import SweepEntry, SweepReport
 
-PLOTS = (".png", ".svg")
 EXAMPLE = "Example: deploykit sweep resnet18 --precisions fp32,fp16 --max-ms 20"
 
 _SWEEP, _BUDGET, _BUNDLE = "Sweep", "Budget", "Output"
@@ -90,18 +89,13 @@ def sweep(
     """Export every combination, measure all in one run, show one table, and keep the fastest within the budget."""
     from deploykit.cli.export_check import calibration_source, check_output
     from deploykit.cli.progress import export_progress
-    from deploykit.optional import require
     from deploykit.sweep import SweepBudget, combinations
     from deploykit.sweep import sweep as measure_all
 
     if min_top1 is not None and (validation is None or not 0 <= min_top1 <= 1):
         raise SpecError(f"--min-top1 is {min_top1:g}; give a share from 0 to 1, and labelled images with --validation.")
     if plot is not None:
-        require("matplotlib.figure")
-        if Path(plot).suffix not in PLOTS or not Path(plot).absolute().parent.is_dir():
-            raise SpecError(
-                f"--plot is {plot}; give a file that ends in {' or '.join(PLOTS)}, in a folder that exists."
-            )
+        check_plot(plot)
     tried = combinations(
         None if runtimes is None else _listed(runtimes, "--runtimes"),
         _listed(precisions, "--precisions"),

@@ -93,11 +93,12 @@ def write_layout(shipment: Shipment, address: OciAddress) -> str:
         raise storage_error(f"the OCI image layout {path} cannot be written", error) from error
 
 
-def read_layout(address: OciAddress) -> tuple[str, dict[str, Path]]:
+def read_layout(address: OciAddress) -> tuple[str, dict[str, Path], dict[str, FileRecord]]:
     """Find a bundle in an image layout, and compare every blob of it with its digest.
 
     Returns:
-        The digest of its manifest, and the blob of each file by the file's name in the bundle.
+        The digest of its manifest, the blob of each file by the file's name in the bundle, and what each was proved to
+        be.
 
     Raises:
         SpecError: there is no image layout, or nothing in it has the tag or the digest.
@@ -110,21 +111,22 @@ def read_layout(address: OciAddress) -> tuple[str, dict[str, Path]]:
         descriptor = _found(address, _index_of(path))
         content = _checked_manifest(path, descriptor, address)
         files: dict[str, Path] = {}
+        records: dict[str, FileRecord] = {}
         problems: list[str] = []
         for layer in content.layers:
             name = layer.annotations.get(TITLE, "")
             if not (is_inside(name) or name in OWN) or name in files:
                 raise _no_bundle(address, f"a layer is called {name!r:.60}")
             files[name] = _blob(path, layer.digest, address)
-            record = FileRecord(size=layer.size, sha256=layer.digest.removeprefix("sha256:"))
-            problems += file_problem(files[name], name, record)
+            records[name] = FileRecord(size=layer.size, sha256=layer.digest.removeprefix("sha256:"))
+            problems += file_problem(files[name], name, records[name])
     except OSError as error:
         if is_environment(error):
             raise read_error(path, error) from error
         raise BundleError(f"{address} cannot be read: {error}. Check the path.") from error
     if problems:
         raise damaged(str(address), problems)
-    return descriptor.digest, files
+    return descriptor.digest, files, records
 
 
 def _check_layout(path: Path) -> None:

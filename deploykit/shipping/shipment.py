@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from deploykit.bundle import open_bundle, sha256_of
 from deploykit.bundle_files import MOST_NAMED, SIGNATURE, digest_line, is_manifest, read_manifest_text
@@ -81,15 +82,29 @@ def arrived_manifest(files: Mapping[str, Path], origin: str) -> Manifest:
     return decode_manifest(text, Path(f"{origin}/{MANIFEST}"))
 
 
-def check_arrived(files: Mapping[str, Path], manifest: Manifest, origin: str) -> None:
+def check_arrived(
+    files: Mapping[str, Path],
+    manifest: Manifest,
+    origin: str,
+    proved: Mapping[str, FileRecord] = MappingProxyType({}),
+) -> None:
     """Compare every file of a bundle that arrived with its manifest.
+
+    Args:
+        files: where each lies, by its name.
+        manifest: the bundle's.
+        origin: where it came from, for the message.
+        proved: what files were found to be already, which are not read again.
 
     Raises:
         BundleError: names each that is missing, or not of its size and SHA-256.
     """
     problems = [f"{manifest.engine}: named as the engine and not recorded"] * (manifest.engine not in manifest.files)
     for name, record in manifest.files.items():
-        problems += [f"{name}: missing"] if name not in files else file_problem(files[name], name, record)
+        if name not in files:
+            problems.append(f"{name}: missing")
+        elif proved.get(name) != record:
+            problems += file_problem(files[name], name, record)
     if problems:
         raise damaged(origin, problems)
 

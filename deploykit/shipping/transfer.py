@@ -121,8 +121,8 @@ def pull_bundle(
         revision, files = pull_from_hub(address)
         _check_from_hub(address, revision, files)
     else:
-        revision, files = read_layout(address)
-        check_arrived(files, arrived_manifest(files, str(address)), str(address))
+        revision, files, proved = read_layout(address)
+        check_arrived(files, arrived_manifest(files, str(address)), str(address), proved)
     with writing(folder, overwrite=overwrite) as staging:
         copy_files(files, staging)
         if signed_by is not None:

@@ -92,6 +92,30 @@ def test_a_bad_frame_ends_the_stream_where_it_stands(engine, frames):
     assert engine(frames[0]).shape[0] == len(frames[0])
 
 
+def test_the_answers_before_a_bad_frame_come_first(engine, frames):
+    def read(last):
+        yield from frames[:3]
+        if last is None:
+            raise OSError("the camera is gone")
+        yield last
+        raise AssertionError("no frame is taken after a bad one")
+
+    for last, error in ((frames[0].astype(np.float64), SpecError), (None, OSError)):
+        found = []
+        with pytest.raises(error):
+            found.extend(iter_into(found, engine.stream(read(last), in_flight=4)))
+        assert len(found) == 3
+        for own, frame in zip(found, frames, strict=False):
+            np.testing.assert_allclose(own, engine(frame), rtol=1e-5, atol=1e-5)
+
+
+def iter_into(found, stream):
+    """Append each answer as it comes, so that those before an error are kept."""
+    for answer in stream:
+        found.append(answer)
+    return ()
+
+
 def test_single_images_go_in_batches(engine, frames):
     images = np.concatenate(frames)[:9]
     found = list(engine.map(iter(images)))

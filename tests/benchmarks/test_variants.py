@@ -14,6 +14,7 @@ import pytest
 from deploykit.backbones.registry import ALIASES, backbone_class, backbone_names
 from deploykit.backbones.weights import default_source
 from deploykit.errors import DeployKitError, ExportError
+from tests.small_resnet import SMALL as SMALL_RESNET
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "variants.py"
 SELECTION = SCRIPT.parent.parent / "docs" / "selection.md"
@@ -45,7 +46,7 @@ def small_shape(variants):
 
 
 def test_every_variant_has_a_published_accuracy_or_is_known_to_have_none(variants):
-    assert set(variants.published()) | NOT_PUBLISHED == set(backbone_names())
+    assert set(variants.published()) | NOT_PUBLISHED == set(backbone_names()) - {SMALL_RESNET}
     assert not set(variants.published()) & NOT_PUBLISHED
 
 
@@ -223,7 +224,7 @@ def test_the_page_recommends_variants_with_their_true_figures(variants):
 
 
 def test_the_pages_table_has_a_row_for_every_variant(variants):
-    assert [row[0] for row in rows_of_the_page(variants)] == list(backbone_names())
+    assert [row[0] for row in rows_of_the_page(variants)] == [name for name in backbone_names() if name != SMALL_RESNET]
 
 
 @pytest.mark.slow

@@ -35,6 +35,18 @@ def test_the_table_names_what_was_timed(call, bundle):
     assert "bench: open engine" in done.err
 
 
+@pytest.mark.parametrize("suffix", [".svg", ".png"])
+def test_a_plot_shows_every_case(call, bundle, tmp_path, suffix):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    path = tmp_path / f"bench{suffix}"
+    done = call("bench", bundle, bundle, "--seconds", "0.01", "--plot", path)
+    assert done.code == 0, done.err
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG" if suffix == ".png" else b"<?xml")
+    if suffix == ".svg":
+        assert content.count(b"<!-- engine -->") == 2 and b"images a second" in content
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -43,6 +55,9 @@ def test_the_table_names_what_was_timed(call, bundle):
         (("--threads", "0"), "threads is 0"),
         (("--hint", "speed"), "expected 'latency' or 'throughput'"),
         (("--seconds", "0"), "above 0"),
+        (("--plot", "bench.pdf"), "ends in .png or .svg"),
+        (("--plot", "nowhere/bench.svg"), "a folder that exists"),
+        (("--image-size", "40"), "one size, 32x32"),
     ],
 )
 def test_bad_usage(call, bundle, words, message):

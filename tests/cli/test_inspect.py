@@ -33,7 +33,7 @@ def test_the_page_tells_all_of_a_quantized_bundle(call, features):
         "noisiest",
         "fold-batchnorm",
         "model.onnx",
-        "batch x 128 x 8 x 8",
+        "batch x 24 x 8 x 8",
         "budget 20 dB",
     ):
         assert expected in done.out

@@ -64,11 +64,11 @@ def test_features_give_name_shape_mean_and_deviation(call, features, photos):
     outputs = call("run", features, photos / "coffee.jpg", "--json").json()["images"][0]["outputs"]
     with deploykit.load_bundle(features) as model:
         expected = model(deploykit.load_images(photos / "coffee.jpg", model.input_spec))
-    assert [(each["name"], each["shape"]) for each in outputs] == [("stage2", [128, 8, 8]), ("stage3", [256, 4, 4])]
+    assert [(each["name"], each["shape"]) for each in outputs] == [("stage2", [24, 8, 8]), ("stage3", [32, 4, 4])]
     for each in outputs:
         assert each["mean"] == pytest.approx(float(expected[each["name"]].mean()), rel=1e-4)
         assert each["std"] == pytest.approx(float(expected[each["name"]].std()), rel=1e-4)
-    assert "256 x 4 x 4" in text.out
+    assert "32 x 4 x 4" in text.out
     assert text.out.splitlines()[-1] == f"Next: deploykit verify {features}"
 
 

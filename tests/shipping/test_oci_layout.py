@@ -13,6 +13,7 @@ import pytest
 import deploykit
 from deploykit.bundle import MANIFEST, open_bundle
 from deploykit.errors import BundleError, SpecError, StorageError
+from deploykit.shipping import shipment
 from deploykit.shipping.oci_layout import ARTIFACT_TYPE, TITLE
 from deploykit.shipping.transfer import pull_bundle, pulled_from, push_bundle
 from tests.shipping.conftest import content
@@ -37,6 +38,21 @@ def test_a_pulled_bundle_is_the_pushed_one_and_knows_its_revision(bundle, tmp_pa
     source = pulled_from(tmp_path / "pulled")
     assert (source.address, source.revision) == (f"oci:{tmp_path}/models:1.0", pushed.revision)
     assert pulled_from(bundle) is None
+
+
+def test_every_file_is_hashed_once_in_a_pull(bundle, tmp_path, monkeypatch):
+    push_bundle(bundle, f"oci:{tmp_path}/store:v1")
+    read = []
+    original = shipment.digest_of
+
+    def heard(file):
+        read.append(os.fstat(file.fileno()).st_ino)
+        return original(file)
+
+    monkeypatch.setattr(shipment, "digest_of", heard)
+    pull_bundle(f"oci:{tmp_path}/store:v1", tmp_path / "copy")
+    assert read
+    assert len(read) == len(set(read))
 
 
 def test_a_pulled_bundle_can_be_replaced_and_pushed_on(bundle, tmp_path):
