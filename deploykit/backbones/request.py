@@ -102,7 +102,8 @@ def make_request(**options: Any) -> BackboneRequest:
     Raises:
         SpecError: an option that there is not, with the nearest; or a value that it cannot have.
     """
-    known = [field.name for field in fields(BackboneRequest)]
+    # image_sizes is taken from a range in image_size, and is no option.
+    known = [field.name for field in fields(BackboneRequest) if field.name != "image_sizes"]
     for name in options:
         if name not in known:
             raise SpecError(f"there is no option {name!r} for a backbone. {nearest(name, known)} See create_backbone.")
