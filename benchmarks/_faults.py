@@ -13,6 +13,8 @@ from deploykit.onnx_session import values_of
 
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 ACTIVATIONS = ("Relu", "Clip", "HardSwish", "HardSigmoid", "Sigmoid", "Gelu", "Erf")
+NORMALIZATIONS = ("InstanceNormalization", "GroupNormalization", "LayerNormalization", "RMSNormalization")
+MOVES = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze")
 OTHER_MODE = {"nearest": "linear", "linear": "nearest", "cubic": "linear"}
 
 Plant = Callable[[ir.Model, ir.Node, Array], set[str]]
@@ -49,10 +51,21 @@ def _changed(value: ir.Value | None, change: Callable[[Array], Array], node: ir.
 
 
 def scaled(model: ir.Model, node: ir.Node, images: Array) -> set[str]:
-    """The weight, or the scale of one in integers, times 1.01."""
+    """The weight, or the scale of one in integers, times 1.01; not where a normalization divides it out again."""
+    if _normalized(node.outputs[0]):
+        return set()
     source = node.inputs[1].producer() if node.inputs[1] is not None else None
     value = source.inputs[1] if source is not None and source.op_type == "DequantizeLinear" else weight_of(node)
     return set() if weight_of(node) is None else _changed(value, lambda array: array * 1.01, node)
+
+
+def _normalized(value: ir.Value) -> bool:
+    """Whether a tensor is read by normalizations alone, through reshapes too."""
+    readers = [usage.node for usage in value.uses()]
+    return bool(readers) and all(
+        reader.op_type in NORMALIZATIONS or (reader.op_type in MOVES and _normalized(reader.outputs[0]))
+        for reader in readers
+    )
 
 
 def negated(model: ir.Model, node: ir.Node, images: Array) -> set[str]:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as ir_passes
 
 from deploykit.arrays import Array
+from deploykit.fusion.quiet import quiet_loggers
 from deploykit.onnx_session import Arrays, onnx_session
 from deploykit.parity.metrics import sqnr_db
 from deploykit.parity.report import MAX_SQNR_DB, capped
@@ -34,10 +35,11 @@ def node_by_node(part: ir.Model, feeds: Arrays) -> list[Array]:
 
 
 def typed(model: ir.Model) -> ir.Model:
-    """Return a graph whose every tensor says its type, which a file may leave out."""
+    """Return a graph whose every tensor says its type, which a file may leave out; one that has none stays as it is."""
     if all(value.dtype is not None for node in model.graph for value in node.outputs if value.name):
         return model.clone()
-    return ir_passes.ShapeInferencePass()(model.clone()).model
+    with quiet_loggers(ir_passes.ShapeInferencePass.__module__):  # it prints the traceback of what it goes on without
+        return ir_passes.ShapeInferencePass()(model.clone()).model
 
 
 class Walk:

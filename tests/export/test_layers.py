@@ -17,6 +17,7 @@ from deploykit.bundle import read_manifest, write_manifest
 from deploykit.errors import SpecError
 from deploykit.export.bundle_layers import bundle_layers
 from deploykit.export.float_activations import without_activation_quantizers
+from deploykit.export.layer_walk import typed
 from deploykit.export.layers import LayerReport, compare_layers
 from deploykit.export.runtime_layers import compare_in_runtime
 from tests.cli.conftest import call
@@ -272,3 +273,15 @@ def test_what_cannot_be_walked_in_a_runtime_is_named(tmp_path):
         bundle_layers(INT8, runtime="torch_compile")
     with pytest.raises(SpecError, match="one of the two"):
         bundle_layers(INT8, tmp_path, runtime="openvino")
+
+
+def test_a_graph_whose_types_contradict_each_other_is_walked_without_a_traceback(capsys, caplog):
+    one = ir.Value(name="images", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1, 2]))
+    node = ir.node("Relu", [one], name="relu")
+    node.outputs[0].name, node.outputs[0].type = "relu", ir.TensorType(ir.DataType.FLOAT16)
+    last = ir.node("Neg", [node.outputs[0]], name="neg")  # says no type, so that types are looked for
+    last.outputs[0].name = "neg"
+    model = ir.Model(ir.Graph([one], last.outputs, nodes=[node, last], opset_imports={"": 20}), ir_version=10)
+    assert [node.op_type for node in typed(model).graph] == ["Relu", "Neg"]
+    assert not caplog.records
+    assert capsys.readouterr().err == ""

@@ -8,6 +8,7 @@ from deploykit.arrays import FloatArray, ImageArray
 from deploykit.backends.engine_file import EngineFile
 from deploykit.backends.openvino.package import load_openvino
 from deploykit.backends.openvino.protocols import CompiledModel, InferRequest, Model, OVCore
+from deploykit.backends.openvino.read_error import REFUSALS, read_error
 from deploykit.backends.openvino.request_queue import RequestQueue
 from deploykit.backends.runtime import Runtime
 from deploykit.errors import BundleError, DeviceUnavailable, IncompatibleEngine
@@ -45,9 +46,9 @@ class OpenVINORuntime(Runtime):
         model = _read(core, engine)
         try:
             compiled = core.compile_model(model, target, config)
-        except RuntimeError as error:
+        except REFUSALS as error:
             raise IncompatibleEngine(
-                f"OpenVINO {openvino.__version__} does not compile {engine.name} for {target}: {error}. "
+                f"OpenVINO {openvino.__version__} does not compile {engine.name} for {target}: {read_error(error)}. "
                 "Install the openvino that the manifest names, or export the bundle again here."
             ) from error
         _check_device(compiled, target)
@@ -126,15 +127,21 @@ def _read(core: OVCore, engine: EngineFile) -> Model:
     weights = engine.parts().get(f"{engine.name.removesuffix('.xml')}.bin", b"")
     try:
         return core.read_model(engine.read(), weights)
-    except RuntimeError as error:
+    except REFUSALS as error:
         raise BundleError(
-            f"{engine.name} is not a readable OpenVINO IR ({error}). Export the bundle again, or copy it again."
+            f"{engine.name} is not a readable OpenVINO IR ({read_error(error)}). "
+            "Export the bundle again, or copy it again."
         ) from error
 
 
 def _output_positions(compiled: CompiledModel, expected: tuple[str, ...], engine: EngineFile) -> tuple[int, ...]:
     """Return where each output of the manifest stands among the engine's."""
-    found = [set(output.names) for output in compiled.outputs]
+    try:
+        found = [set(output.names) for output in compiled.outputs]
+    except UnicodeDecodeError as error:
+        raise BundleError(
+            f"{engine.name} has an output whose name is no UTF-8. Export the bundle again, or copy it again."
+        ) from error
     missing = [name for name in expected if not any(name in names for names in found)]
     if missing:
         raise BundleError(

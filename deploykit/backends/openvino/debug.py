@@ -8,7 +8,7 @@ import numpy as np
 
 from deploykit.backends.onnx_file import write_onnx
 from deploykit.backends.openvino.package import load_openvino
-from deploykit.backends.openvino.read_error import read_error
+from deploykit.backends.openvino.read_error import REFUSALS, read_error
 from deploykit.errors import ParityError
 from deploykit.onnx_session import onnx_session
 from deploykit.parity.runs import compare_runs
@@ -26,7 +26,7 @@ def find_problem(part: ir.Model, inputs: Arrays, min_sqnr_db: float) -> str | No
     expected = dict(zip(names, onnx_session(part, optimize=False).run(names, inputs), strict=True))
     try:
         found = dict(zip(names, run_part(part, inputs), strict=True))
-    except RuntimeError as error:
+    except REFUSALS as error:
         return f"it refuses it: {read_error(error)}"
     try:
         compare_runs({"onnx": expected, "openvino": found}, min_sqnr_db=min_sqnr_db)

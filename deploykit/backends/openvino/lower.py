@@ -10,7 +10,7 @@ from deploykit.backends.backend import Engine, LowerOptions
 from deploykit.backends.onnx_file import write_onnx
 from deploykit.backends.openvino.package import PACKAGE, load_openvino
 from deploykit.backends.openvino.protocols import Model, OpenVINOPackage, Shape
-from deploykit.backends.openvino.read_error import read_error
+from deploykit.backends.openvino.read_error import REFUSALS, read_error
 from deploykit.errors import ExportError
 from deploykit.graph import OnnxGraph
 from deploykit.optional import installed_version
@@ -40,7 +40,7 @@ def lower(graph: OnnxGraph, folder: Path, options: LowerOptions) -> Engine:
             model.reshape({graph.input.name: _input_shape(openvino, graph.input)})
             _name_nodes_in_order(model, graph.model)
             openvino.save_model(model, str(folder / "model.xml"), compress_to_fp16=False)
-        except RuntimeError as error:
+        except REFUSALS as error:
             raise ExportError(
                 f"OpenVINO {openvino.__version__} cannot convert the graph: {read_error(error)}. "
                 "Export for another runtime, or with a newer openvino."

@@ -10,9 +10,13 @@ _ABOUT_ITSELF = re.compile(
 )
 _LONGEST = 400
 
+REFUSALS = (RuntimeError, UnicodeDecodeError)
+"""What the binding raises. The second stands for the first where the message quotes bytes of a damaged file."""
+
 
 def read_error(error: BaseException) -> str:
     """Return the message in one line: operators and reasons, without file names of OpenVINO's own sources."""
-    lines = [_ABOUT_ITSELF.sub("", line.strip()).strip() for line in str(error).splitlines()]
+    message = error.object.decode(errors="replace") if isinstance(error, UnicodeDecodeError) else str(error)
+    lines = [_ABOUT_ITSELF.sub("", line.strip()).strip() for line in message.splitlines()]
     text = " ".join(line for line in lines if line) or type(error).__name__
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST].rstrip()} ..."

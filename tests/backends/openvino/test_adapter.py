@@ -77,6 +77,21 @@ def test_weights_that_do_not_fit_the_ir_are_a_bundle_error(content: bytes | None
         open_engine(manifest, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(b'type="Parameter"', b'type="Par\xebmeter"'), (b"<layers>", b"<l\xebyers>"), (b'names="', b'names="\xeb,')],
+    ids=["operator", "element", "name"],
+)
+def test_bytes_that_are_no_text_are_a_bundle_error(before: bytes, after: bytes, tmp_path: Path):
+    manifest, folder = engine_of("openvino")
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    graph = (tmp_path / "model.xml").read_bytes()
+    assert before in graph
+    (tmp_path / "model.xml").write_bytes(graph.replace(before, after))
+    with pytest.raises(BundleError, match=r"model\.xml"):
+        open_engine(manifest, tmp_path)
+
+
 def test_idle_requests_are_used_again():
     with open_engine(*engine_of("openvino")) as model:
         for seed in range(5):
