@@ -18,7 +18,11 @@ REFERENCE := deploykit deploykit.errors deploykit.spec deploykit.progress deploy
 	deploykit.calibration.recipes deploykit.calibration.search deploykit.calibration.dialect \
 	deploykit.fusion.pipeline deploykit.fusion.program deploykit.backends.backend deploykit.backends.runtime
 
-.PHONY: help demo test test-fast test-all test-matrix wheel lint format docs bench clean
+# The quick set, and where its results go; peers prints the figures of the README.
+QUICK := peers limit facade_overhead startup end_to_end pipeline
+BENCH := build/bench
+
+.PHONY: help demo test test-fast test-all test-matrix wheel lint format docs bench bench-all clean
 
 help:
 	@echo "make demo      export EfficientNet-Lite0 to four engines and prove the numbers"
@@ -30,7 +34,8 @@ help:
 	@echo "make lint      ruff and mypy"
 	@echo "make format    let ruff format the code"
 	@echo "make docs      the API reference, from the docstrings, in build/docs"
-	@echo "make bench     the benchmarks, one after the other (hours); each runs alone too, see its --help"
+	@echo "make bench     the quick set: speed and parity beside the peers, the machine's limit, starts (half an hour)"
+	@echo "make bench-all the benchmarks, one after the other (hours); each runs alone too, see its --help"
 
 demo: $(READY)
 	$(BIN)/deploykit demo --output demo-output
@@ -64,6 +69,12 @@ docs: $(READY)
 	@echo "deploykit: open build/docs/index.html"
 
 bench: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	@mkdir -p $(BENCH)
+	@for script in $(QUICK); do echo "== $$script"; \
+		$(BIN)/python benchmarks/$$script.py --quick --json $(BENCH)/$$script.json || exit 1; done
+
+bench-all: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 

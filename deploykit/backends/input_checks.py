@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -93,7 +94,7 @@ def _check_finite(images: FloatArray) -> None:
     with np.errstate(over="ignore", invalid="ignore"):
         # One pass without a temporary: a NaN or an infinity anywhere shows in the sum of squares.
         energy = np.dot(flat, flat)
-    if not np.isfinite(energy) and not np.isfinite(images).all():
+    if not math.isfinite(energy) and not np.isfinite(images).all():
         bad = [int(index) for index in np.flatnonzero(~np.isfinite(images).all(axis=(1, 2, 3)))]
         raise SpecError(f"the images hold NaN or infinity (in batch positions {bad}); expected finite values.")
 

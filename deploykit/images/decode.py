@@ -6,8 +6,10 @@ picture of an animation is read, and alpha is dropped, both as timm and torchvis
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,6 +28,9 @@ INTERPRETED = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "WMF"})
 """Formats that Pillow gives to another program or library when their pixels are asked for."""
 MOST_FULL_PIXELS = 2**26
 """A larger JPEG is decoded at half its size, which bounds the memory."""
+MOST_COPIED_PIXELS = 2**24
+"""A larger JPEG is left to Pillow, which holds its pixels once."""
+_JPEG_COLOURS = {"RGB": "RGB", "L": "GRAY"}
 REMEDY = "Fix: remove or replace the file."
 
 _SIGNATURES: tuple[tuple[int, bytes, str, bool], ...] = (
@@ -136,7 +141,39 @@ def _decode(file: IO[bytes], name: str) -> Image.Image:
     with image:
         if image.format in ("JPEG", "MPO") and image.width * image.height > MOST_FULL_PIXELS:
             image.draft(image.mode, (image.width // 2, image.height // 2))
-        return _converted(image, name)
+            return _converted(image, name)
+        return _converted(_decoded_jpeg(image, file) or image, name)
+
+
+def _decoded_jpeg(image: Image.Image, file: IO[bytes]) -> Image.Image | None:
+    """Decode a JPEG with simplejpeg, which gives Pillow's pixels two to four times as fast.
+
+    None where it is not installed, or the picture is of another format, too large for a second copy of it, or one that
+    simplejpeg finds fault with: Pillow says what is wrong with it.
+    """
+    decode_jpeg, colours = _jpeg_decoder(), _JPEG_COLOURS.get(image.mode)
+    if decode_jpeg is None or image.format != "JPEG" or colours is None:
+        return None
+    if image.width * image.height > MOST_COPIED_PIXELS:
+        return None
+    file.seek(0)
+    try:
+        pixels = decode_jpeg(file.read(), colorspace=colours)
+    except ValueError:
+        return None
+    decoded = Image.fromarray(pixels if colours == "RGB" else pixels[:, :, 0])
+    decoded.info.update(image.info)  # the orientation is there
+    return decoded
+
+
+@cache
+def _jpeg_decoder() -> Callable[..., npt.NDArray[np.uint8]] | None:
+    """Return simplejpeg's decoder; None where the package is not installed, or does not import."""
+    try:
+        decode_jpeg: Callable[..., npt.NDArray[np.uint8]] = importlib.import_module("simplejpeg").decode_jpeg
+    except (ImportError, OSError):
+        return None
+    return decode_jpeg
 
 
 def _converted(image: Image.Image, name: str) -> Image.Image:

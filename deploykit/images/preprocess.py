@@ -131,8 +131,16 @@ def prepare_image(picture: Image.Image, spec: InputSpec) -> ImageArray:
 def normalize(pixels: ImageArray, preprocessing: Preprocessing) -> FloatArray:
     """Turn pixels ``(..., H, W, C)``, 0 to 255, into ``(..., C, H, W)`` with mean and std, in FP32."""
     mean, std = (np.asarray(values, np.float32) for values in (preprocessing.mean, preprocessing.std))
-    scaled = (pixels.astype(np.float32) / 255 - mean) / std
-    return np.ascontiguousarray(np.moveaxis(scaled, -1, -3))
+    if pixels.dtype != np.uint8 or mean.size not in (1, pixels.shape[-1]):
+        scaled = (pixels.astype(np.float32) / 255 - mean) / std
+        return np.ascontiguousarray(np.moveaxis(scaled, -1, -3))
+    # One look-up a value instead of four passes: the table has the same arithmetic, and gives the same bits.
+    values = (np.arange(256, dtype=np.float32)[:, None] / 255 - mean) / std
+    images = np.empty((*pixels.shape[:-3], pixels.shape[-1], *pixels.shape[-3:-1]), np.float32)
+    for channel in range(pixels.shape[-1]):
+        table = np.ascontiguousarray(values[:, min(channel, values.shape[1] - 1)])
+        images[..., channel, :, :] = table[pixels[..., channel]]
+    return images
 
 
 def denormalize(images: FloatArray, preprocessing: Preprocessing) -> PixelArray:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 SMALL = "mobilenetv3_small_075"
 
@@ -67,3 +71,30 @@ def test_zoo_compares_int8_with_fp32_and_names_what_does_not_convert(script, tmp
     assert "random weights" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no_such_network"):
         script("zoo").main(["--networks", "no_such_network"])
+
+
+@pytest.mark.slow
+def test_end_to_end_gives_the_usual_ways_features(script, tmp_path, capsys):
+    results = tmp_path / "end_to_end.json"
+    script("end_to_end").main(["--quick", "--network", SMALL, "--images", "4", "--passes", "2", "--json", str(results)])
+    rows = json.loads(results.read_text())["rows"]
+    assert {row["way"] for row in rows} == {"usual way", "load_images", "pixels in", "stream"}
+    assert all(row["db"] > 40 and row["images_per_s"] > 0 for row in rows)
+    assert "images/s" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_facade_stands_beside_both_raw_calls(script, work, tmp_path, capsys):
+    results = tmp_path / "facade.json"
+    script("facade_overhead").main(["--network", SMALL, "--rounds", "20", "--work", str(work), "--json", str(results)])
+    rows = json.loads(results.read_text())["rows"]
+    assert len(rows) == 4 and all(0 < row["facade_us"] < 1000 * row["ours_ms"] for row in rows)
+    assert "the bar, 1.03" in capsys.readouterr().out
+
+
+def test_make_bench_runs_scripts_that_have_a_quick_form():
+    makefile = (BENCHMARKS.parent / "Makefile").read_text()
+    names = re.search(r"^QUICK := (.*)$", makefile, re.MULTILINE)[1].split()
+    assert {"peers", "limit"} <= set(names)
+    for name in names:
+        assert "_results import" in (BENCHMARKS / f"{name}.py").read_text(), name

@@ -340,3 +340,52 @@ def test_a_thin_or_large_image_takes_a_few_hundred_megabytes(size, mode, tmp_pat
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True, timeout=120
     )
     assert float(done.stdout) < 250
+
+
+# ---- the faster decoder
+
+
+JPEGS = {
+    "4:4:4": {"subsampling": 0},
+    "4:2:2": {"subsampling": 1},
+    "4:2:0": {"subsampling": 2},
+    "progressive": {"progressive": True},
+    "low quality": {"quality": 10},
+}
+
+
+@pytest.fixture
+def pillow_alone(monkeypatch):
+    """Decode as where simplejpeg is not installed."""
+    return lambda: monkeypatch.setattr(decode, "_jpeg_decoder", lambda: None)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("form", JPEGS)
+def test_the_faster_decoder_gives_pillows_pixels(form, mode, pillow_alone):
+    pytest.importorskip("simplejpeg", reason="simplejpeg is not installed")
+    content = saved(PICTURE.resize((131, 77)).convert(mode), "JPEG", **JPEGS[form])
+    with Image.open(io.BytesIO(content)) as opened:
+        assert (decode._decoded_jpeg(opened, io.BytesIO(content)) is None) == (mode == "CMYK")
+    found = decode_bytes(content, "")
+    pillow_alone()
+    expected = decode_bytes(content, "")
+    assert found.mode == expected.mode
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+
+
+def test_what_the_faster_decoder_finds_fault_with_is_left_to_pillow(pillow_alone):
+    pytest.importorskip("simplejpeg", reason="simplejpeg is not installed")
+    content = saved(PICTURE.resize((131, 77)), "JPEG")
+    with pytest.raises(ImageError) as found:
+        decode_bytes(content[: len(content) // 2], "half")
+    pillow_alone()
+    with pytest.raises(ImageError) as expected:
+        decode_bytes(content[: len(content) // 2], "half")
+    assert str(found.value) == str(expected.value)
+
+
+def test_a_large_jpeg_is_not_held_twice(monkeypatch):
+    monkeypatch.setattr(decode, "MOST_COPIED_PIXELS", 10)
+    monkeypatch.setattr(decode, "_jpeg_decoder", lambda: pytest.fail)
+    assert decode_bytes(saved(PICTURE, "JPEG"), "").size == PICTURE.size

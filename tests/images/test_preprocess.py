@@ -322,3 +322,14 @@ def test_greys_are_prepared_as_their_colours(crop_mode):
     for size in ((60, 40), (40, 90)):
         grey = picture(*size).convert("L")
         np.testing.assert_array_equal(prepare_image(grey, spec), prepare_image(grey.convert("RGB"), spec))
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 3), (2, 5, 7, 3), (4, 6, 1)])
+def test_pixels_are_normalised_to_the_bits_of_the_formula(shape):
+    how = Preprocessing(mean=(0.485, 0.456, 0.406)[: shape[-1]], std=(0.229, 0.224, 0.225)[: shape[-1]])
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    mean, std = (np.asarray(values, np.float32) for values in (how.mean, how.std))
+    expected = np.moveaxis((pixels.astype(np.float32) / 255 - mean) / std, -1, -3)
+    found = normalize(pixels, how)
+    assert found.flags.c_contiguous and found.dtype == np.float32
+    np.testing.assert_array_equal(found, expected)
