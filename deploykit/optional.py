@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 import re
 import sys
@@ -78,6 +77,8 @@ class OptionalPackage:
 
         One that another of them requires is a part of that one.
         """
+        import importlib.metadata  # a third of the time of importing deploykit, which needs no version
+
         own = module_version(self.module) or ""
         found = {name: version for name in (self.distribution, *self.distributions) if (version := _version_of(name))}
         if not found and _spec_of(self.module) is not None:
@@ -246,6 +247,8 @@ def _spec_of(module: str) -> ModuleSpec | None:
 
 
 def _version_of(distribution: str) -> str | None:
+    import importlib.metadata
+
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

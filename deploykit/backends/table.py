@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
+from typing import TYPE_CHECKING
 
 from deploykit.backends.backend import Backend, resolve
 from deploykit.errors import DeployKitError, SpecError, nearest
+
+if TYPE_CHECKING:
+    import importlib.metadata
 
 BACKENDS: dict[str, str] = {
     "torch": "deploykit.backends.torch.backend:BACKEND",
@@ -75,6 +78,8 @@ def load_backend(name: str) -> Backend:
 
 @functools.cache
 def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
+    import importlib.metadata
+
     found: dict[str, importlib.metadata.EntryPoint] = {}
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         if entry.name in BACKENDS or entry.name in found:
