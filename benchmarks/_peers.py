@@ -172,9 +172,12 @@ def _modelopt(engines: Engines) -> Path:
     return _kept(engines, "modelopt.onnx", write)
 
 
-def opened(routes: dict[str, Opener], image: FloatArray) -> Iterator[tuple[str, Call | str]]:
-    """Open route after route; yield each as a call that ran once, or as the reason why it is none."""
+def opened(
+    routes: dict[str, Opener], image: FloatArray, announce: Callable[[str], None]
+) -> Iterator[tuple[str, Call | str]]:
+    """Open route after route, announced by name; yield each as a call that ran once, or as why it is none."""
     for name, opener in routes.items():
+        announce(name)
         try:
             call = opener()
             if not all(np.isfinite(output).all() for output in call(image)):

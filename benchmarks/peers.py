@@ -6,9 +6,10 @@ quantize_dynamic, NNCF on ONNX and on OpenVINO, and ModelOpt where it is install
 calibration crops and settings of the runtime (see `_timing.py`); where INT8 products saturate on this processor, all
 that have a setting against it use it.
 
-All routes of a network take turns in one process. Beside each median stand the quartiles over the rounds, and how far
-the logits are from torch FP32 on crops of other photographs. A route outside deploykit's own budget of the precision
-(80, 45 and 12 dB) is marked ``wrong`` and is no peer to beat; nor does ours count then.
+All routes of a network take turns in one process, a fresh one for each network: a graph that crashes its runtime is
+left out, with a line that says so, and takes no other route with it. Beside each median stand the quartiles over the
+rounds, and how far the logits are from torch FP32 on crops of other photographs. A route outside deploykit's own budget
+of the precision (80, 45 and 12 dB) is marked ``wrong`` and is no peer to beat; nor does ours count then.
 
 EfficientNet-Lite0 and MobileNetV2 have trained weights, and the others random ones, drawn as training leaves them:
 these show speed and rounding noise, not accuracy. Engines are kept in ``--work FOLDER``.
@@ -17,11 +18,17 @@ these show speed and rounding noise, not accuracy. Engines are kept in ``--work 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import signal
 import statistics
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from _engines import PRECISIONS, REAL, TIMED, Engines, engines_of
 from _peers import LEFT_OUT, NEEDED, OURS, TORCH, engine_routes, is_installed, opened, torch_routes
@@ -34,6 +41,9 @@ from deploykit.spec import Fp16, Fp32, Int8
 
 BUDGET_DB = {"fp32": Fp32().min_sqnr_db, "fp16": Fp16().min_sqnr_db, "int8": Int8().min_sqnr_db}
 QUICK_IMAGES, QUICK_ROUNDS = 16, 12
+Key: TypeAlias = tuple[str, str, str]
+"""A route of a network: precision, runtime and name."""
+
 SHOWN_DB = 100.0
 """Routes that agree better are drawn here."""
 
@@ -85,20 +95,39 @@ class Cell:
         return self.ours.ms / self.peer.ms
 
 
-def measure(engines: Engines, precisions: Sequence[str], rounds: int, *, compile_too: bool) -> list[Row]:
-    """Open every route of a network and time all of them in turns."""
+def measure(
+    engines: Engines,
+    precisions: Sequence[str],
+    rounds: int,
+    *,
+    compile_too: bool,
+    crashed: Collection[Key] = (),
+    announce: Callable[[Key | None], None] = lambda key: None,
+) -> list[Row]:
+    """Open every route of a network and time all of them in turns.
+
+    Args:
+        engines: the network's.
+        precisions: those to measure.
+        rounds: how many are timed.
+        compile_too: whether torch.compile is a route.
+        crashed: routes that are left out.
+        announce: told of each route before it is opened, and of None when all are.
+    """
     image = engines.network.calibrated[:1]
-    calls: dict[tuple[str, str, str], Call] = {}
+    calls: dict[Key, Call] = {}
     rows: list[Row] = []
     groups = [(TORCH, "fp32", torch_routes(engines, compile_too=compile_too))] if "fp32" in precisions else []
     groups += [(runtime, each, engine_routes(engines, runtime, each)) for each in precisions for runtime in RUNTIMES]
     for runtime, precision, routes in groups:
-        for route, found in opened(routes, image):
+        kept = {route: routes[route] for route in routes if (precision, runtime, route) not in crashed}
+        for route, found in opened(kept, image, lambda route, at=(precision, runtime): announce((*at, route))):
             if isinstance(found, str):
                 failed = Row(network=engines.name, precision=precision, runtime=runtime, route=route, failure=found)
                 rows.append(failed)
             else:
                 calls[precision, runtime, route] = found
+    announce(None)
     keys = {"/".join(key): key for key in calls}
     times = turns({name: calls[key] for name, key in keys.items()}, image, rounds)
     for name, (precision, runtime, route) in keys.items():
@@ -231,9 +260,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options.add_argument("--no-compile", action="store_true", help="without torch.compile, which compiles for a minute")
     options.add_argument("--work", type=Path, metavar="FOLDER", help="keep engines here (default: a temporary folder)")
+    options.add_argument("--here", nargs=2, metavar="PART", help=argparse.SUPPRESS)
     asked = options.parse_args(arguments)
     check_plot(options, asked.plot)
     silence()
+    if asked.here:
+        measure_here(json.loads(asked.here[0]), Path(asked.here[1]))
+        return
     print(machine_line(), flush=True)
     with tempfile.TemporaryDirectory(prefix="deploykit-peers-") as scratch:
         rows = _all_rows(asked, asked.work or Path(scratch))
@@ -257,9 +290,63 @@ def _all_rows(asked: argparse.Namespace, work: Path) -> list[Row]:
     rows: list[Row] = []
     for name in asked.networks:
         print(f"measuring {name}", flush=True)
-        engines = engines_of(name, work, images)
-        rows += measure(engines, precisions, rounds, compile_too=not (asked.no_compile or asked.quick))
+        compile_too = not (asked.no_compile or asked.quick)
+        job = {"name": name, "work": str(work), "images": images, "rounds": rounds, "compile_too": compile_too}
+        rows += in_processes({**job, "precisions": list(precisions)}, work / f"{name}-rows.json")
     return rows
+
+
+def in_processes(job: dict[str, Any], results: Path) -> list[Row]:
+    """Measure a network in a process, and again without the route at which it crashed, as often as one does.
+
+    Raises:
+        SystemExit: it failed, or crashed where no peer is to blame.
+    """
+    crashed: dict[Key, str] = {}
+    while True:
+        results.unlink(missing_ok=True)
+        process = subprocess.run(
+            [sys.executable, __file__, "--here", json.dumps({**job, "crashed": list(crashed)}), str(results)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            check=False,
+        )
+        if process.returncode == 0:
+            break
+        at = json.loads(_progress(results).read_text()) if _progress(results).exists() else None
+        if process.returncode > 0 or at is None or at[2] == OURS:
+            raise SystemExit(f"{job['name']} cannot be measured: its process ended with {process.returncode}")
+        crashed[tuple(at)] = f"crashes the process ({signal.Signals(-process.returncode).name})"
+    rows = [Row(**{**row, "quartiles": row["quartiles"] and tuple(row["quartiles"])}) for row in read_rows(results)]
+    for (precision, runtime, route), failure in crashed.items():
+        rows.append(Row(network=job["name"], precision=precision, runtime=runtime, route=route, failure=failure))
+    return rows
+
+
+def read_rows(results: Path) -> list[dict[str, Any]]:
+    """Return the rows that a process wrote."""
+    found: list[dict[str, Any]] = json.loads(results.read_text())["rows"]
+    return found
+
+
+def _progress(results: Path) -> Path:
+    return results.with_suffix(".progress")
+
+
+def measure_here(job: dict[str, Any], results: Path) -> None:
+    """Measure a network in this process; a file beside the results names the route that is being opened."""
+
+    def announce(key: Key | None) -> None:
+        _progress(results).write_text(json.dumps(key))
+
+    rows = measure(
+        engines_of(job["name"], Path(job["work"]), job["images"]),
+        job["precisions"],
+        job["rounds"],
+        compile_too=job["compile_too"],
+        crashed={tuple(key) for key in job["crashed"]},
+        announce=announce,
+    )
+    save(results, rows=rows)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,36 @@ def test_a_picture_of_another_kind_is_refused_before_any_work(peers, capsys):
     assert "picture.gif: expected a name that ends in .svg or .png" in capsys.readouterr().err
 
 
+CRASHING = """
+import json, os, signal, sys
+from pathlib import Path
+
+job, results = json.loads(sys.argv[2]), Path(sys.argv[3])
+for route in ({names}):
+    if ["int8", "openvino", route] not in job["crashed"]:
+        results.with_suffix(".progress").write_text(json.dumps(["int8", "openvino", route]))
+        os.kill(os.getpid(), signal.SIGSEGV)
+row = dict(network=job["name"], precision="int8", runtime="openvino", route="deploykit", ms=1.0)
+row |= dict(quartiles=[1.0, 1.0], db=30.0, top1=1.0)
+results.write_text(json.dumps({{"rows": [row]}}))
+"""
+
+
+def test_a_route_that_crashes_takes_no_other_with_it(peers, tmp_path, monkeypatch):
+    child = tmp_path / "child.py"
+    child.write_text(CRASHING.format(names='"quantize_static", "ModelOpt"'))
+    monkeypatch.setattr(peers, "__file__", str(child))
+    rows = peers.in_processes({"name": SMALL}, tmp_path / "rows.json")
+    assert [(row.route, row.failure) for row in rows] == [
+        (peers.OURS, None),
+        ("quantize_static", "crashes the process (SIGSEGV)"),
+        ("ModelOpt", "crashes the process (SIGSEGV)"),
+    ]
+    child.write_text(CRASHING.format(names='"deploykit",'))
+    with pytest.raises(SystemExit, match="cannot be measured: its process ended with -11"):
+        peers.in_processes({"name": SMALL}, tmp_path / "rows.json")
+
+
 @pytest.mark.slow
 def test_ours_and_the_peers_run_from_the_same_weights(peers, tmp_path, capsys):
     results = tmp_path / "peers.json"
