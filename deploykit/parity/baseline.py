@@ -45,9 +45,10 @@ class LevelBaseline:
     """One output of an engine.
 
     ``values`` is ``(N, K)``: at ``positions`` of an output of ``size`` values an image, for the reference's images
-    and then the mixed ones. ``spread`` is the root mean square of what moves with the roundings, and
-    ``class_spread`` that of each class, empty for others than logits; ``gain_spread`` is by how much they scale the
-    output. ``response_db`` is how far the outputs move with noise in the images, in dB; infinite: not at all.
+    and then the mixed ones. ``spread`` is the root mean square of what moves with the roundings, or with the images
+    that share a batch where that is more, and ``class_spread`` that of each class, empty for others than logits;
+    ``gain_spread`` is by how much they scale the output. ``response_db`` is how far the outputs move with noise in the
+    images, in dB; infinite: not at all.
     """
 
     size: int
@@ -132,8 +133,10 @@ def measure_baseline(run: Run, images: ImageArray, machine: str) -> Baseline:
     shapes = {name: output.shape[1:] for name, output in run(asked[:1]).items()}
     positions = {name: _positions(name, shape) for name, shape in shapes.items()}
     values = sampled(run, asked, positions)
-    again = sampled(run, asked[:CHUNK], positions)
-    if any(not np.array_equal(again[name], base[:CHUNK]) for name, base in values.items()):
+    order = np.random.default_rng(NUDGES).permutation(len(asked))  # `verify` asks in another order each time
+    back = np.argsort(order)
+    again = {name: each[back] for name, each in sampled(run, asked[order], positions).items()}
+    if any(not np.array_equal(again[name], base) for name, base in values.items()):
         machine = ""  # not even one machine gives equal bits, so that none is taken to do so
     moved = [sampled(run, nudged_images(asked, seed), positions) for seed in range(NUDGES)]
     noisy = sampled(run, noisy_images(images[:NOISY], np.random.default_rng(NUDGES)), positions)
@@ -142,14 +145,15 @@ def measure_baseline(run: Run, images: ImageArray, machine: str) -> Baseline:
         if not np.isfinite(base).all():
             raise ParityError(f"output {name!r} of the engine holds NaN or infinity. Check the weights and the images.")
         errors = np.stack([(each[name].astype(np.float64) - base) for each in moved])
+        shuffled = again[name].astype(np.float64) - base
         is_logits = name == LOGITS and len(shapes[name]) == 1
         levels[name] = LevelBaseline(
             size=math.prod(shapes[name]),
             positions=positions[name],
             values=base,
-            spread=_rms(errors),
-            class_spread=np.sqrt((errors**2).mean(axis=(0, 1))).astype(np.float32) if is_logits else np.zeros(0, "f4"),
-            gain_spread=max(abs(gain(base, each[name])) for each in moved),
+            spread=max(_rms(errors), _rms(shuffled)),
+            class_spread=np.maximum(_by_class(errors), _by_class(shuffled)) if is_logits else np.zeros(0, "f4"),
+            gain_spread=max(abs(gain(base, each[name])) for each in (*moved, again)),
             response_db=sqnr_db(base[: len(noisy[name])], noisy[name]),
         )
     return Baseline(machine=machine, levels=levels)
@@ -207,6 +211,12 @@ def _read_level(arrays: Mapping[str, npt.NDArray[Any]], name: str) -> LevelBasel
 def _chunks(images: ImageArray) -> Iterator[ImageArray]:
     for start in range(0, len(images), CHUNK):
         yield images[start : start + CHUNK]
+
+
+def _by_class(values: npt.NDArray[Any]) -> FloatArray:
+    classes = values.reshape(-1, values.shape[-1])
+    rms: FloatArray = np.sqrt((classes**2).mean(axis=0)).astype(np.float32)
+    return rms
 
 
 def _rms(values: npt.NDArray[Any]) -> float:

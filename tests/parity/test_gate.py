@@ -351,3 +351,26 @@ def test_broken_answers_to_images_of_the_users_own_keep_their_name(bundles, monk
     (further,) = verify_bundle(bundles["fp32"], images=others).further
     (level,) = further.failures()
     assert (level.name, level.sqnr_db, level.faults) == ("logits", -300.0, ("NaN or infinity",))
+
+
+def test_answers_that_depend_on_their_neighbours_in_the_batch_may_move(monkeypatch):
+    def run(asked):
+        """Quantize with one scale for all images of a batch, as dynamic quantization does."""
+        return {"map": np.round(asked.reshape(len(asked), -1) * 127 / np.abs(asked).max()) * np.abs(asked).max()}
+
+    asked = images(12)
+    kept = baseline.measure_baseline(run, asked, "here")
+    assert kept.machine == ""
+    for seed in range(20):
+        found = drift.find_drift(run, asked, kept, "here", np.random.default_rng(seed))
+        assert not found["map"].faults
+
+
+def test_an_int8_engine_of_any_batch_passes_again_and_again(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        small = Small().eval()
+    common = {"runtime": "onnxruntime", "calibration": images(), "image_size": SIDE, "batch_size": "dynamic"}
+    export_backbone(small, tmp_path / "bundle", precision=Int8(), **common)
+    for _ in range(5):
+        assert verify_bundle(tmp_path / "bundle").passed
