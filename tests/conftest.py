@@ -31,6 +31,8 @@ def engine_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("engine-cache")
         patch.setenv("DEPLOYKIT_CACHE", str(folder))
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            patch.setenv("DEPLOYKIT_TESTS_SHARED", str(tmp_path_factory.getbasetemp().parent / "shared"))
         yield folder
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import functools
+import os
+import pickle
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
 import torch
+from filelock import FileLock
 from torch import nn
 
 from deploykit.backends.backend import Engine, LowerOptions, resolve
@@ -18,6 +23,10 @@ from deploykit.backends.table import load_backend
 from deploykit.bundle import Manifest
 from deploykit.graph import Graph, Master, OnnxGraph, TorchProgram
 from deploykit.spec import BackboneSpec, BatchRange, FeatureLevel, InputSpec, TensorSpec
+
+Made = TypeVar("Made")
+SHARED = "DEPLOYKIT_TESTS_SHARED"
+"""The folder where the test processes of one run keep what only one of them makes."""
 
 SIDE = 32
 LEVELS = (
@@ -139,13 +148,27 @@ def _scratch() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="deploykit-tests-")
 
 
+def made_once(name: str, make: Callable[[Path], Made]) -> tuple[Made, Path]:
+    """Let one of the test processes make something in a folder; the others take it from there."""
+    folder = Path(os.environ.get(SHARED, _scratch().name)) / name
+    kept = folder.with_suffix(".pickle")
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not kept.exists():
+            kept.write_bytes(pickle.dumps(make(folder)))
+    made: Made = pickle.loads(kept.read_bytes())  # noqa: S301  (what a test process wrote)
+    return made, folder
+
+
 @functools.cache
 def engine_of(runtime: str, *, features_only: bool = True, dynamic: bool = True) -> tuple[Manifest, Path]:
     """A manifest and the folder that holds its engine; do not write there."""
-    graph = tiny_master(features_only=features_only, dynamic=dynamic).form(load_backend(runtime).source)
-    folder = Path(_scratch().name) / f"{runtime}-{features_only}-{dynamic}"
-    folder.mkdir()
-    return manifest_of(runtime, graph, lower(runtime, graph, folder)), folder
+
+    def make(folder: Path) -> Manifest:
+        graph = tiny_master(features_only=features_only, dynamic=dynamic).form(load_backend(runtime).source)
+        return manifest_of(runtime, graph, lower(runtime, graph, folder))
+
+    return made_once(f"{runtime}-{features_only}-{dynamic}", make)
 
 
 def open_engine(manifest: Manifest, folder: Path, device: str = "auto") -> Runtime:

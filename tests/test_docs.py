@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
+from tests.warm_process import WarmProcess
+
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 LINKED = (*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "examples" / "README.md")
 SLOW_MARK = "<!-- slow -->"
-WHOLLY_SLOW = ("tutorial.md", "optimization.md")
-"""What they show has quick tests of its own; the slow tests run the pages themselves."""
+WHOLLY_SLOW = ("README.md", "tutorial.md", "optimization.md")
+"""What they show has quick tests of its own; the slow tests run the pages themselves.
+
+That of the README is test_facade.py's test_photographs_get_their_class_in_every_runtime.
+"""
 BLOCK = re.compile(
     r"(?P<slow><!-- slow -->\n+)?^```(?P<language>python|sh)\n(?P<code>.*?)^```\n"
     r"(?:\n*^```(?:text)?\n(?P<printed>.*?)^```\n)?",
@@ -86,20 +89,30 @@ def blocks_of(page: Path) -> list[Block]:
     ]
 
 
-def run(page: Path, blocks: list[Block], folder: Path) -> list[str]:
-    """What each block prints, run in ``folder`` with one process for all of them."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(folder / "hub")}
-    done = subprocess.run(
-        [sys.executable, "-c", RUNNER, page.name],
-        input=json.dumps([(block.line, block.language, block.code) for block in blocks]),
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+@pytest.fixture(scope="module")
+def warm() -> Iterator[WarmProcess]:
+    process = WarmProcess()
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def check(folder, warm) -> Callable[..., None]:
+    """Run a page's blocks in ``folder`` with one process for all of them, and compare what they print."""
+
+    def run_and_compare(page: Path, *, slow: bool) -> None:
+        blocks = [block for block in blocks_of(page) if slow or not block.slow]
+        if "timm/" in "".join(block.code for block in blocks) and importlib.util.find_spec("timm") is None:
+            pytest.skip("timm is not installed")
+        asked = json.dumps([(block.line, block.language, block.code) for block in blocks])
+        environment = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(folder / "hub")}
+        done = warm.run(RUNNER, page.name, stdin=asked, cwd=folder, environment=environment)
+        assert done.returncode == 0, done.stderr
+        for block, printed in zip(blocks, json.loads(done.stdout), strict=True):
+            if block.printed is not None:
+                assert printed == block.printed, f"{page.name}, the block at line {block.line}"
+
+    return run_and_compare
 
 
 @pytest.fixture(scope="session")
@@ -126,30 +139,23 @@ def folder(tmp_path, photographs) -> Path:
     return tmp_path
 
 
-def check(page: Path, *, slow: bool, folder: Path) -> None:
-    blocks = [block for block in blocks_of(page) if slow or not block.slow]
-    if "timm/" in "".join(block.code for block in blocks) and importlib.util.find_spec("timm") is None:
-        pytest.skip("timm is not installed")
-    for block, printed in zip(blocks, run(page, blocks, folder), strict=True):
-        if block.printed is not None:
-            assert printed == block.printed, f"{page.name}, the block at line {block.line}"
-
-
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if blocks_of(page) and page.name not in WHOLLY_SLOW], ids=lambda page: page.name
 )
-def test_blocks_run_and_print_what_the_page_says(page, folder, request):
+def test_blocks_run_and_print_what_the_page_says(page, check, folder, request):
     if page.name == "contract.md":
         (folder / "hub").symlink_to(request.getfixturevalue("hub"))
-    check(page, slow=False, folder=folder)
+    check(page, slow=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if any(block.slow for block in blocks_of(page))], ids=lambda page: page.name
+    "page",
+    [page for page in PAGES if page.name in WHOLLY_SLOW or any(block.slow for block in blocks_of(page))],
+    ids=lambda page: page.name,
 )
-def test_slow_blocks_run_and_print_what_the_page_says(page, folder):
-    check(page, slow=True, folder=folder)
+def test_slow_blocks_run_and_print_what_the_page_says(page, check):
+    check(page, slow=True)
 
 
 def test_every_block_of_the_pages_is_found():
@@ -193,36 +199,36 @@ def test_the_contract_shows_the_snippets_of_the_design_document_word_for_word():
     assert [snippet for snippet in SNIPPETS if snippet not in code] == []
 
 
-def test_a_block_that_prints_something_else_is_noticed(folder):
+def test_a_block_that_prints_something_else_is_noticed(check, folder):
     page = folder / "page.md"
     page.write_text("```python\nx = 1\n```\n\ntext\n\n```python\nprint(x + 1)\n```\n\n```text\n3\n```\n")
     with pytest.raises(AssertionError, match=r"page\.md, the block at line 7"):
-        check(page, slow=False, folder=folder)
+        check(page, slow=False)
 
 
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [("deploykit inspect nowhere", "ends with 3"), ("deploykit --version  # exit code 2", "ends with 0"), ("ls", "ls")],
 )
-def test_a_command_that_ends_otherwise_is_noticed(folder, line, complaint):
+def test_a_command_that_ends_otherwise_is_noticed(check, folder, line, complaint):
     page = folder / "page.md"
     page.write_text(f"```sh\n{line}\n```\n")
     with pytest.raises(AssertionError, match=complaint):
-        check(page, slow=False, folder=folder)
+        check(page, slow=False)
 
 
-def test_a_command_that_ends_as_the_page_says_passes(folder):
+def test_a_command_that_ends_as_the_page_says_passes(check, folder):
     page = folder / "page.md"
     page.write_text("```sh\ndeploykit inspect \\\n    nowhere  # exit code 3\n```\n")
-    check(page, slow=False, folder=folder)
+    check(page, slow=False)
 
 
-def test_slow_blocks_wait_for_the_slow_run(folder):
+def test_slow_blocks_wait_for_the_slow_run(check, folder):
     page = folder / "page.md"
     page.write_text(f"{SLOW_MARK}\n```python\nraise ValueError\n```\n")
-    check(page, slow=False, folder=folder)
+    check(page, slow=False)
     with pytest.raises(AssertionError, match="ValueError"):
-        check(page, slow=True, folder=folder)
+        check(page, slow=True)
 
 
 @pytest.mark.parametrize("page", LINKED, ids=lambda page: page.relative_to(ROOT).as_posix())

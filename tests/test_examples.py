@@ -12,6 +12,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from tests.small_resnet import SMALL
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
 RUN_BELOW = {"export_int8.py", "predict.py", "feature_pyramid.py", "compare_runtimes.py", "custom_module.py"}
@@ -36,7 +38,7 @@ def bundles(tmp_path_factory, photographs) -> dict[str, tuple[Path, str]]:
             lines: list[str] = []
             module = script("export_int8.py")
             patch.setattr(module, "print", lambda *words, into=lines: into.append(" ".join(map(str, words))), False)
-            asked = ["--backbone", "resnet18", "--image-size", "64", "--runtime", runtime, "--min-sqnr-db", "15"]
+            asked = ["--backbone", SMALL, "--image-size", "64", "--runtime", runtime, "--min-sqnr-db", "15"]
             module.main([str(photographs), *asked, "--output", str(folder)])
         made[runtime] = (folder, "\n".join(lines))
     return made

@@ -92,9 +92,22 @@ WORDS = [
         "--overwrite",
     ),
 ]
-COMMANDS = ["run", "verify", "inspect", "list", "sign", "compare", "evaluate", "cache", "export", "no"]
+COMMANDS = ["run", "verify", "inspect", "sign", "compare", "evaluate", "cache", "export", "no"]
 FURTHER = [
-    *("bench", "extract", "import", "pull", "push", "report", "repository", "sensitivity", "sweep", "targets", "tune"),
+    *(
+        "bench",
+        "extract",
+        "import",
+        "list",
+        "pull",
+        "push",
+        "report",
+        "repository",
+        "sensitivity",
+        "sweep",
+        "targets",
+        "tune",
+    ),
     "doctor",
 ]
 """Commands that measure or calibrate where the words happen to ask for it: tried by make test-all."""

@@ -1,7 +1,7 @@
 """A network of the user's own, from training in plain PyTorch to class names on a device, in eight forms of file.
 
-Digits are drawn in ten class folders, whose names do not sort as the digits do. A ResNet-18 is trained on them for a
-few seconds, in torch alone, and saved as training scripts save it.
+Digits are drawn in ten class folders, whose names do not sort as the digits do. A small network is trained on them
+for a few seconds, in torch alone, and saved as training scripts save it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from deploykit import create_backbone, load_images
 from deploykit.errors import WeightsWarning
 from deploykit.spec import InputSpec, Preprocessing
 from tests.cli.conftest import call
+from tests.small_resnet import SMALL
 
-NAME, SIDE = "resnet18", 32
+NAME, SIDE = SMALL, 32
 CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 FOLDERS = tuple(sorted(CLASSES))
 """The order of the classes: torchvision's ImageFolder sorts them."""
@@ -122,11 +123,11 @@ def fit_once(model: nn.Module, images: torch.Tensor, classes: torch.Tensor, fact
 
 
 def fit(model: nn.Module, images: torch.Tensor, classes: torch.Tensor) -> None:
-    """Eight passes in plain PyTorch, after which hardly an image lies near the border of two classes."""
-    passes, batch_size = 8, 50
+    """Twelve passes in plain PyTorch, after which hardly an image lies near the border of two classes."""
+    passes, batch_size = 12, 25
     optimizer = torch.optim.AdamW(model.parameters())
     steps = passes * -(-len(images) // batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps)
     model.train()
     for _ in range(passes):
         for batch in torch.randperm(len(images)).split(batch_size):

@@ -12,7 +12,7 @@ from deploykit.backends.table import load_backend
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.onnx_session import onnx_session
 from tests.calibration.conftest import Case
-from tests.conftest_graphs import lower, manifest_of, open_engine, sqnr_db
+from tests.conftest_graphs import lower, made_once, manifest_of, open_engine, sqnr_db
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +25,12 @@ class IntegerEngine:
     outputs: list[np.ndarray]
 
 
-def integer_engine(runtime: str, case: Case, folder: Path) -> IntegerEngine:
-    """Render a case's plan in a runtime's dialect, write the engine and run it."""
+def integer_engine(runtime: str, case: Case, name: str) -> IntegerEngine:
+    """Render a case's plan in a runtime's dialect, write the engine and run it; ``name`` is that of the case."""
     dialect = resolve(load_backend(runtime).dialect)
     plan = dialect.keep_float(case.graph.model, case.plan)
     graph = dialect.render(case.program, plan, case.images).graph
-    engine = lower(runtime, graph, folder)
+    engine, folder = made_once(f"{runtime}-int8-{name}", lambda folder: lower(runtime, graph, folder))
     settings = {"reduce_range": plan.reduce_range}
     manifest = manifest_of(runtime, graph, engine, precision="int8", precision_settings=settings)
     with open_engine(manifest, folder) as model:

@@ -27,7 +27,7 @@ from tests.small_resnet import SMALL
 def backbone():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return randomize(create_backbone("regnetx_002", image_size=64, num_classes=10)).eval()
+        return randomize(create_backbone(SMALL, image_size=64, num_classes=10)).eval()
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ from tests.conftest_graphs import engine_of
 
 
 @pytest.fixture(scope="module", params=["residual", pytest.param("tokens", marks=pytest.mark.slow)])
-def exported(request, tmp_path_factory) -> IntegerEngine:
+def exported(request) -> IntegerEngine:
     """A network of convolutions and one of linears, in the same plan as elsewhere."""
-    return integer_engine("executorch", request.getfixturevalue(request.param), tmp_path_factory.mktemp("executorch"))
+    return integer_engine("executorch", request.getfixturevalue(request.param), request.param)
 
 
 def test_no_planned_operator_is_in_float_or_outside_the_delegate(exported: IntegerEngine):

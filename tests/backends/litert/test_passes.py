@@ -40,9 +40,9 @@ def transformer(tokens: Case) -> Case:
 
 
 @pytest.fixture(scope="module", params=["residual", pytest.param("transformer", marks=pytest.mark.slow)])
-def exported(request, tmp_path_factory) -> IntegerEngine:
+def exported(request) -> IntegerEngine:
     """A network of convolutions and one of linears, in the same plan as elsewhere."""
-    return integer_engine("litert", request.getfixturevalue(request.param), tmp_path_factory.mktemp("litert"))
+    return integer_engine("litert", request.getfixturevalue(request.param), request.param)
 
 
 def test_every_planned_operator_runs_in_integers(exported: IntegerEngine):
