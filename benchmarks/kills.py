@@ -27,10 +27,12 @@ import deploykit
 from deploykit.errors import DeployKitError
 
 CACHED = """
-import sys, numpy as np, deploykit
+import sys, numpy as np, torch, deploykit
 name, runtime, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
-model = deploykit.create_backbone(name, image_size=size, seed=0, runtime=runtime)
-reference = deploykit.create_backbone(name, image_size=size, seed=0).eval()
+torch.manual_seed(0)
+model = deploykit.create_backbone(name, image_size=size, runtime=runtime)
+torch.manual_seed(0)
+reference = deploykit.create_backbone(name, image_size=size).eval()
 image = np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
 assert np.allclose(model(image), reference(image), rtol=1e-3, atol=1e-4), "other numbers"
 """

@@ -1,7 +1,7 @@
 """Streams against the runtimes' own benchmark tools, at the same settings; and memory over many frames.
 
 OpenVINO's tool is benchmark_app, with as many requests, threads and streams as ours has. ONNX Runtime's is what
-onnxruntime_perf_test does with -c: as many threads as there are runs in flight, each calling one session. Tools and
+onnxruntime_perf_test does with -c: as many threads as there are runs at a time, each calling one session. Tools and
 streams take turns. No tool checks images, copies them, keeps the order or hands the outputs out, which a stream does.
 """
 
@@ -50,14 +50,14 @@ def openvino_tool(model: Runtime, folder: Path, images: ImageArray, seconds: flo
 def onnxruntime_tool(model: Runtime, folder: Path, images: ImageArray, seconds: float) -> float:
     """Images a second of threads that each call the session."""
     session, feeds = model._session, {model.input_spec.name: images}
-    counts, end = [0] * model.in_flight, perf_counter() + seconds
+    counts, end = [0] * model.parallel, perf_counter() + seconds
 
     def work(place: int) -> None:
         while perf_counter() < end:
             session.run(None, feeds)
             counts[place] += 1
 
-    threads = [threading.Thread(target=work, args=(place,)) for place in range(model.in_flight)]
+    threads = [threading.Thread(target=work, args=(place,)) for place in range(model.parallel)]
     start = perf_counter()
     for thread in threads:
         thread.start()

@@ -22,7 +22,7 @@ import numpy as np
 from deploykit.arguments import check_arguments
 from deploykit.arrays import ImageArray
 from deploykit.backends.backend import Backend, Setting
-from deploykit.backends.runtime import LATENCY_IN_FLIGHT, Runtime
+from deploykit.backends.runtime import LATENCY_IN_FLIGHT, RUNS_AHEAD, Runtime
 from deploykit.backends.stream import MOST_IN_FLIGHT
 from deploykit.backends.table import load_backend
 from deploykit.backends.tuning import Tuning, forget, remember
@@ -89,7 +89,7 @@ def tune(
         hints: what for: the shortest call, the most images a second of a stream, or both.
         threads: the numbers of threads to try; None: powers of two, up to what the process may use.
         streams: how many calls share the threads, to try for throughput; None: powers of two.
-        in_flight: runs of a stream at a time, to try for throughput; None: as many as streams, and twice as many.
+        in_flight: runs of a stream at a time, to try for throughput; None: as many as streams, and three times as many.
         seconds: how long each candidate is measured, at least.
         device: where the engine runs.
         trust: as for `deploykit.load_bundle`.
@@ -170,7 +170,9 @@ def _candidates(hint: Hint, backend: Backend, asked: dict[Setting, Sequence[int]
         if several is not None and several > count and asked["streams"] is None:
             continue
         own = several or 1
-        runs = asked["in_flight"] or ([own, 2 * own] if "in_flight" in backend.tunable else [LATENCY_IN_FLIGHT])
+        runs = asked["in_flight"] or (
+            [own, RUNS_AHEAD * own] if "in_flight" in backend.tunable else [LATENCY_IN_FLIGHT]
+        )
         for room in runs:
             yield Tuning(hint=hint, threads=count, streams=several, in_flight=room)
 

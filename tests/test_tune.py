@@ -22,7 +22,7 @@ from tests.cli.conftest import call
 from tests.conftest_graphs import photographs
 
 RUNTIMES = ("onnxruntime", "openvino")
-FOUND = Tuning(hint="throughput", threads=2, streams=2, in_flight=3, unit="images/s", default=10, best=20, gain=2.0)
+FOUND = Tuning(hint="throughput", threads=2, streams=2, in_flight=5, unit="images/s", default=10, best=20, gain=2.0)
 
 
 @pytest.fixture(scope="module", params=RUNTIMES)
@@ -42,8 +42,8 @@ def found(bundle):
 
 def test_it_opens_as_was_measured_best_and_says_so(found, caplog):
     with caplog.at_level(logging.INFO, "deploykit.backends.tuning"), load_bundle(found, hint="throughput") as model:
-        assert (model.tuned, model.threads, model.streams, model.in_flight) == (FOUND, 2, 2, 3)
-        assert "in flight 3" in repr(model)
+        assert (model.tuned, model.threads, model.streams, model.in_flight) == (FOUND, 2, 2, 5)
+        assert "in flight 5" in repr(model)
         assert "measured 2.00 times as good as the default for throughput" in caplog.text
         images = photographs(2)
         with load_bundle(found, tuned=False) as plain:
@@ -73,7 +73,7 @@ def test_the_settings_reach_the_runtime(found):
 def test_whoever_asks_for_something_else_gets_it(found, options):
     with load_bundle(found, **options) as model:
         assert model.tuned is None
-        assert model.in_flight != 3
+        assert model.in_flight != 5
 
 
 def test_a_copy_is_opened_as_its_original(found):

@@ -54,6 +54,12 @@ if TYPE_CHECKING:
 LATENCY_IN_FLIGHT = 2
 """Runs of a stream under the hint ``latency``: the next frame is read while one computes."""
 
+LATENCY_PARALLEL = 2
+"""Of these, how many are computed at a time, where threads of ours run them."""
+
+RUNS_AHEAD = 3
+"""For throughput: how many runs are started for each that is computed, so that none waits for its frame."""
+
 
 class Runtime(ABC):
     """A backbone behind one runtime, called like the torch module.
@@ -172,7 +178,8 @@ class Runtime(ABC):
 
         Args:
             frames: batches of images, also from a generator that never ends.
-            in_flight: how many runs go on at a time; None: as many as the runtime and the hint make use of.
+            in_flight: how many runs are started and not yet answered; None: as many as the runtime and the hint make
+                use of.
 
         Raises:
             SpecError: as a call, for the frame at fault, or for ``in_flight``.
@@ -205,7 +212,7 @@ class Runtime(ABC):
 
     def _queue(self, in_flight: int) -> RunQueue:
         """Return what starts runs without waiting for them; threads, where the runtime has nothing of its own."""
-        return ThreadQueue(self._run, in_flight)
+        return ThreadQueue(self._run, min(in_flight, self.parallel))
 
     def _choose_threads(
         self, manifest: Manifest, device: str, threads: int | None, tuning: Tuning | UnsetType | None
@@ -216,7 +223,8 @@ class Runtime(ABC):
         self.tuned = tuning
         self.threads = threads or (tuning.threads if tuning is not None else None) or thread_limit()
         self.streams = tuning.streams if tuning is not None else None
-        self.in_flight = self._cores() if self.hint == "throughput" else LATENCY_IN_FLIGHT
+        self.parallel = (self.streams or self._cores()) if self.hint == "throughput" else LATENCY_PARALLEL
+        self.in_flight = RUNS_AHEAD * self.parallel if self.hint == "throughput" else LATENCY_IN_FLIGHT
         self._options["tuning"] = tuning
 
     def _cores(self) -> int:

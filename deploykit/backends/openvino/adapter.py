@@ -10,7 +10,7 @@ from deploykit.backends.openvino.package import load_openvino
 from deploykit.backends.openvino.protocols import CompiledModel, InferRequest, Model, OVCore
 from deploykit.backends.openvino.read_error import REFUSALS, read_error
 from deploykit.backends.openvino.request_queue import RequestQueue
-from deploykit.backends.runtime import Runtime
+from deploykit.backends.runtime import RUNS_AHEAD, Runtime
 from deploykit.errors import BundleError, DeviceUnavailable, IncompatibleEngine
 
 
@@ -56,7 +56,7 @@ class OpenVINORuntime(Runtime):
         self._compiled: CompiledModel | None = compiled
         self._idle: deque[InferRequest] = deque([compiled.create_infer_request()])
         if self.hint == "throughput":
-            self.in_flight = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
+            self.in_flight = RUNS_AHEAD * compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
         return target.lower()
 
     def _run(self, images: ImageArray) -> list[FloatArray]:
