@@ -6,6 +6,7 @@ plan's integers for their weights; how they round what they read is the runtime'
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,6 +26,9 @@ from deploykit.calibration.torch_integers import (
     planned_nodes,
     write_weight,
 )
+from deploykit.fusion.constants import operand
+
+RESTORE = torch.ops.quantized_decomposed.dequantize_per_tensor.default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +45,16 @@ class IntegerMapsDialect:
         return keep_float(model, plan, (keep_image_side,))
 
 
-def write_integer_maps(module: GraphModule, plan: QuantizationPlan, outputs: tuple[str, ...]) -> list[PlannedNode]:
+def write_integer_maps(
+    module: GraphModule, plan: QuantizationPlan, outputs: tuple[str, ...], *, linears: bool = False
+) -> list[PlannedNode]:
     """Write a plan into a module, in place; return the nodes whose weights are integers now.
 
     Args:
         module: of a master program.
         plan: the part of the plan that the runtime has in integers.
         outputs: the names of what the module returns, in order.
+        linears: round what linears read too, in the plan's ranges.
     """
     activations = Activations(module, plan, Integers(dtype=torch.int8))
     sources = _tensors_of(module, outputs)
@@ -58,8 +65,30 @@ def write_integer_maps(module: GraphModule, plan: QuantizationPlan, outputs: tup
     for node, readers in _quantized(sources, plan, convolutions):
         for reader in readers:
             activations.read(reader, node, sources[node])
+    for each, tensor in _linear_inputs(plan, planned) if linears else ():
+        activations.read(each.node, operand(each.node, 0), tensor)
     module.recompile()
     return planned
+
+
+def _linear_inputs(plan: QuantizationPlan, planned: list[PlannedNode]) -> Iterator[tuple[PlannedNode, str]]:
+    """Yield the linears that read floats, each with the tensor that it reads in the plan.
+
+    Those that share a weight stand in the order of the plan's uses of it; where the plan has some of these in float it
+    does not say of which it has the range, and none is rounded.
+    """
+    nodes: dict[str, list[PlannedNode]] = defaultdict(list)
+    tensors: dict[str, list[str]] = defaultdict(list)
+    for each in planned:
+        nodes[each.use.weight].append(each)
+    for use in plan.placement.weights.values():
+        tensors[use.weight].append(use.input)
+    for weight, sharing in nodes.items():
+        if len(sharing) != len(tensors[weight]):
+            continue
+        for each, tensor in zip(sharing, tensors[weight], strict=True):
+            if each.node.target not in CONVOLUTIONS and operand(each.node, 0).target != RESTORE:
+                yield each, tensor
 
 
 def _tensors_of(module: GraphModule, outputs: tuple[str, ...]) -> dict[Node, str]:

@@ -27,11 +27,16 @@ class OnnxGraph:
 
 @dataclass(frozen=True, kw_only=True)
 class TorchProgram:
-    """A `torch.export` program with the same outputs, which it gives by position."""
+    """A `torch.export` program with the same outputs, which it gives by position.
+
+    ``half_except``: the runtime's converter casts its float operators to float16, but for those that read one of these
+    weights; None: it computes them as they are.
+    """
 
     input: InputSpec
     outputs: tuple[TensorSpec, ...]
     program: torch.export.ExportedProgram
+    half_except: tuple[str, ...] | None = None
 
 
 Graph: TypeAlias = OnnxGraph | TorchProgram

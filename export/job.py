@@ -152,7 +152,7 @@ def checked(job: ExportJob) -> ExportJob:
             f"the {backend.name} runtime is the module itself and has no engine to export. "
             f"Choose a runtime: {', '.join(engine_names())}."
         )
-    backend.require()
+    backend.check_installed()
     _check_sizes(backend, job)
     _check_ray(options)
     _check_target(backend, options)

@@ -19,6 +19,8 @@ from deploykit.backends.runtime import Runtime, machine, run_in_batches
 from deploykit.backends.table import load_backend
 from deploykit.bundle import Manifest
 from deploykit.calibration.images import CalibrationSet
+from deploykit.calibration.torch_half import cast_to_half
+from deploykit.calibration.torch_integers import copy_of
 from deploykit.errors import DeviceUnavailable
 from deploykit.graph import Graph, OnnxGraph, TorchProgram
 from deploykit.images.preprocess import denormalize
@@ -66,9 +68,12 @@ def torch_outputs(backbone: BaseBackbone, images: FloatArray) -> dict[str, Float
     return {name: np.concatenate([part[name].numpy() for part in parts]) for name in parts[0]}
 
 
-def program_outputs(network: TorchProgram, images: FloatArray) -> dict[str, FloatArray]:
-    """Return every output of a traced network, for ``(N, C, H, W)`` images."""
-    module, batch = network.program.module(), network.input.batch
+def program_outputs(network: TorchProgram, images: ImageArray) -> dict[str, FloatArray]:
+    """Return every output of a traced network, for images as it takes them, one batch at a time."""
+    module: torch.nn.Module = network.program.module()
+    if network.half_except is not None:
+        module = cast_to_half(copy_of(network.program), network.half_except)
+    batch = network.input.batch
     size = batch if isinstance(batch, int) else 1
     parts = []
     with torch.no_grad():
@@ -134,10 +139,9 @@ def measure(
 def _proxy_levels(
     graph: Graph, images: ImageArray, expected: dict[str, FloatArray], precision: Precision
 ) -> tuple[LevelParity, ...]:
-    """Compare what an ONNX graph gives node by node on the CPU; nothing of a torch program."""
-    if not isinstance(graph, OnnxGraph):
-        return ()
-    return _compare(node_by_node(graph, images), expected, precision, measured_on=PROXY)
+    """Compare what a graph gives node by node on the CPU."""
+    found = node_by_node(graph, images) if isinstance(graph, OnnxGraph) else program_outputs(graph, images)
+    return _compare(found, expected, precision, measured_on=PROXY)
 
 
 def _report(manifest: Manifest, precision: Precision, levels: tuple[LevelParity, ...], *, images: int) -> ParityReport:

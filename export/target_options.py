@@ -167,7 +167,7 @@ def _choice(target: Target, runtime: str | UnsetType, precision: str) -> Runtime
         raise SpecError(f"no runtime of the target {target.name} has {precision}: {', '.join(target.runtimes)}.")
     first, others = load_backend(able[0].name), [each.name for each in able[1:]]
     try:
-        first.require()
+        first.check_installed()
     except MissingDependency as error:
         installed = [name for name in others if load_backend(name).installed_version()]
         hint = f" Or choose another of its runtimes: runtime={installed[0]!r}." if installed else ""

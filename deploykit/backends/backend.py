@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
-from deploykit.optional import OptionalPackage, installed_version, require
+from deploykit.errors import DeviceUnavailable
+from deploykit.optional import OptionalPackage, installed_version, require, require_version
 from deploykit.spec import DEFAULT_BUILD, BuildOptions
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ Setting: TypeAlias = Literal["threads", "streams", "in_flight"]
 
 StepListener: TypeAlias = Callable[[str, int, int], None]
 """Hears of a phase of a build, the steps done and the steps in all."""
+
+_SYSTEM_NAMES = {"Darwin": "macOS"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,7 @@ class Backend:
         uses_cpu: INT8 products run on the CPU, where some processors saturate.
         targets: what engines can be built for, by name; empty: nothing to choose.
         source: the form that is lowered: an ONNX graph or a torch program.
+        systems: where its engines run, as `platform.system` says; empty: wherever its package is.
         devices: ``() -> tuple[str, ...]``: the devices of this machine; needs the package.
         tie: ``() -> dict[str, str]``: what an engine that is built here is tied to beside its target and the version,
             such as the processor's instructions; None: nothing.
@@ -76,6 +81,7 @@ class Backend:
     uses_cpu: bool = True
     targets: tuple[str, ...] = ()
     source: Literal["onnx", "torch"] = "onnx"
+    systems: tuple[str, ...] = ()
     devices: str
     tie: str | None = None
     open_options: tuple[str, ...] = ()
@@ -100,6 +106,25 @@ class Backend:
         """Whether something can be exported for it."""
         return self.lower is not None
 
+    @property
+    def has_system(self) -> bool:
+        """Whether this operating system runs its engines; they are built on any."""
+        return not self.systems or platform.system() in self.systems
+
+    def check_system(self) -> None:
+        """Refuse to open an engine on an operating system that does not have the runtime.
+
+        Raises:
+            DeviceUnavailable: this is none of `systems`.
+        """
+        if not self.has_system:
+            systems = " or ".join(_SYSTEM_NAMES.get(name, name) for name in self.systems)
+            raise DeviceUnavailable(
+                f"{self.name} runs on {systems}, and this machine has {platform.system()}: its engines are built here "
+                f"and run there. Copy the bundle to a machine with {systems} and open it there, or export for another "
+                "runtime to run here."
+            )
+
     def require(self) -> ModuleType:
         """Import the runtime's package.
 
@@ -107,6 +132,17 @@ class Backend:
             MissingDependency: it is not installed; the message has the pip command.
         """
         return require(self.package.module, self.package)
+
+    def check_installed(self) -> None:
+        """Import the runtime's package, or, where it only builds on this system, look for it.
+
+        Raises:
+            MissingDependency: it is not installed; the message has the pip command.
+        """
+        if self.has_system:
+            self.require()
+        else:
+            require_version(self.package)
 
     def installed_version(self) -> str | None:
         """Return the installed version of the package, without importing it; None when absent."""

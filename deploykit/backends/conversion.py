@@ -35,7 +35,7 @@ _LOG_LINES = 8
 class ConversionRequest:
     """What the process reads: files by their paths, the input, and the names of the outputs in order.
 
-    ``quantized``: the program has Q/DQ operators.
+    ``quantized``: the program has Q/DQ operators. ``half_except``: as of a `TorchProgram`.
     """
 
     program: str
@@ -46,6 +46,7 @@ class ConversionRequest:
     dtype: str
     outputs: tuple[str, ...]
     quantized: bool = False
+    half_except: tuple[str, ...] | None = None
 
 
 def write_request(graph: TorchProgram, scratch: Path, engine: str) -> ConversionRequest:
@@ -61,6 +62,7 @@ def write_request(graph: TorchProgram, scratch: Path, engine: str) -> Conversion
         dtype=spec.dtype,
         outputs=tuple(output.name for output in graph.outputs),
         quantized=any("quantized_decomposed" in str(node.target) for node in graph.program.graph.nodes),
+        half_except=graph.half_except,
     )
     with quiet_torch():
         torch.export.save(graph.program, request.program)

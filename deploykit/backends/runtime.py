@@ -109,6 +109,7 @@ class Runtime(ABC):
         self._folder = folder.absolute()
         self._process = os.getpid()
         self.backend: Backend = load_backend(manifest.runtime)
+        self.backend.check_system()
         self.backend.require()
         self._choose_threads(manifest, device, check_threads(threads), tuning)
         self.runtime = manifest.runtime

@@ -19,6 +19,7 @@ BACKENDS: dict[str, str] = {
     "tensorrt": "deploykit.backends.tensorrt.backend:BACKEND",
     "litert": "deploykit.backends.litert.backend:BACKEND",
     "executorch": "deploykit.backends.executorch.backend:BACKEND",
+    "coreml": "deploykit.backends.coreml.backend:BACKEND",
 }
 
 SYNONYMS: dict[str, str] = {
@@ -29,6 +30,9 @@ SYNONYMS: dict[str, str] = {
     "tflite": "litert",
     "pte": "executorch",
     "xnnpack": "executorch",
+    "core-ml": "coreml",
+    "mlpackage": "coreml",
+    "mlprogram": "coreml",
     "aotinductor": "torch_compile",
     "inductor": "torch_compile",
     "pytorch": "torch",

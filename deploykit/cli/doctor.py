@@ -95,7 +95,9 @@ def _examine_runtimes() -> tuple[RuntimeHealth, ...]:
     """Ask each installed runtime for its devices, each in a process of its own: a broken one may crash it."""
     backends = [load_backend(name) for name in backend_names()]
     running = {
-        backend.name: _start_probe(backend.name) for backend in backends if backend.installed_version() is not None
+        backend.name: _start_probe(backend.name)
+        for backend in backends
+        if backend.has_system and backend.installed_version() is not None
     }
     try:
         return tuple(_health(backend, running.get(backend.name)) for backend in backends)

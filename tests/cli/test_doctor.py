@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import platform
 
 import pytest
 
@@ -31,6 +32,15 @@ def test_an_absent_runtime_has_its_pip_command(call, monkeypatch):
     for package in ("torch", "onnxruntime", "openvino", "tensorrt_rtx"):
         assert f"pip install {package}" in done.out
     assert done.out.splitlines()[-1] == "Next: install a runtime, as above."
+
+
+@pytest.mark.skipif(platform.system() == "Darwin", reason="this is macOS, which runs Core ML")
+def test_a_runtime_of_another_system_can_build(call, monkeypatch):
+    monkeypatch.setattr(doctor_module, "backend_names", lambda: ("coreml",))
+    (row,) = call("doctor", "--json").json()["runtimes"]
+    assert (row["devices"], row["problem"]) == ([], None)
+    assert row["version"] == importlib.metadata.version("coremltools")
+    assert "no device here: it can build, not run" in call("doctor").out
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,11 @@ int8 per-channel weights to oneDNN's integer kernels when it freezes the weights
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule, Node
 
 from deploykit.arrays import FloatArray
@@ -22,19 +20,18 @@ from deploykit.calibration.half import HalfPlan
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.precision_plan import PrecisionPlan
 from deploykit.calibration.quantize_activations import UINT8, IntegerType
+from deploykit.calibration.torch_half import Cast, cast_to_half
 from deploykit.calibration.torch_integers import (
     WEIGHTED,
     Activations,
     Integers,
     copy_of,
     planned_nodes,
-    value_of,
-    weighted_nodes,
     write_weight,
 )
 from deploykit.fusion.constants import operand
 from deploykit.fusion.program import export_program
-from deploykit.graph import TRANSPOSED, TorchProgram
+from deploykit.graph import TorchProgram
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,48 +63,10 @@ def _render(master: TorchProgram, plan: PrecisionPlan) -> TorchProgram:
         _write_integers(module, plan)
         wrapped: nn.Module = module
     elif isinstance(plan, HalfPlan):
-        _keep_in_float(module, plan, torch.float16)
-        wrapped = _Cast(module, torch.float16)
+        wrapped = cast_to_half(module, plan.float_weights)
     else:
-        wrapped = _Cast(module.to(torch.bfloat16), torch.bfloat16)
+        wrapped = Cast(module.to(torch.bfloat16), torch.bfloat16)
     return replace(master, program=export_program(wrapped, master.input))
-
-
-class _Cast(nn.Module):
-    """A module of another dtype between float32 inputs and outputs."""
-
-    def __init__(self, inner: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.inner = inner
-        self.dtype = dtype
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return ``(N, C, H, W)`` float32 to the tuple of outputs in float32."""
-        return tuple(output.float() for output in self.inner(images.to(self.dtype)))
-
-
-def _keep_in_float(module: GraphModule, plan: HalfPlan, dtype: torch.dtype) -> None:
-    """Convert a module but for the nodes of some weights, with casts around those."""
-    kept_names = {name.removesuffix(TRANSPOSED) for name in plan.float_weights}
-    kept = {node: node.args[1] for node in weighted_nodes(module) if str(operand(node, 1).target) in kept_names}
-    floats = {
-        str(argument.target): value_of(module, argument).clone()
-        for node in kept
-        for argument in node.args[1:3]
-        if isinstance(argument, Node)
-    }
-    module.to(dtype)
-    for target, value in floats.items():
-        owner, _, name = target.rpartition(".")
-        setattr(module.get_submodule(owner), name, nn.Parameter(value, requires_grad=False))
-    for node in kept:
-        with module.graph.inserting_before(node):
-            source = module.graph.call_function(torch.ops.aten.to.dtype, (node.args[0], torch.float32))
-        with module.graph.inserting_after(node):
-            result = module.graph.call_function(torch.ops.aten.to.dtype, (node, dtype))
-        node.replace_all_uses_with(result, delete_user_cb=partial(operator.is_not, result))
-        node.update_arg(0, source)
-    module.recompile()
 
 
 def _write_integers(module: GraphModule, plan: QuantizationPlan) -> None:

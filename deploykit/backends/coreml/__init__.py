@@ -1,0 +1,1 @@
+"""Core ML: .mlpackage folders, for apps on iPhones, iPads and Macs."""
