@@ -1,0 +1,1 @@
+"""The examples for apps without Python, checked by their compilers."""
