@@ -78,10 +78,12 @@ def timm():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def small_resnet():
-    """Let every test name the network of `tests.small_resnet`."""
+def small_networks():
+    """Let every test name the networks of `tests.small_resnet` and `tests.small_transformers`."""
     with suppress(ImportError):
         from deploykit.backbones.registry import register_backbone
         from tests.small_resnet import SmallResNet
+        from tests.small_transformers import ShortConvNeXt, ShortVit
 
-        register_backbone(SmallResNet)
+        for network in (SmallResNet, ShortVit, ShortConvNeXt):
+            register_backbone(network)

@@ -11,6 +11,7 @@ import pytest
 
 from deploykit import child_process
 from deploykit.child_process import child_environment, run_code, run_module
+from deploykit.cli import doctor
 
 ROOT = Path(__file__).parent.parent
 PLANTED = ("msgspec", "onnxruntime", "openvino", "torch", "numpy", "tensorrt_rtx", "typer")
@@ -53,6 +54,16 @@ def test_a_path_that_the_user_names_is_kept(tmp_path, monkeypatch):
     assert child_environment()["PYTHONPATH"] == os.pathsep.join([str(ROOT), str(tmp_path / "mine")])
 
 
+def test_neither_a_command_nor_a_probe_of_doctor_runs_anything_of_it(planted, monkeypatch):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert run([sys.executable, "-m", "deploykit", "inspect", "nowhere"], environment).returncode == 3
+    monkeypatch.setattr(doctor, "backend_names", lambda: ("onnxruntime", "openvino"))
+    rows = doctor.examine().runtimes
+    assert [(row.devices[0], row.problem) for row in rows] == [("cpu", None), ("cpu", None)]
+    assert not planted.exists()
+
+
+@pytest.mark.slow
 def test_doctor_runs_nothing_of_the_working_directory(planted):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = run([sys.executable, "-m", "deploykit", "doctor", "--json"], environment)

@@ -20,6 +20,7 @@ from deploykit.onnx_session import onnx_session
 from deploykit.parity.metrics import sqnr_db
 from deploykit.spec import Int8
 from tests.backbones.realistic import randomize
+from tests.small_resnet import SMALL
 
 PLAIN = Int8(recipe="plain", min_sqnr_db=-30.0)
 OPTIONS = {"image_size": 16, "in_channels": 1}
@@ -193,7 +194,7 @@ def test_it_begins_with_the_plan_of_a_bundle(case):
 def test_features_come_by_name_and_all_parameters_learn(tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        backbone = randomize(create_backbone("resnet18", image_size=32, features_only=True))
+        backbone = randomize(create_backbone(SMALL, image_size=32, features_only=True))
     images = np.random.default_rng(0).normal(size=(4, 3, 32, 32)).astype(np.float32)
     network = prepare_qat(backbone.eval(), images)
     features = network(torch.from_numpy(images))
@@ -201,7 +202,7 @@ def test_features_come_by_name_and_all_parameters_learn(tmp_path):
     assert features[3] is features["stage3"]
     sum(feature.square().sum() for feature in features.values()).backward()
     learned = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    assert len(learned) > 60
+    assert len(learned) > len(list(backbone.parameters()))
     assert all(parameter.grad is not None for parameter in learned)
 
 

@@ -18,17 +18,19 @@ from deploykit.graph import OnnxGraph
 from tests.backbones.realistic import randomize
 from tests.calibration.networks import master_graph, plan_of
 from tests.conftest_graphs import lower
+from tests.small_transformers import SHORT_VIT
 
 FAMILIES = {
     "resnet18": 64,
     "mobilenetv2_050": 64,
     "mobilenetv3_small_100": 64,
     "regnety_002": 64,
+    SHORT_VIT: 64,
     "vit_tiny_patch16_224": 64,
     "convnext_tiny": 64,
     "swin_tiny_patch4_window7_224": 224,
 }
-SLOW = ("mobilenetv2_050", "regnety_002", "convnext_tiny", "swin_tiny_patch4_window7_224")
+SLOW = ("mobilenetv2_050", "regnety_002", "vit_tiny_patch16_224", "convnext_tiny", "swin_tiny_patch4_window7_224")
 
 
 @pytest.fixture(

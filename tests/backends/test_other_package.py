@@ -16,6 +16,7 @@ from torch import nn
 
 import deploykit
 from deploykit.backends import table
+from deploykit.cli import doctor
 from deploykit.spec import Int8
 
 ROOT = Path(__file__).parent.parent.parent
@@ -112,9 +113,15 @@ def test_the_command_line_knows_it(installed: Path, module: nn.Module, tmp_path:
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=ROOT)
         return json.loads(done.stdout)
 
-    (row,) = [row for row in told("doctor")["runtimes"] if row["runtime"] == NAME]
-    assert row["devices"] == ["cpu"]
     assert told("verify", str(tmp_path / "bundle"))["passed"]
+
+
+def test_doctor_asks_it_for_its_devices(installed: Path, on_path: pytest.MonkeyPatch):
+    assert NAME in doctor.backend_names()
+    on_path.setenv("PYTHONPATH", str(installed))
+    on_path.setattr(doctor, "backend_names", lambda: (NAME,))
+    (row,) = doctor.examine().runtimes
+    assert (row.runtime, row.devices, row.problem) == (NAME, ("cpu",), None)
 
 
 def test_two_packages_of_one_name_are_refused(installed: Path, tmp_path: Path, on_path: pytest.MonkeyPatch):

@@ -33,6 +33,7 @@ from deploykit.options import ExportOptions
 from deploykit.progress import quiet
 from deploykit.spec import BatchRange, Fp16, Fp32, Int8, Precision
 from tests.backbones.realistic import randomize
+from tests.small_transformers import SHORT_CONVNEXT, SHORT_VIT
 
 SMALL: dict[str, tuple[str, int]] = {
     "resnet": ("resnet18", 64),
@@ -48,6 +49,9 @@ SMALL: dict[str, tuple[str, int]] = {
     "swin": ("swin_tiny_patch4_window7_224", 224),
 }
 """A small variant of each family, and an image size in pixels."""
+
+SHORT = {"vit": (SHORT_VIT, 64), "convnext": (SHORT_CONVNEXT, 64)}
+"""The same operators in fewer blocks, for the quick tests; registered by tests/conftest.py."""
 
 PRECISIONS: dict[str, Precision] = {
     "fp32": Fp32(),
@@ -78,9 +82,9 @@ computes a classifier with weights restored in FP16 wrong (8 dB where ONNX Runti
 class Family:
     """A small variant with realistic random weights and ten classes, prepared for TensorRT as an export does it."""
 
-    def __init__(self, name: str, photographs: Path, *, dynamic: bool) -> None:
+    def __init__(self, name: str, photographs: Path, *, dynamic: bool, short: bool = False) -> None:
         self.name = name
-        variant, side = SMALL[name]
+        variant, side = SHORT[name] if short else SMALL[name]
         with torch.random.fork_rng():
             torch.manual_seed(0)
             backbone = randomize(deploykit.create_backbone(variant, image_size=side, num_classes=10)).eval()
@@ -131,9 +135,9 @@ class Family:
 
 
 @functools.cache
-def family(name: str, photographs: Path, *, dynamic: bool) -> Family:
+def family(name: str, photographs: Path, *, dynamic: bool, short: bool = False) -> Family:
     """The one instance of a family in this process."""
-    return Family(name, photographs, dynamic=dynamic)
+    return Family(name, photographs, dynamic=dynamic, short=short)
 
 
 def in_onnxruntime(model: onnx.ModelProto, images: FloatArray) -> list[FloatArray]:

@@ -15,7 +15,7 @@ from deploykit.backends.backend import LowerOptions
 from deploykit.backends.tensorrt.legalize import quantize_layers
 from deploykit.backends.tensorrt.lower import lower
 from deploykit.errors import ExportError
-from tests.backends.tensorrt.families import PRECISIONS, SMALL, family
+from tests.backends.tensorrt.families import PRECISIONS, SHORT, SMALL, family
 
 CAPABILITIES = ("sm86", "sm89", "sm120")
 BATCHES = ("static", "dynamic")
@@ -30,7 +30,10 @@ QUICK = (
     ("vit", "int8+fp16", "sm120", "static", "features"),
     ("convnext", "fp16", "sm89", "dynamic", "logits"),
 )
-"""Four families, in which every precision, GPU, batch and kind of output comes; slow tests build the others."""
+"""Four families, in which every precision, GPU, batch and kind of output comes; slow tests build the others.
+
+The transformers are of few blocks here, and whole in the slow tests.
+"""
 
 
 @pytest.mark.parametrize(
@@ -53,13 +56,20 @@ def test_every_family_is_here_and_every_choice_is_made_in_the_quick_cases():
 
 
 @pytest.mark.parametrize(
-    ("name", "precision", "capability", "batch", "outputs"),
-    [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in EVERY],
+    ("name", "precision", "capability", "batch", "outputs", "short"),
+    [
+        *((*case, case[0] in SHORT) for case in QUICK),
+        *(
+            pytest.param(*case, False, marks=pytest.mark.slow)
+            for case in EVERY
+            if case not in QUICK or case[0] in SHORT
+        ),
+    ],
 )
 def test_a_family_is_built(
-    name: str, precision: str, capability: str, batch: str, outputs: str, photographs: Path, tmp_path: Path
+    name: str, precision: str, capability: str, batch: str, outputs: str, short: bool, photographs: Path, tmp_path: Path
 ):
-    case = family(name, photographs, dynamic=batch == "dynamic")
+    case = family(name, photographs, dynamic=batch == "dynamic", short=short)
     graph = case.graph(precision, features=outputs == "features")
     if precision.startswith("int8"):
         assert quantize_layers(ir.to_proto(graph.model))["QuantizeLinear INT8"] > 3
