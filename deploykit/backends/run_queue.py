@@ -18,7 +18,7 @@ class RunQueue(Protocol):
     """Runs that were started, collected in the order in which they were; used by one thread."""
 
     def start(self, images: ImageArray) -> Wait:
-        """Start a run on images that nobody changes; at most as many are uncollected as the queue was made for."""
+        """Start a run on a copy of the images; at most as many are uncollected as the queue was made for."""
         ...
 
     def close(self) -> None:
@@ -45,7 +45,7 @@ class ThreadQueue:
 
     def start(self, images: ImageArray) -> Wait:
         """See `RunQueue.start`."""
-        started = _Run(images)
+        started = _Run(images.copy())
         self._started.put(started)
         return started.wait
 

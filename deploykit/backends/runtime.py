@@ -209,7 +209,7 @@ class Runtime(ABC):
     def start(self, queue: RunQueue, images: Images) -> Callable[[], Any]:
         """Start a run on a copy of some images; what is returned waits for it and gives what a call would."""
         array, to_caller = self._taken(images)
-        return partial(self._answer, queue.start(array.copy()), to_caller)
+        return partial(self._answer, queue.start(array), to_caller)
 
     def _queue(self, in_flight: int) -> RunQueue:
         """Return what starts runs without waiting for them; threads, where the runtime has nothing of its own."""

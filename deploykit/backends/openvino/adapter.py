@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from functools import partial
 
 from deploykit.arrays import FloatArray, ImageArray
 from deploykit.backends.engine_file import EngineFile
@@ -76,7 +77,8 @@ class OpenVINORuntime(Runtime):
     def _queue(self, in_flight: int) -> RequestQueue:
         if self._compiled is None:
             raise self._unusable()
-        return RequestQueue(self._compiled, self._outputs, in_flight)
+        tensor = partial(load_openvino().Tensor, shared_memory=True)
+        return RequestQueue(self._compiled, self._outputs, in_flight, tensor)
 
     def _close(self) -> None:
         self._compiled = None

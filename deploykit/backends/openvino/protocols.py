@@ -81,20 +81,24 @@ class InferRequest(Protocol):
         """Compute the outputs by position."""
         ...
 
-    def start_async(self, inputs: Sequence[Array], *, share_inputs: bool) -> None:
-        """Start a run."""
+    def set_input_tensor(self, tensor: OVTensor) -> None:
+        """Let the one input be read from this tensor."""
+        ...
+
+    def start_async(self) -> None:
+        """Start a run on the tensor that was set."""
         ...
 
     def wait(self) -> None:
         """Wait for the run that was started."""
         ...
 
-    def get_output_tensor(self, position: int) -> OutputTensor:
+    def get_output_tensor(self, position: int) -> OVTensor:
         """Return an output of the last run, in the request's own memory."""
         ...
 
 
-class OutputTensor(Protocol):
+class OVTensor(Protocol):
     """``openvino.Tensor``."""
 
     data: FloatArray
@@ -156,6 +160,10 @@ class OpenVINOPackage(Protocol):
 
     def PartialShape(self, dimensions: Sequence[OVDimension]) -> Shape:  # noqa: N802
         """Return a shape."""
+        ...
+
+    def Tensor(self, array: Array, *, shared_memory: bool) -> OVTensor:  # noqa: N802
+        """Return a tensor of an array, in its memory or of a copy."""
         ...
 
     def save_model(self, model: Model, path: str, *, compress_to_fp16: bool) -> None:
