@@ -59,6 +59,7 @@ def convert(request: ConversionRequest) -> None:
         warnings.simplefilter("ignore")
         module = torch.export.load(request.program).module(check_guards=False)
         fold_dimensions(module)
+        _remove_checks(module)
         planned = planned_layers(module, half=request.half_except is not None)
         # A package takes no uint8: pixels come as int32.
         dtype = torch.float32 if request.dtype == "float32" else torch.int32
@@ -70,6 +71,14 @@ def convert(request: ConversionRequest) -> None:
     _check_ends(written.inputs, {request.input: request.shape}, INT32 if dtype == torch.int32 else FLOAT32)
     _check_ends(written.outputs, dict(zip(request.outputs, _output_shapes(program), strict=True)), FLOAT32)
     check_integers(written, planned)
+
+
+def _remove_checks(module: GraphModule) -> None:
+    """Remove the checks of a program's tensors, in place: pixels come in another type than the program says."""
+    for node in list(module.graph.nodes):
+        if node.target == torch.ops.aten._assert_tensor_metadata.default:
+            module.graph.erase_node(node)
+    module.recompile()
 
 
 def _weights_of(module: GraphModule, names: Iterable[str]) -> set[bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -87,6 +88,27 @@ def test_a_layer_that_reads_floats_is_named(residual: Case):
     (layer,) = restored.users
     layer.replace_input_with(restored, restored.args[0].args[0])
     with pytest.raises(ExportError, match=rf"{layer.name} reads images in float"):
+        planned_layers(module, half=False)
+
+
+def test_linears_that_share_a_weight_read_in_their_own_ranges(tokens: Case):
+    module = DIALECT.render(tokens.program, tokens.plan, tokens.images).graph.program.module()
+    found = Counter((layer.scale, layer.zero_point) for layer in planned_layers(module, half=False))
+    expected = Counter()
+    for use in tokens.plan.placement.weights.values():
+        scale, zero_point = tokens.plan.range_of(use.input).affine()
+        expected[np.float32(scale).tobytes(), zero_point - 128] += 1
+    assert found == expected
+
+
+def test_a_shared_weight_that_a_plan_has_only_once_is_refused(tokens: Case):
+    weights = dict(tokens.plan.placement.weights)
+    counted = Counter(use.weight for use in weights.values())
+    once = next(name for name, use in weights.items() if counted[use.weight] > 1)
+    del weights[once]
+    plan = dataclasses.replace(tokens.plan, placement=dataclasses.replace(tokens.plan.placement, weights=weights))
+    module = DIALECT.render(tokens.program, plan, tokens.images).graph.program.module()
+    with pytest.raises(ExportError, match="in float, and the plan has no range of it"):
         planned_layers(module, half=False)
 
 
