@@ -138,7 +138,19 @@ def _fits(value: object, hint: object) -> bool:
         return any(_fits(value, each) for each in arguments)
     if origin is Literal:  # which of its texts it is, whoever takes it says, with the nearest spelling
         return any(value is each or (isinstance(value, str) and isinstance(each, str)) for each in arguments)
-    return _is_instance(value, origin or hint)
+    return _is_instance(value, origin or hint) and _holds(value, arguments)
+
+
+def _holds(value: object, arguments: tuple[object, ...]) -> bool:
+    """Return whether a list holds what it should, where that is a class of ours; its reader checks the rest."""
+    if not _is_ours(arguments) or not _is_sequence(value):
+        return True
+    return all(_fits(each, arguments[0]) for each in typing.cast("collections.abc.Sequence[object]", value))
+
+
+def _is_ours(arguments: tuple[object, ...]) -> bool:
+    """Return whether a type holds objects of one of deploykit's classes."""
+    return bool(arguments) and str(getattr(arguments[0], "__module__", "")).startswith("deploykit.")
 
 
 def _bound(hint: object) -> object:
@@ -172,6 +184,8 @@ def _expected(hint: object) -> str:
     if origin is Literal:
         return " or ".join(repr(each) for each in arguments if each is not UNSET)
     base = origin or hint
+    if _is_ours(arguments) and base in _KINDS:
+        return f"{_KINDS[base]} of {getattr(arguments[0], '__name__', arguments[0])}"
     return _SCALARS[base][1] if base in _SCALARS else _KINDS.get(base, f"a {getattr(base, '__name__', str(base))}")
 
 

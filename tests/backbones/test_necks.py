@@ -95,6 +95,12 @@ def test_neck_over_a_dilated_backbone_keeps_equal_strides():
     assert set(shapes(model(torch.randn(1, 3, 64, 64))).values()) == {(1, 8, 8, 8)}
 
 
+@pytest.mark.parametrize("levels", [np.array(["a", "b"]), ["stage1"], (1, 2)], ids=["array", "names", "indices"])
+def test_levels_that_are_none_are_refused(levels):
+    with pytest.raises(SpecError, match=r"levels is .*; expected a list or tuple of FeatureLevel or a Module or None"):
+        FeaturePyramid(levels)
+
+
 def test_strides_that_do_not_divide_are_refused():
     levels = [
         FeatureLevel(name=f"l{index}", index=index, channels=4, stride=stride, receptive_field=0)
