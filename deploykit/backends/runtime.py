@@ -372,7 +372,7 @@ class Runtime(ABC):
 
     def _check_version(self) -> None:
         built, here = self.manifest.runtime_version, self.backend.installed_version() or "unknown"
-        exact, package = self.backend.version_rule == "exact", self.backend.package.build
+        exact = self.backend.version_rule == "exact"
         usable = built == here if exact else version_key(here) >= version_key(built)
         if not usable and not exact:
             needed = self.backend.oldest_version(self.read_file(self.manifest.engine), self.manifest.engine)
@@ -380,7 +380,7 @@ class Runtime(ABC):
             built = needed or built
         if not usable:
             relation = "exactly" if exact else "at least"
-            wrote = self.manifest.runtime_version
+            package, wrote = self.backend.package.build, self.manifest.runtime_version
             raise IncompatibleEngine(
                 f"this engine was built with {package} {wrote} and {here} is installed here; it needs {relation} "
                 f"{built}. Install '{package}{'==' if exact else '>='}{built.partition('+')[0]}', or export the bundle "
