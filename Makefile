@@ -34,7 +34,7 @@ help:
 	@echo "make lint      ruff and mypy"
 	@echo "make format    let ruff format the code"
 	@echo "make docs      the API reference, from the docstrings, in build/docs"
-	@echo "make bench     the quick set: speed and parity beside the peers, the machine's limit, starts (half an hour)"
+	@echo "make bench     the quick set: speed and parity beside the peers, the machine's limit, starts, JPEG to features"
 	@echo "make bench-all the benchmarks, one after the other (hours); each runs alone too, see its --help"
 
 demo: $(READY)

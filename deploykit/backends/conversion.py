@@ -5,6 +5,7 @@ Converters bring libraries that start threads, write to the terminal and may end
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import msgspec
 import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from deploykit.child_process import child_environment, run_module
 from deploykit.errors import ExportError
@@ -69,42 +72,66 @@ def write_request(graph: TorchProgram, scratch: Path, engine: str) -> Conversion
     return request
 
 
-def run_converter(
-    module: str, title: str, request: ConversionRequest, refused: Callable[[str], ExportError], seconds: float
-) -> None:
-    """Run a converter's module, which calls `answer`, until the engine of a request is written.
+@dataclass(frozen=True, kw_only=True)
+class Converter:
+    """A program that converts in a process of its own.
+
+    ``module`` is its dotted name and calls `answer`; ``title`` is the format's and ``library`` the converting package's
+    name, for messages. ``unknown``: what that says of an operator that it does not have, as regular expressions whose
+    group ``operator`` is its name, such as ``aten.mean.dim``, ``aten::mean`` or ``mean``.
+    """
+
+    module: str
+    title: str
+    library: str
+    unknown: tuple[str, ...]
+
+    def refusal(self, reason: str, graph: TorchProgram) -> ExportError:
+        """Return the error of a network that is refused in these words, with the operator where they name it."""
+        for pattern in self.unknown:
+            found = re.search(pattern, reason)
+            if found is not None:
+                operator = found["operator"].replace("::", ".")
+                return lacks_operator(self.title, operator if "." in operator else f"aten.{operator}", graph)
+        return ExportError(
+            f"{self.library} does not convert the network: {' '.join(reason.split())[:400]}. "
+            "Export for another runtime, or write the part that it names in other operators."
+        )
+
+
+def run_converter(converter: Converter, request: ConversionRequest, graph: TorchProgram) -> None:
+    """Run a converter until the engine of a request is written.
 
     Args:
-        module: its dotted name.
-        title: of the format, for messages.
-        request: what is converted.
-        refused: makes the error of a network that the converter refuses, of the converter's own words.
-        seconds: after which it is stopped.
+        converter: the program.
+        request: what `write_request` returned.
+        graph: what it was given.
 
     Raises:
         ExportError: it refused the network, crashed, or took too long.
     """
+    title = converter.title
     file = Path(request.program).parent / "request.json"
     file.write_bytes(msgspec.json.encode(request))
     try:
         done = subprocess.run(
-            run_module(module, str(file)),
+            run_module(converter.module, str(file)),
             capture_output=True,
             text=True,
             errors="replace",
             env=child_environment(),
-            timeout=seconds,
+            timeout=CONVERSION_SECONDS,
             check=False,
         )
     except subprocess.TimeoutExpired as error:
         raise ExportError(
-            f"the conversion to {title} took more than {seconds:g} s and was stopped. Try a smaller model."
+            f"the conversion to {title} took more than {CONVERSION_SECONDS:g} s and was stopped. Try a smaller model."
         ) from error
     if done.returncode == 0:
         return
     if done.returncode in (REFUSED, UNPROVED):
         reason = Path(request.reason).read_text(encoding="utf-8")
-        raise refused(reason) if done.returncode == REFUSED else ExportError(reason)
+        raise converter.refusal(reason, graph) if done.returncode == REFUSED else ExportError(reason)
     tail = "".join(f"\n  {line}" for line in done.stderr.splitlines()[-_LOG_LINES:])
     cause = f"crashed (signal {-done.returncode})" if done.returncode < 0 else "failed"
     hint = " Out of memory is the usual cause: free some, or try a smaller model." if done.returncode == -9 else ""
@@ -125,6 +152,19 @@ def lacks_operator(title: str, operator: str, graph: TorchProgram) -> ExportErro
         f"{f' ({describe_node(calls[0])})' if calls else ''}. Write that part in other operators, or export for "
         "another runtime."
     )
+
+
+class Whole(nn.Module):
+    """A program's module, which takes the images of any batch."""
+
+    def __init__(self, whole: GraphModule) -> None:
+        super().__init__()
+        self.whole = whole
+        self.training = False  # train(), which eval() calls, is refused by a program's module
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Map ``(N, C, H, W)``, or pixels ``(N, H, W, C)``, to the tuple of outputs."""
+        return tuple(self.whole(images))
 
 
 def answer(path: str, convert: Callable[[ConversionRequest], None]) -> int:

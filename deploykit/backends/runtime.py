@@ -54,9 +54,6 @@ if TYPE_CHECKING:
 LATENCY_IN_FLIGHT = 2
 """Runs of a stream under the hint ``latency``: the next frame is read while one computes."""
 
-LATENCY_PARALLEL = 2
-"""Of these, how many are computed at a time, where threads of ours run them."""
-
 RUNS_AHEAD = 3
 """For throughput: how many runs are started for each that is computed, so that none waits for its frame."""
 
@@ -224,7 +221,7 @@ class Runtime(ABC):
         self.tuned = tuning
         self.threads = threads or (tuning.threads if tuning is not None else None) or thread_limit()
         self.streams = tuning.streams if tuning is not None else None
-        self.parallel = (self.streams or self._cores()) if self.hint == "throughput" else LATENCY_PARALLEL
+        self.parallel = (self.streams or self._cores()) if self.hint == "throughput" else LATENCY_IN_FLIGHT
         self.in_flight = RUNS_AHEAD * self.parallel if self.hint == "throughput" else LATENCY_IN_FLIGHT
         self._options["tuning"] = tuning
 

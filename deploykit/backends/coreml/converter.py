@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed, which programs may call
-from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from deploykit.backends.conversion import ConversionRequest, answer
+from deploykit.backends.conversion import ConversionRequest, Whole, answer
 from deploykit.backends.coreml.fold_dimensions import fold_dimensions
 from deploykit.backends.coreml.integer_weights import check_integers, holds_half, planned_layers
 from deploykit.backends.coreml.mil_program import CONTENT, FLOAT32, INT32, MODEL, WEIGHTS, Feature, read_program
@@ -38,19 +37,6 @@ _DATE = "com.github.apple.coremltools.conversion_date"
 
 _OTHER_LIBRARIES = ("libsvm", "sklearn", "tensorflow", "torchao", "xgboost")
 """What coremltools converts besides torch programs, and would import for many seconds, as other runtimes' packages."""
-
-
-class Whole(nn.Module):
-    """A program's module, which takes the images of any batch."""
-
-    def __init__(self, whole: GraphModule) -> None:
-        super().__init__()
-        self.whole = whole
-        self.training = False  # train(), which eval() calls, is refused by a program's module
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Map ``(N, C, H, W)``, or pixels ``(N, H, W, C)`` in int32, to the tuple of outputs."""
-        return tuple(self.whole(images))
 
 
 def convert(request: ConversionRequest) -> None:

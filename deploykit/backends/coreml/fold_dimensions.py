@@ -16,6 +16,9 @@ import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from torch.fx import Graph, GraphModule, Node
 
+from deploykit.fusion.affine import PERMUTATIONS, permutation
+from deploykit.fusion.constants import operand
+
 MOST_DIMENSIONS = 5
 
 _ATEN = torch.ops.aten
@@ -33,9 +36,8 @@ _ELEMENTWISE = (
     torch.ops.quantized_decomposed.quantize_per_tensor.default,
     torch.ops.quantized_decomposed.dequantize_per_tensor.default,
 )
-_PERMUTATIONS = (_ATEN.permute.default, _ATEN.transpose.int)
 _CUTS = (_ATEN.chunk.default, _ATEN.split.Tensor, _ATEN.split_with_sizes.default)
-_FOLDED = (*_SAME_ORDER, *_ELEMENTWISE, *_PERMUTATIONS, *_CUTS, operator.getitem)
+_FOLDED = (*_SAME_ORDER, *_ELEMENTWISE, *PERMUTATIONS, *_CUTS, operator.getitem)
 
 Shape = tuple[int, ...]
 
@@ -54,7 +56,7 @@ def beyond_five(graph: Graph) -> Iterator[tuple[Node, int]]:
         most = max(map(_rank, (node, *node.all_input_nodes)), default=0)
         if most <= MOST_DIMENSIONS:
             continue
-        if node.target not in _FOLDED or (node.target in _PERMUTATIONS and not permutations(*_permuted(node))):
+        if node.target not in _FOLDED or (node.target in PERMUTATIONS and not permutations(*_permuted(node))):
             yield node, most
 
 
@@ -123,7 +125,7 @@ def _folded(graph: Graph, node: Node, source: Node) -> Node:
     if node.target in _SAME_ORDER:
         is_held = _rank(node) > MOST_DIMENSIONS
         return source if is_held else graph.call_function(_ATEN.reshape.default, (source, _shape(node)))
-    if node.target in _PERMUTATIONS:
+    if node.target in PERMUTATIONS:
         for step in permutations(*_permuted(node)):
             grouped = graph.call_function(_ATEN.reshape.default, (source, step.shape))
             source = graph.call_function(_ATEN.permute.default, (grouped, step.order))
@@ -139,13 +141,7 @@ def _folded(graph: Graph, node: Node, source: Node) -> Node:
 
 def _permuted(node: Node) -> tuple[Shape, Shape]:
     """Return the shape that a node permutes, and the order of its dimensions."""
-    shape = _shape(node.all_input_nodes[0])
-    dimensions = list(range(len(shape)))
-    if node.target == _ATEN.permute.default:
-        return shape, tuple(dimensions[place] for place in node.args[1])  # type: ignore[union-attr, index]
-    one, other = (int(place) for place in node.args[1:3])  # type: ignore[arg-type]
-    dimensions[one], dimensions[other] = dimensions[other], dimensions[one]
-    return shape, tuple(dimensions)
+    return _shape(operand(node, 0)), tuple(permutation(node))
 
 
 def _rank(node: Node) -> int:

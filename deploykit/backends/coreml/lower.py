@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 
 from deploykit.backends.backend import Engine, LowerOptions
-from deploykit.backends.conversion import (
-    CONVERSION_SECONDS,
-    ConversionRequest,
-    lacks_operator,
-    run_converter,
-    write_request,
-)
+from deploykit.backends.conversion import Converter, run_converter, write_request
 from deploykit.backends.coreml.fold_dimensions import MOST_DIMENSIONS, beyond_five
 from deploykit.backends.coreml.package import PACKAGE, PACKAGE_FOLDER
 from deploykit.errors import ExportError
@@ -23,14 +16,14 @@ from deploykit.optional import installed_version, require_version
 from deploykit.places import scratch_folder
 
 ENGINE = f"{PACKAGE_FOLDER}/Manifest.json"
-TITLE = "Core ML"
-
-_UNKNOWN_OPERATORS = tuple(
-    re.compile(pattern)
-    for pattern in (
+CONVERSION = Converter(
+    module="deploykit.backends.coreml.converter",
+    title="Core ML",
+    library="coremltools",
+    unknown=(
         r"Unsupported fx node (?P<operator>\w+)",
         r"PyTorch convert function for op '(?P<operator>\w+)' not implemented",
-    )
+    ),
 )
 
 
@@ -53,7 +46,7 @@ def lower(graph: TorchProgram, folder: Path, options: LowerOptions) -> Engine:
     _check_ranks(graph)
     with scratch_folder("coreml") as scratch:
         request = write_request(graph, scratch, PACKAGE_FOLDER)
-        _convert(request, graph)
+        run_converter(CONVERSION, request, graph)
         shutil.copytree(request.engine, folder / PACKAGE_FOLDER)
     return Engine(
         file=ENGINE,
@@ -71,28 +64,6 @@ def _check_ranks(graph: TorchProgram) -> None:
     """
     for node, rank in beyond_five(graph.program.graph):
         raise ExportError(
-            f"{TITLE} has tensors of at most {MOST_DIMENSIONS} dimensions, and {node.target} ({describe_node(node)}) "
-            f"has one of {rank}. Write that part with fewer, or export for another runtime."
+            f"{CONVERSION.title} has tensors of at most {MOST_DIMENSIONS} dimensions, and {node.target} "
+            f"({describe_node(node)}) has one of {rank}. Write that part with fewer, or export for another runtime."
         )
-
-
-def _convert(request: ConversionRequest, graph: TorchProgram) -> None:
-    run_converter(
-        "deploykit.backends.coreml.converter",
-        TITLE,
-        request,
-        lambda reason: _refused(graph, reason),
-        CONVERSION_SECONDS,
-    )
-
-
-def _refused(graph: TorchProgram, reason: str) -> ExportError:
-    """Return the error of a program that is not converted, with the operator where the converter names it."""
-    for pattern in _UNKNOWN_OPERATORS:
-        unknown = pattern.search(reason)
-        if unknown is not None:
-            return lacks_operator(TITLE, f"aten.{unknown['operator']}", graph)
-    return ExportError(
-        f"coremltools does not convert the network: {' '.join(reason.split())[:400]}. "
-        "Export for another runtime, or write the part that it names in other operators."
-    )

@@ -16,26 +16,13 @@ from pathlib import Path
 
 import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed, which programs may call
-from torch import Tensor, nn
+from torch import Tensor
 
-from deploykit.backends.conversion import ConversionRequest, answer
+from deploykit.backends.conversion import ConversionRequest, Whole, answer
 from deploykit.backends.executorch.adapter import FORWARD, INPUT_NAME, OUTPUT_NAMES
 from deploykit.backends.executorch.integer_weights import check_integers, planned_weights
 from deploykit.backends.executorch.package import load_library
 from deploykit.backends.executorch.program_file import ProgramFile
-
-
-class Whole(nn.Module):
-    """A program's module, which takes the images of any batch."""
-
-    def __init__(self, program: torch.export.ExportedProgram) -> None:
-        super().__init__()
-        self.whole = program.module(check_guards=False)
-        self.training = False  # train(), which eval() calls, is refused by a program's module
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Map ``(N, C, H, W)``, or pixels ``(N, H, W, C)``, to the tuple of outputs."""
-        return tuple(self.whole(images))
 
 
 def convert(request: ConversionRequest) -> None:
@@ -45,7 +32,7 @@ def convert(request: ConversionRequest) -> None:
 
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        module = Whole(torch.export.load(request.program))
+        module = Whole(torch.export.load(request.program).module(check_guards=False))
         weights = planned_weights(module.whole)
         example = (torch.zeros(request.shape, dtype=getattr(torch, request.dtype)),)
         edge = to_edge_transform_and_lower(

@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 
 from deploykit.backends.backend import Engine, LowerOptions
-from deploykit.backends.conversion import (
-    CONVERSION_SECONDS,
-    ConversionRequest,
-    lacks_operator,
-    run_converter,
-    write_request,
-)
+from deploykit.backends.conversion import Converter, run_converter, write_request
 from deploykit.backends.executorch.inspect import describe_coverage
 from deploykit.backends.executorch.package import PACKAGE
-from deploykit.errors import ExportError
 from deploykit.graph import TorchProgram
 from deploykit.optional import installed_version, require_version
 from deploykit.places import scratch_folder
 
 ENGINE = "model.pte"
-TITLE = "ExecuTorch"
-
-_UNKNOWN_OPERATORS = tuple(
-    re.compile(pattern)
-    for pattern in (
-        r"Operator torch\._ops\.aten\.(?P<operator>\w+)\.\w+ is not in Core ATen",
-        r"no kernel of aten::(?P<operator>\w+)",
-        r"Missing out variants: \{'aten::(?P<operator>\w+)",
-    )
+CONVERSION = Converter(
+    module="deploykit.backends.executorch.converter",
+    title="ExecuTorch",
+    library="executorch",
+    unknown=(
+        r"Operator torch\._ops\.(?P<operator>aten\.\w+)\.\w+ is not in Core ATen",
+        r"no kernel of (?P<operator>aten::\w+)",
+        r"Missing out variants: \{'(?P<operator>aten::\w+)",
+    ),
 )
-"""What the exporter, the converter and the exporter's last stage say of an operator that they do not have."""
+"""It has the words of the exporter, of the converter and of the exporter's last stage."""
 
 
 def lower(graph: TorchProgram, folder: Path, options: LowerOptions) -> Engine:
@@ -52,7 +44,7 @@ def lower(graph: TorchProgram, folder: Path, options: LowerOptions) -> Engine:
     version = require_version(PACKAGE)
     with scratch_folder("executorch") as scratch:
         request = write_request(graph, scratch, ENGINE)
-        _convert(request, graph)
+        run_converter(CONVERSION, request, graph)
         coverage = describe_coverage(Path(request.engine).read_bytes())
         shutil.copyfile(request.engine, folder / ENGINE)
     return Engine(
@@ -60,26 +52,4 @@ def lower(graph: TorchProgram, folder: Path, options: LowerOptions) -> Engine:
         runtime_version=version,
         tools={"torch": installed_version("torch") or "unknown"},
         compiler=coverage,
-    )
-
-
-def _convert(request: ConversionRequest, graph: TorchProgram) -> None:
-    run_converter(
-        "deploykit.backends.executorch.converter",
-        TITLE,
-        request,
-        lambda reason: _refused(graph, reason),
-        CONVERSION_SECONDS,
-    )
-
-
-def _refused(graph: TorchProgram, reason: str) -> ExportError:
-    """Return the error of a program that is not converted, with the operator where the converter names it."""
-    for pattern in _UNKNOWN_OPERATORS:
-        unknown = pattern.search(reason)
-        if unknown is not None:
-            return lacks_operator(TITLE, f"aten.{unknown['operator']}", graph)
-    return ExportError(
-        f"executorch does not convert the network: {' '.join(reason.split())[:400]}. "
-        "Export for another runtime, or write the part that it names in other operators."
     )

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 
 from deploykit.backends.backend import Engine, LowerOptions
-from deploykit.backends.conversion import (
-    CONVERSION_SECONDS,
-    ConversionRequest,
-    lacks_operator,
-    run_converter,
-    write_request,
-)
+from deploykit.backends.conversion import Converter, run_converter, write_request
 from deploykit.backends.litert.package import CONVERTER, PACKAGE
-from deploykit.errors import ExportError
 from deploykit.graph import TorchProgram
 from deploykit.optional import installed_version, require_version
 from deploykit.places import scratch_folder
 
 ENGINE = "model.tflite"
-TITLE = "LiteRT"
-_UNKNOWN_OPERATOR = re.compile(r"Lowering not found: (?P<operator>[\w.]+)")
+CONVERSION = Converter(
+    module="deploykit.backends.litert.converter",
+    title="LiteRT",
+    library="litert-torch",
+    unknown=(r"Lowering not found: (?P<operator>[\w.]+)",),
+)
 
 
 def lower(graph: TorchProgram, folder: Path, options: LowerOptions) -> Engine:
@@ -42,7 +38,7 @@ def lower(graph: TorchProgram, folder: Path, options: LowerOptions) -> Engine:
     versions = {package.distribution: require_version(package) for package in (PACKAGE, CONVERTER)}
     with scratch_folder("litert") as scratch:
         request = write_request(graph, scratch, ENGINE)
-        _convert(request, graph)
+        run_converter(CONVERSION, request, graph)
         shutil.copyfile(request.engine, folder / ENGINE)
     return Engine(
         file=ENGINE,
@@ -52,24 +48,3 @@ def lower(graph: TorchProgram, folder: Path, options: LowerOptions) -> Engine:
             "torch": installed_version("torch") or "unknown",
         },
     )
-
-
-def _convert(request: ConversionRequest, graph: TorchProgram) -> None:
-    run_converter(
-        "deploykit.backends.litert.converter",
-        TITLE,
-        request,
-        lambda reason: _refused(graph, reason),
-        CONVERSION_SECONDS,
-    )
-
-
-def _refused(graph: TorchProgram, reason: str) -> ExportError:
-    """Return the error of a program that is not converted, with the operator where the converter names it."""
-    unknown = _UNKNOWN_OPERATOR.search(reason)
-    if unknown is None:
-        return ExportError(
-            f"litert-torch does not convert the network: {' '.join(reason.split())[:400]}. "
-            "Export for another runtime, or write the part that it names in other operators."
-        )
-    return lacks_operator(TITLE, unknown["operator"], graph)

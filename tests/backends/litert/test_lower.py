@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from deploykit import optional
+from deploykit.backends import conversion
 from deploykit.backends.litert import lower as module
 from deploykit.errors import ExportError, MissingDependency
 from deploykit.fusion.program import export_program
@@ -29,10 +30,10 @@ def test_the_signature_names_the_images_and_every_level():
 
 
 def test_the_engine_has_the_versions_of_what_made_it(tmp_path: Path, monkeypatch):
-    def written(request, graph):
+    def written(conversion, request, graph):
         Path(request.engine).write_bytes(b"engine")
 
-    monkeypatch.setattr(module, "_convert", written)
+    monkeypatch.setattr(module, "run_converter", written)
     engine = lower("litert", tiny_program(), tmp_path)
     assert engine.runtime_version == installed_version("ai_edge_litert")
     assert engine.tools["litert-torch"] == installed_version("litert_torch")
@@ -67,7 +68,7 @@ def test_a_converter_that_ends_without_an_answer_is_an_export_error(tmp_path: Pa
 
 
 def test_a_conversion_that_takes_too_long_is_stopped(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(module, "CONVERSION_SECONDS", 0.05)
+    monkeypatch.setattr(conversion, "CONVERSION_SECONDS", 0.05)
     with pytest.raises(ExportError, match=r"more than 0.05 s and was stopped"):
         lower("litert", tiny_program(), tmp_path)
     assert list(tmp_path.iterdir()) == []
