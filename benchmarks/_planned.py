@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -45,6 +47,10 @@ NETWORKS = (
     "swin_tiny_patch4_window7_224",
     "convnext_tiny",
 )
+_OTHER_IMAGES = (
+    *("brick", "camera", "cell", "clock_motion", "coins", "color"),
+    *("grass", "gravel", "horse", "moon", "page", "text"),
+)
 DIALECTS: dict[str, OnnxDialect] = {"onnxruntime": ONNXRUNTIME, "openvino": OPENVINO}
 
 
@@ -61,23 +67,40 @@ class Network:
     evaluated: FloatArray
 
     @classmethod
-    def named(cls, name: str, calibrated: int, evaluated: int, *, real: bool = False) -> Network:
-        """EfficientNet-Lite0 with its ImageNet weights, others with realistic random ones unless ``real``."""
+    def named(
+        cls,
+        name: str,
+        calibrated: int,
+        evaluated: int,
+        *,
+        real: bool = False,
+        photographs: Iterable[str | Path] = CALIBRATED,
+    ) -> Network:
+        """EfficientNet-Lite0 with its ImageNet weights, others with realistic random ones unless ``real``.
+
+        ``photographs`` are those to calibrate on.
+        """
         torch.manual_seed(0)
         pretrained = real or name == "tf_efficientnet_lite0"
         headless = name == "mobilenetv2_100" and real  # its weights come without a classifier
         backbone = build_backbone(name, BackboneOptions(num_classes=0 if headless else 1000), pretrained=pretrained)
         backbone = (backbone if pretrained else realistic(backbone)).eval()
-        return cls.of(backbone, calibrated, evaluated)
+        return cls.of(backbone, calibrated, evaluated, photographs)
 
     @classmethod
-    def of(cls, backbone: BaseBackbone, calibrated: int, evaluated: int) -> Network:
+    def of(
+        cls,
+        backbone: BaseBackbone,
+        calibrated: int,
+        evaluated: int,
+        photographs: Iterable[str | Path] = CALIBRATED,
+    ) -> Network:
         """Any backbone, as it is."""
         spec = replace(backbone.input_spec, batch=1)
         return cls(
             backbone=backbone,
             spec=spec,
-            calibrated=crops_of(CALIBRATED, calibrated, 0, spec),
+            calibrated=crops_of(photographs, calibrated, 0, spec),
             evaluated=crops_of((*SHOWN, "motorcycle_right.png"), evaluated, 1, spec),
         )
 
@@ -115,7 +138,18 @@ class Network:
         return with_recipe(settings, self.backbone.family)
 
 
-def crops_of(names: Iterable[str], count: int, seed: int, spec: InputSpec) -> FloatArray:
+def varied_photographs() -> tuple[Path, ...]:
+    """Return twenty images of many kinds that installed packages carry, none of which is evaluated."""
+    skimage, sklearn, matplotlib = (Path(str(resources.files(name))) for name in ("skimage", "sklearn", "matplotlib"))
+    return (
+        *(photograph_folder() / name for name in CALIBRATED),
+        *(skimage / "data" / f"{name}.png" for name in _OTHER_IMAGES),
+        *(sklearn / "datasets" / "images" / name for name in ("china.jpg", "flower.jpg")),
+        matplotlib / "mpl-data" / "sample_data" / "grace_hopper.jpg",
+    )
+
+
+def crops_of(names: Iterable[str | Path], count: int, seed: int, spec: InputSpec) -> FloatArray:
     """Square crops of photographs, preprocessed: ``(count, 3, H, W)``."""
     generator, names, images = np.random.default_rng(seed), list(names), []
     for number in range(count):
