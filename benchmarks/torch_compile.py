@@ -41,7 +41,7 @@ from deploykit.bundle import is_bundle, read_manifest
 from deploykit.calibration.images import calibration_set
 from deploykit.export.job import ExportJob
 from deploykit.export.pipeline import export
-from deploykit.facade import load_bundle
+from deploykit.loading import load_bundle
 from deploykit.options import ExportOptions
 from deploykit.spec import Fp32, Int8
 

@@ -39,9 +39,10 @@ if TYPE_CHECKING:
         WeightsError,
     )
     from deploykit.export.import_quantized import import_quantized
-    from deploykit.facade import create_backbone, export_backbone, load_bundle
+    from deploykit.facade import create_backbone, export_backbone
     from deploykit.feature_dict import Features
     from deploykit.images.preprocess import load_images, preprocess
+    from deploykit.loading import load_bundle
     from deploykit.predict import Prediction
     from deploykit.qat import prepare_qat
     from deploykit.serving.repository import ServedModel, write_repository
@@ -69,7 +70,7 @@ silence_runtimes()
 
 _PUBLIC = {
     "create_backbone": "facade",
-    "load_bundle": "facade",
+    "load_bundle": "loading",
     "sign_bundle": "signatures",
     "write_repository": "serving.repository",
     "ServedModel": "serving.repository",

@@ -17,7 +17,7 @@ from deploykit.arguments import check_arguments
 from deploykit.arrays import Array, ImageArray
 from deploykit.backends.runtime import Runtime, run_in_batches
 from deploykit.errors import ParityError, SpecError, nearest
-from deploykit.facade import load_bundle
+from deploykit.loading import load_bundle
 from deploykit.parity.compare import LOGITS, ParityAccumulator
 from deploykit.parity.dead import dead_outputs
 from deploykit.parity.report import MAX_SQNR_DB, LevelParity, ParityReport

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from deploykit.arrays import ImageArray
 from deploykit.backends.runtime import Runtime
 from deploykit.errors import SpecError
-from deploykit.facade import load_bundle
 from deploykit.image_sizes import Size, size_text
+from deploykit.loading import load_bundle
 from deploykit.threads import Hint
 
 SECONDS = 2.0

@@ -11,8 +11,6 @@ import ctypes
 import dataclasses
 import errno
 import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,7 +42,7 @@ from deploykit.manifest import (
     engine_parts,
     own_version,
 )
-from deploykit.places import storage_error
+from deploykit.places import remove_folder, storage_error
 from deploykit.plain_files import digest_of, open_plain
 
 __all__ = [
@@ -99,7 +97,7 @@ def writing(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
         what = f"writing the bundle {folder} failed, and nothing was left behind"
         raise storage_error(what, error, "mend the cause and try again") from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        remove_folder(staging)
         os.close(lock)
 
 
@@ -209,7 +207,7 @@ def _make_staging(folder: Path, *, overwrite: bool) -> tuple[Path, int]:
     with _locked(folder):
         _sweep(folder)
         _check_free(folder, overwrite=overwrite)
-        staging = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{PARTIAL}")
+        staging = folder.with_name(f".{folder.name}.{os.urandom(4).hex()}{PARTIAL}")
         staging.mkdir()
         handle = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try_lock(handle)
@@ -238,7 +236,7 @@ def _sweep(folder: Path) -> None:
                 if neighbour.name.endswith(ASIDE) and not folder.exists():
                     neighbour.rename(folder)
                 else:
-                    shutil.rmtree(neighbour, ignore_errors=True)
+                    remove_folder(neighbour)
             finally:
                 os.close(handle)
 
@@ -256,13 +254,15 @@ def _put_in_place(staging: Path, folder: Path) -> None:
             aside.rename(folder)
             raise
         _sync_folder(folder.parent)
-        shutil.rmtree(aside, ignore_errors=True)
+        remove_folder(aside)
     _sync_folder(folder.parent)
 
 
 def _carry_over_droppings(folder: Path, staging: Path) -> None:
     """Copy what file managers have put into the old bundle: it is nobody's work, and not ours to delete."""
     if folder.exists():
+        import shutil  # a device that opens bundles never needs it
+
         for name in strangers(folder)[1]:
             if (staging / name).parent.is_dir():
                 shutil.copy2(folder / name, staging / name, follow_symlinks=False)

@@ -9,6 +9,7 @@ import re
 import stat
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 from deploykit.errors import BundleError, StorageError
@@ -76,14 +77,15 @@ def look_through(folder: Path, recorded: Collection[str] = ()) -> Found:
         OSError: a folder cannot be read.
         BundleError: there are more names than a bundle has.
     """
+    own = (MANIFEST, MANIFEST_DIGEST, SIGNATURE)
     wanted = _Wanted(
-        files=frozenset(recorded),
+        files=frozenset((*recorded, *own)),
         folders=frozenset(parent.as_posix() for name in recorded for parent in PurePosixPath(name).parents),
     )
     found = Found()
     _look(folder, "", found, wanted, seen=(_identity(folder.stat()),), linked=False)
-    for own in (MANIFEST, MANIFEST_DIGEST, SIGNATURE):
-        found.sizes.pop(own, None)
+    for name in own:
+        found.sizes.pop(name, None)
     return found
 
 
@@ -92,7 +94,12 @@ def is_litter(name: str) -> bool:
     parts = name.split("/")
     if _VOLUME.fullmatch(parts[0]):
         return True
-    return any(fnmatch.fnmatchcase(part, pattern) for part in parts for pattern in LITTER)
+    return any(_litter().fullmatch(part) for part in parts)
+
+
+@cache
+def _litter() -> re.Pattern[str]:
+    return re.compile("|".join(fnmatch.translate(pattern) for pattern in LITTER))
 
 
 def is_dropping(name: str) -> bool:
@@ -278,7 +285,7 @@ def _look(
 ) -> None:
     for entry in sorted(os.scandir(folder), key=lambda each: each.name):
         name = f"{prefix}{entry.name}"
-        if is_litter(name) and name not in wanted.files and name not in wanted.folders:
+        if name not in wanted.files and name not in wanted.folders and is_litter(name):
             continue
         if len(found.sizes) + len(found.odd) > _MOST_NAMES:
             raise BundleError(f"{folder} holds more than {_MOST_NAMES} files. Give the folder of a bundle.")

@@ -33,7 +33,6 @@ A message says what was observed, what was expected, and what to do.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 
@@ -190,6 +189,8 @@ def nearest(name: str, known: Iterable[str], *, limit: int = 3) -> str:
     names when none is near and the list is short.
     """
     names = sorted(set(known))
+    import difflib  # only a message needs it, and every start would pay for it
+
     close = next(filter(None, (difflib.get_close_matches(each, names, limit) for each in (name, name.lower()))), [])
     if not close and len(name) > 2:
         close = [each for each in names if each.startswith(name.lower())][:limit]

@@ -20,7 +20,7 @@ from deploykit.backends.runtime import Runtime, run_in_batches
 from deploykit.cluster import cluster, run_pieces
 from deploykit.dataset import Dataset, DatasetSource, open_dataset, read_images
 from deploykit.errors import ImageError, SpecError, StorageError
-from deploykit.facade import load_bundle
+from deploykit.loading import load_bundle
 from deploykit.locks import locked_folder
 from deploykit.optional import require
 from deploykit.places import storage_error

@@ -14,16 +14,16 @@ from deploykit.backbones.request import is_module, make_request
 from deploykit.backends.backend import resolve
 from deploykit.backends.runtime import Runtime
 from deploykit.backends.table import load_backend
-from deploykit.bundle import is_bundle, open_bundle
-from deploykit.errors import EngineMismatch, SpecError
+from deploykit.bundle import is_bundle
+from deploykit.errors import SpecError
 from deploykit.export.target_options import export_options
 from deploykit.jobs import make_job
 from deploykit.labels import LabelSource
+from deploykit.loading import load_bundle
 from deploykit.names import TIMM, is_bare, path_of
 from deploykit.options import ExportOptions
 from deploykit.progress import Progress, quiet
 from deploykit.qat import check_alone, is_qat, trained_job
-from deploykit.signatures import check_signature
 from deploykit.spec import (
     DEFAULT_BUILD,
     BatchRange,
@@ -321,54 +321,6 @@ def export_asked(
         built = build_any(name, make_request(**backbone))
         job = make_job(built, asked, calibration, skip_corrupt=skip_corrupt)
     return export(job, output, overwrite=overwrite, progress=progress)
-
-
-def load_bundle(
-    folder: str | bytes | os.PathLike[str],
-    *,
-    device: str = "auto",
-    threads: int | None = None,
-    hint: Hint = "latency",
-    trust: bool | None = None,
-    signed_by: str | os.PathLike[str] | None = None,
-    tuned: bool = True,
-) -> Runtime:
-    """Verify a bundle and open its engine; needs the runtime's package and NumPy, not torch.
-
-    The engine is opened from the bytes that were verified: a bundle that is replaced meanwhile gives the old one, the
-    new one or an error.
-
-    Args:
-        folder: the bundle.
-        device: where it runs; ``"auto"`` is the runtime's first device.
-        threads: as for `create_backbone`.
-        hint: as for `create_backbone`.
-        trust: as for `create_backbone`.
-        signed_by: as for `create_backbone`.
-        tuned: open it as ``deploykit tune`` measured best for it here, where it did and no ``threads`` are given;
-            ``model.tuned`` says how.
-
-    Raises:
-        BundleError: not a bundle, or one that is damaged, incomplete or from a newer schema.
-        UntrustedEngine: ``trust`` is False, and the engine is machine code from elsewhere; or it is not signed by
-            ``signed_by``.
-        MissingDependency: the runtime's package is not installed.
-        IncompatibleEngine, DeviceUnavailable: the engine cannot run here.
-    """
-    check_arguments(load_bundle, locals())
-    path = path_of(folder)
-    manifest = open_bundle(path, leave_engine=True)  # the adapter verifies what it reads
-    if signed_by is not None:
-        check_signature(path, manifest, signed_by)
-        trust = True if trust is None else trust
-    adapter = load_backend(manifest.runtime).load_adapter()
-    tuning = UNSET if tuned else None
-    opened: dict[str, Any] = {"device": device, "threads": check_threads(threads), "hint": checked_hint(hint)}
-    try:
-        return adapter(manifest, path, **opened, trust=trust, tuning=tuning)
-    except EngineMismatch:
-        open_bundle(path)  # names everything that is wrong with it; nothing where it was replaced meanwhile
-        raise
 
 
 def named_bundle(name: Any) -> Path | None:

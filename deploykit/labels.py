@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any, SupportsIndex, TypeAlias
 
@@ -30,6 +29,8 @@ def class_labels(label_set: str | None) -> tuple[str, ...] | None:
     """
     if label_set not in LABEL_FILES:
         return None
+    from importlib import resources  # a bundle has its own names, and opens sooner without
+
     text = resources.files("deploykit").joinpath("data", LABEL_FILES[label_set]).read_text(encoding="utf-8")
     return tuple(text.splitlines())
 

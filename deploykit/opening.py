@@ -10,7 +10,7 @@ from deploykit.backends.runtime import Runtime
 from deploykit.cache import EngineCache
 from deploykit.export.job import ExportJob
 from deploykit.export.pipeline import export
-from deploykit.facade import load_bundle
+from deploykit.loading import load_bundle
 from deploykit.places import scratch_folder
 from deploykit.threads import Hint
 

@@ -17,6 +17,7 @@ from deploykit.errors import DeployKitError, MissingDependency
 DISTRIBUTION = "deploykit-vision"
 """What pip calls deploykit: the name deploykit on the public index belongs to another project."""
 
+_RELEASE = re.compile(r"\d+(\.\d+)+")
 _VERSION_LINE = re.compile(
     r"^__version__(?::\s*\w+)?\s*=\s*(?P<quote>['\"])(?P<version>[^'\"]+)(?P=quote)", re.MULTILINE
 )
@@ -203,6 +204,8 @@ def installed_version(module: str, package: OptionalPackage | None = None) -> st
     if _spec_of(module) is None:
         return None
     own = module_version(module)
+    if own is not None and _RELEASE.fullmatch(own):  # what pip calls it too, whose records take long to read
+        return own
     package = package or _package_of(module)
     version = _version_of(package.distribution)
     # Of 2026.4.1 a module may say 2026.4.1-22051-release; what pip calls it is shorter, and what manifests have.

@@ -5,9 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import secrets
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -65,7 +62,7 @@ def write_whole(path: Path, text: str, *, what: str) -> None:
     Raises:
         StorageError: it cannot be written.
     """
-    staging = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    staging = path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")
     try:
         staging.write_text(text, encoding="utf-8", newline="\n")
         staging.replace(path)
@@ -138,6 +135,8 @@ def scratch_root() -> Path:
         StorageError: there is none that can be written.
     """
     try:
+        import tempfile  # only work in files needs it, and every start would pay for it
+
         return Path(tempfile.gettempdir())
     except OSError as error:
         raise StorageError(
@@ -172,12 +171,14 @@ def scratch_folder(purpose: str, *, below: Path | None = None) -> Iterator[Path]
         raise
     finally:
         if os.getpid() == process:  # a forked child ends this block too, and the folder is its parent's
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_folder(folder)
         os.close(handle)
 
 
 def make_scratch(purpose: str, root: Path) -> tuple[Path, int]:
     """Make a temporary folder, and the open handle whose lock says that its process is alive."""
+    import tempfile
+
     sweep_scratch(root)
     folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{purpose}-", suffix=_SUFFIX, dir=root))
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -193,6 +194,13 @@ def sweep_scratch(root: Path) -> None:
                 _sweep(Path(entry.path))
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a folder with all that is in it, as far as this user may."""
+    import shutil  # only work in files needs it, and every start would pay for it
+
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def _sweep(folder: Path) -> None:
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -200,7 +208,7 @@ def _sweep(folder: Path) -> None:
             status = os.fstat(handle)
             left = status.st_uid == os.geteuid() and time.time() - status.st_mtime > _SETTLED_SECONDS
             if left and try_lock(handle) is True:
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_folder(folder)
         finally:
             os.close(handle)
 

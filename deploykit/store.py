@@ -136,10 +136,6 @@ class Store:
                 return
             self._commit(where, stack, partial)
 
-    def has(self, kind: str) -> bool:
-        """Return whether anything of a kind may be kept; a look at one folder, for those who seldom find something."""
-        return self.root is not None and (self.root / kind).is_dir()
-
     def load(self, where: Address) -> bytes | None:
         """Return a small value; None where there is none that is whole."""
         with self.found(where) as folder:

@@ -15,8 +15,8 @@ from deploykit.backends.table import engine_names, load_backend
 from deploykit.bundle import read_manifest, writing
 from deploykit.dataset import Dataset, open_dataset
 from deploykit.errors import DeployKitError, DeviceUnavailable, ExportError, ParityError, SpecError, plain_reason
-from deploykit.facade import load_bundle
 from deploykit.jobs import make_job, shared_images
+from deploykit.loading import load_bundle
 from deploykit.manifest import engine_parts
 from deploykit.options import ExportOptions
 from deploykit.places import scratch_folder

@@ -9,10 +9,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deploykit.errors import SpecError, TrustWarning, UntrustedEngine
 from deploykit.manifest import FileRecord, Manifest, engine_parts
-from deploykit.store import Address, Store, address
+
+if TYPE_CHECKING:
+    from deploykit.store import Address
 
 KIND = "own-engines"
 
@@ -23,12 +26,16 @@ def remember_engine(manifest: Manifest) -> None:
     """Remember that this user made the engine of a bundle here; without a store, for this process alone."""
     parts = engine_parts(manifest.engine, manifest.files)
     where = _address(manifest.engine, {name: manifest.files[name] for name in parts})
+    from deploykit.store import Store
+
     _made_here.add(where.key)
     Store().save(where, b"")
 
 
 def is_own(engine: str, files: Mapping[str, FileRecord]) -> bool:
     """Return whether this user's deploykit made an engine on this machine."""
+    from deploykit.store import Store
+
     where = _address(engine, files)
     if where.key in _made_here:
         return True
@@ -67,5 +74,7 @@ def check_trust(folder: Path, engine: str, files: Mapping[str, FileRecord], trus
 
 
 def _address(engine: str, files: Mapping[str, FileRecord]) -> Address:
+    from deploykit.store import address  # most engines are no code, and open sooner without
+
     digests = {name: record.sha256 for name, record in files.items()}
     return address(KIND, {"files": digests}, title=engine)

@@ -16,8 +16,8 @@ from deploykit.backends.runtime import Runtime, run_in_batches
 from deploykit.bundle import Status
 from deploykit.bundle_status import record_status
 from deploykit.errors import SpecError
-from deploykit.facade import load_bundle
 from deploykit.image_sizes import size_text
+from deploykit.loading import load_bundle
 from deploykit.names import path_of
 from deploykit.parity.baseline import BASELINE_FILE, Baseline, FloatArray, measure_baseline
 from deploykit.parity.budget import Budget

@@ -53,6 +53,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("bundle", "bundle_status", "cache", "trust", "signatures", "asked", "predict"),
     ("shipping",),
     ("runtime side",),
+    ("loading",),
     ("onnx_session", "onnx_values"),
     ("backbones", "fusion"),
     ("calibration",),

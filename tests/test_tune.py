@@ -15,7 +15,7 @@ from deploykit.backends.table import load_backend
 from deploykit.backends.tuning import Tuning, forget, remember, remembered
 from deploykit.bundle import read_manifest
 from deploykit.errors import SpecError
-from deploykit.facade import load_bundle
+from deploykit.loading import load_bundle
 from deploykit.tune import tune
 from tests.backends.bundles import write_bundle
 from tests.cli.conftest import call

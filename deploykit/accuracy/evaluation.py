@@ -19,8 +19,9 @@ from deploykit.arguments import check_arguments
 from deploykit.backends.runtime import Runtime
 from deploykit.dataset import Dataset, DatasetSource, open_dataset
 from deploykit.errors import SpecError
-from deploykit.facade import create_backbone, load_bundle, named_bundle
+from deploykit.facade import create_backbone, named_bundle
 from deploykit.labels import LabelSource, parse_labels
+from deploykit.loading import load_bundle
 from deploykit.progress import Progress, quiet
 
 if TYPE_CHECKING:

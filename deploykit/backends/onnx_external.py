@@ -62,10 +62,12 @@ def references(model: bytes, name: str) -> tuple[tuple[str, ...], frozenset[byte
     """Return the files that hold tensors of an ONNX model, and those of its operators that are looked for here.
 
     Raises:
-        BundleError: the model is not a readable ONNX file.
+        BundleError: the model mentions such a file or operator, and is not a readable ONNX file.
     """
     locations: dict[str, None] = {}
     operators = set()
+    if not _mentions(model, 0, len(model)):
+        return (), frozenset()
     try:
         for kind, number, start, end in _walk(model, "model", 0, len(model), 0):
             if kind == "entry":

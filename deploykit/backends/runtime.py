@@ -25,8 +25,6 @@ from deploykit.backends.backend import Backend
 from deploykit.backends.engine_file import EngineFile, read_verified
 from deploykit.backends.input_checks import check_images, from_torch
 from deploykit.backends.onnx_external import load_external_data
-from deploykit.backends.run_queue import RunQueue, ThreadQueue
-from deploykit.backends.stream import mapped, streamed
 from deploykit.backends.table import load_backend
 from deploykit.backends.tuning import Tuning, remembered, tell
 from deploykit.errors import (
@@ -40,7 +38,6 @@ from deploykit.errors import (
 )
 from deploykit.feature_dict import Features
 from deploykit.labels import LABELS_FILE, decode_labels
-from deploykit.predict import Prediction, predict
 from deploykit.processor import read_processor, this_machine, this_processor
 from deploykit.spec import FeatureInfo, InputSpec, Int8, Precision, parse_precision
 from deploykit.threads import Hint, allowed_processors, check_threads, checked_hint, count_cores, thread_limit
@@ -48,8 +45,10 @@ from deploykit.trust import check_trust
 from deploykit.unset import UNSET, UnsetType
 
 if TYPE_CHECKING:
+    from deploykit.backends.run_queue import RunQueue
     from deploykit.bundle import Manifest
     from deploykit.images.preprocess import SomeImages
+    from deploykit.predict import Prediction
 
 LATENCY_IN_FLIGHT = 2
 """Runs of a stream under the hint ``latency``: the next frame is read while one computes."""
@@ -183,6 +182,8 @@ class Runtime(ABC):
             SpecError: as a call, for the frame at fault, or for ``in_flight``.
             DeployKitError: as a call.
         """
+        from deploykit.backends.stream import streamed
+
         return streamed(self, frames, in_flight)
 
     def map(self, images: Iterable[ImageArray], in_flight: int | None = None) -> Iterator[Any]:
@@ -195,6 +196,8 @@ class Runtime(ABC):
         Raises:
             SpecError, DeployKitError: as `stream`.
         """
+        from deploykit.backends.stream import mapped
+
         return mapped(self, images, in_flight)
 
     def open_queue(self, in_flight: int) -> RunQueue:
@@ -210,6 +213,8 @@ class Runtime(ABC):
 
     def _queue(self, in_flight: int) -> RunQueue:
         """Return what starts runs without waiting for them; threads, where the runtime has nothing of its own."""
+        from deploykit.backends.run_queue import ThreadQueue
+
         return ThreadQueue(self._run, min(in_flight, self.parallel))
 
     def _choose_threads(
@@ -258,6 +263,8 @@ class Runtime(ABC):
 
     def predict(self, image: SomeImages, top: int = 5) -> list[Prediction] | list[list[Prediction]]:
         """Name the most probable classes of one image, or of each in a list; see `deploykit.predict.predict`."""
+        from deploykit.predict import predict
+
         return predict(self, self.manifest.backbone, image, top)
 
     def seen_on(self) -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -16,8 +17,10 @@ from deploykit.errors import DeployKitError
 from deploykit.manifest import Manifest, engine_parts
 from deploykit.places import cache_root
 from deploykit.processor import this_processor
-from deploykit.store import Address, Store, address
 from deploykit.threads import MOST_THREADS, Hint, allowed_processors, thread_limit
+
+if TYPE_CHECKING:
+    from deploykit.store import Address
 
 KIND = "tuning"
 
@@ -56,10 +59,11 @@ def remembered(manifest: Manifest, backend: Backend, device: str, hint: Hint) ->
         return None
     try:
         root = cache_root(tell=False)
-        store = None if root is None else Store(root)
-        if store is None or not store.has(KIND):  # nothing was ever tuned here
+        if root is None or not (root / KIND).is_dir():  # nothing was ever tuned here
             return None
-        value = store.load(_address(manifest, backend, device, hint))
+        from deploykit.store import Store
+
+        value = Store(root).load(_address(manifest, backend, device, hint))
         found = None if value is None else msgspec.json.decode(value, type=Tuning)
     except (DeployKitError, msgspec.MsgspecError):  # no folder to keep things in, or a device without platformdirs
         return None
@@ -69,11 +73,15 @@ def remembered(manifest: Manifest, backend: Backend, device: str, hint: Hint) ->
 
 def remember(manifest: Manifest, backend: Backend, device: str, tuning: Tuning) -> None:
     """Keep what was measured best, in place of what was."""
+    from deploykit.store import Store
+
     Store().save(_address(manifest, backend, device, tuning.hint), msgspec.json.encode(tuning))
 
 
 def forget(manifest: Manifest, backend: Backend, device: str, hint: Hint) -> None:
     """Open an engine with the defaults again."""
+    from deploykit.store import Store
+
     Store().remove(_address(manifest, backend, device, hint))
 
 
@@ -84,6 +92,8 @@ def tell(manifest: Manifest, tuning: Tuning) -> None:
 
 
 def _address(manifest: Manifest, backend: Backend, device: str, hint: Hint) -> Address:
+    from deploykit.store import address  # where nothing was tuned, an engine opens sooner without
+
     parts = engine_parts(manifest.engine, manifest.files)
     decides = {
         "engine": {name: manifest.files[name].sha256 for name in parts},

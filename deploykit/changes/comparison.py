@@ -16,7 +16,7 @@ from deploykit.changes.rows import Gates, LevelChange, Measure, level_changes, m
 from deploykit.changes.sides import Side, read_side, same_plan
 from deploykit.changes.tolerances import Tolerances, expected_between
 from deploykit.errors import ParityError, SpecError
-from deploykit.facade import load_bundle
+from deploykit.loading import load_bundle
 from deploykit.names import path_of
 from deploykit.spec import parse_precision
 
@@ -84,8 +84,8 @@ def compare_bundles(
         run: run both engines here; False compares what the bundles say of themselves, for a machine without their
             device.
         device: where both run.
-        threads: as for `deploykit.facade.load_bundle`.
-        trust: as for `deploykit.facade.load_bundle`.
+        threads: as for `deploykit.loading.load_bundle`.
+        trust: as for `deploykit.loading.load_bundle`.
 
     Raises:
         BundleError: either is no bundle, or is damaged.

@@ -124,7 +124,7 @@ def _export(engine: DemoEngine, folder: Path, crops: Path) -> tuple[ExportResult
 
 def _labels_of(folder: Path, images: Any, labels: tuple[str, ...]) -> list[str]:
     """Label the photographs with an engine, or say that it does not run here."""
-    from deploykit.facade import load_bundle
+    from deploykit.loading import load_bundle
 
     try:
         with load_bundle(folder) as model:

@@ -108,7 +108,7 @@ def run(
     json: JsonFlag = False,
 ) -> None:
     """Preprocess images as the manifest says, run them, and print the best classes or the features' figures."""
-    from deploykit.facade import load_bundle
+    from deploykit.loading import load_bundle
 
     if top < 1:
         raise SpecError(f"--top is {top}; give at least 1.")

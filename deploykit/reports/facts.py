@@ -14,7 +14,7 @@ from deploykit.backends.runtime import Runtime
 from deploykit.changes.outputs import one_call
 from deploykit.changes.sides import Side, read_side
 from deploykit.errors import DeviceUnavailable, IncompatibleEngine, MissingDependency, SpecError
-from deploykit.facade import load_bundle
+from deploykit.loading import load_bundle
 from deploykit.optional import require
 from deploykit.parity.report import LevelParity, ParityReport
 from deploykit.reports.errors import ErrorApart, errors_apart

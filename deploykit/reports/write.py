@@ -37,8 +37,8 @@ def write_report(
         run: run the engines here, where their device is; False: what the bundles say of themselves.
         layers: also walk the layers of engines that are ONNX graphs in integers; needs the extra export.
         device: where they run.
-        threads: as for `deploykit.facade.load_bundle`.
-        trust: as for `deploykit.facade.load_bundle`.
+        threads: as for `deploykit.loading.load_bundle`.
+        trust: as for `deploykit.loading.load_bundle`.
 
     Returns:
         What the page says, bundle by bundle.

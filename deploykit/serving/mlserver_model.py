@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deploykit.errors import DeployKitError
-from deploykit.facade import load_bundle
+from deploykit.loading import load_bundle
 
 if TYPE_CHECKING:
 

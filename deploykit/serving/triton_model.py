@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from deploykit.errors import DeployKitError
-from deploykit.facade import load_bundle
+from deploykit.loading import load_bundle
 
 BUNDLE = "bundle"
 

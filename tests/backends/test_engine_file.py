@@ -71,7 +71,7 @@ def test_files_overwritten_or_cut_short_under_an_open_engine_change_nothing(bund
 @every_runtime
 def test_an_engine_replaced_after_the_bundle_was_looked_at_is_refused(bundle, runtime, monkeypatch):
     engine = bundle / read_manifest(bundle).engine
-    opened = deploykit.facade.open_bundle
+    opened = deploykit.loading.open_bundle
 
     def open_then_replace(path, **options):
         manifest = opened(path, **options)
@@ -80,7 +80,7 @@ def test_an_engine_replaced_after_the_bundle_was_looked_at_is_refused(bundle, ru
         engine.write_bytes(content)
         return manifest
 
-    monkeypatch.setattr(deploykit.facade, "open_bundle", open_then_replace)
+    monkeypatch.setattr(deploykit.loading, "open_bundle", open_then_replace)
     with pytest.raises(BundleError, match=r"model\.\w+"):
         deploykit.load_bundle(bundle)
 
@@ -237,7 +237,7 @@ elif how == "openvino":
     before = peak()
     kept = core.compile_model(core.read_model(path + "/model.xml"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 else:
-    import deploykit, deploykit.facade
+    import deploykit, deploykit.loading
     deploykit.load_bundle(limit).close()
     before = peak()
     kept = deploykit.load_bundle(path)

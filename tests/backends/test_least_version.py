@@ -11,7 +11,7 @@ from deploykit.backends.onnx_header import onnx_needs
 from deploykit.backends.onnxruntime import needs as ort_needs
 from deploykit.backends.openvino import needs as ov_needs
 from deploykit.errors import BundleError, IncompatibleEngine
-from deploykit.facade import load_bundle
+from deploykit.loading import load_bundle
 from tests.test_older_bundles import BUNDLES
 
 

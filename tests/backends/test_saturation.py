@@ -17,7 +17,8 @@ from deploykit.calibration.images import calibration_set
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.errors import SaturationWarning, SpecError
 from deploykit.export.job import ExportJob, checked
-from deploykit.facade import create_backbone, export_backbone, load_bundle
+from deploykit.facade import create_backbone, export_backbone
+from deploykit.loading import load_bundle
 from deploykit.options import ExportOptions
 from deploykit.processor import Processor
 from deploykit.spec import Fp32, Int8

@@ -17,7 +17,7 @@ import pytest
 from deploykit.bundle import read_manifest, write_manifest
 from deploykit.cli.main import main
 from deploykit.errors import BundleError, MissingDependency, SpecError, StorageError
-from deploykit.facade import load_bundle
+from deploykit.loading import load_bundle
 from deploykit.reports.errors import errors_apart
 from deploykit.reports.write import write_report
 

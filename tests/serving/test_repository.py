@@ -21,7 +21,7 @@ import pytest
 import deploykit
 from deploykit.bundle import open_bundle, read_manifest
 from deploykit.errors import BundleError, SpecError, StorageError
-from deploykit.facade import load_bundle
+from deploykit.loading import load_bundle
 from deploykit.serving.repository import write_repository
 from tests.accuracy.small_classifier import NAMES, export
 from tests.backends.bundles import write_bundle
