@@ -13,6 +13,7 @@ import torch
 from deploykit.backbones.attention import onnx_translations
 from deploykit.errors import ExportError, plain_reason
 from deploykit.export.output_names import name_outputs
+from deploykit.export.undecomposed import undecomposed
 from deploykit.fusion.constants import hint, shape_of
 from deploykit.fusion.locate import describe_node
 from deploykit.fusion.quiet import quiet_torch
@@ -41,7 +42,7 @@ def to_onnx(program: torch.export.ExportedProgram, spec: InputSpec, outputs: Seq
     try:
         with quiet_torch():
             exported = torch.onnx.export(
-                program,
+                undecomposed(program),
                 dynamo=True,
                 input_names=[spec.name],
                 # Names that no tensor of the network has; the optimizer goes by names.
