@@ -7,7 +7,7 @@ from typing import Any
 
 from deploykit.arguments import check_arguments
 from deploykit.backends.runtime import Runtime
-from deploykit.backends.table import load_backend
+from deploykit.backends.table import backend_of
 from deploykit.bundle import open_bundle
 from deploykit.errors import EngineMismatch
 from deploykit.names import path_of
@@ -55,7 +55,7 @@ def load_bundle(
 
         check_signature(path, manifest, signed_by)
         trust = True if trust is None else trust
-    adapter = load_backend(manifest.runtime).load_adapter()
+    adapter = backend_of(manifest).load_adapter()
     tuning = UNSET if tuned else None
     opened: dict[str, Any] = {"device": device, "threads": check_threads(threads), "hint": checked_hint(hint)}
     try:

@@ -24,7 +24,7 @@ from deploykit.arrays import ImageArray
 from deploykit.backends.backend import Backend, Setting
 from deploykit.backends.runtime import LATENCY_IN_FLIGHT, RUNS_AHEAD, Runtime
 from deploykit.backends.stream import MOST_IN_FLIGHT
-from deploykit.backends.table import load_backend
+from deploykit.backends.table import backend_of
 from deploykit.backends.tuning import Tuning, forget, remember
 from deploykit.bench import random_images, throughput
 from deploykit.bundle import open_bundle
@@ -104,7 +104,7 @@ def tune(
         raise SpecError(f"seconds is {seconds!r}; expected a time above 0.")
     folder = Path(bundle)
     manifest = open_bundle(folder)
-    backend = load_backend(manifest.runtime)
+    backend = backend_of(manifest)
     asked: dict[Setting, Sequence[int] | None] = {"threads": threads, "streams": streams, "in_flight": in_flight}
     _check_asked(backend, asked)
     results = []
@@ -130,7 +130,7 @@ def forget_tuning(bundle: str | os.PathLike[str], *, device: str = "auto") -> No
         BundleError: the bundle is damaged.
     """
     manifest = open_bundle(Path(bundle))
-    backend = load_backend(manifest.runtime)
+    backend = backend_of(manifest)
     for hint in get_args(Hint):
         for name in {device, "auto", *(backend.load_devices()() if device == "auto" else ())}:
             forget(manifest, backend, name, hint)

@@ -70,12 +70,17 @@ def verify_bundle(
 
     Raises:
         BundleError: not a bundle, or one that is damaged, or one that cannot be written.
-        SpecError: a reference that takes other images or gives other outputs.
+        SpecError: a reference that takes other images or gives other outputs; or ``record`` in a simulator.
         IncompatibleEngine, DeviceUnavailable: the engine cannot run here.
     """
     check_arguments(verify_bundle, locals())
     path = path_of(folder)
     with load_bundle(path, device=device, threads=threads, trust=trust, signed_by=signed_by) as model:
+        if record and model.simulator is not None:
+            raise SpecError(
+                f"record was given, and the engine runs here in {model.simulator}, which says nothing of its device. "
+                "Leave record out, or verify the bundle on the device."
+            )
         seen_on = model.seen_on()
         verification = Verification(model)
         report = verification.report()

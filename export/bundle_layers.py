@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from deploykit.backends.engine_file import EngineFile
 from deploykit.backends.onnx_external import load_external_data
-from deploykit.backends.table import engine_names, load_backend
+from deploykit.backends.table import backend_of, engine_names, load_backend
 from deploykit.bundle import open_bundle
 from deploykit.bundle_files import PLAN_FILE, PLAN_FILES
 from deploykit.errors import SpecError
@@ -76,7 +76,7 @@ def engine_graph(folder: Path, manifest: Manifest) -> tuple[ir.Model, Any]:
     Raises:
         SpecError: the engine is no ONNX graph.
     """
-    if not manifest.engine.endswith(".onnx"):
+    if not manifest.engine.endswith(".onnx") or backend_of(manifest).debug is None:
         readable = [name for name in engine_names() if load_backend(name).source == "onnx" and load_backend(name).debug]
         raise SpecError(
             f"{folder} holds {manifest.engine}, whose layers cannot be read; expected an ONNX graph. Fix: export the "

@@ -33,7 +33,7 @@ def prove_conversion(engines: Evaluator, progress: Progress) -> dict[str, float]
 
     A budget for INT8 would take a wrong border or a wrong resize for rounding. A runtime of torch programs has no
     operators of its own to convert to, and half a minute of compilation: there the FP32 engine is held to its budget
-    where the export builds one anyway.
+    where the export builds one anyway. A device without FP32 has no such engine.
 
     Returns:
         The SQNR of each output of the FP32 engine against torch, in dB; empty where none was built.
@@ -43,6 +43,8 @@ def prove_conversion(engines: Evaluator, progress: Progress) -> dict[str, float]
         ParityError: it converts the network wrongly; names the operator.
     """
     job, needed = engines.job, _needs_fp32(engines.job)
+    if Fp32.name not in job.backend.precisions:
+        return {}
     if job.options.precision.name == Fp32.name or not (job.backend.source == "onnx" or needed):
         return {}
     if not job.backend.load_devices()():

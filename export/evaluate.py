@@ -170,7 +170,7 @@ class Evaluator:
     def speed(self, manifest: Manifest, folder: Path, plan: QuantizationPlan) -> SpeedReport | None:
         """Time a built engine against the float ones; None where its device is not here, or is for another machine."""
         backend = self.job.backend
-        if self.job.is_elsewhere:
+        if self.job.is_elsewhere or Fp32.name not in backend.precisions:
             return None
         try:
             with self._opened(manifest, folder) as model:
@@ -245,7 +245,12 @@ class Evaluator:
         """Write a graph into a folder as an engine of the job's runtime."""
         options, backend = self.job.options, self.job.backend
         lowering: Lowering = resolve(str(backend.portable if options.portable else backend.lower))
-        return lowering(graph, folder, LowerOptions(target=options.target, build=options.build, on_step=self._step))
+        return lowering(graph, folder, self._lower_options())
+
+    def _lower_options(self) -> LowerOptions:
+        made_for, options = self.job.made_for, self.job.options
+        settings = {} if made_for is None else made_for.options
+        return LowerOptions(target=options.target, settings=settings, build=options.build, on_step=self._step)
 
     def _step(self, phase: str, done: int, total: int) -> None:
         self._progress(BuildStep(phase=phase, done=done, total=total))

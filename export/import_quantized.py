@@ -16,7 +16,7 @@ from deploykit.arrays import FloatArray, ImageArray
 from deploykit.backbones.features import levels_by_stride
 from deploykit.backends.backend import Backend, Engine, Lowering, LowerOptions, resolve
 from deploykit.backends.runtime import run_in_batches
-from deploykit.backends.table import engine_names, load_backend
+from deploykit.backends.table import backend_of, engine_names, load_backend
 from deploykit.bundle import Manifest, writing
 from deploykit.calibration.channel_scales import fold_channel_scales
 from deploykit.calibration.dialect import Dialect, Rendered
@@ -316,6 +316,6 @@ def _write_references(
     capture(images.astype(np.float32), chosen).save(staging / REFERENCE_FILE)
     if manifest.status == "built":
         return
-    with load_backend(manifest.runtime).load_adapter()(manifest, staging) as model:
+    with backend_of(manifest).load_adapter()(manifest, staging) as model:
         machine = machine_key(model.seen_on(), model.threads)
         measure_baseline(lambda given: run_in_batches(model, given), images, machine).save(staging / BASELINE_FILE)

@@ -18,12 +18,12 @@ from deploykit.calibration.ranges import STATISTICS_VERSION
 from deploykit.calibration.recipes import with_recipe
 from deploykit.errors import SpecError, nearest
 from deploykit.export.network_digest import network_digest
-from deploykit.export.target_options import is_here
+from deploykit.export.target_options import backend_for, is_here
 from deploykit.manifest import MadeFor
 from deploykit.optional import installed_version, require
 from deploykit.options import ExportOptions
 from deploykit.processor import saturates
-from deploykit.spec import DEFAULT_BUILD, InputSpec, Int8
+from deploykit.spec import DEFAULT_BUILD, Fp32, InputSpec, Int8
 from deploykit.target import known_names
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ class ExportJob:
 
     @property
     def backend(self) -> Backend:
-        """The descriptor of the engine's runtime."""
-        return load_backend(self.options.runtime)
+        """The descriptor of the engine's runtime, on the device of its target."""
+        return backend_for(self.options)
 
     @property
     def weights_digest(self) -> str:
@@ -154,6 +154,7 @@ def checked(job: ExportJob) -> ExportJob:
         )
     backend.check_installed()
     _check_sizes(backend, job)
+    _check_batch(backend, options)
     _check_ray(options)
     _check_target(backend, options)
     _check_build(backend, options)
@@ -193,6 +194,14 @@ def _check_sizes(backend: Backend, job: ExportJob) -> None:
         raise SpecError(
             f"image_size is the range {sizes}, and a network after quantization-aware training is exported for one "
             "size. Give one size to prepare_qat."
+        )
+
+
+def _check_batch(backend: Backend, options: ExportOptions) -> None:
+    if not backend.batches and not isinstance(options.batch, int):
+        raise SpecError(
+            f"batch_size is {options.batch}, and engines of {backend.title} take one batch size. Give a number of "
+            "images."
         )
 
 
@@ -241,14 +250,31 @@ def _check_portable(backend: Backend, options: ExportOptions) -> None:
         )
 
 
+def _check_fp32(backend: Backend, options: ExportOptions) -> None:
+    """Refuse what is measured beside FP32, where the device has none."""
+    mixed = isinstance(options.precision, Int8) and options.precision.mixed_precision
+    asked = {
+        "mixed_precision": mixed,
+        "time_against_fp32": options.time_against_fp32,
+        "require_speedup": options.require_speedup,
+    }
+    given = [name for name, is_asked in asked.items() if is_asked]
+    if given and Fp32.name not in backend.precisions:
+        raise SpecError(
+            f"{given[0]} was given, which measures beside fp32, and {backend.title} has "
+            f"{', '.join(backend.precisions)}. Leave it out."
+        )
+
+
 def _check_precision(backend: Backend, job: ExportJob) -> None:
     precision, spec = job.options.precision, job.backbone.spec
     if precision.name not in backend.precisions:
-        raise SpecError(f"the {backend.name} runtime has no {precision.name}; it has {', '.join(backend.precisions)}.")
+        raise SpecError(f"the {backend.title} runtime has no {precision.name}; it has {', '.join(backend.precisions)}.")
+    _check_fp32(backend, job.options)
     if isinstance(precision, Int8):
         if precision.float_dtype not in backend.int8_float_dtypes:
             raise SpecError(
-                f"the {backend.name} runtime has no int8 with {precision.float_dtype} beside it; it has "
+                f"the {backend.title} runtime has no int8 with {precision.float_dtype} beside it; it has "
                 f"{', '.join(backend.int8_float_dtypes)}. Leave float_dtype out."
             )
         with_recipe(precision, job.backbone.family)

@@ -16,7 +16,7 @@ from deploykit.backbones.inference_copy import inference_copy
 from deploykit.backbones.random_state import kept_random_states
 from deploykit.backends.backend import Engine
 from deploykit.backends.runtime import Runtime, machine, run_in_batches
-from deploykit.backends.table import load_backend
+from deploykit.backends.table import backend_of
 from deploykit.bundle import Manifest
 from deploykit.calibration.images import CalibrationSet
 from deploykit.calibration.torch_half import cast_to_half
@@ -26,7 +26,7 @@ from deploykit.graph import Graph, OnnxGraph, TorchProgram
 from deploykit.images.preprocess import denormalize
 from deploykit.onnx_session import graph_batch, onnx_session
 from deploykit.parity.compare import LOGITS, compare
-from deploykit.parity.report import ELSEWHERE, LevelParity, ParityReport
+from deploykit.parity.report import ELSEWHERE, LevelParity, ParityReport, simulated
 from deploykit.places import scratch_folder
 from deploykit.processor import this_processor
 from deploykit.spec import InputSpec, Int8, Precision
@@ -108,8 +108,8 @@ def measure(
         whole: the same graph with every level as an output. Where it has more of them than the engine,
             it is lowered in the same way and shows the levels inside. None: only what the engine gives.
         lower: the lowering that made the engine.
-        elsewhere: the engine is for another machine: what it gives on this one is in the report, and the status
-            stays ``built``.
+        elsewhere: the engine is for another machine: what it gives on this one, or in a simulator of its device, is in
+            the report, and the status stays ``built``.
 
     Returns:
         The report, and the manifest with what was seen of the engine and where. Where its device is not here,
@@ -118,7 +118,7 @@ def measure(
     """
     own = ELSEWHERE if elsewhere else "engine"
     try:
-        if elsewhere:
+        if elsewhere and backend_of(manifest).uses_cpu:
             _check_products(precision)
         levels, seen_on = _levels_of(manifest, folder, images, expected, precision, measured_on=own)
         seen = replace(manifest, seen_on=seen_on)
@@ -131,7 +131,8 @@ def measure(
         seen = replace(manifest, seen_on=machine())
         levels = _proxy_levels(whole or graph, images, expected, precision)
     report = _report(manifest, precision, levels, images=len(images))
-    seen = replace(seen, seen_on=machine()) if elsewhere else seen
+    if elsewhere and "simulator" not in seen.seen_on:
+        seen = replace(seen, seen_on=machine())
     ran = "device" in seen.seen_on
     return report, replace(seen, status="parity_checked" if report.passed else "executed") if ran else seen
 
@@ -191,7 +192,8 @@ def _levels_of(
 ) -> tuple[tuple[LevelParity, ...], dict[str, str]]:
     """Open an engine and compare what it gives; also the machine that ran it."""
     with open_here(manifest, folder) as model:
-        levels = _compare(run_in_batches(model, images), expected, precision, measured_on=measured_on)
+        where = measured_on if model.simulator is None else simulated(model.simulator)
+        levels = _compare(run_in_batches(model, images), expected, precision, measured_on=where)
         return levels, model.seen_on()
 
 
@@ -206,15 +208,18 @@ def _check_products(precision: Precision) -> None:
 
 
 def open_here(manifest: Manifest, folder: Path) -> Runtime:
-    """Open an engine on the device that it is for, whatever machine this is: an export says where its numbers are from.
+    """Open an engine on the device that it is for, or in a simulator of it, whatever machine this is.
+
+    An export says where its numbers are from.
 
     Raises:
-        DeviceUnavailable: there is no such device here.
+        DeviceUnavailable: there is no such device here, and no simulator.
     """
-    adapter, made_for = load_backend(manifest.runtime).load_adapter(), manifest.made_for
+    backend, made_for = backend_of(manifest), manifest.made_for
     if made_for is not None:
         manifest = replace(manifest, made_for=replace(made_for, machine=None, instructions=()))
-    return adapter(manifest, folder)
+    simulator = backend.simulator if backend.simulator in backend.load_devices()() else None
+    return backend.load_adapter()(manifest, folder, device=simulator or "auto")
 
 
 def node_by_node(graph: OnnxGraph, images: ImageArray) -> dict[str, FloatArray]:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from deploykit.arrays import FloatArray
 from deploykit.backends.engine_file import EngineFile
 from deploykit.backends.onnx_external import load_external_data
-from deploykit.backends.table import engine_names, load_backend
+from deploykit.backends.table import backend_of, engine_names, load_backend
 from deploykit.bundle import open_bundle
 from deploykit.child_process import child_environment, run_code, run_module
 from deploykit.errors import DeployKitError, ExportError, SpecError
@@ -45,7 +45,7 @@ def reduce_bundle(folder: Path, output: Path) -> str | None:
         ExportError: polygraphy failed, with the end of its log.
     """
     manifest = open_bundle(folder, leave_engine=True)
-    if not load_backend(manifest.runtime).reducible or not manifest.engine.endswith(".onnx"):
+    if not backend_of(manifest).reducible or not manifest.engine.endswith(".onnx"):
         reducible = [name for name in engine_names() if load_backend(name).reducible]
         raise SpecError(
             f"{folder} holds {manifest.engine}, and only bundles that hold an ONNX graph can be reduced: those of "

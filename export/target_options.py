@@ -61,7 +61,7 @@ def export_options(
     wanted = described.precision if precision is UNSET else precision
     name = wanted if isinstance(wanted, str) else wanted.name
     choice = _choice(described, runtime, name)
-    backend, finished_there = load_backend(choice.name), given(portable, choice.portable)
+    backend, finished_there = _backend(choice), given(portable, choice.portable)
     return ExportOptions(
         runtime=choice.name,
         precision=_precision(wanted, settings, choice.int8 if name == Int8.name else {}),
@@ -80,6 +80,12 @@ def _described(target: str | None, runtime: str | UnsetType) -> Target | None:
     if found is None or runtime is UNSET or target == found.name:
         return found
     return None if target in load_backend(str(runtime)).targets else found
+
+
+def backend_for(options: ExportOptions) -> Backend:
+    """Return the descriptor of the engine that is asked for: of its runtime, on the device of its target."""
+    target, backend = options.made_for, load_backend(options.runtime)
+    return backend if target is None else backend.on_device(target.choice(options.runtime).device)
 
 
 def own_target(backend: Backend, target: Target) -> str | None:
@@ -110,7 +116,7 @@ def check_runtimes(target: Target) -> None:
         SpecError: naming the runtime or the precision.
     """
     for choice in target.runtime:
-        backend = load_backend(choice.name)
+        backend = _backend(choice)
         if not backend.has_engines:
             raise SpecError(
                 f"the target {target.name} names {choice.name}, which has no engines. "
@@ -124,7 +130,7 @@ def check_runtimes(target: Target) -> None:
         for key in choice.options:
             if key not in backend.open_options:
                 raise SpecError(
-                    f"the target {target.name} sets {key!r} of {choice.name}. "
+                    f"the target {target.name} sets {key!r} of {backend.title}. "
                     f"{nearest(key, backend.open_options) if backend.open_options else 'It has no such settings.'}"
                 )
 
@@ -162,18 +168,23 @@ def _choice(target: Target, runtime: str | UnsetType, precision: str) -> Runtime
             f"the target {target.name} has the runtimes {', '.join(target.runtimes)}, and runtime={runtime!r} was "
             "given. Choose one of these, or leave runtime out."
         )
-    able = [choice for choice in target.runtime if precision in load_backend(choice.name).precisions]
+    able = [choice for choice in target.runtime if precision in _backend(choice).precisions]
     if not able:
-        raise SpecError(f"no runtime of the target {target.name} has {precision}: {', '.join(target.runtimes)}.")
-    first, others = load_backend(able[0].name), [each.name for each in able[1:]]
+        have = (f"{_backend(each).title} has {', '.join(_backend(each).precisions)}" for each in target.runtime)
+        raise SpecError(f"no runtime of the target {target.name} has {precision}: {'; '.join(have)}.")
+    first, others = _backend(able[0]), able[1:]
     try:
         first.check_installed()
     except MissingDependency as error:
-        installed = [name for name in others if load_backend(name).installed_version()]
+        installed = [each.name for each in others if _backend(each).installed_version()]
         hint = f" Or choose another of its runtimes: runtime={installed[0]!r}." if installed else ""
-        message = f"the target {target.name} prefers {first.name}: {error}{hint}"
+        message = f"the target {target.name} prefers {first.title}: {error}{hint}"
         raise MissingDependency(message, package=error.package, command=error.command) from error
     return able[0]
+
+
+def _backend(choice: RuntimeChoice) -> Backend:
+    return load_backend(choice.name).on_device(choice.device)
 
 
 def _precision(wanted: str | Precision, settings: Mapping[str, Any] | None, by_target: Mapping[str, Any]) -> Precision:

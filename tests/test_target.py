@@ -34,14 +34,16 @@ def test_every_file_names_runtimes_that_are_there_and_where_its_figures_are_from
     check_runtimes(target)
     assert set(target.runtimes) <= BACKENDS.keys()
     for choice in target.runtime:
-        backend = load_backend(choice.name)
+        backend = load_backend(choice.name).on_device(choice.device)
         assert target.precision in backend.precisions
         assert choice.int8.get("float_dtype", "fp32") in backend.int8_float_dtypes
         if backend.targets and not choice.portable:
             assert own_target(backend, target) is not None
     text = (FOLDER / f"{name}.toml").read_text(encoding="utf-8")
-    above = re.findall(r"^# .+\n(?:# .+\n)*(instructions|compute_capability|memory_mb|version) = ", text, re.MULTILINE)
-    figures = re.findall(r"^(instructions|compute_capability|memory_mb|version) = ", text, re.MULTILINE)
+    above = re.findall(
+        r"^# .+\n(?:# .+\n)*(instructions|compute_capability|memory_mb|version|options) = ", text, re.MULTILINE
+    )
+    figures = re.findall(r"^(instructions|compute_capability|memory_mb|version|options) = ", text, re.MULTILINE)
     assert sorted(above) == sorted(figures), "a figure without its source above it"
 
 

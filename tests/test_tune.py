@@ -154,6 +154,6 @@ def test_what_is_no_setting_is_refused(bundle, options, said):
 @pytest.mark.parametrize(("tunable", "said"), [((), "in one way"), (("threads",), "has no streams to tune")])
 def test_a_runtime_without_the_setting_says_so(bundle, monkeypatch, tunable, said):
     backend = dataclasses.replace(load_backend(read_manifest(bundle).runtime), tunable=tunable)
-    monkeypatch.setattr(tune_module, "load_backend", lambda name: backend)
+    monkeypatch.setattr(tune_module, "backend_of", lambda manifest: backend)
     with pytest.raises(SpecError, match=said):
         tune(bundle, streams=[2])

@@ -38,20 +38,27 @@ class Backend:
     Args:
         name: what users call the runtime.
         package: what must be installed to open and to build its engines.
+        plugin: what must be installed beside it.
         precisions: those that it has.
         int8_float_dtypes: what may stay in float beside INT8.
         version_rule: which installed versions open an engine.
         least_version: ``(engine, name) -> str | None``: the oldest version that reads an engine's bytes; None: the one
             that built it.
         image_sizes: one engine takes a range of image sizes.
+        batches: one engine takes a range of batches.
         uses_cpu: INT8 products run on the CPU, where some processors saturate.
         targets: what engines can be built for, by name; empty: nothing to choose.
         source: the form that is lowered: an ONNX graph or a torch program.
         systems: where its engines run, as `platform.system` says; empty: wherever its package is.
         devices: ``() -> tuple[str, ...]``: the devices of this machine; needs the package.
+        accelerators: devices whose engines are built and opened in a way of their own, each with the path of the
+            `Backend` that says how.
+        accelerator: of such a descriptor, its device; None: it is the runtime's own.
+        simulator: of such a descriptor, the device that stands in for it where it is not here; None: none does.
         tie: ``() -> dict[str, str]``: what an engine that is built here is tied to beside its target and the version,
             such as the processor's instructions; None: nothing.
-        open_options: the runtime's own settings that an edge target may give when an engine is opened.
+        open_options: the runtime's own settings that an edge target may give, for the build and the opening of an
+            engine.
         tunable: which of ``threads``, ``streams`` and ``in_flight`` change its speed, for ``deploykit tune``.
         place: ``(backbone, precision, device, embed_preprocessing, threads) -> module``, for a runtime that runs the
             torch module itself and has no engines; None: engines.
@@ -73,16 +80,21 @@ class Backend:
 
     name: str
     package: OptionalPackage
+    plugin: OptionalPackage | None = None
     precisions: tuple[str, ...]
     int8_float_dtypes: tuple[str, ...] = ("fp32",)
     version_rule: VersionRule = "exact"
     least_version: str | None = None
     image_sizes: bool = False
+    batches: bool = True
     uses_cpu: bool = True
     targets: tuple[str, ...] = ()
     source: Literal["onnx", "torch"] = "onnx"
     systems: tuple[str, ...] = ()
     devices: str
+    accelerators: dict[str, str] = field(default_factory=dict)
+    accelerator: str | None = None
+    simulator: str | None = None
     tie: str | None = None
     open_options: tuple[str, ...] = ()
     tunable: tuple[Setting, ...] = ()
@@ -100,6 +112,25 @@ class Backend:
     serving: str | None = None
     reducible: bool = False
     demo: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """What people call it: the runtime, and its device where that has engines of its own."""
+        return self.name if self.accelerator is None else f"{self.name} on {self.accelerator}"
+
+    def on_device(self, device: str) -> Backend:
+        """Return the descriptor of the engines of a device: its own where it has one, and else this one."""
+        backend: Backend = resolve(self.accelerators[device]) if device in self.accelerators else self
+        return backend
+
+    def with_accelerators(self) -> tuple[Backend, ...]:
+        """Return this descriptor and those of its accelerators."""
+        return (self, *map(self.on_device, self.accelerators))
+
+    @property
+    def own_package(self) -> OptionalPackage:
+        """The package that it alone needs: its plugin, or else the runtime's."""
+        return self.plugin or self.package
 
     @property
     def has_engines(self) -> bool:
@@ -126,12 +157,15 @@ class Backend:
             )
 
     def require(self) -> ModuleType:
-        """Import the runtime's package.
+        """Import the runtime's package, and its plugin where it has one.
 
         Raises:
-            MissingDependency: it is not installed; the message has the pip command.
+            MissingDependency: one is not installed; the message has the pip command.
         """
-        return require(self.package.module, self.package)
+        package = require(self.package.module, self.package)
+        if self.plugin is not None:
+            require(self.plugin.module, self.plugin)
+        return package
 
     def check_installed(self) -> None:
         """Import the runtime's package, or, where it only builds on this system, look for it.
@@ -147,6 +181,11 @@ class Backend:
     def installed_version(self) -> str | None:
         """Return the installed version of the package, without importing it; None when absent."""
         return installed_version(self.package.module, self.package)
+
+    def own_version(self) -> str | None:
+        """Return the installed version of `own_package`, without importing it; None: it or the runtime is absent."""
+        version = self.installed_version()
+        return version if version is None or self.plugin is None else installed_version(self.plugin.module, self.plugin)
 
     def machine_tie(self) -> dict[str, str]:
         """Return what an engine that is built on this machine is tied to; needs the package."""
@@ -190,9 +229,13 @@ class Serving:
 
 @dataclass(frozen=True, kw_only=True)
 class LowerOptions:
-    """What a lowering is told beside the graph; ``on_step`` hears of the build's own phases."""
+    """What a lowering is told beside the graph.
+
+    ``settings`` are the runtime's own, as the target gives them; ``on_step`` hears of the build's own phases.
+    """
 
     target: str | None = None
+    settings: dict[str, str] = field(default_factory=dict)
     build: BuildOptions = DEFAULT_BUILD
     on_step: StepListener = lambda phase, done, total: None
 

@@ -34,15 +34,19 @@ _OPERATOR = {"node": 4}
 _KEY, _VALUE = 1, 2
 
 
-def load_external_data(engine: EngineFile) -> tuple[str, ...]:
+def load_external_data(engine: EngineFile, *, compiled: bool = False) -> tuple[str, ...]:
     """Read the external weights of an ONNX engine from its bundle; returns their names, as the model has them.
+
+    Args:
+        engine: of the bundle.
+        compiled: it is machine code, which deploykit wrote there for the device that it was made for.
 
     Raises:
         BundleError: a name leads out of the bundle or is not recorded in it, the model holds code that another
             program compiled, or it cannot be read.
     """
     locations, operators = references(engine.read(), engine.name)
-    if _PRECOMPILED in operators:
+    if _PRECOMPILED in operators and not compiled:
         raise BundleError(
             f"{engine.name} holds a node of type {_PRECOMPILED.decode()}: code that was compiled elsewhere, which "
             "deploykit never writes. Do not open this bundle."

@@ -25,7 +25,7 @@ from deploykit.backends.backend import Backend
 from deploykit.backends.engine_file import EngineFile, read_verified
 from deploykit.backends.input_checks import check_images, from_torch
 from deploykit.backends.onnx_external import load_external_data
-from deploykit.backends.table import load_backend
+from deploykit.backends.table import backend_of
 from deploykit.backends.tuning import Tuning, remembered, tell
 from deploykit.errors import (
     BundleError,
@@ -86,6 +86,9 @@ class Runtime(ABC):
         IncompatibleEngine: the engine was built by a runtime version that this one cannot read.
     """
 
+    simulator: str | None = None
+    """What computes in place of the engine's device, which is not here; None: the device itself."""
+
     def __init__(
         self,
         manifest: Manifest,
@@ -104,7 +107,7 @@ class Runtime(ABC):
         self._options: dict[str, Any] = {"device": device, "threads": threads, "hint": hint, "trust": True}
         self._folder = folder.absolute()
         self._process = os.getpid()
-        self.backend: Backend = load_backend(manifest.runtime)
+        self.backend: Backend = backend_of(manifest)
         self.backend.check_system()
         self.backend.require()
         self._choose_threads(manifest, device, check_threads(threads), tuning)
@@ -125,7 +128,7 @@ class Runtime(ABC):
             if manifest.files and self.backend.is_code(manifest.engine):
                 check_trust(folder, manifest.engine, self._engine_file.records, trust)
             if self._engine_file.name.endswith(".onnx"):
-                load_external_data(self._engine_file)
+                load_external_data(self._engine_file, compiled=self.backend.is_code(manifest.engine))
             self.device = self._open(self._engine_file, device)
         except BaseException:
             self._engine_file.close()
@@ -268,9 +271,12 @@ class Runtime(ABC):
         return predict(self, self.manifest.backbone, image, top)
 
     def seen_on(self) -> dict[str, str]:
-        """Return the machine, the device and the versions that run this engine, for a bundle's manifest."""
-        version = self.backend.installed_version() or "unknown"
-        return machine() | {"device": self.device, self.backend.package.module: version}
+        """Return the machine, the device and the versions that run this engine, for a bundle's manifest.
+
+        In a simulator of its device there is no ``device``, and ``simulator`` in its place.
+        """
+        where = {"device": self.device} if self.simulator is None else {"simulator": self.simulator}
+        return machine() | where | {self.backend.package.module: self.backend.installed_version() or "unknown"}
 
     def read_file(self, name: str) -> bytes:
         """Read another file of the engine's bundle: the one that its manifest describes.
@@ -346,7 +352,7 @@ class Runtime(ABC):
     def _warn_of_another_machine(self) -> None:
         """Say so where this machine is not of the kind that the engine was made for."""
         target = self.manifest.made_for
-        if target is None:
+        if target is None or self.simulator is not None:
             return
         here = this_processor()
         missing = [name for name in target.instructions if name not in here.int8]
@@ -394,7 +400,7 @@ class Runtime(ABC):
 
 def _reopen(manifest: Manifest, folder: Path, options: dict[str, Any]) -> Runtime:
     """Open a pickled engine: the folder must still hold the files that the manifest describes."""
-    return load_backend(manifest.runtime).load_adapter()(manifest, folder, **options)
+    return backend_of(manifest).load_adapter()(manifest, folder, **options)
 
 
 def _abandon_engines() -> None:

@@ -11,6 +11,8 @@ from deploykit.errors import DeployKitError, SpecError, nearest
 if TYPE_CHECKING:
     import importlib.metadata
 
+    from deploykit.manifest import Manifest
+
 BACKENDS: dict[str, str] = {
     "torch": "deploykit.backends.torch.backend:BACKEND",
     "torch_compile": "deploykit.backends.inductor.backend:BACKEND",
@@ -78,6 +80,16 @@ def load_backend(name: str) -> Backend:
         meant = SYNONYMS.get(name.lower(), name)
         raise SpecError(f"unknown runtime {name!r}. {nearest(meant, backend_names())}")
     return _load_entry_point(name)
+
+
+def backend_of(manifest: Manifest) -> Backend:
+    """Return the descriptor of a bundle's engine: that of its runtime on the device that it was made for.
+
+    Raises:
+        SpecError: no such runtime.
+    """
+    backend = load_backend(manifest.runtime)
+    return backend if manifest.made_for is None else backend.on_device(manifest.made_for.device)
 
 
 @functools.cache

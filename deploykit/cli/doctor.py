@@ -28,7 +28,7 @@ _PROBE = """
 import json, sys
 from deploykit.backends.backend import Backend
 from deploykit.backends.table import load_backend
-backend = load_backend(sys.argv[1])
+backend = load_backend(sys.argv[1]).on_device(sys.argv[2])
 backend.require()
 print("devices:" + json.dumps(backend.load_devices()()))
 """
@@ -36,8 +36,9 @@ print("devices:" + json.dumps(backend.load_devices()()))
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeHealth:
-    """A runtime here: ``version`` None means that its package is absent, and ``install`` is the command.
+    """A runtime here, or one of its devices that needs a package of its own.
 
+    ``version`` None means that its package is absent, and ``install`` is the command.
     ``package`` is the distribution that is installed of it, of which some runtimes have several. ``devices`` are those
     that the adapter can open; ``problem`` says why there are none to name.
     """
@@ -93,29 +94,35 @@ def examine() -> Health:
 
 def _examine_runtimes() -> tuple[RuntimeHealth, ...]:
     """Ask each installed runtime for its devices, each in a process of its own: a broken one may crash it."""
-    backends = [load_backend(name) for name in backend_names()]
+    backends = _backends()
     running = {
-        backend.name: _start_probe(backend.name)
-        for backend in backends
-        if backend.has_system and backend.installed_version() is not None
+        title: _start_probe(backend)
+        for title, backend in backends.items()
+        if backend.has_system and backend.own_version() is not None
     }
     try:
-        return tuple(_health(backend, running.get(backend.name)) for backend in backends)
+        return tuple(_health(backend, running.get(title)) for title, backend in backends.items())
     finally:
         for probe in running.values():
             probe.kill()  # harmless after its end
 
 
+def _backends() -> dict[str, Backend]:
+    """Return every runtime, and behind it its devices that need a package of their own, by title."""
+    found = (each for name in backend_names() for each in load_backend(name).with_accelerators())
+    return {backend.title: backend for backend in found}
+
+
 def _health(backend: Backend, probe: subprocess.Popen[str] | None) -> RuntimeHealth:
-    package = backend.package
+    package = backend.own_package
     devices, problem = _finish_probe(probe) if probe is not None else ((), None)
     builds = package.installed_builds()
     if len(builds) > 1 and problem is None:
         problem = f"{' and '.join(builds)} are both installed, and overwrite each other's files"
     return RuntimeHealth(
-        runtime=backend.name,
+        runtime=backend.title,
         package=package.build if builds else package.module,
-        version=backend.installed_version(),
+        version=backend.own_version(),
         devices=devices,
         problem=problem,
         install=package.repair if builds and problem is not None else package.command,
@@ -126,9 +133,9 @@ def _runtime_modules() -> set[str]:
     return {load_backend(name).package.module for name in backend_names()}
 
 
-def _start_probe(runtime: str) -> subprocess.Popen[str]:
+def _start_probe(backend: Backend) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        run_code(_PROBE, runtime),
+        run_code(_PROBE, backend.name, backend.accelerator or ""),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -158,7 +165,7 @@ def _version_shown(row: RuntimeHealth) -> str:
     """Return the version, after the distribution where that is not the runtime's usual one."""
     if row.version is None:
         return "absent"
-    usual = load_backend(row.runtime).package.distribution
+    usual = _backends()[row.runtime].own_package.distribution
     return row.version if row.package == usual else f"{row.package} {row.version}"
 
 

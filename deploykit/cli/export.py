@@ -11,7 +11,7 @@ from deploykit.cli.backbone_options import BackboneChoice, takes_backbone
 from deploykit.cli.output import JsonFlag, RayFlag, WorkersOption, input_text, show, show_json, size_text, table
 from deploykit.cli.repository import served_lines
 from deploykit.errors import SpecError
-from deploykit.export.target_options import export_options
+from deploykit.export.target_options import backend_for, export_options
 from deploykit.image_sizes import size_text as pixels_text
 from deploykit.labels import LABELS_FILE
 from deploykit.parity.report import ELSEWHERE
@@ -145,7 +145,7 @@ def _check_layout(choice: opt.ExportChoice, layout: str) -> None:
             f"--layout {layout} is for one target, and {len(choice.options)} were given. Fix: export them, and add "
             "each with deploykit repository, under a --name of its own."
         )
-    check_layout(layout, choice.options[0].runtime)
+    check_layout(layout, backend_for(choice.options[0]))
 
 
 def _repository_of(layout: str | None, repository: str | None) -> Path | None:
@@ -159,7 +159,7 @@ def _check_vacant(choice: opt.ExportChoice, backbone: str) -> None:
     from deploykit.serving.repository import check_layout, check_vacant
 
     if choice.layout is not None and choice.repository is not None:
-        layout = check_layout(choice.layout, choice.options[0].runtime)
+        layout = check_layout(choice.layout, backend_for(choice.options[0]))
         check_vacant(choice.repository, backbone, layout)
 
 
@@ -168,7 +168,7 @@ def _served(result: ExportResult, choice: opt.ExportChoice) -> ServedModel | Non
 
     if choice.layout is None or choice.repository is None:
         return None
-    layout = check_layout(choice.layout, result.manifest.runtime)
+    layout = check_layout(choice.layout, backend_for(choice.options[0]))
     return write_repository(result.folder, choice.repository, layout=layout)
 
 
@@ -284,4 +284,7 @@ def _why_built(result: ExportResult) -> str:
     manifest = result.manifest
     if manifest.made_for is not None and any(level.measured_on == ELSEWHERE for level in result.parity.levels):
         return f"It is for {manifest.made_for.title}, and was compared here, on another machine."
+    if manifest.made_for is not None and "simulator" in manifest.seen_on:
+        simulator = manifest.seen_on["simulator"]
+        return f"It is for {manifest.made_for.title}, and was compared here in {simulator}, never on the device."
     return f"It was built and never executed: {manifest.runtime} has no device here."

@@ -83,13 +83,13 @@ def inspect(bundle: BundleArgument, json: JsonFlag = False) -> None:
 
 def _tunings(manifest: Manifest) -> list[Tuning]:
     """Return what `deploykit tune` measured best for the engine on this machine."""
-    from deploykit.backends.table import BACKENDS, load_backend
+    from deploykit.backends.table import BACKENDS, backend_of
     from deploykit.backends.tuning import remembered
 
     if manifest.runtime not in BACKENDS:
         return []
     hints: tuple[Hint, ...] = ("latency", "throughput")
-    found = [remembered(manifest, load_backend(manifest.runtime), "auto", hint) for hint in hints]
+    found = [remembered(manifest, backend_of(manifest), "auto", hint) for hint in hints]
     return [each for each in found if each is not None]
 
 

@@ -100,6 +100,7 @@ def _min_max_opt(batch: tuple[int, int, int]) -> tuple[int, int, int]:
 def _runtime_row(target: Target, choice: RuntimeChoice) -> list[str]:
     from deploykit.backends.table import load_backend
 
-    own = "what it finds" if choice.portable else own_target(load_backend(choice.name), target) or "any"
+    backend = load_backend(choice.name).on_device(choice.device)
+    own = "what it finds" if choice.portable else own_target(backend, target) or "any"
     settings = [f"{key} {value}" for key, value in (choice.int8 | choice.options).items()]
     return [choice.name, choice.device, own, choice.version or "any", ", ".join(settings)]

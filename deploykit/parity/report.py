@@ -39,6 +39,11 @@ ELSEWHERE = "engine, on another machine"
 """Where the levels of an engine were measured that is for another machine than the one that ran it."""
 
 
+def simulated(simulator: str) -> str:
+    """Return where the levels of an engine were measured that ran in a simulator of its device."""
+    return f"engine, in {simulator}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class LevelParity:
     """The figures of one feature level, of the logits, or of the embedding.

@@ -13,8 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, TypeAlias, cast, get_args
 
 from deploykit.arguments import check_arguments
-from deploykit.backends.backend import Serving, resolve
-from deploykit.backends.table import load_backend
+from deploykit.backends.backend import Backend, Serving, resolve
+from deploykit.backends.table import backend_of
 from deploykit.errors import BundleError, SpecError, nearest
 from deploykit.labels import LABELS_FILE
 from deploykit.locks import locked_folder
@@ -85,8 +85,9 @@ def write_repository(
     name = name if name is not None else model_name(manifest.backbone.name)
     if not _NAME.fullmatch(name):
         raise SpecError(f"the name of the model is {name!r}; expected letters, digits, '_', '-' and '.'.")
-    serving = _serving_of(manifest.runtime)
-    plan = _plan(shipment, serving, check_layout(layout, manifest.runtime), name, version)
+    backend = backend_of(manifest)
+    serving = _serving_of(backend)
+    plan = _plan(shipment, serving, check_layout(layout, backend), name, version)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with locked_folder(root, f"to add the model {name}", seconds=_LOCK_SECONDS):
@@ -130,26 +131,25 @@ def _version_folder(layout: Layout, version: int) -> str:
     return f"v{version}" if layout == "kserve" else str(version)
 
 
-def check_layout(layout: str, runtime: str) -> Layout:
-    """Return a layout whose server opens engines of a runtime.
+def check_layout(layout: str, backend: Backend) -> Layout:
+    """Return a layout whose server opens engines of a backend.
 
     Raises:
         SpecError: no such layout, or its server does not.
     """
     if layout not in get_args(Layout):
         raise SpecError(f"layout is {layout!r}. {nearest(str(layout), get_args(Layout))}")
-    serving = _serving_of(runtime)
+    serving = _serving_of(backend)
     if (layout == "triton" and serving.triton_backend is None) or (layout == "ovms" and serving.model_server is None):
         raise SpecError(
-            f"the server of the layout {layout!r} opens no {runtime} engines by itself. Choose 'triton-python' or "
-            "'kserve', where deploykit opens them, or export the backbone for another runtime."
+            f"the server of the layout {layout!r} opens no {backend.title} engines by itself. Choose 'triton-python' "
+            "or 'kserve', where deploykit opens them, or export the backbone for another runtime."
         )
     return cast("Layout", layout)
 
 
-def _serving_of(runtime: str) -> Serving:
-    path = load_backend(runtime).serving
-    serving: Serving = resolve(path) if path is not None else Serving()
+def _serving_of(backend: Backend) -> Serving:
+    serving: Serving = resolve(backend.serving) if backend.serving is not None else Serving()
     return serving
 
 

@@ -63,7 +63,7 @@ class OnnxRuntime(Runtime):
         active = session.get_providers()[0]
         if active != PROVIDERS[name]:
             raise DeviceUnavailable(_fell_back(PROVIDERS[name], active))
-        _check_outputs(session, self._output_names, engine)
+        check_outputs(session, self._output_names, engine)
         self._session: Session | None = session
         self._input_name = self.input_spec.name
         self._names = list(self._output_names)
@@ -141,7 +141,12 @@ def _fell_back(wanted: str, active: str) -> str:
     )
 
 
-def _check_outputs(session: Session, expected: tuple[str, ...], engine: EngineFile) -> None:
+def check_outputs(session: Session, expected: tuple[str, ...], engine: EngineFile) -> None:
+    """Refuse an engine without the outputs that its manifest names.
+
+    Raises:
+        BundleError: it lacks one.
+    """
     found = [output.name for output in session.get_outputs()]
     missing = [name for name in expected if name not in found]
     if missing:

@@ -15,6 +15,7 @@ BACKEND = Backend(
     open_options=("arena_extend_strategy", "cudnn_conv_algo_search", "gpu_mem_limit"),
     tunable=("threads", "streams", "in_flight"),
     devices="deploykit.backends.onnxruntime.adapter:OnnxRuntime.devices",
+    accelerators={"qnn": "deploykit.backends.onnxruntime.qnn.backend:BACKEND"},
     adapter="deploykit.backends.onnxruntime.adapter:OnnxRuntime",
     dialect="deploykit.backends.onnxruntime.passes:DIALECT",
     lower="deploykit.backends.onnxruntime.lower:lower",

@@ -18,6 +18,8 @@ Found by opening one-node models in every release from 1.19 on; onnxruntime.ai/d
 
 KNOWN_OPERATORS: dict[tuple[str, str], str] = {
     ("com.microsoft", "Attention"): "1.19",
+    # As old as the first release that loads the plugin which reads it (onnxruntime-qnn's metadata: 1.24.2).
+    ("com.microsoft", "EPContext"): "1.24",
     ("com.microsoft", "MatMulIntegerToFloat"): "1.19",
 }
 """The operators beside ONNX's own that deploykit writes, with the first release of `RELEASES` that has them

@@ -28,6 +28,23 @@ class OrtOptions(Protocol):
         """Set one of the keys of onnxruntime_session_options_config_keys.h."""
         ...
 
+    def add_provider_for_devices(self, devices: Sequence[EpDevice], options: Mapping[str, str]) -> None:
+        """Run on devices of an execution provider that is a plugin."""
+        ...
+
+
+class HardwareDevice(Protocol):
+    """``onnxruntime.OrtHardwareDevice``."""
+
+    type: object
+
+
+class EpDevice(Protocol):
+    """``onnxruntime.OrtEpDevice``: an execution provider on a device."""
+
+    ep_name: str
+    device: HardwareDevice
+
 
 class OrtRunOptions(Protocol):
     """``onnxruntime.RunOptions``."""
@@ -65,10 +82,17 @@ class OptimizationLevels(Protocol):
     ORT_DISABLE_ALL: object
 
 
+class HardwareTypes(Protocol):
+    """``onnxruntime.OrtHardwareDeviceType``."""
+
+    NPU: object
+
+
 class OnnxRuntimePackage(Protocol):
-    """The module onnxruntime."""
+    """The module onnxruntime; what plugins need is there from 1.23 on."""
 
     __version__: str
+    OrtHardwareDeviceType: HardwareTypes
     GraphOptimizationLevel: OptimizationLevels
 
     def SessionOptions(self) -> OrtOptions:  # noqa: N802  (the package's name)
@@ -84,10 +108,18 @@ class OnnxRuntimePackage(Protocol):
         model: str | bytes,
         options: OrtOptions,
         *,
-        providers: Sequence[str | tuple[str, Mapping[str, str]]],
+        providers: Sequence[str | tuple[str, Mapping[str, str]]] = (),
         enable_fallback: int = 1,
     ) -> Session:
         """Open a file, by its path, or its bytes."""
+        ...
+
+    def register_execution_provider_library(self, name: str, library: str) -> None:
+        """Load a plugin's library under a name, once in a process."""
+        ...
+
+    def get_ep_devices(self) -> Sequence[EpDevice]:
+        """Return every execution provider, on each of its devices."""
         ...
 
     def get_available_providers(self) -> Sequence[str]:

@@ -21,17 +21,21 @@ def split_gemms(model: ir.Model, plan: QuantizationPlan) -> QuantizationPlan:
     if plan.imported:
         for node in list(model.graph):
             if node.op_type == "Gemm" and node.name in plan.placement.weights:
-                _split(model.graph, node)
+                split_gemm(model.graph, node)
     return plan
 
 
-def _split(graph: ir.Graph, gemm: ir.Node) -> None:
+def split_gemm(graph: ir.Graph, gemm: ir.Node) -> ir.Node:
+    """Write a Gemm over integer weights as a MatMul and an Add, in place; return the node that multiplies.
+
+    One with other factors than 1, or over float weights, stays.
+    """
     source, weight = gemm.inputs[0], gemm.inputs[1]
     restore = weight.producer() if weight is not None else None
     plain = all(gemm.attributes.get_float(name, 1.0) == 1.0 for name in ("alpha", "beta"))
     plain = plain and not gemm.attributes.get_int("transA", False)
     if restore is None or restore.op_type != "DequantizeLinear" or not plain:
-        return
+        return gemm
     if gemm.attributes.get_int("transB", False):
         integers = restore.inputs[0]
         assert integers is not None  # noqa: S101  (an operand that the operator requires; narrows the type)
@@ -46,3 +50,4 @@ def _split(graph: ir.Graph, gemm: ir.Node) -> None:
     if len(gemm.inputs) > 2 and gemm.inputs[2] is not None:
         added.append(ir.node("Add", [added[0].outputs[0], gemm.inputs[2]], name=f"{gemm.name}/add"))
     ir.convenience.replace_nodes_and_values(graph, gemm, [gemm], added, gemm.outputs, added[-1].outputs)
+    return added[0]
