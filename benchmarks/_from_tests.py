@@ -1,4 +1,4 @@
-"""What the benchmarks take from the tests: realistic random weights."""
+"""What the benchmarks take from the tests: realistic random weights, and exports without tables made anew."""
 
 from __future__ import annotations
 
@@ -9,5 +9,6 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from tests.backbones.realistic import randomize as realistic
 from tests.backbones.realistic import settle
+from tests.torch_tables import keep_tables
 
-__all__ = ["realistic", "settle"]
+__all__ = ["keep_tables", "realistic", "settle"]

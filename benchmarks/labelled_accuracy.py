@@ -15,15 +15,12 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch import nn
-from torch.nn import functional as F
+from _trained import Labelled, Network, enlarged, trained
 
 import deploykit
 from deploykit.arrays import FloatArray
@@ -43,103 +40,42 @@ PROXY = "tensorrt (proxy)"
 COLUMNS = ("onnxruntime", "openvino", "torch_compile", PROXY)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Network:
-    """A backbone for digits of ``side`` pixels, trained for ``epochs``."""
-
-    name: str
-    side: int
-    epochs: int
-    rate: float
-    patch_size: int | None = None
-
-
 NETWORKS = (
-    Network(name="resnet18", side=32, epochs=10, rate=1e-3),
-    Network(name="mobilenetv3_small_100", side=64, epochs=30, rate=3e-3),
-    Network(name="vit_tiny_patch16_224", side=32, epochs=30, rate=5e-4, patch_size=8),
-    Network(name="swin_tiny_patch4_window7_224", side=32, epochs=12, rate=3e-4),
+    Network(name="resnet18", side=32, steps=140, rate=1e-3),
+    Network(name="mobilenetv3_small_100", side=64, steps=420, rate=3e-3),
+    Network(name="vit_tiny_patch16_224", side=32, steps=420, rate=5e-4, patch_size=8),
+    Network(name="swin_tiny_patch4_window7_224", side=32, steps=168, rate=3e-4),
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Digits:
-    """Images ``(N, 1, side, side)`` with mean 0 and deviation 1, and their classes ``(N,)``."""
-
-    images: FloatArray
-    labels: npt.NDArray[np.int64]
-
-
-def digits(side: int) -> tuple[Digits, Digits]:
+def digits(side: int) -> tuple[Labelled, Labelled]:
     """The half to train on and the half to test on, shuffled from a fixed seed."""
     from sklearn.datasets import load_digits
 
     source = load_digits()
-    small = torch.from_numpy(source.images[:, None].astype(np.float32))
-    large = F.interpolate(small, size=(side, side), mode="bilinear").numpy()
+    large = enlarged(source.images, side)
     large = (large - large.mean()) / large.std()
     order = np.random.default_rng(0).permutation(len(large))
     half = len(large) // 2
     training, testing = (
-        Digits(images=large[part], labels=source.target[part]) for part in (order[:half], order[half:])
+        Labelled(images=large[part], labels=source.target[part]) for part in (order[:half], order[half:])
     )
     return training, testing
 
 
-def build(network: Network) -> Any:
-    """The backbone with random weights from a fixed seed."""
-    torch.manual_seed(0)
-    return deploykit.create_backbone(
-        network.name, num_classes=10, in_channels=1, image_size=network.side, patch_size=network.patch_size
-    )
-
-
-def train(model: nn.Module, data: Digits, epochs: int, rate: float) -> None:
-    """AdamW with a one-cycle schedule on batches of 64, shifted by up to a tenth of the side."""
-    torch.manual_seed(0)
-    images, labels = torch.from_numpy(data.images), torch.from_numpy(data.labels)
-    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.05)
-    steps = epochs * (len(images) // 64)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
-    reach = images.shape[-1] // 10
-    model.train()
-    for _ in range(epochs):
-        for batch in torch.randperm(len(images))[: len(images) // 64 * 64].reshape(-1, 64):
-            shift = tuple(int(value) for value in torch.randint(-reach, reach + 1, (2,)))
-            loss = F.cross_entropy(model(torch.roll(images[batch], shift, (2, 3))), labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    model.eval()
-
-
-def trained(network: Network, data: Digits, work: Path) -> Any:
-    """The trained backbone; its weights are read from the work folder where they are there."""
-    backbone, path = build(network), work / f"{network.name}.pt"
-    if path.exists():
-        backbone.load_state_dict(torch.load(path, weights_only=True))
-        return backbone.eval()
-    train(backbone, data, network.epochs, network.rate)
-    partial = path.with_suffix(".partial")
-    torch.save(backbone.state_dict(), partial)
-    partial.rename(path)
-    return backbone
-
-
-def accuracy(call: Callable[[FloatArray], Any], data: Digits) -> float:
+def accuracy(call: Callable[[FloatArray], Any], data: Labelled) -> float:
     """Top-1 in percent of a model that takes one image a call."""
     found = [int(np.asarray(call(image[None])).argmax()) for image in data.images]
     return 100 * float(np.mean(np.array(found) == data.labels))
 
 
-def in_torch(backbone: Any, data: Digits) -> float:
+def in_torch(backbone: Any, data: Labelled) -> float:
     """Top-1 in percent of torch FP32."""
     with torch.inference_mode():
         return accuracy(lambda image: backbone(torch.from_numpy(image)), data)
 
 
-def in_runtime(backbone: Any, runtime: str, settings: Int8, calibration: FloatArray, data: Digits) -> float:
+def in_runtime(backbone: Any, runtime: str, settings: Int8, calibration: FloatArray, data: Labelled) -> float:
     """Top-1 in percent of INT8 in a runtime, or of its proxy."""
     if runtime == PROXY:
         return accuracy(_tensorrt_proxy(backbone, settings, calibration), data)

@@ -2,8 +2,9 @@
 
 A group is a set of tensors connected by operators that commute with a positive factor a channel: ReLU,
 pooling, residual additions, products with an unscaled map, and moves of elements. A convolution, a
-linear layer or a LayerNorm writes a group; convolutions and linear layers read it. A group that
-anything else touches (GELU, softmax, a LayerNorm that reads it) cannot be scaled and is left out.
+linear layer or a norm writes a group (a BatchNorm where none before or behind it could take it in, as
+before the convolutions of a pre-activated block); convolutions and linear layers read it. A group that
+anything else touches (GELU, softmax, a norm that reads it) cannot be scaled and is left out.
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ from deploykit.fusion.constants import argument, constant, operand, sizes
 
 _aten = torch.ops.aten
 _CONVOLUTIONS = (_aten.conv2d.default, _aten.conv2d.padding)
-_NORM = _aten.layer_norm.default
+NORM_GAINS: dict[object, int] = {
+    _aten.layer_norm.default: 2,
+    _aten.group_norm.default: 2,
+    _aten.batch_norm.default: 1,
+}
+"""Where each norm's gain is among its arguments; its shift comes behind it."""
 _HOMOGENEOUS = (
     _aten.relu.default,
     _aten.relu_.default,
@@ -83,23 +89,30 @@ class _Finder:
             kept = self._kept_axis(node)
             if self._is_layer(node):
                 self._layer(node)
-            elif node.target == _NORM and len(argument(node, 1, "normalized_shape", ())) == 1:
-                self._block(node)
-                self._write(node, len(sizes(node)) - 1, argument(node, 2, "weight", None))
+            elif node.target in NORM_GAINS:
+                self._norm(node)
             elif kept is None or not self._follow(node, kept):
                 self._block(node)
 
     def _is_layer(self, node: Node) -> bool:
         return node.target in (LINEAR, *_CONVOLUTIONS) and constant(self.module, node.args[1]) is not None
 
+    def _norm(self, node: Node) -> None:
+        """Begin a group behind a norm whose gain and shift are constants, or that has none, one a channel."""
+        self._block(node)
+        position = NORM_GAINS[node.target]
+        gain, shift = (argument(node, position + step, name, None) for step, name in enumerate(("weight", "bias")))
+        tokens = node.target == _aten.layer_norm.default
+        one_axis = not tokens or len(argument(node, 1, "normalized_shape", ())) == 1
+        if one_axis and all(each is None or constant(self.module, each) is not None for each in (gain, shift)):
+            self._write(node, len(sizes(node)) - 1 if tokens else 1, gain)
+
     def _layer(self, node: Node) -> None:
         source = operand(node, 0)
         axis = channel_axis(node)  # of what it reads too, whose rank is the same
-        groups = 1 if node.target == LINEAR else int(argument(node, 6, "groups", 1))
-        depthwise = groups > 1 and groups == sizes(source)[1] == sizes(node)[1]
         if source in self.members:
             group, source_axis = self.members[source]
-            if source_axis != axis or (groups > 1 and not depthwise):
+            if source_axis != axis:
                 group.blocked = True
             else:
                 group.readers.append(node)
@@ -163,7 +176,7 @@ class _Finder:
     def _kept_axis(self, node: Node) -> int | None:
         """Return where an operator that commutes with a factor a channel leaves the channels; None for any other."""
         source = next((value for value in node.all_input_nodes if value in self.members), None)
-        follow = _FOLLOWS.get(node.target)
+        follow = FOLLOWS.get(node.target)
         if source is None or follow is None:
             return None
         return follow(node, sizes(source), self.members[source][1])
@@ -224,7 +237,7 @@ def _rolled(node: Node, before: tuple[int, ...], axis: int) -> int | None:
     return axis if dims and axis not in [dim % len(before) for dim in dims] else None
 
 
-_FOLLOWS: dict[object, Callable[[Node, tuple[int, ...], int], int | None]] = {
+FOLLOWS: dict[object, Callable[[Node, tuple[int, ...], int], int | None]] = {
     **dict.fromkeys((*_HOMOGENEOUS, *_ADDS, *_PRODUCTS), _same_axis),
     **dict.fromkeys(PERMUTATIONS, _permuted),
     **dict.fromkeys(_RESHAPES, _reshaped),

@@ -3,14 +3,15 @@
 ``Reader(x) = Reader(diag(s) x / s)``: a channel's factor ``1/s`` goes into what writes it and ``s`` into
 what reads it, so the network computes the same in real arithmetic, while a range for the whole tensor
 wastes fewer of its 256 steps. Over convolutions this is cross-layer equalization (Nagel et al. 2019,
-"Data-Free Quantization", section 4.1), from a LayerNorm into linears SmoothQuant (Xiao et al. 2023);
+"Data-Free Quantization", section 4.1), from a norm into the layers behind it SmoothQuant (Xiao et al. 2023);
 here one rule serves both, ``s = a**alpha / w**(1 - alpha)`` with the largest activation ``a`` and weight
 ``w`` of the channel. Scaling a channel by hand beforehand changes nothing in the result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor, fx
 from torch.fx import GraphModule, Node
 
 from deploykit.arrays import FloatArray
-from deploykit.calibration.channel_groups import ChannelGroup, channel_groups
+from deploykit.calibration.channel_groups import NORM_GAINS, ChannelGroup, channel_groups
 from deploykit.calibration.images import CalibrationSet
+from deploykit.fusion.affine import LINEAR
 from deploykit.fusion.constants import add_call, add_constant, argument, constant, set_constant, shape_of
 from deploykit.fusion.pipeline import EXACT_DB, FusionPass
 from deploykit.spec import InputSpec, Int8, Precision
@@ -109,56 +111,73 @@ def _input_amax(module: GraphModule, reader: Node) -> Tensor | None:
     """Return the largest weight that each input channel meets, ``(C,)``; None for a depthwise convolution."""
     weight = constant(module, reader.args[1])
     assert weight is not None  # noqa: S101  (a reader has a constant weight; narrows the type)
-    if weight.dim() == 4 and weight.shape[1] == 1 and int(argument(reader, 6, "groups", 1)) > 1:
+    groups = _groups(reader)
+    if weight.shape[1] == 1 and groups > 1:
         return None
-    return weight.double().abs().amax([axis for axis in range(weight.dim()) if axis != 1])
+    return _by_input(weight.double().abs(), groups).amax((1, 3)).flatten()
+
+
+def _groups(reader: Node) -> int:
+    return 1 if reader.target == LINEAR else int(argument(reader, 6, "groups", 1))
+
+
+def _by_input(weight: Tensor, groups: int) -> Tensor:
+    """Return a weight ``(out, in / groups, ...)`` as ``(groups, out / groups, in / groups, kernel)``."""
+    return weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+
+
+def _multiply_inputs(weight: Tensor, *, groups: int, factors: Tensor) -> Tensor:
+    return (_by_input(weight, groups) * factors.reshape(groups, 1, -1, 1)).reshape(weight.shape)
 
 
 def _scale(module: GraphModule, group: ChannelGroup, factors: Tensor) -> None:
     """Divide what the group writes by the factors and multiply what reads it."""
     done: set[tuple[str, str]] = set()
 
-    def multiply(node: object, axis: int, by: Tensor, role: str) -> None:
+    def change(node: object, role: str, scaled: Callable[[Tensor], Tensor]) -> None:
         value = constant(module, node)
         if (
             value is None or not isinstance(node, Node) or (str(node.target), role) in done
         ):  # two layers may share a weight
             return
         done.add((str(node.target), role))
-        shape = [1] * value.dim()
-        shape[axis] = -1
-        set_constant(module, node, (value.double() * by.reshape(shape)).to(value.dtype))
+        set_constant(module, node, scaled(value.double()).to(value.dtype))
+
+    def divide(node: object, axis: int) -> None:
+        change(node, "written", lambda value: value * _along(1 / factors, axis, value.dim()))
 
     for writer in group.writers:
-        _own_affine(module, writer, len(factors))
-        weight_position = 2 if writer.target == torch.ops.aten.layer_norm.default else 1
-        multiply(writer.args[weight_position], 0, 1 / factors, "written")
-        multiply(argument(writer, weight_position + 1, "bias", None), 0, 1 / factors, "written")
+        position = NORM_GAINS.get(writer.target, 1)
+        if writer.target in NORM_GAINS and argument(writer, position, "weight", None) is None:
+            _own_gain(module, writer, position, len(factors))
+        divide(argument(writer, position, "weight", None), 0)
+        divide(argument(writer, position + 1, "bias", None), 0)
     for shift, axis in group.shifts:
-        multiply(shift, axis, 1 / factors, "written")
+        divide(shift, axis)
     for reader in group.readers:
-        depthwise = _input_amax(module, reader) is None
-        multiply(reader.args[1], 0 if depthwise else 1, factors, "read")
+        change(reader.args[1], "read", partial(_multiply_inputs, groups=_groups(reader), factors=factors))
     for output, axis in group.outputs:
         _restore(module, output, axis, factors)
 
 
-def _own_affine(module: GraphModule, writer: Node, channels: int) -> None:
-    """Give a LayerNorm without a gain one of ones."""
-    if writer.target != torch.ops.aten.layer_norm.default or argument(writer, 2, "weight", None) is not None:
-        return
-    gain = add_constant(module, f"equalized.{writer.name}", torch.ones(channels))
-    shift = argument(writer, 3, "bias", None)
-    epsilon = argument(writer, 4, "eps", 1e-5)
-    writer.args = (*writer.args[:2], gain, shift, epsilon)
-    writer.kwargs = {}
+def _along(factors: Tensor, axis: int, axes: int) -> Tensor:
+    """Return factors ``(C,)`` in a shape of so many axes."""
+    return factors.reshape([-1 if each == axis else 1 for each in range(axes)])
+
+
+def _own_gain(module: GraphModule, norm: Node, position: int, channels: int) -> None:
+    """Give a norm without a gain one of ones."""
+    gain = add_constant(module, f"equalized.{norm.name}", torch.ones(channels))
+    norm.kwargs = {name: value for name, value in norm.kwargs.items() if name != "weight"}
+    if len(norm.args) > position:
+        norm.update_arg(position, gain)
+    else:
+        norm.kwargs = {**norm.kwargs, "weight": gain}
 
 
 def _restore(module: GraphModule, value: Node, axis: int, factors: Tensor) -> None:
     """Let the graph's outputs give a scaled value as it was."""
-    shape = [1] * len(shape_of(value))
-    shape[axis] = -1
-    scales = add_constant(module, f"equalized.{value.name}", factors.float().reshape(shape))
+    scales = add_constant(module, f"equalized.{value.name}", _along(factors.float(), axis, len(shape_of(value))))
     output = module.graph.output_node()
     restored = add_call(output, torch.ops.aten.mul.Tensor, value, scales)
     output.replace_input_with(value, restored)

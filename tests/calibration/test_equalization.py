@@ -47,6 +47,23 @@ class Bottlenecks(nn.Module):
         return stream, self.head(self.last(stream).relu().mean((2, 3)))
 
 
+class Preactivated(nn.Module):
+    """A block whose BatchNorm stands before a padded convolution with groups, behind which stands a GroupNorm."""
+
+    outputs = ("stage1", "logits")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm1 = nn.Conv2d(3, 12, 3, 2, 1), nn.BatchNorm2d(12)
+        self.grouped, self.norm2 = nn.Conv2d(12, 24, 3, 1, 1, groups=3), nn.GroupNorm(4, 24)
+        self.project, self.head = nn.Conv2d(24, 12, 1), nn.Linear(12, 10)
+
+    def forward(self, images):
+        stream = self.stem(images)
+        stream = stream + self.project(self.norm2(self.grouped(self.norm1(stream).relu())).relu())
+        return stream, self.head(stream.mean((2, 3)))
+
+
 def scale_by_hand(network: nn.Module, factor: float) -> None:
     """Multiply every fifth channel that is written and divide the weights that read it: the same function."""
     with torch.no_grad():
@@ -56,6 +73,14 @@ def scale_by_hand(network: nn.Module, factor: float) -> None:
                 norm.weight[::5] *= factor
                 norm.bias[::5] *= factor
                 linear.weight[:, ::5] /= factor
+            return
+        if isinstance(network, Preactivated):
+            for norm in (network.norm1, network.norm2):
+                norm.weight[::5] *= factor
+                norm.bias[::5] *= factor
+            for channel in range(0, 12, 5):
+                network.grouped.weight[channel // 4 * 8 : (channel // 4 + 1) * 8, channel % 4] /= factor
+            network.project.weight[:, ::5] /= factor
             return
         for writer in (network.stem, *network.project):
             writer.weight[::5] *= factor
@@ -90,7 +115,7 @@ def images(photographs):
     return calibration_set(photographs, SPEC).sample(6)
 
 
-@pytest.fixture(params=[Tokens, Bottlenecks], ids=["tokens", "bottlenecks"])
+@pytest.fixture(params=[Tokens, Bottlenecks, Preactivated], ids=["tokens", "bottlenecks", "preactivated"])
 def network(request):
     with torch.random.fork_rng():
         torch.manual_seed(0)
