@@ -1,20 +1,23 @@
 """Spare torch's ONNX exporter a trace of programs whose operators it writes as they are.
 
 Before it writes a program, the exporter traces it anew, to decompose what has no ONNX form: more than half of its time.
-Of a program of `KEPT` operators comes out what went in, so the exporter is told that this one is decomposed already.
+Of `KEPT` operators comes out what went in, and what torch makes of the few others that networks call is written by
+`respell`, so the exporter is told that the program is decomposed already.
 """
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch._ops import OperatorBase
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature
+from torch.export.graph_signature import ExportGraphSignature, OutputSpec, TensorArgument
+
+from deploykit.export.respell import RESPELLED, respell
 
 _aten = torch.ops.aten
 
@@ -89,13 +92,16 @@ def undecomposed(program: ExportedProgram) -> ExportedProgram:
     A dynamic size is traced anew, since its symbols have a part in the names of tensors.
     """
     calls = [node for node in program.graph.nodes if node.op == "call_function"]
-    if program.range_constraints or not all(node.target in KEPT for node in calls):
+    if program.range_constraints or not all(node.target in KEPT or node.target in RESPELLED for node in calls):
         return program
+    graph, names = respell(program.graph)  # a copy, into which the exporter writes
     signature = program.graph_signature
     return _Undecomposed(
         root=program.graph_module,
-        graph=copy.deepcopy(program.graph),  # the exporter writes into it
-        graph_signature=ExportGraphSignature(list(signature.input_specs), list(signature.output_specs)),
+        graph=graph,
+        graph_signature=ExportGraphSignature(
+            list(signature.input_specs), [_renamed(output, names) for output in signature.output_specs]
+        ),
         state_dict=program.state_dict,
         range_constraints={},
         module_call_graph=program.module_call_graph,
@@ -103,3 +109,8 @@ def undecomposed(program: ExportedProgram) -> ExportedProgram:
         constants=program.constants,
         verifiers=program.verifiers,
     )
+
+
+def _renamed(output: OutputSpec, names: dict[str, str]) -> OutputSpec:
+    name = output.arg.name
+    return replace(output, arg=TensorArgument(name=names.get(name, name)))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from deploykit.export import to_onnx as module
+from deploykit.export.respell import RESPELLED
 from deploykit.export.to_onnx import to_onnx
 from deploykit.export.undecomposed import KEPT, undecomposed
 from deploykit.fusion.program import export_program
@@ -58,6 +59,28 @@ def test_every_operator_gives_the_bytes_of_a_decomposed_program(monkeypatch):
     code = program.graph_module.code
     found = written(program)
     assert program.graph_module.code == code, "the program stays what it was"
+    monkeypatch.setattr(module, "undecomposed", lambda program: program)
+    assert found == written(program)
+
+
+class Reshapes(nn.Module):
+    """Calls every operator of `RESPELLED`, of values that lie together and apart, beside what they become."""
+
+    def forward(self, x):
+        first, last = x.flatten(2).view(1, 3, 16, 24).chunk(2, dim=3)
+        apart = first.permute(0, 2, 3, 1).reshape(1, -1, 3) + last[..., :9, :].narrow(3, 0, 12).narrow(2, 0, 1).sum()
+        turned = x.transpose(1, 2).reshape(-1, 2, 36)
+        one, _ = x.split([1, 2], dim=1)
+        return apart, turned, x.reshape(1, 3, -1), x.chunk(1)[0], one.narrow(3, 2, 5), first[:, 1:], first.flatten(1)
+
+
+def test_what_is_written_as_torch_decomposes_it_gives_the_same_bytes(monkeypatch):
+    program = traced(Reshapes())
+    calls = {node.target for node in program.graph.nodes if node.op == "call_function"}
+    assert RESPELLED.keys() <= calls
+    monkeypatch.setattr("deploykit.export.undecomposed.KEPT", KEPT | {torch.ops.aten.sum.default})
+    assert undecomposed(program) is not program
+    found = written(program)
     monkeypatch.setattr(module, "undecomposed", lambda program: program)
     assert found == written(program)
 
