@@ -40,9 +40,9 @@ from deploykit.spec import Int8
 NETWORKS = (
     Network(name="resnet_narrow", side=32, steps=300, rate=2e-3),
     Network(name="resnetv2_narrow", side=32, steps=300, rate=2e-3),
-    Network(name="efficientnet_narrow", side=32, steps=300, rate=4e-3),
-    Network(name="mobilenetv2_050", side=32, steps=300, rate=4e-3),
-    Network(name="mobilenetv3_small_075", side=32, steps=300, rate=4e-3),
+    Network(name="efficientnet_narrow", side=64, steps=600, rate=3e-3),
+    Network(name="mobilenetv2_050", side=64, steps=600, rate=3e-3),
+    Network(name="mobilenetv3_small_075", side=64, steps=600, rate=3e-3),
     Network(name="regnety_002", side=32, steps=250, rate=2e-3),
     Network(name="vit_narrow", side=32, steps=300, rate=1e-3),
     Network(name="hybrid_narrow", side=32, steps=200, rate=1e-3),
