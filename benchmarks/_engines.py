@@ -27,8 +27,6 @@ from deploykit.processor import saturates
 from deploykit.spec import Fp16, Int8
 
 PRECISIONS = ("fp32", "fp16", "int8")
-REAL = ("tf_efficientnet_lite0", "mobilenetv2_100")
-"""Networks whose trained weights a package carries; the others have random ones, drawn as training leaves them."""
 TIMED = 48
 """The default number of calibration images, and of others that engines are compared on."""
 
@@ -44,7 +42,7 @@ class Engines:
     @cached_property
     def network(self) -> Network:
         """The backbone and its crops."""
-        return Network.named(self.name, self.images, self.images, real=self.name in REAL)
+        return Network.named(self.name, self.images, self.images)
 
     @cached_property
     def expected(self) -> FloatArray:

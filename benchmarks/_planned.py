@@ -47,6 +47,10 @@ NETWORKS = (
     "swin_tiny_patch4_window7_224",
     "convnext_tiny",
 )
+REAL = ("tf_efficientnet_lite0", "mobilenetv2_100")
+"""Networks whose trained weights a package carries; the others have random ones, drawn as training leaves them."""
+HEADLESS = ("mobilenetv2_100",)
+"""Networks whose weights come without a classifier: they give the pooled features."""
 _OTHER_IMAGES = (
     *("brick", "camera", "cell", "clock_motion", "coins", "color"),
     *("grass", "gravel", "horse", "moon", "page", "text"),
@@ -72,18 +76,16 @@ class Network:
         name: str,
         calibrated: int,
         evaluated: int,
-        *,
-        real: bool = False,
         photographs: Iterable[str | Path] = CALIBRATED,
     ) -> Network:
-        """EfficientNet-Lite0 with its ImageNet weights, others with realistic random ones unless ``real``.
+        """One of `REAL` with its ImageNet weights, or another one with realistic random ones.
 
         ``photographs`` are those to calibrate on.
         """
         torch.manual_seed(0)
-        pretrained = real or name == "tf_efficientnet_lite0"
-        headless = name == "mobilenetv2_100" and real  # its weights come without a classifier
-        backbone = build_backbone(name, BackboneOptions(num_classes=0 if headless else 1000), pretrained=pretrained)
+        pretrained = name in REAL
+        classes = 0 if name in HEADLESS else 1000
+        backbone = build_backbone(name, BackboneOptions(num_classes=classes), pretrained=pretrained)
         backbone = (backbone if pretrained else realistic(backbone)).eval()
         return cls.of(backbone, calibrated, evaluated, photographs)
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
-from _planned import DIALECTS, Network, varied_photographs
+from _planned import DIALECTS, REAL, Network, varied_photographs
 
 from deploykit.arrays import FloatArray
 from deploykit.calibration.recipes import RECIPES
@@ -25,12 +25,12 @@ from deploykit.onnx_session import onnx_session
 from deploykit.parity.metrics import sqnr_db, top1_agreement
 from deploykit.spec import Int8
 
-NETWORKS = ("mobilenetv2_100", "tf_efficientnet_lite0")
+NETWORKS = REAL
 
 
 def measure(name: str, runtimes: list[str], calibrated: int, evaluated: int, settings: Int8) -> None:
     """Print a row a runtime."""
-    network = Network.named(name, calibrated, evaluated, real=True, photographs=varied_photographs())
+    network = Network.named(name, calibrated, evaluated, varied_photographs())
     graph: Graph = network.fused(settings)
     for runtime in runtimes:
         expected = _last_output(graph.model, network.evaluated)

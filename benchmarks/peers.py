@@ -30,9 +30,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from _engines import PRECISIONS, REAL, TIMED, Engines, engines_of
+from _engines import PRECISIONS, TIMED, Engines, engines_of
 from _peers import LEFT_OUT, NEEDED, OURS, TORCH, engine_routes, is_installed, opened, torch_routes
-from _planned import NETWORKS
+from _planned import NETWORKS, REAL
 from _results import SERIES, THEMES, check_plot, machine_line, parser, save, silence, themed, write_picture
 from _timing import RUNTIMES, Call, outputs_of, turns
 

@@ -38,6 +38,12 @@ _HOMOGENEOUS = (
     _aten.clone.default,
     _aten.contiguous.default,
 )
+_CLIPS: dict[object, tuple[str, str] | None] = {
+    **dict.fromkeys((_aten.hardtanh.default, _aten.hardtanh_.default), ("min_val", "max_val")),
+    _aten.clamp.default: ("min", "max"),
+    _aten.relu6.default: None,
+}
+"""Calls that clip, and what they call their bounds; None: they are 0 and 6."""
 _RESHAPES = (_aten.reshape.default, _aten.view.default, _aten.flatten.using_ints, _aten.unsqueeze.default)
 _ADDS = (_aten.add.Tensor, _aten.add_.Tensor)
 _PRODUCTS = (_aten.mul.Tensor, _aten.mul_.Tensor)
@@ -50,7 +56,8 @@ class ChannelGroup:
     ``writers`` give them, by weight and bias; ``shifts`` are constants added to them, with their
     channel axis; ``readers`` are layers whose weights take them in; ``sources`` are the tensors that
     readers and additions read, which integer kernels have a range for, and ``outputs`` those that the
-    graph gives, with their channel axis.
+    graph gives, with their channel axis. ``clips`` are the calls of ReLU6 and its like, which give zero to
+    a bound, with their channel axis and the bound.
     """
 
     channels: int
@@ -59,6 +66,7 @@ class ChannelGroup:
     readers: list[Node] = field(default_factory=list)
     sources: dict[Node, int] = field(default_factory=dict)
     outputs: list[tuple[Node, int]] = field(default_factory=list)
+    clips: dict[Node, tuple[int, float]] = field(default_factory=dict)
     blocked: bool = False
 
 
@@ -145,6 +153,8 @@ class _Finder:
             self._join(group, self.members[value][0])
             group = self.members[value][0]
         self.members[node] = (group, axis)
+        if node.target in _CLIPS and math.isfinite(bound := _bounds(node)[1]):
+            group.clips[node] = (axis, bound)
         return True
 
     def _adds_alike(self, node: Node, axis: int) -> bool:
@@ -197,9 +207,24 @@ class _Finder:
         one.readers += other.readers
         one.sources |= other.sources
         one.outputs += other.outputs
+        one.clips |= other.clips
         one.blocked |= other.blocked
         self.members = {node: (one if group is other else group, axis) for node, (group, axis) in self.members.items()}
         self.weights = {key: one if group is other else group for key, group in self.weights.items()}
+
+
+def _clipped(node: Node, before: tuple[int, ...], axis: int) -> int | None:
+    """Return the axis of a clip to zero and more: a factor of at most 1 leaves what is not clipped as it is."""
+    least, most = _bounds(node)
+    return axis if least == 0.0 < most else None
+
+
+def _bounds(node: Node) -> tuple[float, float]:
+    names = _CLIPS[node.target]
+    if names is None:
+        return 0.0, 6.0
+    least, most = (argument(node, place, name, None) for place, name in enumerate(names, 1))
+    return math.nan if least is None else float(least), math.inf if most is None else float(most)
 
 
 def _same_axis(node: Node, before: tuple[int, ...], axis: int) -> int | None:
@@ -239,6 +264,7 @@ def _rolled(node: Node, before: tuple[int, ...], axis: int) -> int | None:
 
 FOLLOWS: dict[object, Callable[[Node, tuple[int, ...], int], int | None]] = {
     **dict.fromkeys((*_HOMOGENEOUS, *_ADDS, *_PRODUCTS), _same_axis),
+    **dict.fromkeys(_CLIPS, _clipped),
     **dict.fromkeys(PERMUTATIONS, _permuted),
     **dict.fromkeys(_RESHAPES, _reshaped),
     **dict.fromkeys((_aten.slice.Tensor, _aten.cat.default), _along_one),

@@ -6,6 +6,10 @@ wastes fewer of its 256 steps. Over convolutions this is cross-layer equalizatio
 "Data-Free Quantization", section 4.1), from a norm into the layers behind it SmoothQuant (Xiao et al. 2023);
 here one rule serves both, ``s = a**alpha / w**(1 - alpha)`` with the largest activation ``a`` and weight
 ``w`` of the channel. Scaling a channel by hand beforehand changes nothing in the result.
+
+A ReLU6 is no such product: ``clip(x / s, 0, 6) = clip(x, 0, 6 s) / s``. With ``s <= 1`` it is one for all images whose
+channel stays below ``6 s``, so that channels which never meet the bound can grow up to it, and the others stay. What
+becomes louder than that is clipped, as it is by a range in integers.
 """
 
 from __future__ import annotations
@@ -28,7 +32,10 @@ from deploykit.spec import InputSpec, Int8, Precision
 
 LEAST_SHARE = 0.01
 """A channel quieter than this share of the median counts as this loud: a dead one must not be blown up."""
+CLIP_ROOM = 1.5
+"""How much louder a channel may get than on the measured images before a clip that it did not meet changes it."""
 MEASURED_IMAGES = 16
+"""How many images are measured: those that an export compares its numbers on."""
 
 
 def equalization_passes(
@@ -71,7 +78,11 @@ def equalize(module: GraphModule, batches: Iterable[FloatArray], *, alpha: float
 
 def _measure(module: GraphModule, groups: list[ChannelGroup], batches: Iterable[FloatArray]) -> list[Tensor]:
     """Return the largest magnitude of each channel of each group, ``(C,)``, in what its readers read."""
-    wanted = {source: (index, axis) for index, group in enumerate(groups) for source, axis in group.sources.items()}
+    wanted = {
+        tensor: (index, axis)
+        for index, group in enumerate(groups)
+        for tensor, axis in (group.sources | {clip: axis for clip, (axis, _) in group.clips.items()}).items()
+    }
     found = [torch.zeros(group.channels) for group in groups]
 
     class Listener(fx.Interpreter):
@@ -99,7 +110,20 @@ def _factors(module: GraphModule, group: ChannelGroup, amax: Tensor, alpha: floa
         factors = activation**alpha / weight ** (1 - alpha)
     else:
         factors = activation  # each depthwise weight has a scale of its own, whatever it is multiplied by
+    if group.clips:
+        return _within_clips(factors, amax.double(), min(bound for _, bound in group.clips.values()))
     return factors / factors.log().mean().exp()
+
+
+def _within_clips(factors: Tensor, amax: Tensor, bound: float) -> Tensor:
+    """Return factors of at most 1 with which no channel meets the bound of a clip that it did not meet before.
+
+    A channel that does meet it keeps its scale; the others grow up to the bound, but for some room for louder images.
+    """
+    least = (amax * CLIP_ROOM / bound).clamp(max=1.0)
+    kept = factors[least == 1.0]
+    reference = kept.median() if len(kept) else factors.max()
+    return torch.maximum(least, factors / reference).clamp(min=LEAST_SHARE, max=1.0)
 
 
 def _floored(amax: Tensor) -> Tensor:

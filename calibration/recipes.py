@@ -44,7 +44,7 @@ RECIPES: dict[str, Recipe] = {
     "wide": Recipe(calibrator="minmax"),
     "weights-first": Recipe(equalization=0.25),
     "plain": Recipe(equalization=None, bias_correction=None, calibrator="minmax"),
-    "distilled": Recipe(rounding="distilled"),
+    "distilled": Recipe(equalization=0.75, rounding="distilled"),
     "nncf": Recipe(equalization=None, calibrator="nncf"),
 }
 """By name, in the order in which ``auto`` tries them; ``plain`` is what a quantizer does that has none of this."""
@@ -57,8 +57,10 @@ FAMILY_RECIPES: dict[str, str] = {
     "swin": "wide-adaptive",
     "convnext": "adaptive",
     "mobilevit": "wide",
+    "mobilenet": "activations-first",
+    "efficientnet": "activations-first",
 }
-"""The default of families in which it keeps 2 dB more than the first of the table, which plans the fastest."""
+"""The default of families in which it keeps more than the first of the table, which plans the fastest."""
 
 
 def with_recipe(settings: Int8, family: str) -> Int8:

@@ -191,7 +191,9 @@ def prepare(
     program = trace(job.backbone, spec)
     progress(StageStarted(name="fuse"))
     balancing = equalization_passes(job.options.precision, job.images, spec)
-    fused = fuse(program, spec, probe, export_passes(*balancing))
+    # A pass that measures images is compared on those, of which it knows how loud they are.
+    measured = probe if compared_on is None else network_images(parity_images(job.images, job.input), job.input)
+    fused = fuse(program, spec, measured, export_passes(*balancing))
     progress(StageStarted(name="to_onnx"))
     program = fused.program if job.trained is None else job.trained.put_into(fused.program)
     model = to_onnx(program, spec, output_names(job.backbone))

@@ -35,6 +35,11 @@ def test_a_convolution_scales_with_the_one_behind_its_relu_and_pool():
     assert groups_of(lambda m, x: m.b(F.max_pool2d(m.a(x).relu(), 2)), a=conv(3), b=conv()) == [(1, 1, 0)]
 
 
+@pytest.mark.parametrize("clip", [F.relu6, lambda x: x.clamp(0, 6), lambda x: x.clamp(min=0)], ids=["6", "0-6", "0"])
+def test_a_clip_from_zero_on_stays_in_its_group(clip):
+    assert groups_of(lambda m, x: m.b(clip(m.a(x))), a=conv(3), b=conv()) == [(1, 1, 0)]
+
+
 def test_a_residual_stream_is_one_group_and_a_level_on_it_an_output():
     def forward(m, x):
         stream = m.a(x)
@@ -75,8 +80,8 @@ def test_layers_that_share_a_weight_scale_together():
 
 @pytest.mark.parametrize(
     "between",
-    [F.gelu, F.hardswish, F.relu6, lambda x: x.softmax(1), lambda x: x + 1, lambda x: x * x, lambda x: x.flip(1)],
-    ids=["gelu", "hard-swish", "relu6", "softmax", "shift", "square", "flip"],
+    [F.gelu, F.hardswish, F.hardtanh, lambda x: x.softmax(1), lambda x: x + 1, lambda x: x * x, lambda x: x.flip(1)],
+    ids=["gelu", "hard-swish", "hardtanh", "softmax", "shift", "square", "flip"],
 )
 def test_what_does_not_commute_with_a_factor_blocks_the_group(between):
     assert groups_of(lambda m, x: m.b(between(m.a(x))), a=conv(3), b=conv()) == []

@@ -10,7 +10,7 @@ from torch import nn
 
 from deploykit.backends.onnxruntime import passes as onnxruntime
 from deploykit.backends.openvino import passes as openvino
-from deploykit.calibration import equalization
+from deploykit.calibration import channel_groups, equalization
 from deploykit.calibration.equalization import equalization_passes, equalize
 from deploykit.calibration.images import calibration_set
 from deploykit.export.graphs import output_specs
@@ -167,6 +167,72 @@ def test_zero_channels_stay_zero_and_finite(network, images):
             if parameter.dim() > 1:
                 parameter[: len(parameter) // 8] = 0
     assert np.isfinite(noise_db(network, images, Int8(), openvino.DIALECT))
+
+
+class Clipped(nn.Module):
+    """A ReLU6 in front of a depthwise convolution: of 16 channels 4 meet its bound, and 4 hardly leave zero."""
+
+    outputs = ("logits",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.depthwise = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 16, 3, 1, 1, groups=16)
+        self.head = nn.Linear(16, 10)
+
+    def clipped(self, images):
+        return self.stem(images).clamp(0, 6)
+
+    def forward(self, images):
+        return (self.head(self.depthwise(self.clipped(images)).relu().mean((2, 3))),)
+
+
+@pytest.fixture
+def clipped(images):
+    """Loud channels reach 12 before the clip, quiet ones 0.08, which the depthwise weights make up for."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = randomize(Clipped())
+    amax = network.stem(torch.from_numpy(images)).relu().amax((0, 2, 3)).detach().clamp_min(1e-3)
+    wanted = torch.tensor([12.0] * 4 + [2.0] * 8 + [0.08] * 4)
+    with torch.no_grad():
+        network.stem.weight *= (wanted / amax).reshape(-1, 1, 1, 1)
+        network.stem.bias *= wanted / amax
+        network.depthwise.weight *= (2 / wanted.clamp(max=2)).reshape(-1, 1, 1, 1)
+    return network
+
+
+def test_channels_grow_up_to_the_bound_of_a_clip_and_not_beyond(clipped, images):
+    program = export_program(clipped.eval().requires_grad_(False), SPEC)
+    module = program.module()
+    assert equalize(module, [image[None] for image in images], alpha=0.5) == 2
+    (clip,) = (node for node in module.graph.nodes if node.target in channel_groups._CLIPS)
+    module.graph.output_node().args = ((clip,),)
+    module.recompile()
+    (scaled,) = module(torch.from_numpy(images[:1]))
+    with torch.no_grad():
+        before = clipped.clipped(torch.from_numpy(images))
+    amax, found = before.amax((0, 2, 3)), scaled[0] / before[0].clamp_min(1e-9)
+    factor = torch.stack([found[channel][before[0, channel] > 1e-4].median() for channel in range(16)])
+    assert factor[amax == 6].tolist() == [1.0] * int((amax == 6).sum())
+    assert (factor * amax <= 6.0001).all()
+    assert factor[12:].tolist() == pytest.approx([6 / (0.08 * equalization.CLIP_ROOM)] * 4, rel=1e-3)
+
+
+@pytest.mark.parametrize("louder", [1.0, 1.4])
+def test_a_clip_changes_nothing_in_images_a_little_louder_than_those_measured(clipped, images, louder):
+    with torch.no_grad():
+        clipped.stem.bias.zero_()  # so that louder images make louder channels
+    module = export_program(clipped.eval().requires_grad_(False), SPEC).module()
+    equalize(module, [image[None] for image in images], alpha=0.5)
+    image = torch.from_numpy(images[:1]) * louder
+    torch.testing.assert_close(module(image)[0], clipped(image)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_quiet_channels_behind_a_clip_keep_their_steps(clipped, images):
+    equalized, plain = (
+        noise_db(clipped, images, settings, openvino.DIALECT) for settings in (Int8(), Int8(equalization=None))
+    )
+    assert equalized > plain + 3
 
 
 def test_only_int8_with_images_is_equalized(images):
