@@ -87,8 +87,11 @@ def test_what_does_not_commute_with_a_factor_blocks_the_group(between):
     assert groups_of(lambda m, x: m.b(between(m.a(x))), a=conv(3), b=conv()) == []
 
 
-def test_a_grouped_convolution_and_a_mean_over_channels_block_the_group():
-    assert groups_of(lambda m, x: m.b(m.a(x).relu()), a=conv(3), b=conv(groups=2)) == []
+def test_a_grouped_convolution_reads_a_group():
+    assert groups_of(lambda m, x: m.b(m.a(x).relu()), a=conv(3), b=conv(groups=2)) == [(1, 1, 0)]
+
+
+def test_a_mean_over_channels_blocks_the_group():
     assert groups_of(lambda m, x: m.b(m.a(x)) + m.a(x).mean(1, keepdim=True), a=conv(3), b=conv()) == []
 
 
