@@ -22,7 +22,7 @@ from deploykit.names import path_of
 from deploykit.parity.baseline import BASELINE_FILE, Baseline, FloatArray, measure_baseline
 from deploykit.parity.budget import Budget
 from deploykit.parity.reference import REFERENCE_FILE, ParityReference, corner_file
-from deploykit.parity.report import MAX_SQNR_DB, PARITY_FILE, LevelParity, ParityReport
+from deploykit.parity.report import MAX_SQNR_DB, PARITY_FILE, LevelParity, ParityReport, simulated
 from deploykit.parity.verify import answer_levels, compare_engines, verify_levels
 from deploykit.processor import machine_key
 
@@ -226,6 +226,9 @@ class Verification:
         return run_in_batches(self.model, images)
 
     def _report(self, reference: str, images: int, levels: tuple[LevelParity, ...]) -> ParityReport:
+        if self.model.simulator is not None:
+            where = simulated(self.model.simulator)
+            levels = tuple(replace(level, measured_on=where) for level in levels)
         return ParityReport(
             reference=reference,
             runtime=self.model.runtime,

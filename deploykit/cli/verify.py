@@ -265,7 +265,8 @@ def _show(bundle: str, report: ParityReport) -> None:
     show(*(f"{level.name}: {'; '.join(level.faults)}" for level in report.failures() if level.faults))
     show(*(f"note: {note}." for note in report.notes()))
     if report.passed:
-        show(f"{bundle} is whole and within its budget.", _next(bundle))
+        device = f"A simulator ran it. Copy it to its device, and run there: deploykit verify {bundle} --record"
+        show(f"{bundle} is whole and within its budget.", device if report.is_simulated else _next(bundle))
         return
     names = ", ".join(level.name for level in report.failures()) or "no level was compared"
     show(

@@ -38,10 +38,12 @@ ErrorsApart: TypeAlias = Mapping[ErrorKind, Mapping[str, float]]
 ELSEWHERE = "engine, on another machine"
 """Where the levels of an engine were measured that is for another machine than the one that ran it."""
 
+_SIMULATED = "engine, in "
+
 
 def simulated(simulator: str) -> str:
     """Return where the levels of an engine were measured that ran in a simulator of its device."""
-    return f"engine, in {simulator}"
+    return f"{_SIMULATED}{simulator}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +100,11 @@ class ParityReport:
         """Whether every level is within the budget; a report of no levels or images never passes."""
         own = bool(self.levels) and self.images > 0 and all(level.passed for level in self.levels)
         return own and all(report.passed for report in self.further)
+
+    @property
+    def is_simulated(self) -> bool:
+        """Whether the engine ran in a simulator of its device."""
+        return any(level.measured_on.startswith(_SIMULATED) for level in self.levels)
 
     def failures(self) -> tuple[LevelParity, ...]:
         """Return the levels outside the budget, shallow to deep."""

@@ -59,7 +59,7 @@ class QnnRuntime(OnnxRuntime):
     def _absent(self, device: str, here: tuple[str, ...]) -> str:
         simulator = f" Without the device, device={SIMULATOR!r} gives its numbers." if SIMULATOR in here else ""
         return (
-            f"this engine needs the NPU of {self._soc()}, and {device!r} was asked for; this machine has "
+            f"this engine is for {self._soc()}, and {device!r} was asked for; this machine has "
             f"{', '.join(here) or 'no such device'}. Copy the bundle to the device and open it there.{simulator}"
         )
 

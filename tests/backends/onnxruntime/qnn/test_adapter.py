@@ -54,7 +54,9 @@ def test_what_the_simulator_gives_is_never_said_to_be_the_devices(residual_engin
 @pytest.mark.parametrize("device", ["auto", DEVICE, "cpu"])
 def test_a_machine_without_the_npu_says_what_is_needed(residual_engine, device):
     asked = DEVICE if device == "auto" else device
-    message = rf"the NPU of {TARGET.title} \(soc_model 57, htp_arch 75\), and '{asked}' was asked for; .*{SIMULATOR}"
+    message = (
+        rf"this engine is for {TARGET.title} \(soc_model 57, htp_arch 75\), and '{asked}' was asked for; .*{SIMULATOR}"
+    )
     with pytest.raises(DeviceUnavailable, match=message):
         residual_engine.open(device)
 

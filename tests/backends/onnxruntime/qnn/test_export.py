@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from typer.testing import CliRunner
 
 import deploykit
 from deploykit.backends.onnxruntime.qnn.package import SIMULATOR
 from deploykit.bundle import open_bundle
+from deploykit.cli.main import app
 from deploykit.errors import DeviceUnavailable, SpecError
+from deploykit.parity.report import ParityReport
 from tests.backends.onnxruntime.qnn.conftest import on_x86
 from tests.small_resnet import SMALL
 
@@ -20,15 +23,19 @@ NETWORK = {"features_only": True, "image_size": 32, "output_indices": (3, 4)}
 
 @pytest.fixture(scope="module")
 def bundle(photographs, tmp_path_factory):
+    """The command, with what it prints: it asks for more than the function does by itself."""
     folder = tmp_path_factory.mktemp("qnn-export") / "bundle"
-    result = deploykit.export_backbone(SMALL, folder, target="sm8650", calibration=photographs, **NETWORK)
-    return folder, result
+    network = ["--features-only", "--image-size", "32", "--output-indices", "3,4"]
+    asked = ["export", SMALL, "--target", "sm8650", "--calibration", str(photographs), *network, "-o", str(folder)]
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 0, done.output
+    return folder, " ".join(done.output.split())
 
 
 @on_x86
 def test_the_report_says_that_it_was_the_simulator(bundle):
-    folder, result = bundle
-    manifest = open_bundle(folder)
+    folder, printed = bundle
+    manifest, parity = open_bundle(folder), ParityReport.load(folder / "parity.json")
     assert (manifest.status, manifest.runtime, manifest.target) == (
         "built",
         "onnxruntime",
@@ -36,18 +43,24 @@ def test_the_report_says_that_it_was_the_simulator(bundle):
     )
     assert manifest.made_for.device == "qnn"
     assert "device" not in manifest.seen_on
-    (where,) = {level.measured_on for level in result.parity.levels}
+    (where,) = {level.measured_on for level in parity.levels}
     assert where == f"engine, in {manifest.seen_on['simulator']}"
-    assert result.parity.passed
+    assert parity.passed
+    assert f"compared here in {manifest.seen_on['simulator']}, never on the device" in printed
+    assert manifest.speedup is None
     assert manifest.precision_settings["float_dtype"] == "fp16"
 
 
 @on_x86
 def test_a_bundle_is_verified_in_the_simulator_and_nothing_is_recorded(bundle):
     folder, _ = bundle
-    with pytest.raises(DeviceUnavailable, match="this engine needs the NPU of Qualcomm Snapdragon 8 Gen 3"):
+    with pytest.raises(DeviceUnavailable, match="this engine is for Qualcomm Snapdragon 8 Gen 3, NPU"):
         deploykit.load_bundle(folder)
-    assert deploykit.verify_bundle(folder, device=SIMULATOR).passed
+    verified = CliRunner().invoke(app, ["verify", str(folder), "--device", SIMULATOR])
+    assert verified.exit_code == 0, verified.output
+    assert "engine, in the simulator of QNN" in verified.output
+    assert "A simulator ran it. Copy it to its device" in verified.output
+    assert deploykit.verify_bundle(folder, device=SIMULATOR).is_simulated
     with pytest.raises(SpecError, match=r"runs here in the simulator of QNN .*, which says nothing of its device"):
         deploykit.verify_bundle(folder, device=SIMULATOR, record=True)
     assert open_bundle(folder).status == "built"
