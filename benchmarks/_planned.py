@@ -71,38 +71,23 @@ class Network:
     evaluated: FloatArray
 
     @classmethod
-    def named(
-        cls,
-        name: str,
-        calibrated: int,
-        evaluated: int,
-        photographs: Iterable[str | Path] = CALIBRATED,
-    ) -> Network:
-        """One of `REAL` with its ImageNet weights, or another one with realistic random ones.
-
-        ``photographs`` are those to calibrate on.
-        """
+    def named(cls, name: str, calibrated: int, evaluated: int) -> Network:
+        """One of `REAL` with its ImageNet weights, or another one with realistic random ones."""
         torch.manual_seed(0)
         pretrained = name in REAL
         classes = 0 if name in HEADLESS else 1000
         backbone = build_backbone(name, BackboneOptions(num_classes=classes), pretrained=pretrained)
         backbone = (backbone if pretrained else realistic(backbone)).eval()
-        return cls.of(backbone, calibrated, evaluated, photographs)
+        return cls.of(backbone, calibrated, evaluated)
 
     @classmethod
-    def of(
-        cls,
-        backbone: BaseBackbone,
-        calibrated: int,
-        evaluated: int,
-        photographs: Iterable[str | Path] = CALIBRATED,
-    ) -> Network:
+    def of(cls, backbone: BaseBackbone, calibrated: int, evaluated: int) -> Network:
         """Any backbone, as it is."""
         spec = replace(backbone.input_spec, batch=1)
         return cls(
             backbone=backbone,
             spec=spec,
-            calibrated=crops_of(photographs, calibrated, 0, spec),
+            calibrated=crops_of(varied_photographs(), calibrated, 0, spec),
             evaluated=crops_of((*SHOWN, "motorcycle_right.png"), evaluated, 1, spec),
         )
 
@@ -141,7 +126,10 @@ class Network:
 
 
 def varied_photographs() -> tuple[Path, ...]:
-    """Return twenty images of many kinds that installed packages carry, none of which is evaluated."""
+    """Return twenty images of many kinds that installed packages carry, none of which is evaluated.
+
+    A network that learns, or a range, needs variety more than many crops of few photographs.
+    """
     skimage, sklearn, matplotlib = (Path(str(resources.files(name))) for name in ("skimage", "sklearn", "matplotlib"))
     return (
         *(photograph_folder() / name for name in CALIBRATED),

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
-from _planned import DIALECTS, REAL, Network, varied_photographs
+from _planned import DIALECTS, REAL, Network
 
 from deploykit.arrays import FloatArray
 from deploykit.calibration.recipes import RECIPES
@@ -30,7 +30,7 @@ NETWORKS = REAL
 
 def measure(name: str, runtimes: list[str], calibrated: int, evaluated: int, settings: Int8) -> None:
     """Print a row a runtime."""
-    network = Network.named(name, calibrated, evaluated, varied_photographs())
+    network = Network.named(name, calibrated, evaluated)
     graph: Graph = network.fused(settings)
     for runtime in runtimes:
         expected = _last_output(graph.model, network.evaluated)

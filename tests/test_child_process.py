@@ -58,8 +58,8 @@ def test_neither_a_command_nor_a_probe_of_doctor_runs_anything_of_it(planted, mo
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     assert run([sys.executable, "-m", "deploykit", "inspect", "nowhere"], environment).returncode == 3
     monkeypatch.setattr(doctor, "backend_names", lambda: ("onnxruntime", "openvino"))
-    rows = doctor.examine().runtimes
-    assert [(row.devices[0], row.problem) for row in rows] == [("cpu", None), ("cpu", None)]
+    rows = {row.runtime: row for row in doctor.examine().runtimes}
+    assert [(rows[name].devices[0], rows[name].problem) for name in ("onnxruntime", "openvino")] == [("cpu", None)] * 2
     assert not planted.exists()
 
 

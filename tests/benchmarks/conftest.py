@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,3 +23,11 @@ def script():
         yield importlib.import_module
         for name in own - before.keys():
             sys.modules.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """Let no script that silences warnings silence the tests that come after it."""
+    before = logging.root.manager.disable
+    yield
+    logging.disable(before)
