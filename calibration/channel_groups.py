@@ -56,8 +56,8 @@ class ChannelGroup:
     ``writers`` give them, by weight and bias; ``shifts`` are constants added to them, with their
     channel axis; ``readers`` are layers whose weights take them in; ``sources`` are the tensors that
     readers and additions read, which integer kernels have a range for, and ``outputs`` those that the
-    graph gives, with their channel axis. ``clips`` are the calls of ReLU6 and its like, which give zero to
-    a bound, with their channel axis and the bound.
+    graph gives, with their channel axis. ``clips`` are convolutions of the images with a ReLU6 or its like
+    behind them, and its bound.
     """
 
     channels: int
@@ -66,7 +66,7 @@ class ChannelGroup:
     readers: list[Node] = field(default_factory=list)
     sources: dict[Node, int] = field(default_factory=dict)
     outputs: list[tuple[Node, int]] = field(default_factory=list)
-    clips: dict[Node, tuple[int, float]] = field(default_factory=dict)
+    clips: dict[Node, float] = field(default_factory=dict)
     blocked: bool = False
 
 
@@ -154,7 +154,7 @@ class _Finder:
             group = self.members[value][0]
         self.members[node] = (group, axis)
         if node.target in _CLIPS and math.isfinite(bound := _bounds(node)[1]):
-            group.clips[node] = (axis, bound)
+            group.clips[operand(node, 0)] = bound
         return True
 
     def _adds_alike(self, node: Node, axis: int) -> bool:
@@ -214,9 +214,14 @@ class _Finder:
 
 
 def _clipped(node: Node, before: tuple[int, ...], axis: int) -> int | None:
-    """Return the axis of a clip to zero and more: a factor of at most 1 leaves what is not clipped as it is."""
+    """Return the axis of a clip to zero and a bound that some channels are known never to meet.
+
+    That is known behind the first convolution, because images have limits. Without a bound it is a ReLU.
+    """
     least, most = _bounds(node)
-    return axis if least == 0.0 < most else None
+    source = operand(node, 0)
+    first = source.target in _CONVOLUTIONS and operand(source, 0).op == "placeholder"
+    return axis if least == 0.0 < most and (first or math.isinf(most)) else None
 
 
 def _bounds(node: Node) -> tuple[float, float]:

@@ -7,15 +7,18 @@ wastes fewer of its 256 steps. Over convolutions this is cross-layer equalizatio
 here one rule serves both, ``s = a**alpha / w**(1 - alpha)`` with the largest activation ``a`` and weight
 ``w`` of the channel. Scaling a channel by hand beforehand changes nothing in the result.
 
-A ReLU6 is no such product: ``clip(x / s, 0, 6) = clip(x, 0, 6 s) / s``. With ``s <= 1`` it is one for all images whose
-channel stays below ``6 s``, so that channels which never meet the bound can grow up to it, and the others stay. What
-becomes louder than that is clipped, as it is by a range in integers.
+A ReLU6 is no such product: ``clip(x / s, 0, 6) = clip(x, 0, 6 s) / s``. With ``s <= 1`` it is one for a channel that
+never leaves ``6 s``, which is known behind the first convolution: pixels have limits, and weights and bias give those
+of what they make of them. Quiet channels grow up to the bound there, and those that can meet it stay. What calibration
+saw is no limit: channels of deeper layers that stay below 1 in 64 images reach 6 in the next.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -30,10 +33,9 @@ from deploykit.fusion.constants import add_call, add_constant, argument, constan
 from deploykit.fusion.pipeline import EXACT_DB, FusionPass
 from deploykit.spec import InputSpec, Int8, Precision
 
+Limits: TypeAlias = tuple[Tensor, Tensor]
 LEAST_SHARE = 0.01
 """A channel quieter than this share of the median counts as this loud: a dead one must not be blown up."""
-CLIP_ROOM = 1.5
-"""How much louder a channel may get than on the measured images before a clip that it did not meet changes it."""
 MEASURED_IMAGES = 16
 """How many images are measured: those that an export compares its numbers on."""
 
@@ -50,19 +52,36 @@ def equalization_passes(
     size = spec.batch if isinstance(spec.batch, int) else 4
     batches = [images[np.arange(start, start + size) % len(images)] for start in range(0, len(images), size)]
 
+    limits = image_limits(images, spec)
+
     def rewrite(module: GraphModule) -> int:
-        return equalize(module, batches, alpha=alpha)
+        return equalize(module, batches, alpha=alpha, limits=limits)
 
     return (FusionPass(name="equalize-channels", rewrite=rewrite, min_sqnr_db=EXACT_DB),)
 
 
-def equalize(module: GraphModule, batches: Iterable[FloatArray], *, alpha: float) -> int:
+def image_limits(images: FloatArray, spec: InputSpec) -> Limits:
+    """Return the least and the largest value of each channel, ``(C,)``: of pixels as they are prepared, and of images.
+
+    Args:
+        images: ``(N, C, H, W)``, which may be prepared in another way.
+        spec: of the input.
+    """
+    low, high = torch.from_numpy(images.min((0, 2, 3))), torch.from_numpy(images.max((0, 2, 3)))
+    mean, std = torch.tensor(spec.preprocessing.mean), torch.tensor(spec.preprocessing.std)
+    if len(mean) != len(low):
+        return low, high
+    return torch.minimum(low, -mean / std), torch.maximum(high, (1 - mean) / std)
+
+
+def equalize(module: GraphModule, batches: Iterable[FloatArray], *, alpha: float, limits: Limits) -> int:
     """Scale every group of channels that the weights alone connect, in place; exact in real arithmetic.
 
     Args:
         module: the flat graph of a fused program in FP32.
         batches: ``(N, C, H, W)`` images to measure activations on; without any, nothing is scaled.
         alpha: 0 to 1, how much of the spread goes from the activations into the weights.
+        limits: the least and the largest value of each channel of an image, ``(C,)``.
 
     Returns:
         How many groups were scaled.
@@ -71,18 +90,14 @@ def equalize(module: GraphModule, batches: Iterable[FloatArray], *, alpha: float
     loudness = _measure(module, groups, batches)
     loud = [(group, amax) for group, amax in zip(groups, loudness, strict=True) if float(amax.max()) > 0]
     for group, amax in loud:
-        _scale(module, group, _factors(module, group, amax, alpha))
+        _scale(module, group, _factors(module, group, amax, alpha, limits))
     module.recompile()
     return len(loud)
 
 
 def _measure(module: GraphModule, groups: list[ChannelGroup], batches: Iterable[FloatArray]) -> list[Tensor]:
     """Return the largest magnitude of each channel of each group, ``(C,)``, in what its readers read."""
-    wanted = {
-        tensor: (index, axis)
-        for index, group in enumerate(groups)
-        for tensor, axis in (group.sources | {clip: axis for clip, (axis, _) in group.clips.items()}).items()
-    }
+    wanted = {source: (index, axis) for index, group in enumerate(groups) for source, axis in group.sources.items()}
     found = [torch.zeros(group.channels) for group in groups]
 
     class Listener(fx.Interpreter):
@@ -101,7 +116,7 @@ def _measure(module: GraphModule, groups: list[ChannelGroup], batches: Iterable[
     return found
 
 
-def _factors(module: GraphModule, group: ChannelGroup, amax: Tensor, alpha: float) -> Tensor:
+def _factors(module: GraphModule, group: ChannelGroup, amax: Tensor, alpha: float, limits: Limits) -> Tensor:
     """Return ``s`` a channel, ``(C,)`` in double, with a geometric mean of 1."""
     activation = _floored(amax.double())
     weights = [weight for reader in group.readers if (weight := _input_amax(module, reader)) is not None]
@@ -110,20 +125,36 @@ def _factors(module: GraphModule, group: ChannelGroup, amax: Tensor, alpha: floa
         factors = activation**alpha / weight ** (1 - alpha)
     else:
         factors = activation  # each depthwise weight has a scale of its own, whatever it is multiplied by
+    for conv, bound in group.clips.items():
+        factors = _within_clips(factors, _most(module, conv, limits), bound)
     if group.clips:
-        return _within_clips(factors, amax.double(), min(bound for _, bound in group.clips.values()))
+        return factors
     return factors / factors.log().mean().exp()
 
 
-def _within_clips(factors: Tensor, amax: Tensor, bound: float) -> Tensor:
-    """Return factors of at most 1 with which no channel meets the bound of a clip that it did not meet before.
+def _within_clips(factors: Tensor, most: Tensor, bound: float) -> Tensor:
+    """Return factors of at most 1 with which no channel meets the bound of a clip that it never met before.
 
-    A channel that does meet it keeps its scale; the others grow up to the bound, but for some room for louder images.
+    Args:
+        factors: those that would be best, up to a factor for all.
+        most: the largest value that each channel can have in front of the clip.
+        bound: of the clip.
     """
-    least = (amax * CLIP_ROOM / bound).clamp(max=1.0)
+    least = (most / bound).clamp(LEAST_SHARE, 1.0)
     kept = factors[least == 1.0]
     reference = kept.median() if len(kept) else factors.max()
-    return torch.maximum(least, factors / reference).clamp(min=LEAST_SHARE, max=1.0)
+    return torch.maximum(least, factors / reference).clamp(max=1.0)
+
+
+def _most(module: GraphModule, conv: Node, limits: Limits) -> Tensor:
+    """Return the largest value that each channel of a convolution of images can have, ``(C,)`` in double."""
+    weight, bias = (constant(module, argument(conv, place, name, None)) for place, name in ((1, "weight"), (2, "bias")))
+    assert weight is not None  # noqa: S101  (a layer has a constant weight; narrows the type)
+    if weight.shape[1] != len(limits[0]):  # with groups, which no first layer of an image has
+        return torch.full((len(weight),), math.inf, dtype=torch.double)
+    low, high = (limit.double().reshape(1, -1, 1, 1) for limit in limits)
+    most = torch.maximum(weight.double() * low, weight.double() * high).clamp_min(0).sum((1, 2, 3))
+    return most if bias is None else (most + bias.double()).clamp_min(0)
 
 
 def _floored(amax: Tensor) -> Tensor:

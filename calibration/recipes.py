@@ -58,7 +58,7 @@ FAMILY_RECIPES: dict[str, str] = {
     "convnext": "adaptive",
     "mobilevit": "wide",
     "mobilenet": "activations-first",
-    "efficientnet": "activations-first",
+    "efficientnet": "adaptive",
 }
 """The default of families in which it keeps more than the first of the table, which plans the fastest."""
 

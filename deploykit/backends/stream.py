@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from time import perf_counter, thread_time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,7 +30,10 @@ def streamed(engine: Runtime, frames: Iterable[Images], in_flight: int | None) -
     try:
         while fault is None:
             try:
-                waiting.append(engine.start(queue, next(coming)))
+                begun, computed = perf_counter(), thread_time()
+                frame = next(coming)
+                queue.source_blocked(perf_counter() - begun - (thread_time() - computed))
+                waiting.append(engine.start(queue, frame))
             except StopIteration:
                 break
             except Exception as error:  # of the reader, or a frame that is refused: first the answers before it

@@ -36,8 +36,12 @@ def test_a_convolution_scales_with_the_one_behind_its_relu_and_pool():
 
 
 @pytest.mark.parametrize("clip", [F.relu6, lambda x: x.clamp(0, 6), lambda x: x.clamp(min=0)], ids=["6", "0-6", "0"])
-def test_a_clip_from_zero_on_stays_in_its_group(clip):
+def test_a_clip_of_the_first_convolution_stays_in_its_group(clip):
     assert groups_of(lambda m, x: m.b(clip(m.a(x))), a=conv(3), b=conv()) == [(1, 1, 0)]
+
+
+def test_a_clip_behind_any_other_layer_blocks_the_group():
+    assert groups_of(lambda m, x: m.c(F.relu6(m.b(m.a(x)))), a=conv(3), b=conv(), c=conv()) == [(1, 1, 0)]
 
 
 def test_a_residual_stream_is_one_group_and_a_level_on_it_an_output():

@@ -41,6 +41,9 @@ class RequestQueue:
         request.start(images)
         return partial(request.answer, self._outputs)
 
+    def source_blocked(self, seconds: float) -> None:
+        """See `RunQueue.source_blocked`; OpenVINO's threads are its own, and compute meanwhile."""
+
     def close(self) -> None:
         """See `RunQueue.close`."""
         for request in self._requests:
