@@ -38,6 +38,7 @@ RECIPES: dict[str, Recipe] = {
     "fast": Recipe(),
     "adaptive": Recipe(rounding="adaptive"),
     "wide-adaptive": Recipe(calibrator="minmax", rounding="adaptive"),
+    "activations": Recipe(equalization=0.75),
     "activations-first": Recipe(equalization=0.75, rounding="adaptive"),
     "full": Recipe(rounding="adaptive", bias_correction="full"),
     "clipped": Recipe(rounding="adaptive", weight_scales="mse"),
@@ -57,8 +58,7 @@ FAMILY_RECIPES: dict[str, str] = {
     "swin": "wide-adaptive",
     "convnext": "adaptive",
     "mobilevit": "wide",
-    "mobilenet": "activations-first",
-    "efficientnet": "adaptive",
+    "mobilenet": "activations",
 }
 """The default of families in which it keeps more than the first of the table, which plans the fastest."""
 
