@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from _from_tests import realistic
 from PIL import Image
@@ -33,6 +35,7 @@ from deploykit.export.tuning import tuning
 from deploykit.fusion.pipeline import export_passes, fuse
 from deploykit.graph import Master, OnnxGraph, TorchProgram
 from deploykit.images.preprocess import preprocess
+from deploykit.onnx_session import onnx_session
 from deploykit.options import ExportOptions
 from deploykit.progress import quiet
 from deploykit.spec import InputSpec, Int8
@@ -91,6 +94,16 @@ class Network:
             evaluated=crops_of((*SHOWN, "motorcycle_right.png"), evaluated, 1, spec),
         )
 
+    @cached_property
+    def expected(self) -> list[FloatArray]:
+        """What torch gives at FP32 for the evaluation crops: every level, then the logits or pooled features."""
+        with torch.no_grad():
+            found = [
+                [output.numpy() for output in self.backbone.forward_everything(torch.from_numpy(image[None])).values()]
+                for image in self.evaluated
+            ]
+        return [np.concatenate(parts) for parts in zip(*found, strict=True)]
+
     def fused(self, settings: Int8 | None) -> OnnxGraph:
         """The FP32 graph, equalized where settings for INT8 are given."""
         model = to_onnx(self._program(settings), self.spec, output_names(self.backbone))
@@ -123,6 +136,13 @@ class Network:
 
     def _settled(self, settings: Int8) -> Int8:
         return with_recipe(settings, self.backbone.family)
+
+
+def node_by_node(model: ir.Model, images: FloatArray) -> list[FloatArray]:
+    """Every output of a graph over all images, each node as it is written: no processor's 8-bit products saturate."""
+    session, name = onnx_session(model, optimize=False), str(model.graph.inputs[0].name)
+    found = [session.run(None, {name: image[None]}) for image in images]
+    return [np.concatenate(parts) for parts in zip(*found, strict=True)]
 
 
 def varied_photographs() -> tuple[Path, ...]:

@@ -14,14 +14,10 @@ import time
 import warnings
 from dataclasses import replace
 
-import numpy as np
-import onnx_ir as ir
-from _planned import DIALECTS, REAL, Network
+from _planned import DIALECTS, REAL, Network, node_by_node
 
-from deploykit.arrays import FloatArray
 from deploykit.calibration.recipes import RECIPES
 from deploykit.graph import Graph
-from deploykit.onnx_session import onnx_session
 from deploykit.parity.metrics import sqnr_db, top1_agreement
 from deploykit.spec import Int8
 
@@ -33,22 +29,17 @@ def measure(name: str, runtimes: list[str], calibrated: int, evaluated: int, set
     network = Network.named(name, calibrated, evaluated)
     graph: Graph = network.fused(settings)
     for runtime in runtimes:
-        expected = _last_output(graph.model, network.evaluated)
+        expected = network.expected[-1]
         row = f"{name:<24}{runtime:<13}"
         for tried in (replace(settings, rounding="nearest"), settings):
             started = time.perf_counter()
             plan = network.plan(graph, tried, runtime)
             seconds = time.perf_counter() - started
             rendered = DIALECTS[runtime].render(graph, plan, network.calibrated).graph.model
-            found = _last_output(rendered, network.evaluated)
+            found = node_by_node(rendered, network.evaluated)[-1]
             agreed = f", {top1_agreement(expected, found):.1%}" if network.backbone.spec.num_classes else ""
             row += f"{sqnr_db(expected, found):>8.1f} dB{agreed} ({seconds:.0f} s)"
         print(row, flush=True)
-
-
-def _last_output(model: ir.Model, images: FloatArray) -> FloatArray:
-    session, name = onnx_session(model, optimize=False), str(model.graph.inputs[0].name)
-    return np.concatenate([session.run(None, {name: image[None]})[-1] for image in images])
 
 
 def main() -> None:
