@@ -25,12 +25,14 @@ from deploykit.parity.metrics import sqnr_db, top1_agreement
 from deploykit.spec import Int8
 
 
-def measure(name: str, recipes: list[str], runtimes: list[str], calibrated: int, evaluated: int) -> Iterator[Any]:
+def measure(
+    name: str, recipes: list[str], runtimes: list[str], *, calibrated: int, evaluated: int, given: Int8
+) -> Iterator[Any]:
     """A row a recipe and runtime."""
     network = Network.named(name, calibrated, evaluated)
     graphs: dict[float | None, Graph] = {}
     for recipe in recipes:
-        settings = RECIPES[recipe].applied_to(Int8())
+        settings = RECIPES[recipe].applied_to(given)
         if settings.equalization not in graphs:
             graphs[settings.equalization] = network.fused(settings)
         graph = graphs[settings.equalization]
@@ -73,17 +75,20 @@ def main() -> None:
     parser.add_argument("--runtimes", nargs="+", default=list(DIALECTS), choices=list(DIALECTS), help="(default: both)")
     parser.add_argument("--images", type=int, default=48, help="calibration crops (default: %(default)s)")
     parser.add_argument("--evaluated", type=int, default=48, help="evaluation crops (default: %(default)s)")
+    parser.add_argument("--reduce-range", action="store_true", help="as for processors without VNNI")
     parser.add_argument("--results", type=Path, help="a JSON-lines file to add to: what is in it is not measured")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
+    given = Int8(reduce_range=options.reduce_range)
+    shared: dict[str, Any] = {"calibrated": options.images, "evaluated": options.evaluated, "given": given}
     rows: list[dict[str, Any]] = []
     if options.results and options.results.exists():
         rows = [json.loads(line) for line in options.results.read_text().splitlines()]
     for name in options.networks:
         done = {row["recipe"] for row in rows if row["network"] == name}
         missing = [recipe for recipe in options.recipes if recipe not in done]
-        for row in measure(name, missing, options.runtimes, options.images, options.evaluated) if missing else ():
+        for row in measure(name, missing, options.runtimes, **shared) if missing else ():
             print(json.dumps(row), flush=True)
             rows.append(row)
             if options.results:

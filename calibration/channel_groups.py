@@ -57,7 +57,7 @@ class ChannelGroup:
     channel axis; ``readers`` are layers whose weights take them in; ``sources`` are the tensors that
     readers and additions read, which integer kernels have a range for, and ``outputs`` those that the
     graph gives, with their channel axis. ``clips`` are convolutions of the images with a ReLU6 or its like
-    behind them, and its bound.
+    behind them, and its bound; of several the least.
     """
 
     channels: int
@@ -154,7 +154,8 @@ class _Finder:
             group = self.members[value][0]
         self.members[node] = (group, axis)
         if node.target in _CLIPS and math.isfinite(bound := _bounds(node)[1]):
-            group.clips[operand(node, 0)] = bound
+            conv = operand(node, 0)
+            group.clips[conv] = min(bound, group.clips.get(conv, bound))
         return True
 
     def _adds_alike(self, node: Node, axis: int) -> bool:

@@ -51,7 +51,6 @@ def equalization_passes(
         return ()
     size = spec.batch if isinstance(spec.batch, int) else 4
     batches = [images[np.arange(start, start + size) % len(images)] for start in range(0, len(images), size)]
-
     limits = image_limits(images, spec)
 
     def rewrite(module: GraphModule) -> int:
@@ -117,7 +116,7 @@ def _measure(module: GraphModule, groups: list[ChannelGroup], batches: Iterable[
 
 
 def _factors(module: GraphModule, group: ChannelGroup, amax: Tensor, alpha: float, limits: Limits) -> Tensor:
-    """Return ``s`` a channel, ``(C,)`` in double, with a geometric mean of 1."""
+    """Return ``s`` a channel, ``(C,)`` in double: with a geometric mean of 1, or where a clip stands of at most 1."""
     activation = _floored(amax.double())
     weights = [weight for reader in group.readers if (weight := _input_amax(module, reader)) is not None]
     if weights:
@@ -125,11 +124,11 @@ def _factors(module: GraphModule, group: ChannelGroup, amax: Tensor, alpha: floa
         factors = activation**alpha / weight ** (1 - alpha)
     else:
         factors = activation  # each depthwise weight has a scale of its own, whatever it is multiplied by
+    if not group.clips:
+        return factors / factors.log().mean().exp()
     for conv, bound in group.clips.items():
         factors = _within_clips(factors, _most(module, conv, limits), bound)
-    if group.clips:
-        return factors
-    return factors / factors.log().mean().exp()
+    return factors
 
 
 def _within_clips(factors: Tensor, most: Tensor, bound: float) -> Tensor:

@@ -24,10 +24,10 @@ _made_here: set[str] = set()
 
 def remember_engine(manifest: Manifest) -> None:
     """Remember that this user made the engine of a bundle here; without a store, for this process alone."""
-    parts = engine_parts(manifest.engine, manifest.files)
-    where = _address(manifest.engine, {name: manifest.files[name] for name in parts})
     from deploykit.store import Store
 
+    parts = engine_parts(manifest.engine, manifest.files)
+    where = _address(manifest.engine, {name: manifest.files[name] for name in parts})
     _made_here.add(where.key)
     Store().save(where, b"")
 

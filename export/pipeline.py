@@ -191,7 +191,7 @@ def prepare(
     program = trace(job.backbone, spec)
     progress(StageStarted(name="fuse"))
     balancing = equalization_passes(job.options.precision, job.images, spec)
-    # A pass that measures images is compared on those, of which it knows how loud they are.
+    # Equalization is exact for pixels, and for the images that it measures where they were prepared in another way.
     measured = probe if compared_on is None else network_images(parity_images(job.images, job.input), job.input)
     fused = fuse(program, spec, measured, export_passes(*balancing))
     progress(StageStarted(name="to_onnx"))

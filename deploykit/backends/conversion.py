@@ -6,7 +6,6 @@ Converters bring libraries that start threads, write to the terminal and may end
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,22 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from deploykit.child_process import child_environment, run_module
+from deploykit.backends.build_process import run_build
 from deploykit.errors import ExportError
 from deploykit.fusion.locate import describe_node
 from deploykit.fusion.quiet import quiet_torch
 from deploykit.graph import TorchProgram
-
-CONVERSION_SECONDS = 1800.0
-"""A conversion that takes longer is stopped; a network of a thousand operators takes about a minute."""
 
 REFUSED = 3
 """The exit status where the converter refuses the network; the file ``reason`` has the converter's words."""
 
 UNPROVED = 4
 """The exit status where the file is not what the plan says; the file ``reason`` has the whole message."""
-
-_LOG_LINES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,32 +104,13 @@ def run_converter(converter: Converter, request: ConversionRequest, graph: Torch
     Raises:
         ExportError: it refused the network, crashed, or took too long.
     """
-    title = converter.title
     file = Path(request.program).parent / "request.json"
     file.write_bytes(msgspec.json.encode(request))
-    try:
-        done = subprocess.run(
-            run_module(converter.module, str(file)),
-            capture_output=True,
-            text=True,
-            errors="replace",
-            env=child_environment(),
-            timeout=CONVERSION_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise ExportError(
-            f"the conversion to {title} took more than {CONVERSION_SECONDS:g} s and was stopped. Try a smaller model."
-        ) from error
-    if done.returncode == 0:
-        return
-    if done.returncode in (REFUSED, UNPROVED):
+    what = f"conversion to {converter.title}"
+    done = run_build(what, converter.module, str(file), answers=(REFUSED, UNPROVED))
+    if done.returncode != 0:
         reason = Path(request.reason).read_text(encoding="utf-8")
         raise converter.refusal(reason, graph) if done.returncode == REFUSED else ExportError(reason)
-    tail = "".join(f"\n  {line}" for line in done.stderr.splitlines()[-_LOG_LINES:])
-    cause = f"crashed (signal {-done.returncode})" if done.returncode < 0 else "failed"
-    hint = " Out of memory is the usual cause: free some, or try a smaller model." if done.returncode == -9 else ""
-    raise ExportError(f"the conversion to {title} {cause}.{hint} The end of its log:{tail}")
 
 
 def lacks_operator(title: str, operator: str, graph: TorchProgram) -> ExportError:

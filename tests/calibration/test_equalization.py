@@ -241,6 +241,24 @@ def test_a_clip_changes_nothing_in_any_image(clipped, images):
         torch.testing.assert_close(module(image)[0], clipped(image)[0], rtol=1e-4, atol=1e-4)
 
 
+def test_of_two_clips_of_one_convolution_the_lower_bound_counts(images):
+    class Twice(Clipped):
+        def forward(self, images):
+            maps = self.stem(images)
+            return (self.head((self.depthwise(maps.clamp(0, 2)) + self.depthwise(maps.clamp(0, 6))).mean((2, 3))),)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = randomize(Twice())
+    with torch.no_grad():  # the lightest image makes 4 of every channel, above one bound and below the other
+        network.stem.bias.zero_()
+        network.stem.weight.abs_()
+        network.stem.weight *= (4 / largest(network, images)).reshape(-1, 1, 1, 1)
+    module = equalized_module(network, images)
+    image = image_limits(images, SPEC)[1].reshape(1, 3, 1, 1).expand(1, 3, SIDE, SIDE).contiguous()
+    torch.testing.assert_close(module(image)[0], network(image)[0], rtol=1e-4, atol=1e-4)
+
+
 def test_images_prepared_in_another_way_have_limits_of_their_own(images):
     low, high = image_limits(images * 255, SPEC)
     assert (low <= torch.from_numpy(255 * images.min((0, 2, 3)))).all()

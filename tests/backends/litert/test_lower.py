@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from deploykit import optional
-from deploykit.backends import conversion
+from deploykit.backends import build_process
 from deploykit.backends.litert import lower as module
 from deploykit.errors import ExportError, MissingDependency
 from deploykit.fusion.program import export_program
@@ -68,7 +68,7 @@ def test_a_converter_that_ends_without_an_answer_is_an_export_error(tmp_path: Pa
 
 
 def test_a_conversion_that_takes_too_long_is_stopped(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(conversion, "CONVERSION_SECONDS", 0.05)
+    monkeypatch.setattr(build_process, "MOST_SECONDS", 0.05)
     with pytest.raises(ExportError, match=r"more than 0.05 s and was stopped"):
         lower("litert", tiny_program(), tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from deploykit.backends.backend import Engine, LowerOptions
+from deploykit.backends.build_process import run_build
 from deploykit.backends.onnx_file import write_onnx
 from deploykit.backends.onnxruntime.package import load_onnxruntime
 from deploykit.backends.onnxruntime.qnn.compiler import COMPILED, REASON, REFUSED, SOURCE, TRACE
 from deploykit.backends.onnxruntime.qnn.context_file import CONTEXT, DOMAIN
 from deploykit.backends.onnxruntime.qnn.package import PLUGIN, load_plugin, machine_tie
-from deploykit.child_process import child_environment, run_module
 from deploykit.errors import ExportError, SpecError
 from deploykit.graph import OnnxGraph
 from deploykit.optional import installed_version, require
@@ -26,13 +25,9 @@ from deploykit.places import scratch_folder
 if TYPE_CHECKING:
     import onnx
 
-COMPILE_SECONDS = 1800.0
-"""A compilation that takes longer is stopped; a network of a thousand nodes takes seconds."""
-
 ENGINE = "model.onnx"
 _NAMED = 8
 _LOG_ERROR = re.compile(r"\[E:onnxruntime:[^\]]*\] (.+?)(?:\x1b\[m)?$", re.MULTILINE)
-_LOG_LINES = 8
 
 
 def lower(graph: OnnxGraph, folder: Path, options: LowerOptions) -> Engine:
@@ -80,28 +75,10 @@ def _compile(folder: Path, soc_model: str, htp_arch: str) -> None:
     Raises:
         ExportError: it refused the graph, crashed, or took too long.
     """
-    try:
-        done = subprocess.run(
-            run_module("deploykit.backends.onnxruntime.qnn.compiler", soc_model, htp_arch),
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            env=child_environment(),
-            timeout=COMPILE_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise ExportError(
-            f"the compilation for QNN took more than {COMPILE_SECONDS:g} s and was stopped. Try a smaller model."
-        ) from error
-    if done.returncode == 0:
-        return
+    module = "deploykit.backends.onnxruntime.qnn.compiler"
+    done = run_build("compilation for QNN", module, soc_model, htp_arch, answers=(REFUSED,), folder=folder)
     if done.returncode == REFUSED:
         raise _refusal(folder, f"SoC {soc_model}, HTP v{htp_arch}", done.stderr)
-    tail = "".join(f"\n  {line}" for line in done.stderr.splitlines()[-_LOG_LINES:])
-    cause = f"crashed (signal {-done.returncode})" if done.returncode < 0 else "failed"
-    raise ExportError(f"the compilation for QNN {cause}. The end of its log:{tail}")
 
 
 def _refusal(folder: Path, target: str, log: str) -> ExportError:
