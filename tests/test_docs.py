@@ -22,10 +22,11 @@ ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 LINKED = (*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "examples" / "README.md")
 SLOW_MARK = "<!-- slow -->"
-WHOLLY_SLOW = ("README.md", "tutorial.md", "optimization.md")
+WHOLLY_SLOW = ("README.md", "contract.md", "tutorial.md", "optimization.md")
 """What they show has quick tests of its own; the slow tests run the pages themselves.
 
-That of the README is test_facade.py's test_photographs_get_their_class_in_every_runtime.
+Those of the README are test_facade.py's test_photographs_get_their_class_in_every_runtime, and those of the contract
+tests/backbones/test_contract.py.
 """
 BLOCK = re.compile(
     r"(?P<slow><!-- slow -->\n+)?^```(?P<language>python|sh)\n(?P<code>.*?)^```\n"
@@ -142,9 +143,7 @@ def folder(tmp_path, photographs) -> Path:
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if blocks_of(page) and page.name not in WHOLLY_SLOW], ids=lambda page: page.name
 )
-def test_blocks_run_and_print_what_the_page_says(page, check, folder, request):
-    if page.name == "contract.md":
-        (folder / "hub").symlink_to(request.getfixturevalue("hub"))
+def test_blocks_run_and_print_what_the_page_says(page, check):
     check(page, slow=False)
 
 
@@ -154,7 +153,9 @@ def test_blocks_run_and_print_what_the_page_says(page, check, folder, request):
     [page for page in PAGES if page.name in WHOLLY_SLOW or any(block.slow for block in blocks_of(page))],
     ids=lambda page: page.name,
 )
-def test_slow_blocks_run_and_print_what_the_page_says(page, check):
+def test_slow_blocks_run_and_print_what_the_page_says(page, check, folder, request):
+    if page.name == "contract.md":
+        (folder / "hub").symlink_to(request.getfixturevalue("hub"))
     check(page, slow=True)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,11 @@ import deploykit
 from deploykit.cli.main import main
 from deploykit.errors import DeployKitError
 from tests.backends.bundles import write_bundle
+from tests.tiers import WHOLE, examples
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
 NAME = "mobilenetv2_050"
-WHOLE = os.environ.get("HYPOTHESIS_PROFILE") == "default"
-"""make test-all, which tries 2,000 misuses."""
 
 THINGS: list[Any] = [
     *(None, True, False, 0, 1, -1, 3, 2**63, 10**30, 1.5, float("nan"), float("inf"), 1j, b"", b"bytes", ...),
@@ -168,7 +166,7 @@ def called(function: Any, data: st.DataObject, usual: list[Any]) -> None:
 
 @pytest.mark.timeout(7200 if WHOLE else 600)
 @settings(
-    max_examples=1600 if WHOLE else 100,
+    max_examples=examples(100, whole=1600),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -193,7 +191,7 @@ def test_a_function_answers_or_raises_a_typed_error(data, places, model, monkeyp
 
 @pytest.mark.timeout(7200 if WHOLE else 600)
 @settings(
-    max_examples=400 if WHOLE else 8,
+    max_examples=examples(8, whole=400),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

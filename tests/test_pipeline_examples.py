@@ -111,6 +111,7 @@ def test_no_input_is_pasted_into_a_script(name):
     assert not [script for script in scripts if "${{" in script.partition("env:")[0]]
 
 
+@pytest.mark.slow
 def test_the_gitlab_job_also_tests_a_bundle_that_drifted(tmp_path):
     job = yaml.safe_load((PIPELINE / "gitlab-ci.yml").read_text())["parity"]
     assert job["artifacts"]["when"] == "always"

@@ -66,11 +66,12 @@ def test_squeeze_and_excitation_sees_the_whole_image():
     assert fields == [7, 0, 0, 0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "features_only"),
     [
         ("resnet18d", True),
-        *(pytest.param(name, False, marks=pytest.mark.slow) for name in ("resnet18", "seresnet50", "resnetv2_50")),
+        *((name, False) for name in ("resnet18", "seresnet50", "resnetv2_50")),
     ],
 )
 def test_exports_to_plain_operators(tmp_path, name, features_only):

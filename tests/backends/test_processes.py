@@ -85,8 +85,8 @@ sys.exit(os.waitpid(child, 0)[1])
 @pytest.mark.parametrize(
     "action",
     [
-        *("pass", "model = None; import gc; gc.collect()"),
-        *(pytest.param(action, marks=pytest.mark.slow) for action in ("model.close()", "del model")),
+        "model = None; import gc; gc.collect()",
+        *(pytest.param(action, marks=pytest.mark.slow) for action in ("pass", "model.close()", "del model")),
     ],
 )
 def test_a_forked_child_ends_whatever_it_did_with_the_engine(bundle, action):

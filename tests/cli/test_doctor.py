@@ -11,7 +11,7 @@ from deploykit.backends.backend import Backend
 from deploykit.cli import doctor as doctor_module
 
 
-def test_the_machine_is_told_as_json_and_as_text(call, tmp_path, monkeypatch):
+def test_the_machine_is_told_as_json(call, tmp_path, monkeypatch):
     monkeypatch.setenv("DEPLOYKIT_CACHE", str(tmp_path))
     monkeypatch.setattr(doctor_module, "backend_names", lambda: ("torch", "onnxruntime"))
     told = call("doctor", "--json").json()
@@ -20,6 +20,10 @@ def test_the_machine_is_told_as_json_and_as_text(call, tmp_path, monkeypatch):
     assert "cpu" in rows["onnxruntime"]["devices"]
     assert "cpu" in rows["torch"]["devices"]
     assert told["engine_cache"] == str(tmp_path / "engines")
+
+
+def test_the_machine_is_told_as_text(call, monkeypatch):
+    monkeypatch.setattr(doctor_module, "backend_names", lambda: ("onnxruntime",))
     text = call("doctor")
     assert text.code == 0
     assert text.out.splitlines()[-1] == "Next: deploykit export resnet18 --runtime onnxruntime"

@@ -11,10 +11,11 @@ from deploykit.fusion.pipeline import EXACT_DB, FusionPass, run_passes
 from deploykit.fusion.program import export_program
 from deploykit.parity.metrics import sqnr_db
 from deploykit.spec import BatchRange, InputSpec
+from tests.tiers import examples
 
 SPEC = InputSpec(channels=4, height=12, width=12)
 DYNAMIC = InputSpec(batch=BatchRange(), channels=4, height=12, width=12)
-few = settings(max_examples=20, deadline=None)
+few = settings(max_examples=examples(8, whole=20), deadline=None)
 
 
 def images(seed: int = 0, count: int = 1) -> torch.Tensor:

@@ -15,8 +15,9 @@ from deploykit.fusion.pipeline import EXACT_DB
 from deploykit.fusion.program import export_program
 from deploykit.spec import InputSpec
 from tests.fusion.graphs import DYNAMIC, Calls, images
+from tests.tiers import examples
 
-fewer = settings(max_examples=6, deadline=None)
+fewer = settings(max_examples=examples(4, whole=6), deadline=None)
 """Each example goes through torch's ONNX exporter, which takes a second."""
 
 

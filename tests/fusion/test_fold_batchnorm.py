@@ -10,6 +10,7 @@ from deploykit.fusion.fold_batchnorm import fold_batchnorm
 from deploykit.fusion.pipeline import EXACT_DB, FusionPass, run_passes
 from deploykit.fusion.program import export_program
 from tests.fusion.graphs import SPEC, Calls, Tuple, check_with_dynamic_batch, images, is_left_alone, rewrites, traced
+from tests.tiers import examples
 
 FOLD = (FusionPass(name="fold-batchnorm", rewrite=fold_batchnorm, min_sqnr_db=EXACT_DB),)
 
@@ -30,7 +31,7 @@ def norms_left(module) -> int:
     return len(module.graph.find_nodes(op="call_function", target=torch.ops.aten.batch_norm.default))
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=examples(10, whole=25), deadline=None, derandomize=True)
 @given(
     kernel=st.integers(1, 3),
     stride=st.integers(1, 2),

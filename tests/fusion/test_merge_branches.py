@@ -13,6 +13,7 @@ from deploykit.spec import InputSpec, SizeRange
 from tests.backbones.realistic import randomize, settle
 from tests.fusion.graphs import Calls, calls, check_with_dynamic_batch, is_left_alone, rewrites, traced, vector
 from tests.fusion.test_fold_batchnorm import norm_of
+from tests.tiers import examples
 
 
 def conv(kernel=3, groups=1, *, padding=None, stride=1, width=4, bias=True, **settings) -> nn.Conv2d:
@@ -27,7 +28,7 @@ def block(function, **layers) -> Calls:
     return Calls(function, **layers).eval()
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=examples(6, whole=12), deadline=None)
 @given(
     kernels=st.lists(st.sampled_from([1, 3, 5, (1, 3), (3, 1), (5, 3)]), min_size=1, max_size=4),
     groups=st.sampled_from([1, 2, 4]),

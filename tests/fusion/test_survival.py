@@ -27,6 +27,7 @@ from deploykit.fusion.pipeline import fuse
 from deploykit.graph import OnnxGraph
 from deploykit.spec import BatchRange, InputSpec
 from tests.backbones.realistic import randomize
+from tests.small_transformers import SHORT_VIT
 
 FAMILIES = {
     "resnet18": 64,
@@ -34,6 +35,7 @@ FAMILIES = {
     "mobilenetv3_small_075": 64,
     "regnety_002": 64,
     "vit_tiny_patch16_224": 64,
+    SHORT_VIT: 64,
     "swin_tiny_patch4_window7_224": 56,
     "convnext_atto": 64,
     "convnext_tiny": 64,
@@ -119,7 +121,9 @@ def in_openvino(name: str) -> Counter[str]:
 
 
 ALLOWED = {
-    "vit_tiny_patch16_224": {"Pad", "Gather"},  # room for the class token, and the token
+    # Room for the class token, and the token.
+    "vit_tiny_patch16_224": {"Pad", "Gather"},
+    SHORT_VIT: {"Pad", "Gather"},
     # Windows that so small a map does not fill; whole tokens are gathered into windows.
     "swin_tiny_patch4_window7_224": {"Pad", "Gather"},
 }
@@ -154,15 +158,20 @@ def test_a_plain_network_has_no_node_that_timms_has_not(timm):
     assert in_onnxruntime("resnet18") <= optimized(program.model)
 
 
-def test_attention_is_one_operator_in_onnxruntime():
-    found = in_onnxruntime("vit_tiny_patch16_224")
-    assert found["Attention"] == 11, "the last block has queries for the class token alone"
-    assert (found["Gelu"], found["BiasGelu"]) == (12, 0), "the bias is in the layer before"
-    assert (found["Gemm"], found["MatMul"], found["FusedMatMul"]) == (38, 2, 0), "two products of the last attention"
+@pytest.mark.parametrize(
+    ("name", "blocks"), [(SHORT_VIT, 3), pytest.param("vit_tiny_patch16_224", 12, marks=pytest.mark.slow)]
+)
+def test_attention_is_one_operator_in_onnxruntime(name, blocks):
+    found = in_onnxruntime(name)
+    assert found["Attention"] == blocks - 1, "the last block has queries for the class token alone"
+    assert (found["Gelu"], found["BiasGelu"]) == (blocks, 0), "the bias is in the layer before"
+    layers = 3 * blocks + 2, 2, 0
+    assert (found["Gemm"], found["MatMul"], found["FusedMatMul"]) == layers, "two products of the last attention"
     assert found["Softmax"] == 1
     assert found["Mul"] == 0, "every scale is in its projection"
-    in_other = in_openvino("vit_tiny_patch16_224")
-    assert (in_other["FullyConnected"], in_other["MVN"]) == (71, 25), "11 attentions have three projections each"
+    in_other = in_openvino(name)
+    layers = 6 * blocks - 1, 2 * blocks + 1
+    assert (in_other["FullyConnected"], in_other["MVN"]) == layers, "all attentions but one have three projections each"
     assert in_other["Split"] == 1, "of the last attention"
 
 
@@ -204,7 +213,8 @@ def test_mlps_of_convnext_are_convolutions():
     assert in_other["Eltwise"] == 0
 
 
-@pytest.mark.parametrize("name", ["regnety_002", pytest.param("efficientnet_b0", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["regnety_002", "efficientnet_b0"])
 def test_squeeze_and_excitation_stays_in_onnxruntimes_blocked_layout(name):
     found = in_onnxruntime(name)
     gates = {"regnety_002": 13, "efficientnet_b0": 16}[name]

@@ -25,6 +25,7 @@ def run_program(case, program: TorchProgram) -> list[np.ndarray]:
     return [np.concatenate([part.numpy() for part in parts]) for parts in zip(*runs, strict=True)]
 
 
+@pytest.mark.parametrize("case", ["residual", pytest.param("lite0", marks=pytest.mark.slow)], indirect=True)
 def test_the_program_gives_what_the_onnx_graph_gives(case):
     program = rendered(case, case.plan)
     expected = case.run()

@@ -26,7 +26,7 @@ EVERY = tuple(product(SMALL, PRECISIONS, CAPABILITIES, BATCHES, OUTPUTS))
 
 QUICK = (
     ("resnet", "fp32", "sm86", "static", "logits"),
-    ("mobilenet", "int8", "sm89", "dynamic", "features"),
+    ("mobilenet", "int8", "sm89", "static", "features"),
     ("vit", "int8+fp16", "sm120", "static", "features"),
     ("convnext", "fp16", "sm89", "dynamic", "logits"),
 )

@@ -200,6 +200,7 @@ lower(tiny_graph(), Path(sys.argv[1]), LowerOptions())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's parent-death signal")
 def test_a_killed_export_takes_its_builder_with_it(tmp_path: Path):
     root = Path(__file__).parents[3]
