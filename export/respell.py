@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import SymInt, Tensor
 from torch.fx import Graph, Node, map_arg
 from torch.fx.node import Argument
 
-from deploykit.fusion.constants import argument
+from deploykit.fusion.constants import Size, argument
 
 _aten = torch.ops.aten
 
@@ -27,9 +27,10 @@ def _reshape(graph: Graph, node: Node, source: Node) -> Node:
     return _reshaped(graph, source, list(argument(node, 1, "shape", ()) if contiguous else node.meta["val"].shape))
 
 
-def _reshaped(graph: Graph, source: Node, shape: list[int]) -> Node:
+def _reshaped(graph: Graph, source: Node, shape: list[Size]) -> Node:
     """Write a view, or of values that lie too far apart for one, a view of a copy."""
     value: Tensor = source.meta["val"]
+    shape = _told(shape)
     try:
         value.view(shape)
     except (RuntimeError, ValueError):  # of a tensor, and of an abstract one
@@ -37,6 +38,16 @@ def _reshaped(graph: Graph, source: Node, shape: list[int]) -> Node:
         copied.meta["val"] = value.clone(memory_format=torch.contiguous_format)
         return _call(graph, _aten._unsafe_view.default, copied, shape)
     return _call(graph, _aten.view.default, source, shape)
+
+
+def _view(graph: Graph, node: Node, source: Node) -> Node:
+    return _call(graph, _aten.view.default, source, _told(list(argument(node, 1, "size", ()))))
+
+
+def _told(shape: list[Size]) -> list[Size]:
+    """Return -1 for the one dynamic size of a view, which the others tell."""
+    unknown = [isinstance(size, SymInt) or size == -1 for size in shape]
+    return [-1 if each else size for each, size in zip(unknown, shape, strict=True)] if sum(unknown) == 1 else shape
 
 
 def _chunk(graph: Graph, node: Node, source: Node) -> Node:
@@ -58,15 +69,16 @@ RESPELLED: dict[object, Spelling] = {
     _aten.reshape.default: _reshape,
     _aten.chunk.default: _chunk,
     _aten.narrow.default: _narrow,
+    _aten.view.default: _view,
 }
-"""Operators that become others, by what writes those."""
+"""Operators that become others, or are written otherwise, by what writes those."""
 
-_NAMED_ANEW = (_aten.view.default, _aten.split.Tensor, _aten.slice.Tensor)
+_NAMED_ANEW = (_aten.split.Tensor, _aten.slice.Tensor)
 """What is counted together with what the others become."""
 
 
 def respell(graph: Graph) -> tuple[Graph, dict[str, str]]:
-    """Return a copy of a graph of fixed sizes as torch's decompositions write it, and its new names by the old ones."""
+    """Return a copy of a graph as torch's decompositions write it, and its new names by the old ones."""
     copy, made = Graph(), dict[Node, Node]()
     for node in graph.nodes:
         spelling = RESPELLED.get(node.target)

@@ -16,6 +16,8 @@ import torch
 from torch._ops import OperatorBase
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, OutputSpec, TensorArgument
+from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
 from deploykit.export.respell import RESPELLED, respell
 
@@ -69,7 +71,6 @@ KEPT = frozenset(
         _aten.unsqueeze.default,
         _aten.upsample_bilinear2d.vec,
         _aten.upsample_nearest2d.vec,
-        _aten.view.default,
     )
 )
 """Operators that come out of the decompositions as they go in, whatever their settings are."""
@@ -89,12 +90,15 @@ class _Undecomposed(ExportedProgram):
 def undecomposed(program: ExportedProgram) -> ExportedProgram:
     """Return a copy of a program that torch's exporter writes as it is, or the same program where it must not.
 
-    A dynamic size is traced anew, since its symbols have a part in the names of tensors.
+    What computes with a dynamic size is traced anew, which writes the computation out. Where none is an argument, the
+    graph is the same but for the numbers in the names of tensors, which count such computations.
     """
     calls = [node for node in program.graph.nodes if node.op == "call_function"]
-    if program.range_constraints or not all(node.target in KEPT or node.target in RESPELLED for node in calls):
+    if not all(node.target in KEPT or node.target in RESPELLED for node in calls):
         return program
     graph, names = respell(program.graph)  # a copy, into which the exporter writes
+    if any(_reads_symbol(node) for node in graph.nodes):
+        return program
     signature = program.graph_signature
     return _Undecomposed(
         root=program.graph_module,
@@ -103,12 +107,17 @@ def undecomposed(program: ExportedProgram) -> ExportedProgram:
             list(signature.input_specs), [_renamed(output, names) for output in signature.output_specs]
         ),
         state_dict=program.state_dict,
-        range_constraints={},
+        range_constraints=program.range_constraints,
         module_call_graph=program.module_call_graph,
         example_inputs=program.example_inputs,
         constants=program.constants,
         verifiers=program.verifiers,
     )
+
+
+def _reads_symbol(node: Node) -> bool:
+    """Whether an argument of a call is a dynamic size."""
+    return any(isinstance(value, torch.SymInt) for value in tree_leaves((node.args, node.kwargs)))
 
 
 def _renamed(output: OutputSpec, names: dict[str, str]) -> OutputSpec:
