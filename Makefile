@@ -70,9 +70,9 @@ docs: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
-	@mkdir -p $(BENCH)
+	@rm -rf $(BENCH) && mkdir -p $(BENCH)
 	@for script in $(QUICK); do echo "== $$script"; \
-		$(BIN)/python benchmarks/$$script.py --quick --json $(BENCH)/$$script.json || exit 1; done
+		$(BIN)/python benchmarks/$$script.py --quick --work $(BENCH)/engines --json $(BENCH)/$$script.json || exit 1; done
 
 bench-all: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"

@@ -27,8 +27,8 @@ from deploykit.processor import saturates
 from deploykit.spec import Fp16, Int8
 
 PRECISIONS = ("fp32", "fp16", "int8")
-TIMED = 48
-"""The default number of calibration images, and of others that engines are compared on."""
+TIMED, QUICK_TIMED = 48, 16
+"""The default number of calibration images, and of others that engines are compared on; and that for ``--quick``."""
 
 
 @dataclass(kw_only=True, eq=False)

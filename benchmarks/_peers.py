@@ -70,11 +70,14 @@ def _eager(module: nn.Module, images: FloatArray) -> list[FloatArray]:
 
 def engine_routes(engines: Engines, runtime: str, precision: str) -> dict[str, Opener]:
     """Deploykit's engine and every peer's into one runtime at one precision; nothing is built before it is opened."""
-    open_graph = RUNTIMES[runtime]
-    routes: dict[str, Opener] = {OURS: lambda: open_graph(engines.engine(runtime, precision))}
-    for name, make in _files(engines, runtime, precision).items():
-        routes[name] = partial(_opened, open_graph, make)
-    return routes
+    return {
+        name: partial(_opened, RUNTIMES[runtime], make) for name, make in makers(engines, runtime, precision).items()
+    }
+
+
+def makers(engines: Engines, runtime: str, precision: str) -> dict[str, Callable[[], Path]]:
+    """What makes each route's file where it is not there."""
+    return {OURS: partial(engines.engine, runtime, precision), **_files(engines, runtime, precision)}
 
 
 def _opened(open_graph: Callable[[Path], Call], make: Callable[[], Path]) -> Call:

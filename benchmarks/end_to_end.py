@@ -105,7 +105,7 @@ def _by_numpy(picture: Image.Image, spec: InputSpec, short: int) -> FloatArray:
 
 def ways_of(backbone: Any, runtime: str, work: Path) -> dict[str, Way]:
     """The usual way and ours, with engines of one network, at FP32."""
-    floats, pixels = work / f"{runtime}-floats", work / f"{runtime}-pixels"
+    floats, pixels = (work / f"{backbone.spec.name}-{runtime}-fp32-{form}-bundle" for form in ("floats", "pixels"))
     for folder, embedded in ((floats, False), (pixels, True)):
         if not folder.exists():
             deploykit.export_backbone(backbone, folder, runtime=runtime, embed_preprocessing=embedded)
@@ -161,6 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--network", default=NETWORK, help="default: %(default)s")
     options.add_argument("--images", type=int, help="photographs a pass (default: 48; 24 with --quick)")
     options.add_argument("--passes", type=int, help="of each way (default: 9; 4 with --quick)")
+    options.add_argument("--work", type=Path, metavar="FOLDER", help="keep bundles here (default: a temporary folder)")
     asked = options.parse_args(arguments)
     silence()
     torch.manual_seed(0)
@@ -168,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="deploykit-end-to-end-") as scratch:
         for runtime in RUNTIMES:
-            ways = ways_of(backbone, runtime, Path(scratch))
+            ways = ways_of(backbone, runtime, asked.work or Path(scratch))
             for size in QUICK_SIZES if asked.quick else SIZES:
                 contents = photographs(size, asked.images or (24 if asked.quick else 48))
                 found = measure(ways, contents, asked.passes or (4 if asked.quick else 9))

@@ -27,7 +27,7 @@ from pathlib import Path
 import _ceilings
 import onnx
 from _ceilings import Ceilings
-from _engines import engines_of
+from _engines import QUICK_TIMED, engines_of
 from _layers import KINDS, layers_of, macs_by_kind
 from _planned import NETWORKS
 from _profiles import Kernel, profiled
@@ -38,8 +38,6 @@ from deploykit.arrays import FloatArray
 
 QUICK = ("mobilenetv3_large_100", "resnet50")
 PRECISIONS = ("fp32", "int8")
-IMAGES = 8
-"""Calibration images: their number changes no time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +99,7 @@ def split(kind: str, kernels: Sequence[Kernel], ceilings: Ceilings, precision: s
 
 def measure(name: str, work: Path, ceilings: Ceilings, rounds: int) -> list[Limit]:
     """Measure a network's engines, each in a loop of its own."""
-    engines, found = engines_of(name, work, IMAGES), []
+    engines, found = engines_of(name, work, QUICK_TIMED), []
     image = engines.network.calibrated[:1]
     for runtime, open_graph in RUNTIMES.items():
         macs = _macs(engines.engine("onnxruntime", "fp32"))

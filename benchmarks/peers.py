@@ -6,10 +6,11 @@ quantize_dynamic, NNCF on ONNX and on OpenVINO, and ModelOpt where it is install
 calibration crops and settings of the runtime (see `_timing.py`); where INT8 products saturate on this processor, all
 that have a setting against it use it.
 
-All routes of a network take turns in one process, a fresh one for each network: a graph that crashes its runtime is
-left out, with a line that says so, and takes no other route with it. Beside each median stand the quartiles over the
-rounds, and how far the logits are from torch FP32 on crops of other photographs. A route outside deploykit's own budget
-of the precision (80, 45 and 12 dB) is marked ``wrong`` and is no peer to beat; nor does ours count then.
+Engines are built first, a network for each core at a time. All routes of a network then take turns in one process, a
+fresh one for each network: a graph that crashes its runtime is left out, with a line that says so, and takes no other
+route with it. Beside each median stand the quartiles over the rounds, and how far the logits are from torch FP32 on
+crops of other photographs. A route outside deploykit's own budget of the precision (80, 45 and 12 dB) is marked
+``wrong`` and is no peer to beat; nor does ours count then.
 
 EfficientNet-Lite0 and MobileNetV2 have trained weights, and the others random ones, drawn as training leaves them:
 these show speed and rounding noise, not accuracy. Engines are kept in ``--work FOLDER``.
@@ -26,21 +27,25 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from _engines import PRECISIONS, TIMED, Engines, engines_of
-from _peers import LEFT_OUT, NEEDED, OURS, TORCH, engine_routes, is_installed, opened, torch_routes
+from _engines import PRECISIONS, QUICK_TIMED, TIMED, Engines, engines_of
+from _peers import LEFT_OUT, NEEDED, OURS, TORCH, engine_routes, is_installed, makers, opened, torch_routes
 from _planned import NETWORKS, REAL
 from _results import SERIES, THEMES, check_plot, machine_line, parser, save, silence, themed, write_picture
 from _timing import RUNTIMES, Call, outputs_of, turns
 
 from deploykit.parity.metrics import sqnr_db, top1_agreement
 from deploykit.spec import Fp16, Fp32, Int8
+from deploykit.threads import allowed_processors, count_cores
 
 BUDGET_DB = {"fp32": Fp32().min_sqnr_db, "fp16": Fp16().min_sqnr_db, "int8": Int8().min_sqnr_db}
-QUICK_IMAGES, QUICK_ROUNDS = 16, 12
+QUICK_ROUNDS = 12
 Key: TypeAlias = tuple[str, str, str]
 """A route of a network: precision, runtime and name."""
 
@@ -255,9 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--networks", nargs="+", default=NETWORKS, help="backbones (default: the eight of the table)")
     options.add_argument("--precisions", nargs="+", choices=PRECISIONS, help="(default: all; two with --quick)")
     options.add_argument("--rounds", type=int, help=f"timed rounds (default: 50; {QUICK_ROUNDS} with --quick)")
-    options.add_argument(
-        "--images", type=int, help=f"calibration crops (default: {TIMED}; {QUICK_IMAGES} with --quick)"
-    )
+    options.add_argument("--images", type=int, help=f"calibration crops (default: {TIMED}; {QUICK_TIMED} with --quick)")
     options.add_argument("--no-compile", action="store_true", help="without torch.compile, which compiles for a minute")
     options.add_argument("--work", type=Path, metavar="FOLDER", help="keep engines here (default: a temporary folder)")
     options.add_argument("--here", nargs=2, metavar="PART", help=argparse.SUPPRESS)
@@ -286,14 +289,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _all_rows(asked: argparse.Namespace, work: Path) -> list[Row]:
     precisions = asked.precisions or (("fp32", "int8") if asked.quick else PRECISIONS)
     rounds = asked.rounds or (QUICK_ROUNDS if asked.quick else 50)
-    images = asked.images or (QUICK_IMAGES if asked.quick else TIMED)
+    images = asked.images or (QUICK_TIMED if asked.quick else TIMED)
+    work.mkdir(parents=True, exist_ok=True)
+    job = {"work": str(work), "images": images, "rounds": rounds, "precisions": list(precisions)}
+    jobs = [
+        {**job, "name": name, "compile_too": not (asked.no_compile or asked.quick), "crashed": []}
+        for name in asked.networks
+    ]
+    print(f"building the engines of {', '.join(asked.networks)}", flush=True)
+    with ThreadPoolExecutor(count_cores(allowed_processors())) as builders:
+        list(builders.map(_build, jobs))
     rows: list[Row] = []
-    for name in asked.networks:
-        print(f"measuring {name}", flush=True)
-        compile_too = not (asked.no_compile or asked.quick)
-        job = {"name": name, "work": str(work), "images": images, "rounds": rounds, "compile_too": compile_too}
-        rows += in_processes({**job, "precisions": list(precisions)}, work / f"{name}-rows.json")
+    for each in jobs:
+        print(f"measuring {each['name']}", flush=True)
+        rows += in_processes(each, work / f"{each['name']}-rows.json")
     return rows
+
+
+def _build(job: dict[str, Any]) -> None:
+    """Make a network's files in a process of one thread; what fails there is told where it is opened."""
+    _run_here({**job, "build": True}, Path(os.devnull), OMP_NUM_THREADS="1")
+
+
+def _run_here(job: dict[str, Any], results: Path, **environment: str) -> int:
+    """Run this script for one network in a process; return its exit status."""
+    return subprocess.run(
+        [sys.executable, __file__, "--here", json.dumps(job), str(results)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment},
+        check=False,
+    ).returncode
 
 
 def in_processes(job: dict[str, Any], results: Path) -> list[Row]:
@@ -305,17 +329,13 @@ def in_processes(job: dict[str, Any], results: Path) -> list[Row]:
     crashed: dict[Key, str] = {}
     while True:
         results.unlink(missing_ok=True)
-        process = subprocess.run(
-            [sys.executable, __file__, "--here", json.dumps({**job, "crashed": list(crashed)}), str(results)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            check=False,
-        )
-        if process.returncode == 0:
+        status = _run_here({**job, "crashed": list(crashed)}, results)
+        if status == 0:
             break
         at = json.loads(_progress(results).read_text()) if _progress(results).exists() else None
-        if process.returncode > 0 or at is None or at[2] == OURS:
-            raise SystemExit(f"{job['name']} cannot be measured: its process ended with {process.returncode}")
-        crashed[tuple(at)] = f"crashes the process ({signal.Signals(-process.returncode).name})"
+        if status > 0 or at is None or at[2] == OURS:
+            raise SystemExit(f"{job['name']} cannot be measured: its process ended with {status}")
+        crashed[tuple(at)] = f"crashes the process ({signal.Signals(-status).name})"
     rows = [Row(**{**row, "quartiles": row["quartiles"] and tuple(row["quartiles"])}) for row in read_rows(results)]
     for (precision, runtime, route), failure in crashed.items():
         rows.append(Row(network=job["name"], precision=precision, runtime=runtime, route=route, failure=failure))
@@ -332,14 +352,26 @@ def _progress(results: Path) -> Path:
     return results.with_suffix(".progress")
 
 
+def build_here(engines: Engines, precisions: Sequence[str]) -> None:
+    """Make the files of all routes that are not there."""
+    for precision, runtime in product(precisions, RUNTIMES):
+        for make in makers(engines, runtime, precision).values():
+            with suppress(Exception):  # it fails again where it is opened, which says why
+                make()
+
+
 def measure_here(job: dict[str, Any], results: Path) -> None:
     """Measure a network in this process; a file beside the results names the route that is being opened."""
+    engines = engines_of(job["name"], Path(job["work"]), job["images"])
+    if job.get("build"):
+        build_here(engines, job["precisions"])
+        return
 
     def announce(key: Key | None) -> None:
         _progress(results).write_text(json.dumps(key))
 
     rows = measure(
-        engines_of(job["name"], Path(job["work"]), job["images"]),
+        engines,
         job["precisions"],
         job["rounds"],
         compile_too=job["compile_too"],

@@ -105,6 +105,18 @@ def test_a_route_that_crashes_takes_no_other_with_it(peers, tmp_path, monkeypatc
         peers.in_processes({"name": SMALL}, tmp_path / "rows.json")
 
 
+def test_files_are_built_once_and_a_failure_waits_until_it_is_opened(peers, monkeypatch):
+    made = []
+
+    def fail():
+        made.append("fails")
+        raise ValueError("no such type")
+
+    monkeypatch.setattr(peers, "makers", lambda *cell: {"first": fail, "second": lambda: made.append(cell)})
+    peers.build_here("engines", ["int8"])
+    assert made == ["fails", ("engines", "onnxruntime", "int8"), "fails", ("engines", "openvino", "int8")]
+
+
 @pytest.mark.slow
 def test_ours_and_the_peers_run_from_the_same_weights(peers, tmp_path, capsys):
     results = tmp_path / "peers.json"
