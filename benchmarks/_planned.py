@@ -106,8 +106,17 @@ class Network:
 
     def fused(self, settings: Int8 | None) -> OnnxGraph:
         """The FP32 graph, equalized where settings for INT8 are given."""
-        model = to_onnx(self._program(settings), self.spec, output_names(self.backbone))
-        return OnnxGraph(input=self.spec, outputs=output_specs(model), model=model)
+        return self.master(settings).onnx
+
+    def master(self, settings: Int8 | None) -> Master:
+        """The same network as a graph and as a torch program."""
+        program = self._program(settings)
+        model = to_onnx(program, self.spec, output_names(self.backbone))
+        outputs = output_specs(model)
+        return Master(
+            onnx=OnnxGraph(input=self.spec, outputs=outputs, model=model),
+            torch=TorchProgram(input=self.spec, outputs=outputs, program=program),
+        )
 
     def _program(self, settings: Int8 | None) -> torch.export.ExportedProgram:
         images = calibration_set(self.calibrated, self.spec)

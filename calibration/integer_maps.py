@@ -27,6 +27,7 @@ from deploykit.calibration.torch_integers import (
     write_weight,
 )
 from deploykit.fusion.constants import operand
+from deploykit.fusion.respell import respell
 
 RESTORE = torch.ops.quantized_decomposed.dequantize_per_tensor.default
 
@@ -65,16 +66,17 @@ def write_integer_maps(
     for node, readers in _quantized(sources, plan, convolutions):
         for reader in readers:
             activations.read(reader, node, sources[node])
-    for each, tensor in _linear_inputs(plan, planned) if linears else ():
-        activations.read(each.node, operand(each.node, 0), tensor)
+    for each, tensor in _float_inputs(plan, planned):
+        if linears or each.node in convolutions:
+            activations.read(each.node, operand(each.node, 0), tensor)
     module.recompile()
     return planned
 
 
-def _linear_inputs(plan: QuantizationPlan, planned: list[PlannedNode]) -> Iterator[tuple[PlannedNode, str]]:
-    """Yield the linears that read floats, each with the tensor that it reads in the plan.
+def _float_inputs(plan: QuantizationPlan, planned: list[PlannedNode]) -> Iterator[tuple[PlannedNode, str]]:
+    """Yield the layers that read floats, each with the tensor that it reads in the plan.
 
-    Those that share a weight stand in the order of the plan's uses of it; where the plan has some of these in float it
+    Layers that share a weight stand in the order of the plan's uses of it; where the plan has some of these in float it
     does not say of which it has the range, and none is rounded.
     """
     nodes: dict[str, list[PlannedNode]] = defaultdict(list)
@@ -87,13 +89,14 @@ def _linear_inputs(plan: QuantizationPlan, planned: list[PlannedNode]) -> Iterat
         if len(sharing) != len(tensors[weight]):
             continue
         for each, tensor in zip(sharing, tensors[weight], strict=True):
-            if each.node.target not in CONVOLUTIONS and operand(each.node, 0).target != RESTORE:
+            if operand(each.node, 0).target != RESTORE:
                 yield each, tensor
 
 
 def _tensors_of(module: GraphModule, outputs: tuple[str, ...]) -> dict[Node, str]:
-    """Map each node to the plan's name of what it gives: its own, but for the images and the outputs."""
-    tensors = {node: str(node.target) if node.op == "placeholder" else node.name for node in module.graph.nodes}
+    """Map each node to the plan's name of what it gives: that of the ONNX graph, where reshapes are views."""
+    _, names = respell(module.graph)
+    tensors = {node: str(node.target) if node.op == "placeholder" else names[node.name] for node in module.graph.nodes}
     (given,) = module.graph.output_node().args
     return tensors | dict(zip(given, outputs, strict=True))  # type: ignore[arg-type]  # a tuple of nodes
 

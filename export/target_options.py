@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from deploykit.backends.backend import Backend
+from deploykit.backends.backend import Backend, resolve
 from deploykit.backends.table import backend_names, engine_names, load_backend
 from deploykit.errors import MissingDependency, SpecError, nearest
 from deploykit.options import ExportOptions
@@ -113,7 +113,7 @@ def check_runtimes(target: Target) -> None:
     """Refuse a target of the user's own that names runtimes or precisions that are not there.
 
     Raises:
-        SpecError: naming the runtime or the precision.
+        SpecError: naming the runtime or the precision, or settings that do not fit together.
     """
     for choice in target.runtime:
         backend = _backend(choice)
@@ -133,6 +133,11 @@ def check_runtimes(target: Target) -> None:
                     f"the target {target.name} sets {key!r} of {backend.title}. "
                     f"{nearest(key, backend.open_options) if backend.open_options else 'It has no such settings.'}"
                 )
+        if backend.check_settings is not None:
+            try:
+                resolve(backend.check_settings)(choice.options)
+            except SpecError as error:
+                raise SpecError(f"the target {target.name}: {error}") from error
 
 
 def _named_runtime(target: str | None, runtime: str | UnsetType) -> str:

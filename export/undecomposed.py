@@ -19,7 +19,7 @@ from torch.export.graph_signature import ExportGraphSignature, OutputSpec, Tenso
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from deploykit.export.respell import RESPELLED, respell
+from deploykit.fusion.respell import RESPELLED, respell
 
 _aten = torch.ops.aten
 

@@ -61,6 +61,7 @@ class Backend:
             such as the processor's instructions; None: nothing.
         open_options: the runtime's own settings that an edge target may give, for the build and the opening of an
             engine.
+        check_settings: ``(settings) -> object``: refuse those of an edge target that do not fit together; None: any do.
         tunable: which of ``threads``, ``streams`` and ``in_flight`` change its speed, for ``deploykit tune``.
         place: ``(backbone, precision, device, embed_preprocessing, threads) -> module``, for a runtime that runs the
             torch module itself and has no engines; None: engines.
@@ -99,6 +100,7 @@ class Backend:
     simulator: str | None = None
     tie: str | None = None
     open_options: tuple[str, ...] = ()
+    check_settings: str | None = None
     tunable: tuple[Setting, ...] = ()
     place: str | None = None
     adapter: str | None = None

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from deploykit.export import to_onnx as module
-from deploykit.export.respell import RESPELLED
 from deploykit.export.to_onnx import to_onnx
 from deploykit.export.undecomposed import KEPT, undecomposed
 from deploykit.fusion.program import export_program
+from deploykit.fusion.respell import RESPELLED
 from deploykit.spec import BatchRange, InputSpec
 
 SPEC = InputSpec(height=16, width=24)

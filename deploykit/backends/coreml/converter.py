@@ -21,12 +21,12 @@ import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_dec
 from torch.fx import GraphModule
 
 from deploykit.backends.conversion import ConversionRequest, Whole, answer
-from deploykit.backends.coreml.fold_dimensions import fold_dimensions
 from deploykit.backends.coreml.integer_weights import check_integers, holds_half, planned_layers
 from deploykit.backends.coreml.mil_program import CONTENT, FLOAT32, INT32, MODEL, WEIGHTS, Feature, read_program
 from deploykit.backends.coreml.package import PACKAGE
 from deploykit.backends.table import BACKENDS, load_backend
 from deploykit.errors import ExportError
+from deploykit.fusion.fold_dimensions import fold_dimensions
 from deploykit.graph import TRANSPOSED
 
 _CHANGED_SCALES = "common::distributive_quantized_binary_op_scale_normalization"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from deploykit.backends.backend import Engine, LowerOptions
 from deploykit.backends.conversion import Converter, run_converter, write_request
-from deploykit.backends.coreml.fold_dimensions import MOST_DIMENSIONS, beyond_five
 from deploykit.backends.coreml.package import PACKAGE, PACKAGE_FOLDER
 from deploykit.errors import ExportError
+from deploykit.fusion.fold_dimensions import MOST_DIMENSIONS, beyond_five
 from deploykit.fusion.locate import describe_node
 from deploykit.graph import TorchProgram
 from deploykit.optional import installed_version, require_version

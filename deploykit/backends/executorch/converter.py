@@ -23,6 +23,7 @@ from deploykit.backends.executorch.adapter import FORWARD, INPUT_NAME, OUTPUT_NA
 from deploykit.backends.executorch.integer_weights import check_integers, planned_weights
 from deploykit.backends.executorch.package import load_library
 from deploykit.backends.executorch.program_file import ProgramFile
+from deploykit.fusion.fold_dimensions import beyond_five, fold_dimensions
 
 
 def convert(request: ConversionRequest) -> None:
@@ -33,6 +34,8 @@ def convert(request: ConversionRequest) -> None:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         module = Whole(torch.export.load(request.program).module(check_guards=False))
+        if not any(beyond_five(module.whole.graph)):
+            fold_dimensions(module.whole)  # the delegate's runtime has at most six
         weights = planned_weights(module.whole)
         example = (torch.zeros(request.shape, dtype=getattr(torch, request.dtype)),)
         edge = to_edge_transform_and_lower(

@@ -21,9 +21,9 @@ def left_in_float(engine: Path) -> dict[str, int]:
 
 
 def _is_mean(layer: Layer) -> bool:
-    """Return whether a layer is the mean of a LayerNorm, which is written as a product with equal weights."""
+    """Return whether a layer is the mean of a norm, which is written as a product with equal weights and zeros."""
     weights = np.frombuffer(layer.weight, np.float32)
-    return layer.kind == "fully connected" and bool(weights.size) and bool((weights == weights[0]).all())
+    return bool(weights.size) and set(np.unique(weights).tolist()) <= {0.0, float(weights.max())}
 
 
 def describe_coverage(content: bytes) -> dict[str, str]:

@@ -13,8 +13,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from deploykit.arrays import FloatArray
+from deploykit.backends.executorch.concatenation import round_parts
+from deploykit.backends.executorch.delegate_operators import rewrite_operators
 from deploykit.backends.executorch.pooling import keep_pooled_sides
-from deploykit.backends.executorch.token_operators import rewrite_tokens
 from deploykit.calibration.dialect import Rendered
 from deploykit.calibration.integer_maps import IntegerMapsDialect, write_integer_maps
 from deploykit.calibration.plan import QuantizationPlan
@@ -37,8 +38,9 @@ class ExecuTorchDialect(IntegerMapsDialect):
             for planned in write_integer_maps(module, plan, names):
                 if planned.node.target not in CONVOLUTIONS:
                     round_rows(module, planned.node)
+            round_parts(module)
         keep_pooled_sides(module)
-        rewrite_tokens(module)
+        rewrite_operators(module)
         module.recompile()
         return Rendered(graph=replace(graph, program=export_program(module, graph.input)))
 

@@ -13,6 +13,7 @@ import torch
 from torch.fx import GraphModule
 
 from deploykit.arrays import FloatArray
+from deploykit.backends.litert.gained_norms import keep_gains
 from deploykit.calibration.dialect import Rendered
 from deploykit.calibration.half import HalfPlan
 from deploykit.calibration.integer_maps import IntegerMapsDialect, write_integer_maps
@@ -35,6 +36,8 @@ class LiteRTDialect(IntegerMapsDialect):
         module = copy_of(graph.program)
         if isinstance(plan, QuantizationPlan):
             write_integer_maps(module, plan, tuple(output.name for output in graph.outputs))
+            keep_gains(module)
+            module.recompile()
         elif isinstance(plan, HalfPlan):
             _round_weights(module, plan)
         return Rendered(graph=replace(graph, program=export_program(module, graph.input)))

@@ -17,6 +17,7 @@ BACKEND = Backend(
     batches=False,
     uses_cpu=False,
     open_options=("htp_arch", "soc_model"),
+    check_settings="deploykit.backends.onnxruntime.qnn.socs:soc_of",
     devices="deploykit.backends.onnxruntime.qnn.package:devices",
     tie="deploykit.backends.onnxruntime.qnn.package:machine_tie",
     adapter="deploykit.backends.onnxruntime.qnn.adapter:QnnRuntime",

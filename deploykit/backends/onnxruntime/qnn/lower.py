@@ -17,7 +17,8 @@ from deploykit.backends.onnxruntime.package import load_onnxruntime
 from deploykit.backends.onnxruntime.qnn.compiler import COMPILED, REASON, REFUSED, SOURCE, TRACE
 from deploykit.backends.onnxruntime.qnn.context_file import CONTEXT, DOMAIN
 from deploykit.backends.onnxruntime.qnn.package import PLUGIN, load_plugin, machine_tie
-from deploykit.errors import ExportError, SpecError
+from deploykit.backends.onnxruntime.qnn.socs import soc_of
+from deploykit.errors import ExportError
 from deploykit.graph import OnnxGraph
 from deploykit.optional import installed_version, require
 from deploykit.places import scratch_folder
@@ -39,11 +40,11 @@ def lower(graph: OnnxGraph, folder: Path, options: LowerOptions) -> Engine:
         options: ``settings`` has ``soc_model``, Qualcomm's number of the SoC, and ``htp_arch``, the version of its NPU.
 
     Raises:
-        SpecError: no SoC is given, or no number.
+        SpecError: no SoC is given, or no number, or the two are not of one SoC.
         ExportError: QNN does not take a node, named with the reason, or its compiler failed.
         MissingDependency: onnxruntime-qnn is not installed.
     """
-    soc = {name: _number(name, options.settings) for name in ("soc_model", "htp_arch")}
+    soc = soc_of(options.settings)
     version, plugin = str(load_onnxruntime().__version__), load_plugin()
     with scratch_folder("qnn") as scratch:
         write_onnx(graph.model, scratch / SOURCE)
@@ -57,16 +58,6 @@ def lower(graph: OnnxGraph, folder: Path, options: LowerOptions) -> Engine:
         tools={"onnx": installed_version("onnx") or "unknown", PLUGIN.module: plugin.__version__},
         compiler={"qnn_operators": operators},
     )
-
-
-def _number(name: str, settings: Mapping[str, str]) -> str:
-    value = settings.get(name)
-    if value is None or not value.isdecimal() or not value.isascii():
-        raise SpecError(
-            f"an engine for Qualcomm's NPU is built for one SoC, and {name} is {value!r}; expected a number. Name a "
-            "target that has it, or give it as options of the [[runtime]] in a target file of your own."
-        )
-    return value
 
 
 def _compile(folder: Path, soc_model: str, htp_arch: str) -> None:

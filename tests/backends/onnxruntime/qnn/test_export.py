@@ -83,13 +83,21 @@ def test_what_the_npu_does_not_have_is_refused_before_any_work(options, message,
     assert not list(tmp_path.iterdir())
 
 
-def test_a_target_of_ones_own_names_its_soc(photographs, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ('{ soc_modle = "43" }', r"sets 'soc_modle' of onnxruntime on qnn\. Did you mean 'soc_model'"),
+        ('{ soc_model = "43" }', r"the target phone: .*for one SoC, and htp_arch is None"),
+        ('{ soc_model = "43", htp_arch = "75" }', r"the target phone: .* SM8550, .* htp_arch 73, and htp_arch is 75\."),
+    ],
+)
+def test_a_target_of_ones_own_names_its_soc(options, message, photographs, tmp_path):
     path = tmp_path / "phone.toml"
     path.write_text(
         'title = "Mine"\nmachine = "aarch64"\nmodel = "SM8550"\nprocessor = "arm64"\nprecision = "int8"\n'
-        '[[runtime]]\nname = "onnxruntime"\ndevice = "qnn"\noptions = { soc_modle = "43" }\n'
+        f'[[runtime]]\nname = "onnxruntime"\ndevice = "qnn"\noptions = {options}\n'
     )
-    with pytest.raises(SpecError, match=r"sets 'soc_modle' of onnxruntime on qnn\. Did you mean 'soc_model'"):
+    with pytest.raises(SpecError, match=message):
         deploykit.export_backbone(SMALL, tmp_path / "bundle", target=str(path), calibration=photographs, **NETWORK)
 
 

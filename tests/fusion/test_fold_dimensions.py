@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from deploykit.backends.coreml.fold_dimensions import MOST_DIMENSIONS, beyond_five, fold_dimensions, permutations
+from deploykit.fusion.fold_dimensions import MOST_DIMENSIONS, beyond_five, fold_dimensions, permutations
 from deploykit.fusion.program import export_program
 from deploykit.spec import BatchRange, InputSpec
 
@@ -22,7 +22,7 @@ class _Windows(nn.Module):
         query, key, value = (part.reshape(-1, 4, 16, 4) for part in split.chunk(3))
         mixed = torch.softmax(query @ key.transpose(2, 3), -1) @ value
         whole = mixed.reshape(-1, 2, 2, 4, 4, 4).permute(0, 3, 1, 4, 2, 5)
-        return (whole.reshape(-1, 8, 8, 8), images.unflatten(1, (2, 2, 2)).transpose(-1, 1).flatten(1))
+        return (whole.reshape(-1, 8, 8, 8), images.unflatten(1, (2, 2, 2)).transpose(-1, 1)[:, 3:].flatten(1))
 
 
 class _Sorted(nn.Module):

@@ -1,4 +1,4 @@
-"""permute(x of six dimensions and more) -> reshapes and permutes of at most five, which are all that Core ML has.
+"""permute(x of six dimensions and more) -> reshapes and permutes of at most five, which every runtime for phones has.
 
 A tensor of more dimensions is held as one of fewer, with the same elements in the same order: what reshapes it, rounds
 it or cuts it works on that one, and a permutation becomes one or two of groups of dimensions that move together.
@@ -37,7 +37,8 @@ _ELEMENTWISE = (
     torch.ops.quantized_decomposed.dequantize_per_tensor.default,
 )
 _CUTS = (_ATEN.chunk.default, _ATEN.split.Tensor, _ATEN.split_with_sizes.default)
-_FOLDED = (*_SAME_ORDER, *_ELEMENTWISE, *PERMUTATIONS, *_CUTS, operator.getitem)
+"""Of which the dimension is the third argument."""
+_FOLDED = (*_SAME_ORDER, *_ELEMENTWISE, *PERMUTATIONS, *_CUTS, _ATEN.slice.Tensor, operator.getitem)
 
 Shape = tuple[int, ...]
 
@@ -131,12 +132,20 @@ def _folded(graph: Graph, node: Node, source: Node) -> Node:
             source = graph.call_function(_ATEN.permute.default, (grouped, step.order))
         return source
     if node.target in _CUTS:
-        shape = _shape(node.all_input_nodes[0])
-        dimension = (int(node.args[2]) if len(node.args) > 2 else 0) % len(shape)  # type: ignore[arg-type]  # an index
-        around = (math.prod(shape[:dimension]), shape[dimension], math.prod(shape[dimension + 1 :]))
-        grouped = graph.call_function(_ATEN.reshape.default, (source, around))
+        grouped = _around(graph, node, source, node.args[2] if len(node.args) > 2 else 0)
         return graph.call_function(node.target, (grouped, node.args[1], 1))
+    if node.target == _ATEN.slice.Tensor:
+        grouped = _around(graph, node, source, node.args[1] if len(node.args) > 1 else 0)
+        return graph.call_function(node.target, (grouped, 1, *node.args[2:]))
     return graph.call_function(node.target, (source, *node.args[1:]), dict(node.kwargs))  # type: ignore[arg-type]
+
+
+def _around(graph: Graph, node: Node, source: Node, dimension: object) -> Node:
+    """Return what ``source`` holds of a node's input with the dimension that is cut as the second of three."""
+    shape = _shape(node.all_input_nodes[0])
+    place = int(dimension) % len(shape)  # type: ignore[call-overload]  # an index
+    around = (math.prod(shape[:place]), shape[place], math.prod(shape[place + 1 :]))
+    return graph.call_function(_ATEN.reshape.default, (source, around))
 
 
 def _permuted(node: Node) -> tuple[Shape, Shape]:

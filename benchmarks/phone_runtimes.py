@@ -1,0 +1,179 @@
+"""Every family in the runtimes for phones and boards: what its levels keep, what runs where, and how fast.
+
+A row is a network in a runtime and a precision. ``levels`` is the SQNR in dB of every level and of the logits against
+torch FP32, over crops of photographs that nothing was calibrated on. ``unoptimized`` is that of the same plan in ONNX
+Runtime, each node as it is written, and ``behind`` by how many dB the worst level is behind it. ``coverage`` says what
+the runtime's delegate computes. Weights are random.
+
+``--speed`` prints times instead: the engines of a network take turns in one process with one thread. ``ratio`` is the
+median over the turns of INT8's time to FP32's.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from _phones import FP32, INT8, PRECISIONS, RUNTIMES, PhoneEngines, outputs_of
+from _results import machine_line, parser, save, silence
+from _timing import turns
+
+from deploykit.arrays import FloatArray
+from deploykit.backends.backend import resolve
+from deploykit.backends.table import load_backend
+from deploykit.errors import DeployKitError
+from deploykit.parity.metrics import sqnr_db
+
+FAMILIES = (
+    "resnet18",
+    "resnetv2_50",
+    "efficientnet_b0",
+    "tf_efficientnet_lite0",
+    "mobilenetv2_050",
+    "mobilenetv3_small_075",
+    "mobilenetv4_conv_small",
+    "regnety_002",
+    "vit_tiny_patch16_224",
+    "vit_small_r26_s32_224",
+    "swin_tiny_patch4_window7_224",
+    "convnext_atto",
+    "coatnet_0_rw_224",
+    "mobilevit_s",
+)
+"""The smallest network of each family."""
+SIDE = 64
+"""The side of the images, in pixels: the least at which each level of each family has several places."""
+QUICK = ("mobilenetv3_small_075", "vit_tiny_patch16_224")
+SPEED_SIDE = 224
+"""The side of the images that engines are timed with, in pixels."""
+ROW = "row.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A network in a runtime and a precision; ``refused`` is the error where it does not convert."""
+
+    network: str
+    side: int
+    runtime: str
+    precision: str
+    levels: list[float]
+    unoptimized: list[float]
+    coverage: dict[str, int]
+    refused: str = ""
+
+    @property
+    def behind(self) -> float:
+        """By how many dB the worst level is behind the same plan in ONNX Runtime."""
+        return max(other - own for own, other in zip(self.levels, self.unoptimized, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    """Medians in ms of a network in a runtime, and the median over the turns of INT8's time to FP32's."""
+
+    network: str
+    side: int
+    runtime: str
+    rounds: int
+    fp32_ms: float
+    int8_ms: float
+    ratio: float
+
+
+def compare(engines: PhoneEngines, runtime: str, precision: str) -> Row:
+    """Compare an engine's levels with torch's, and with those of the same plan; rows are kept beside the engines."""
+    of = {"network": engines.name, "side": engines.side, "runtime": runtime, "precision": precision}
+    try:
+        folder = engines.engine(runtime, precision)
+    except DeployKitError as error:
+        return Row(**of, levels=[], unoptimized=[], coverage={}, refused=str(error))
+    if not (folder / ROW).exists():
+        expected = engines.network.expected
+        with engines.opened(runtime, precision) as model:
+            found = outputs_of(model, engines.network.evaluated)
+            coverage = resolve(str(load_backend(runtime).inspect))(folder / model.manifest.engine)
+        same = engines.same_plan(runtime, precision)
+        row = Row(**of, levels=_db(expected, found), unoptimized=_db(expected, same), coverage=coverage)
+        (folder / ROW).write_bytes(msgspec.json.encode(row))
+    return msgspec.json.decode((folder / ROW).read_bytes(), type=Row)
+
+
+def measure(engines: PhoneEngines, runtime: str, rounds: int) -> Times:
+    """Let the two engines of a runtime take turns."""
+    models = {precision: engines.opened(runtime, precision) for precision in PRECISIONS}
+    try:
+        image = engines.network.calibrated[:1]
+        found = turns({precision: model._run for precision, model in models.items()}, image, rounds)
+    finally:
+        for model in models.values():
+            model.close()
+    return Times(
+        network=engines.name,
+        side=engines.side,
+        runtime=runtime,
+        rounds=rounds,
+        fp32_ms=statistics.median(found[FP32]),
+        int8_ms=statistics.median(found[INT8]),
+        ratio=statistics.median(two / one for one, two in zip(found[FP32], found[INT8], strict=True)),
+    )
+
+
+def _db(expected: Sequence[FloatArray], found: Sequence[FloatArray]) -> list[float]:
+    return [round(float(sqnr_db(one, two)), 2) for one, two in zip(expected, found, strict=True)]
+
+
+def line(row: Row) -> str:
+    """Return a row of the table."""
+    head = f"{row.network:<28}{row.side:>3}  {row.runtime:<11}{row.precision:<5}"
+    if row.refused:
+        return f"{head} refused: {row.refused}"
+    levels, others = (" ".join(f"{value:.1f}" for value in values) for values in (row.levels, row.unoptimized))
+    coverage = ", ".join(f"{count} {name}" for name, count in row.coverage.items()) or "all in integers"
+    return f"{head} {levels} | {others} | {row.behind:.2f} | {coverage}"
+
+
+def time_line(times: Times) -> str:
+    """Return a row of the table of times."""
+    values = f"{times.fp32_ms:10.2f}{times.int8_ms:10.2f}{times.ratio:10.3f}"
+    return f"{times.network:<28}{times.side:>3}  {times.runtime:<11}{values}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure the networks that are asked for."""
+    options = parser(__doc__)
+    options.add_argument("--networks", nargs="+", metavar="NAME", help="backbones (default: one of each family)")
+    options.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=RUNTIMES, help="(default: both)")
+    options.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="(default: both)")
+    options.add_argument("--images", type=int, default=24, help="calibration and other crops (default: %(default)s)")
+    options.add_argument("--side", type=int, help="pixels a side (default: 64; 224 with --speed)")
+    options.add_argument("--speed", action="store_true", help="print times")
+    options.add_argument("--rounds", type=int, help="timed rounds (default: 40; 15 with --quick)")
+    options.add_argument("--work", type=Path, metavar="FOLDER", help="keep engines here (default: a temporary folder)")
+    asked = options.parse_args(arguments)
+    silence()
+    rounds = asked.rounds or (15 if asked.quick else 40)
+    print(f"{machine_line()}\nrandom weights; calibrated on {asked.images} crops, compared on {asked.images} others")
+    rows: list[Row | Times] = []
+    with tempfile.TemporaryDirectory(prefix="deploykit-phones-") as scratch:
+        for name in asked.networks or (QUICK if asked.quick else FAMILIES):
+            side = asked.side or (SPEED_SIDE if asked.speed else SIDE)
+            folder = (asked.work or Path(scratch)) / f"{name}-{side}"
+            engines = PhoneEngines(name=name, side=side, folder=folder, images=asked.images)
+            for runtime in asked.runtimes:
+                if asked.speed:
+                    rows.append(measure(engines, runtime, rounds))
+                    print(time_line(rows[-1]), flush=True)
+                    continue
+                for precision in asked.precisions:
+                    rows.append(compare(engines, runtime, precision))
+                    print(line(rows[-1]), flush=True)
+    save(asked.json, rows=rows)
+
+
+if __name__ == "__main__":
+    main()
