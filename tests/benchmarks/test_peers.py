@@ -35,6 +35,7 @@ def rows(peers):
 def test_a_fast_wrong_answer_is_marked_and_is_no_peer(peers, rows, capsys):
     cell = next(cell for cell in peers.cells_of(rows) if cell.precision == "int8")
     assert (cell.peer.route, cell.ratio, cell.over_fp32) == ("quantize_static", 0.8, 2.0)
+    assert (cell.closest.route, cell.closest.db) == ("quantize_static", 20.0)
     peers.report(rows)
     shown = {line.split()[2]: line for line in capsys.readouterr().out.splitlines() if "onnxruntime" in line}
     assert shown["ModelOpt"].endswith("wrong") and not shown["quantize_static"].endswith("wrong")
@@ -44,9 +45,15 @@ def test_a_fast_wrong_answer_is_marked_and_is_no_peer(peers, rows, capsys):
 def test_a_cell_without_a_right_peer_has_no_ratio_and_ours_may_be_wrong_too(peers, rows, capsys):
     alone = [row(peers, peers.OURS, 2.0, 5.0), rows[3]]
     (cell,) = peers.cells_of(alone)
-    assert (cell.peer, cell.ratio, cell.over_fp32) == (None, None, None)
+    assert (cell.peer, cell.closest, cell.ratio, cell.over_fp32) == (None, None, None, None)
     peers.summarize(alone)
     assert "none is right; ours is wrong" in capsys.readouterr().out
+
+
+def test_the_closest_peer_is_faster_than_fp32_and_may_be_wrong(peers, rows):
+    others = [row(peers, "quantize_dynamic", 3.9, 40.0), row(peers, "NNCF on ONNX", 3.0, 11.0)]
+    cell = next(cell for cell in peers.cells_of([*rows[:2], *others]) if cell.precision == "int8")
+    assert (cell.peer.route, cell.closest.route) == ("quantize_dynamic", "NNCF on ONNX")
 
 
 def test_peers_of_another_runtime_do_not_count(peers, rows):
