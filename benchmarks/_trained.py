@@ -67,6 +67,7 @@ def trained(network: Network, data: Labelled, work: Path) -> Any:
 def train(model: nn.Module, data: Labelled, steps: int, rate: float) -> None:
     """Train by AdamW with a one-cycle schedule on batches of 64, shifted by up to a tenth of the side."""
     torch.manual_seed(0)
+    model.to(memory_format=torch.channels_last)  # in which a processor's convolutions train fastest
     images, labels = torch.from_numpy(data.images), torch.from_numpy(data.labels)
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
@@ -74,7 +75,8 @@ def train(model: nn.Module, data: Labelled, steps: int, rate: float) -> None:
     model.train()
     for batch in islice(_batches(len(images)), steps):
         shift = tuple(int(value) for value in torch.randint(-reach, reach + 1, (2,)))
-        loss = F.cross_entropy(model(torch.roll(images[batch], shift, (2, 3))), labels[batch])
+        shifted = torch.roll(images[batch], shift, (2, 3)).contiguous(memory_format=torch.channels_last)
+        loss = F.cross_entropy(model(shifted), labels[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

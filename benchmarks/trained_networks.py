@@ -43,7 +43,7 @@ NETWORKS = (
     Network(name="efficientnet_narrow", side=64, steps=600, rate=3e-3),
     Network(name="mobilenetv2_050", side=64, steps=600, rate=3e-3),
     Network(name="mobilenetv3_small_075", side=64, steps=600, rate=3e-3),
-    Network(name="regnety_002", side=32, steps=250, rate=2e-3),
+    Network(name="regnety_002", side=32, steps=1000, rate=2e-3),
     Network(name="vit_narrow", side=32, steps=300, rate=1e-3),
     Network(name="hybrid_narrow", side=32, steps=200, rate=1e-3),
     Network(name="mobilevit_narrow", side=32, steps=250, rate=3e-3),
