@@ -129,6 +129,17 @@ def lacks_operator(title: str, operator: str, graph: TorchProgram) -> ExportErro
     )
 
 
+def load_module(request: ConversionRequest) -> GraphModule:
+    """Load the program of a request as a module, every constant of which lies in memory in the order of its elements.
+
+    LiteRT's converter takes constants that do not for one another where their shapes are the same.
+    """
+    module = torch.export.load(request.program).module(check_guards=False)
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.contiguous()
+    return module
+
+
 class Whole(nn.Module):
     """A program's module, which takes the images of any batch."""
 

@@ -20,7 +20,7 @@ import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed, which programs may call
 from torch.fx import GraphModule
 
-from deploykit.backends.conversion import ConversionRequest, Whole, answer
+from deploykit.backends.conversion import ConversionRequest, Whole, answer, load_module
 from deploykit.backends.coreml.integer_weights import check_integers, holds_half, planned_layers
 from deploykit.backends.coreml.mil_program import CONTENT, FLOAT32, INT32, MODEL, WEIGHTS, Feature, read_program
 from deploykit.backends.coreml.package import PACKAGE
@@ -43,7 +43,7 @@ def convert(request: ConversionRequest) -> None:
     """Write the package that a request asks for, and prove what it has."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        module = torch.export.load(request.program).module(check_guards=False)
+        module = load_module(request)
         fold_dimensions(module)
         _remove_checks(module)
         planned = planned_layers(module, half=request.half_except is not None)

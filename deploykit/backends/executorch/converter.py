@@ -18,7 +18,7 @@ import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed, which programs may call
 from torch import Tensor
 
-from deploykit.backends.conversion import ConversionRequest, Whole, answer
+from deploykit.backends.conversion import ConversionRequest, Whole, answer, load_module
 from deploykit.backends.executorch.adapter import FORWARD, INPUT_NAME, OUTPUT_NAMES
 from deploykit.backends.executorch.integer_weights import check_integers, planned_weights
 from deploykit.backends.executorch.package import load_library
@@ -33,7 +33,7 @@ def convert(request: ConversionRequest) -> None:
 
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        module = Whole(torch.export.load(request.program).module(check_guards=False))
+        module = Whole(load_module(request))
         if not any(beyond_five(module.whole.graph)):
             fold_dimensions(module.whole)  # the delegate's runtime has at most six
         weights = planned_weights(module.whole)

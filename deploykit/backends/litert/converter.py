@@ -17,7 +17,7 @@ import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_dec
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from deploykit.backends.conversion import ConversionRequest, answer
+from deploykit.backends.conversion import ConversionRequest, answer, load_module
 from deploykit.backends.litert.half_weights import store_halves
 from deploykit.backends.litert.integer_weights import IntegerWeight, check_integers, write_integers
 
@@ -25,9 +25,9 @@ from deploykit.backends.litert.integer_weights import IntegerWeight, check_integ
 class Named(nn.Module):
     """A program called with the images by name, which returns its outputs by name."""
 
-    def __init__(self, program: torch.export.ExportedProgram, names: tuple[str, ...]) -> None:
+    def __init__(self, whole: GraphModule, names: tuple[str, ...]) -> None:
         super().__init__()
-        self.whole = program.module(check_guards=False)
+        self.whole = whole
         self._names = names
         self.training = False  # train(), which eval() calls, is refused by a program's module
 
@@ -42,7 +42,7 @@ def convert(request: ConversionRequest) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        module = Named(torch.export.load(request.program), request.outputs)
+        module = Named(load_module(request), request.outputs)
         weights = adapt_weights(module.whole) if request.quantized else []
         example = {request.input: torch.zeros(request.shape, dtype=getattr(torch, request.dtype))}
         with torch.no_grad():

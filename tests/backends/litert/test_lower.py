@@ -12,11 +12,12 @@ from torch import nn
 
 from deploykit import optional
 from deploykit.backends import build_process
+from deploykit.backends.conversion import load_module, write_request
 from deploykit.backends.litert import lower as module
 from deploykit.errors import ExportError, MissingDependency
 from deploykit.fusion.program import export_program
 from deploykit.optional import installed_version
-from tests.conftest_graphs import engine_of, lower, tiny_program
+from tests.conftest_graphs import engine_of, lower, manifest_of, open_engine, tiny_program
 
 
 def test_the_signature_names_the_images_and_every_level():
@@ -54,6 +55,39 @@ def test_an_operator_that_is_not_converted_is_named_and_nothing_is_written(tmp_p
     with pytest.raises(ExportError, match=r"no aten.special_bessel_j0.default, .*test_lower.py:\d+.*another runtime"):
         lower("litert", other, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+class _Biases(nn.Module):
+    """Adds constants of one shape that lie in memory in another order than that of their elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for index in range(3):
+            values = torch.full((32, 32, 3), float(index)).permute(2, 0, 1)
+            self.register_buffer(f"bias{index}", values, persistent=False)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple((images + self.get_buffer(f"bias{index}")).relu() for index in range(3))
+
+
+def test_constants_are_loaded_in_the_order_of_their_elements(tmp_path: Path):
+    program = tiny_program(dynamic=False)
+    other = dataclasses.replace(program, program=export_program(_Biases(), program.input))
+    loaded = load_module(write_request(other, tmp_path, "engine"))
+    biases = dict(loaded.named_buffers())
+    assert all(values.is_contiguous() for values in biases.values())
+    assert [float(biases[f"bias{index}"].mean()) for index in range(3)] == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_constants_of_one_shape_stay_apart(tmp_path: Path):
+    program = tiny_program(dynamic=False)
+    outputs = tuple(dataclasses.replace(program.outputs[0], name=f"o{i}", shape=(1, 3, 32, 32)) for i in range(3))
+    other = dataclasses.replace(program, outputs=outputs, program=export_program(_Biases(), program.input))
+    engine = lower("litert", other, tmp_path)
+    with open_engine(manifest_of("litert", other, engine), tmp_path) as model:
+        found = model._run(torch.zeros(1, 3, 32, 32).numpy())
+    assert [float(each.mean()) for each in found] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
