@@ -7,12 +7,17 @@ Python puts the working directory, or an empty entry of ``PYTHONPATH``, before e
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 _HAS_SAFE_PATH = sys.version_info >= (3, 11)
 _WITHOUT_FOLDER = "import sys; sys.path[:] = [entry for entry in sys.path if entry]; "
-_RUN_MODULE = "import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+_RUN_MODULE = (
+    "import runpy; from deploykit.child_process import die_with_parent; die_with_parent({parent}); "
+    "runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+)
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def run_code(code: str, *arguments: str) -> list[str]:
@@ -23,10 +28,18 @@ def run_code(code: str, *arguments: str) -> list[str]:
 
 
 def run_module(module: str, *arguments: str) -> list[str]:
-    """Return the command that runs a module as a program."""
-    if _HAS_SAFE_PATH:
-        return [sys.executable, "-P", "-m", module, *arguments]
-    return run_code(_RUN_MODULE.format(module=module), *arguments)
+    """Return the command that runs a module as a program, which on Linux does not outlive this process."""
+    return run_code(_RUN_MODULE.format(parent=os.getpid(), module=module), *arguments)
+
+
+def die_with_parent(parent: int) -> None:
+    """Let Linux kill this process when the one that started it dies, however that happens; end if it has already."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            sys.exit(1)
 
 
 def child_environment() -> dict[str, str]:

@@ -7,11 +7,10 @@ import importlib.util
 import re
 import sys
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
-
-import msgspec
 
 from deploykit.errors import DeployKitError, MissingDependency
 
@@ -24,7 +23,8 @@ _VERSION_LINE = re.compile(
 )
 
 
-class OptionalPackage(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class OptionalPackage:
     """An optional package: what it is imported as, what brings it, and what it is for.
 
     Args:

@@ -1,4 +1,4 @@
-"""A program that deploykit starts runs no module of the working directory."""
+"""A program that deploykit starts runs no module of the working directory, and does not outlive who started it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from deploykit import child_process
 from deploykit.child_process import child_environment, run_code, run_module
 from deploykit.cli import doctor
+from tests.processes import ends, is_running
 
 ROOT = Path(__file__).parent.parent
 PLANTED = ("msgspec", "onnxruntime", "openvino", "torch", "numpy", "tensorrt_rtx", "typer")
@@ -85,3 +86,31 @@ def test_the_tensorrt_builder_runs_nothing_of_the_working_directory(planted, tmp
             BuildSettings(flavour="tensorrt_rtx", input="images", capability="sm86"),
         )
     assert not planted.exists()
+
+
+STARTING = """
+import subprocess
+from deploykit.child_process import child_environment, run_module
+
+stays = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+subprocess.run(run_module("timeit", "-n1", "-r1", stays), env=child_environment())
+"""
+
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's parent-death signal")
+
+
+@needs_linux
+def test_a_killed_process_takes_the_program_that_it_started_with_it():
+    command = run_code(STARTING)
+    with subprocess.Popen(command, env=child_environment(), stdout=subprocess.PIPE, text=True) as process:
+        started = int(process.stdout.readline())
+        assert is_running(started)
+        process.kill()
+    assert ends(started)
+
+
+@needs_linux
+def test_a_program_whose_parent_died_before_it_began_ends(monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    done = run(run_module("timeit", "-n1", "-r1", "print('on')"), child_environment())
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")

@@ -146,7 +146,7 @@ def parse_model(model: Path, settings: BuildSettings, *, time_limit: float = BUI
 def _run_builder(request: Path, time_limit: float, progress: BuildProgress | None) -> tuple[int | None, list[str]]:
     """Return the builder's exit status (None: it was stopped) and the end of its log."""
     process = subprocess.Popen(
-        run_module("deploykit.backends.tensorrt.builder", str(request), str(os.getpid())),
+        run_module("deploykit.backends.tensorrt.builder", str(request)),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -10,9 +10,7 @@ not be written.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -23,12 +21,9 @@ from deploykit.backends.tensorrt import api
 from deploykit.backends.tensorrt.build import NOT_WRITTEN, PROGRESS_MARK, BuildRequest, BuildSettings
 from deploykit.backends.tensorrt.protocols import Builder, Config, Named, Network, Serialized, TrtPackage
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
-
-def main(request_file: str, parent: int) -> int:
+def main(request_file: str) -> int:
     """Build what the request asks for; 0 on success."""
-    _die_with_parent(parent)
     request = msgspec.json.decode(Path(request_file).read_bytes(), type=BuildRequest)
     settings = request.settings
     trt = api.load_tensorrt(settings.flavour)
@@ -160,17 +155,9 @@ def _save(path: Path, content: Serialized) -> bool:
     return True
 
 
-def _die_with_parent(parent: int) -> None:
-    """Let Linux kill this process when the one that started it dies, however that happens; end if it has already."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            sys.exit(1)
-
-
 def _say(message: str) -> None:
     sys.stderr.write(f"[builder] {message}\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2])))
+    sys.exit(main(sys.argv[1]))

@@ -3,8 +3,6 @@ from __future__ import annotations
 import dataclasses
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import msgspec
@@ -29,6 +27,7 @@ from deploykit.spec import BuildOptions, InputSpec, Int8, TensorSpec
 from tests.backends.tensorrt.forms import OUT, WEIGHT_INTEGERS, activation, integer_operator, weight
 from tests.backends.tensorrt.forms import SIDE as FORM_SIDE
 from tests.conftest_graphs import tiny_graph
+from tests.processes import ends
 from tests.small_resnet import SMALL
 
 
@@ -150,21 +149,6 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     assert not list(tmp_path.iterdir())
 
 
-def is_running(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def ends(process: int) -> bool:
-    """Whether a process that was killed is gone soon; a busy machine takes a moment."""
-    deadline = time.monotonic() + 10
-    while is_running(process) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return not is_running(process)
-
-
 def test_what_the_builder_started_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     told = tmp_path / "child"
     code = (
@@ -178,46 +162,6 @@ def test_what_the_builder_started_ends_with_it(tmp_path: Path, monkeypatch: pyte
         lower(tiny_graph(), tmp_path / "plan", LowerOptions(), time_limit=2)
     assert ends(int(told.read_text()))
     assert not list((tmp_path / "plan").iterdir())
-
-
-EXPORTING = """
-import sys
-from pathlib import Path
-from deploykit.backends.backend import LowerOptions
-from deploykit.backends.tensorrt import build
-from deploykit.backends.tensorrt.lower import lower
-from tests.conftest_graphs import tiny_graph
-popen = build.subprocess.Popen
-def told(command, **options):
-    process = popen([command[0], "-c", "import sys; sys.argv[1:] = [" + repr(command[-1]) + "];"
-        "from deploykit.backends.tensorrt import builder as b; b._die_with_parent(int(sys.argv[1]));"
-        "import time; time.sleep(60)"],
-        **options)
-    print(process.pid, flush=True)
-    return process
-build.subprocess.Popen = told
-lower(tiny_graph(), Path(sys.argv[1]), LowerOptions())
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's parent-death signal")
-def test_a_killed_export_takes_its_builder_with_it(tmp_path: Path):
-    root = Path(__file__).parents[3]
-    command = [sys.executable, "-c", EXPORTING, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as process:
-        builder = int(process.stdout.readline())
-        time.sleep(1.5)  # until the builder has asked for the signal
-        assert is_running(builder)
-        process.kill()
-    assert ends(builder)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's parent-death signal")
-def test_a_builder_whose_parent_died_before_it_began_ends(tmp_path: Path):
-    command = [sys.executable, "-m", "deploykit.backends.tensorrt.builder", str(tmp_path / "absent.json"), "1"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (1, "")  # it did not get as far as the request
 
 
 def test_an_unknown_target_lists_the_known(tmp_path: Path):
