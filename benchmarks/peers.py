@@ -49,8 +49,8 @@ QUICK_ROUNDS = 12
 Key: TypeAlias = tuple[str, str, str]
 """A route of a network: precision, runtime and name."""
 
-SHOWN_DB = 100.0
-"""Routes that agree better are drawn here."""
+SHOWN_DB = 60.0
+"""Routes that agree better are drawn here: such as leave convolutions in float."""
 
 WORTH_IT = 0.95
 """What a route takes at most of FP32's time, to be what somebody would quantize for."""
