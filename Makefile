@@ -72,7 +72,9 @@ bench: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	@rm -rf $(BENCH) && mkdir -p $(BENCH)
 	@for script in $(QUICK); do echo "== $$script"; \
-		$(BIN)/python benchmarks/$$script.py --quick --work $(BENCH)/engines --json $(BENCH)/$$script.json || exit 1; done
+		plot=; case $$script in peers|limit) plot="--plot $(BENCH)/$$script.png";; esac; \
+		$(BIN)/python benchmarks/$$script.py --quick --work $(BENCH)/engines --json $(BENCH)/$$script.json $$plot || exit 1; \
+	done
 
 bench-all: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"

@@ -303,10 +303,7 @@ def _all_rows(asked: argparse.Namespace, work: Path) -> list[Row]:
     images = asked.images or (QUICK_TIMED if asked.quick else TIMED)
     work.mkdir(parents=True, exist_ok=True)
     job = {"work": str(work), "images": images, "rounds": rounds, "precisions": list(precisions)}
-    jobs = [
-        {**job, "name": name, "compile_too": not (asked.no_compile or asked.quick), "crashed": []}
-        for name in asked.networks
-    ]
+    jobs = [{**job, "name": name, "compile_too": not (asked.no_compile or asked.quick)} for name in asked.networks]
     print(f"building the engines of {', '.join(asked.networks)}", flush=True)
     with ThreadPoolExecutor(count_cores(allowed_processors())) as builders:
         list(builders.map(_build, jobs))

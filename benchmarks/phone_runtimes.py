@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+from _from_tests import SMALLEST
 from _phones import FP32, INT8, PRECISIONS, RUNTIMES, PhoneEngines, outputs_of
 from _results import machine_line, parser, save, silence
 from _timing import turns
@@ -28,23 +29,6 @@ from deploykit.backends.table import load_backend
 from deploykit.errors import DeployKitError
 from deploykit.parity.metrics import sqnr_db
 
-FAMILIES = (
-    "resnet18",
-    "resnetv2_50",
-    "efficientnet_b0",
-    "tf_efficientnet_lite0",
-    "mobilenetv2_050",
-    "mobilenetv3_small_075",
-    "mobilenetv4_conv_small",
-    "regnety_002",
-    "vit_tiny_patch16_224",
-    "vit_small_r26_s32_224",
-    "swin_tiny_patch4_window7_224",
-    "convnext_atto",
-    "coatnet_0_rw_224",
-    "mobilevit_s",
-)
-"""The smallest network of each family."""
 SIDE = 64
 """The side of the images, in pixels: the least at which each level of each family has several places."""
 QUICK = ("mobilenetv3_small_075", "vit_tiny_patch16_224")
@@ -160,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{machine_line()}\nrandom weights; calibrated on {asked.images} crops, compared on {asked.images} others")
     rows: list[Row | Times] = []
     with tempfile.TemporaryDirectory(prefix="deploykit-phones-") as scratch:
-        for name in asked.networks or (QUICK if asked.quick else FAMILIES):
+        for name in asked.networks or (QUICK if asked.quick else SMALLEST):
             side = asked.side or (SPEED_SIDE if asked.speed else SIDE)
             folder = (asked.work or Path(scratch)) / f"{name}-{side}"
             engines = PhoneEngines(name=name, side=side, folder=folder, images=asked.images)

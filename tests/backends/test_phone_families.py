@@ -12,31 +12,16 @@ from deploykit.backends.table import load_backend
 from deploykit.calibration.images import calibration_set
 from deploykit.export.trace import Everything, output_names
 from tests.backbones.realistic import randomize, settle
+from tests.backbones.smallest import SMALLEST
 from tests.backends.integer_engine import integer_engine, losses
 from tests.calibration.conftest import Case
 from tests.calibration.networks import both_forms, plan_of
 from tests.conftest_graphs import lower, made_once, manifest_of, open_engine, sqnr_db
 
-FAMILIES = (
-    "resnet18",
-    "resnetv2_50",
-    "efficientnet_b0",
-    "tf_efficientnet_lite0",
-    "mobilenetv2_050",
-    "mobilenetv3_small_075",
-    "mobilenetv4_conv_small",
-    "regnety_002",
-    "vit_tiny_patch16_224",
-    "vit_small_r26_s32_224",
-    "swin_tiny_patch4_window7_224",
-    "convnext_atto",
-    "coatnet_0_rw_224",
-    "mobilevit_s",
-)
 RUNTIMES = ("litert", "executorch")
 SIDE, IMAGES = 64, 8
-SIDES = {"mobilenetv2_050": 96}
-"""Of its random weights 64 px leave 89.5 dB in FP32, the same in both runtimes."""
+SHORT = ("mobilenetv2_050",)
+"""Its random weights leave 89.5 dB of the fourth stage in FP32, the same in both runtimes."""
 
 BEHIND = ("efficientnet_b0", "regnety_002")
 """Their stem keeps 1.5 and 1.2 dB less than in ONNX Runtime, in both runtimes; every other level is level."""
@@ -44,12 +29,12 @@ BEHIND = ("efficientnet_b0", "regnety_002")
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=SMALLEST)
 def family(request, photographs) -> tuple[str, Case]:
     """The smallest network of a family, its plan and its images."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        backbone = randomize(deploykit.create_backbone(request.param, image_size=SIDES.get(request.param, SIDE))).eval()
+        backbone = randomize(deploykit.create_backbone(request.param, image_size=SIDE)).eval()
     images = calibration_set(photographs, backbone.input_spec).sample(IMAGES)
     if any(isinstance(module, torch.nn.BatchNorm2d) for module in backbone.modules()):
         settle(backbone, torch.from_numpy(images))
@@ -59,8 +44,10 @@ def family(request, photographs) -> tuple[str, Case]:
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_every_level_keeps_90_db_in_fp32(runtime, family):
+def test_every_level_keeps_90_db_in_fp32(runtime, family, request):
     name, case = family
+    if name in SHORT:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="half a dB is missing"))
     graph = resolve(load_backend(runtime).dialect).render(case.program, None, case.images).graph
     engine, folder = made_once(f"{runtime}-fp32-{name}", lambda folder: lower(runtime, graph, folder))
     with open_engine(manifest_of(runtime, graph, engine), folder) as model:

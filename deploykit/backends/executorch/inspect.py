@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -21,9 +22,13 @@ def left_in_float(engine: Path) -> dict[str, int]:
 
 
 def _is_mean(layer: Layer) -> bool:
-    """Return whether a layer is the mean of a norm, which is written as a product with equal weights and zeros."""
+    """Return whether a layer is the mean of a norm: a product whose rows have the weight 1/n in n places, n > 1."""
     weights = np.frombuffer(layer.weight, np.float32)
-    return bool(weights.size) and set(np.unique(weights).tolist()) <= {0.0, float(weights.max())}
+    share = float(weights.max(initial=0))
+    if not 0 < share < 1 or not set(np.unique(weights).tolist()) <= {0.0, share}:
+        return False
+    count = round(1 / share)
+    return math.isclose(count * share, 1, rel_tol=1e-6) and np.count_nonzero(weights) % count == 0
 
 
 def describe_coverage(content: bytes) -> dict[str, str]:
