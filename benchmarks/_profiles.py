@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from _layers import (
     attention_macs,
     convolution_kind,
     convolution_macs,
+    inferred_types,
     layers_of,
     other_kind,
     product_macs,
@@ -72,11 +74,18 @@ def _in_onnxruntime(engine: Path, image: FloatArray, runs: int) -> list[Kernel]:
             session.run(None, {source: image})
         events = json.loads(Path(session.end_profiling()).read_text())
         graph = onnx.load(options.optimized_model_filepath)
-    return _kernels_of_events(graph, [event for event in events if event.get("cat") == "Node"], image)
+    own = inferred_types(onnx.load(engine))
+    return _kernels_of_events(graph, [event for event in events if event.get("cat") == "Node"], image, own)
 
 
-def _kernels_of_events(graph: onnx.ModelProto, events: Sequence[dict[str, Any]], image: FloatArray) -> list[Kernel]:
-    """Join the optimized graph, which has the weights, with the profile, which has shapes and times."""
+def _kernels_of_events(
+    graph: onnx.ModelProto, events: Sequence[dict[str, Any]], image: FloatArray, own: Mapping[str, TensorType]
+) -> list[Kernel]:
+    """Join the optimized graph, which has the weights, with the profile, which has shapes and times.
+
+    Blocked convolutions pad their channels to the width of the processor's vectors; they count with the shapes of the
+    engine's own activations, ``own``.
+    """
     times: dict[str, list[float]] = {}
     outputs: dict[str, list[TensorType]] = {}
     for event in events:
@@ -86,6 +95,9 @@ def _kernels_of_events(graph: onnx.ModelProto, events: Sequence[dict[str, Any]],
     types = {graph.graph.input[0].name: TensorType(shape=image.shape)}
     for node in graph.graph.node:
         types.update(zip([name for name in node.output if name], outputs.get(node.name, []), strict=False))
+        unpadded = own.get(_BLOCKED.sub("", node.name)) if node.domain == _BLOCKED_DOMAIN else None
+        if unpadded is not None:
+            types[node.output[0]] = unpadded
     return [
         Kernel(layer=layer, milliseconds=statistics.median(times[layer.name][WARM_UP:]))
         for layer in layers_of(graph, types)
@@ -98,6 +110,9 @@ def _of_event(entry: dict[str, list[int]]) -> TensorType:
     return TensorType(shape=tuple(shape), itemsize=1 if kind == "bool" else np.dtype(_NUMPY.get(kind, kind)).itemsize)
 
 
+_BLOCKED_DOMAIN = "com.microsoft.nchwc"
+_BLOCKED = re.compile(r"_nchwc(_token_\d+)?$")
+"""ONNX Runtime names a blocked node by the value that it writes."""
 _NUMPY = {"float": "float32", "double": "float64"}
 
 
