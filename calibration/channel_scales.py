@@ -11,10 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from deploykit.calibration.plan import add_constant
 from deploykit.calibration.strip_quantizers import Stripped, TensorQuantizer
 from deploykit.errors import QuantizedModelError
-from deploykit.onnx_values import array_of
+from deploykit.onnx_values import add_constant, array_of
 
 LEAST_SHARE = 1e-4
 """The smallest scale of a channel, as a share of the largest: that of a channel that is always zero means nothing."""

@@ -208,6 +208,8 @@ def _why_float(node: ir.Node, constants: frozenset[ir.Value]) -> str | None:
         return "it reads constants alone, and is computed once"
     if node.op_type == "MatMul" and rank != 2:
         return f"its weight has rank {rank}, and integer kernels take matrices"
+    if node.op_type == "Gemm" and node.attributes.get_int("transA"):
+        return "it reads its input transposed, and integer kernels take rows"
     if bias is not None and not _constant(bias):
         return "its bias is computed, and integer kernels take constants"
     return None

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from deploykit.arrays import Array, FloatArray
 from deploykit.bundle_files import PLAN_FILE, SHIFT_FILE
-from deploykit.calibration.instrumented import Instrumented, add_constant
+from deploykit.calibration.instrumented import Instrumented
 from deploykit.calibration.placement import Placement, without
 from deploykit.calibration.ranges import STATISTICS_VERSION, ActivationRange, TensorStatistics, quantize_weight
 from deploykit.calibration.rounded_weight import RoundedWeight
@@ -25,8 +25,6 @@ from deploykit.npz import read_npz
 from deploykit.onnx_values import tensor_of
 from deploykit.plain_files import digest_of, open_plain, read_plain
 from deploykit.spec import FloatDtype, Int8
-
-__all__ = ["IMPORTED", "QuantizationPlan", "add_constant", "calibrate", "constants_digest", "plan_key"]
 
 SCHEMA_VERSION = 2
 """From version 2 on a plan carries the digest of both its files; version 1 is still read, unproved."""
@@ -267,8 +265,7 @@ def calibrate(
     if not statistics.images:
         raise CalibrationError("the calibration set gave no images; expected at least one.")
     plan = _chosen(network.placement, statistics, settings, key=key, constants=constants_digest(model))
-    shifts = {node: statistics.mean(output) for output, node in network.averaged.items()}
-    return replace(plan, weights_digest=weights_digest, bias_shift=shifts)
+    return replace(plan, weights_digest=weights_digest, bias_shift=network.bias_shifts(statistics))
 
 
 def _chosen(

@@ -11,8 +11,9 @@ import onnx_ir as ir
 
 from deploykit.arrays import FloatArray
 from deploykit.calibration.placement import Placement
-from deploykit.calibration.plan import QuantizationPlan, add_constant
+from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.ranges import ActivationRange
+from deploykit.onnx_values import add_constant
 
 
 @dataclass(frozen=True, kw_only=True)

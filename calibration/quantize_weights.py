@@ -9,8 +9,8 @@ import onnx_ir as ir
 
 from deploykit.arrays import Array, FloatArray
 from deploykit.calibration.placement import IntegerWeight
-from deploykit.calibration.plan import QuantizationPlan, add_constant
-from deploykit.onnx_values import floats_of
+from deploykit.calibration.plan import QuantizationPlan
+from deploykit.onnx_values import add_constant, floats_of
 
 BIAS_LIMIT = 2**30
 """The largest int32 bias: the other half of the accumulator is for the products."""

@@ -19,7 +19,7 @@ from deploykit.parity.report import MAX_SQNR_DB
 from deploykit.sampling import sample_positions
 from deploykit.spec import Int8
 
-STATISTICS_VERSION = 2
+STATISTICS_VERSION = 3
 """Part of the keys of cached plans and engines: raise it where equal images give other statistics."""
 BINS = 2048
 _FACTS = 6

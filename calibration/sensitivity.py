@@ -19,8 +19,9 @@ from deploykit.arrays import Array, FloatArray
 from deploykit.calibration.dialect import Dialect, OnnxDialect
 from deploykit.calibration.float_fallback import keep_pointlike
 from deploykit.calibration.placement import IntegerWeight
-from deploykit.calibration.plan import QuantizationPlan, add_constant
+from deploykit.calibration.plan import QuantizationPlan
 from deploykit.onnx_session import batches_of, graph_batch, onnx_session
+from deploykit.onnx_values import add_constant
 from deploykit.optional import require
 from deploykit.parity.metrics import sqnr_db
 from deploykit.parity.report import MAX_SQNR_DB

@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from deploykit.calibration.plan import add_constant
 from deploykit.calibration.quantizer_nodes import (
     UINT8_ZERO,
     Array,
@@ -26,7 +25,7 @@ from deploykit.calibration.quantizer_nodes import (
     parameters,
 )
 from deploykit.errors import QuantizedModelError
-from deploykit.onnx_values import array_of
+from deploykit.onnx_values import add_constant, array_of
 
 DEAD_SHARE = 1e-2
 """A channel that was zero in all calibration images has a scale below this share of the largest, and any zero point."""

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
+import onnx_ir as ir
 
 from deploykit.arrays import Array, FloatArray
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
 
 
 def tensor_of(value: ir.Value | None) -> ir.TensorProtocol:
@@ -26,6 +22,14 @@ def array_of(value: ir.Value | None) -> Array:
 def floats_of(value: ir.Value | None) -> FloatArray:
     """Return the array of an initializer in float32; that of a master graph is not copied."""
     return np.asarray(array_of(value), np.float32)
+
+
+def add_constant(graph: ir.Graph, name: str, array: Array) -> ir.Value:
+    """Register an array as an initializer of a graph."""
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
 
 
 def shape_of_value(value: ir.Value | None) -> ir.Shape:

@@ -6,8 +6,8 @@ import numpy as np
 import onnx_ir as ir
 
 from deploykit.arrays import Array, FloatArray
-from deploykit.calibration.plan import add_constant
 from deploykit.errors import SpecError
+from deploykit.onnx_values import add_constant
 
 PRODUCT = "MatMulInteger"
 SCALED_PRODUCT = "MatMulIntegerToFloat"

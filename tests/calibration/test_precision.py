@@ -53,15 +53,15 @@ def planned(case, precision=None, *, images=None, digest="w", **options):
 
 
 KEYS = {
-    "fast": "1fab1e51c026c210",
-    "adaptive": "356bee357474dd77",
-    "wide-adaptive": "c42d1df61d306ef1",
-    "activations-first": "adf2d338f385103e",
-    "full": "d023d31a4911bd73",
-    "clipped": "19c2b650f2bd4568",
-    "wide": "3a7760210829cdd5",
-    "weights-first": "ccde1c4e191e33f9",
-    "plain": "a922de67fd3871ef",
+    "fast": "78f4b44943f109b1",
+    "adaptive": "55db519c6d42f135",
+    "wide-adaptive": "e039fb8dbd451942",
+    "activations-first": "9f23d4a929595ccb",
+    "full": "dd41c3d2b794a64b",
+    "clipped": "c4c4bbcde1b30a14",
+    "wide": "1f2b599971cd7c64",
+    "weights-first": "f67013bf98211913",
+    "plain": "817e0dcb55e0282f",
 }
 """How the keys of plans begin that are in users' caches."""
 

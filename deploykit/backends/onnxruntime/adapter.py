@@ -8,7 +8,7 @@ from deploykit.arrays import FloatArray, ImageArray
 from deploykit.backends.engine_file import EngineFile
 from deploykit.backends.onnxruntime.package import PACKAGE, load_onnxruntime
 from deploykit.backends.onnxruntime.protocols import OnnxRuntimePackage, OrtOptions, Session
-from deploykit.backends.onnxruntime.session import KEEP_FLOAT_WEIGHTS, session_options
+from deploykit.backends.onnxruntime.session import KEEP_FLOAT_WEIGHTS, STOP_SPINNING, session_options
 from deploykit.backends.runtime import Runtime
 from deploykit.errors import BundleError, DeviceUnavailable, IncompatibleEngine
 
@@ -25,12 +25,11 @@ PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"cuda": {"use_tf32": "0"}}
 
 SESSION_SETTINGS = {
     KEEP_FLOAT_WEIGHTS[0]: KEEP_FLOAT_WEIGHTS[1],
-    "session.force_spinning_stop": "1",
+    STOP_SPINNING[0]: STOP_SPINNING[1],
     "session.load_model_format": "ONNX",
 }
-"""What every session is told: its threads spin during a call, where that saves their waking up, and sleep
-after it. By default they go on for a while and take the cores from whatever else the process does. The engine is read
-as ONNX, the form in which its external weights were checked, and as no other."""
+"""What every session is told. The engine is read as ONNX, the form in which its external weights were checked, and
+as no other."""
 FROM_MEMORY = "add_external_initializers_from_files_in_memory"
 """What takes external weights from memory; releases before 1.24 have no such method."""
 

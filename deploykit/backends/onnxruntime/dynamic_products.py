@@ -11,9 +11,9 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
-from deploykit.calibration.plan import QuantizationPlan, add_constant
+from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.quantize_weights import corrected_bias, drop_unread, replace_bias
-from deploykit.onnx_values import floats_of
+from deploykit.onnx_values import add_constant, floats_of
 
 DYNAMIC_OPERATORS = frozenset(("MatMul", "Gemm"))
 """A matrix product writes float to LayerNorm, GELU or softmax: between fixed ranges it does not become one kernel."""

@@ -13,9 +13,9 @@ import numpy as np
 import onnx_ir as ir
 
 from deploykit.calibration.placement import is_gate
-from deploykit.calibration.plan import QuantizationPlan, add_constant
+from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.ranges import ActivationRange
-from deploykit.onnx_values import array_of
+from deploykit.onnx_values import add_constant, array_of
 
 _GATE_SCALE = 1 / 255
 _SATURATED = 6.0

@@ -20,6 +20,10 @@ KEEP_FLOAT_WEIGHTS = ("optimization.disable_specified_optimizers", "WeightBiasQu
 """Without it ONNX Runtime quantizes, with one scale per tensor, each float convolution between two Q/DQ pairs:
 the layers that a plan keeps in float because they lose most (21 dB became 7 dB on EfficientNet-Lite0)."""
 
+STOP_SPINNING = ("session.force_spinning_stop", "1")
+"""Threads spin during a call, where that saves their waking up, and sleep after it. By default they go on for a while
+and take the cores from whatever else the process does."""
+
 LOG_ERRORS = 3
 
 
@@ -58,6 +62,7 @@ def ort_session(
     onnxruntime = load_onnxruntime()
     options = session_options(onnxruntime, thread_limit())
     options.add_session_config_entry(*KEEP_FLOAT_WEIGHTS)
+    options.add_session_config_entry(*STOP_SPINNING)
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if optimized_to is not None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from deploykit.calibration.plan import QuantizationPlan, add_constant
-from deploykit.onnx_values import array_of
+from deploykit.calibration.plan import QuantizationPlan
+from deploykit.onnx_values import add_constant, array_of
 
 
 def split_gemms(model: ir.Model, plan: QuantizationPlan) -> QuantizationPlan:

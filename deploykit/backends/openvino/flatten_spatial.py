@@ -10,8 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from deploykit.calibration.placement import Placement
-from deploykit.calibration.plan import QuantizationPlan, add_constant
-from deploykit.onnx_values import shape_of_value, written_by
+from deploykit.calibration.plan import QuantizationPlan
+from deploykit.onnx_values import add_constant, shape_of_value, written_by
 
 _ANY_SHAPE = ("Gelu", "Relu", "Clip", "Sigmoid", "Mul", "Add")
 

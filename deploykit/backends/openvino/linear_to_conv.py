@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from deploykit.calibration.plan import QuantizationPlan, add_constant
-from deploykit.onnx_values import array_of
+from deploykit.calibration.plan import QuantizationPlan
+from deploykit.onnx_values import add_constant, array_of
 
 
 def linear_to_conv(model: ir.Model, plan: QuantizationPlan) -> QuantizationPlan:

@@ -13,8 +13,8 @@ import onnx_ir as ir
 from deploykit.arrays import FloatArray
 from deploykit.backends.onnxruntime.static_products import split_gemm
 from deploykit.calibration.placement import IntegerWeight
-from deploykit.calibration.plan import QuantizationPlan, add_constant
-from deploykit.onnx_values import array_of
+from deploykit.calibration.plan import QuantizationPlan
+from deploykit.onnx_values import add_constant, array_of
 
 _TOP = 65535
 

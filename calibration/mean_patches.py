@@ -1,0 +1,101 @@
+"""The mean of what a node multiplies with its weight, from which the mean of its output follows.
+
+The mean over positions of ``conv(x, w)`` is ``w`` times the mean patch of ``x``, and that of ``x @ w`` is the mean row
+of ``x`` times ``w``. So the mean error that rounding a weight makes needs no convolution with the weight's error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from deploykit.arrays import Array, FloatArray
+
+Doubles = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchWindow:
+    """How a convolution's kernel moves over the axes of a map; all are ONNX's, without its channels.
+
+    ``pads`` are those of every axis's begin, then those of every axis's end.
+    """
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads: tuple[int, ...]
+    auto_pad: str = "NOTSET"
+
+    @classmethod
+    def of(cls, node: ir.Node, weight_shape: Sequence[int]) -> PatchWindow:
+        """Return the window of a Conv whose weight has this shape, ``(O, I/groups, ...)``."""
+        kernel, found = tuple(int(side) for side in weight_shape[2:]), node.attributes
+        ones = (1,) * len(kernel)
+        return cls(
+            kernel=kernel,
+            strides=tuple(found.get_ints("strides", ones)),
+            dilations=tuple(found.get_ints("dilations", ones)),
+            pads=tuple(found.get_ints("pads", (0,) * 2 * len(kernel))),
+            auto_pad=found.get_string("auto_pad", "NOTSET"),
+        )
+
+    def mean(self, read: Array) -> Doubles:
+        """Return the mean patch of a batch ``(N, C, ...)``, over images and positions: ``(C, *kernel)``."""
+        total = read.sum(axis=0, dtype=np.float32) if len(read) > 1 else read[0]
+        positions = len(read)
+        for axis in reversed(range(len(self.kernel))):
+            *rows, length = total.shape
+            begin, count = self._place(axis, length)
+            summed = total.reshape(-1, length) @ self._taps(axis, length, begin, count)
+            total = np.moveaxis(summed.reshape(*rows, -1), -1, 1)
+            positions *= count
+        return np.asarray(total, np.float64) / positions
+
+    def _place(self, axis: int, length: int) -> tuple[int, int]:
+        """Return the padding before an axis, and how many positions the kernel takes along it."""
+        reach = self.dilations[axis] * (self.kernel[axis] - 1) + 1
+        stride = self.strides[axis]
+        if self.auto_pad in ("SAME_UPPER", "SAME_LOWER"):
+            count = -(-length // stride)
+            padding = max((count - 1) * stride + reach - length, 0)
+            return (padding + (self.auto_pad == "SAME_LOWER")) // 2, count
+        begin, end = (0, 0) if self.auto_pad == "VALID" else (self.pads[axis], self.pads[axis + len(self.kernel)])
+        return begin, (length + begin + end - reach) // stride + 1
+
+    def _taps(self, axis: int, length: int, begin: int, count: int) -> FloatArray:
+        """Return which values of an axis each tap of the kernel reads, in any position: ``(length, side)``, 0 or 1."""
+        side = self.kernel[axis]
+        places = np.arange(count)[:, None] * self.strides[axis] + np.arange(side) * self.dilations[axis] - begin
+        inside = (places >= 0) & (places < length)
+        taps = np.zeros((length, side), np.float32)
+        taps[places[inside], np.broadcast_to(np.arange(side), places.shape)[inside]] = 1
+        return taps
+
+
+def mean_row(read: Array) -> Doubles:
+    """Return the mean of the rows ``(..., K)`` of a matrix product: ``(K,)``."""
+    return np.asarray(read.reshape(-1, read.shape[-1]).mean(axis=0, dtype=np.float64))
+
+
+def mean_output(node: ir.Node, weight: FloatArray, axis: int, patch: Array) -> npt.NDArray[np.float32]:
+    """Return the mean of each output channel, ``(channels,)``, without the bias.
+
+    Args:
+        node: a Conv, Gemm or MatMul.
+        weight: what it multiplies with, of the shape of its weight.
+        axis: that of the weight's output channels.
+        patch: the mean of what it reads: ``(C, *kernel)``, or ``(K,)`` for a product.
+    """
+    mean = np.asarray(patch, np.float64)
+    if node.op_type == "Conv":
+        groups = node.attributes.get_int("group", 1)
+        rows = weight.reshape(groups, len(weight) // groups, -1).astype(np.float64)
+        return np.asarray((rows @ mean.reshape(groups, -1, 1)).reshape(-1), np.float32)
+    factor = node.attributes.get_float("alpha", 1.0) if node.op_type == "Gemm" else 1.0
+    matrix = (weight if axis == 0 else weight.T).astype(np.float64)
+    return np.asarray(factor * (matrix @ mean), np.float32)
