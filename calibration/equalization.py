@@ -89,7 +89,7 @@ def equalize(module: GraphModule, batches: Iterable[FloatArray], *, alpha: float
     loudness = _measure(module, groups, batches)
     loud = [(group, amax) for group, amax in zip(groups, loudness, strict=True) if float(amax.max()) > 0]
     for group, amax in loud:
-        _scale(module, group, _factors(module, group, amax, alpha, limits))
+        scale_group(module, group, _factors(module, group, amax, alpha, limits))
     module.recompile()
     return len(loud)
 
@@ -184,8 +184,8 @@ def _multiply_inputs(weight: Tensor, *, groups: int, factors: Tensor) -> Tensor:
     return (_by_input(weight, groups) * factors.reshape(groups, 1, -1, 1)).reshape(weight.shape)
 
 
-def _scale(module: GraphModule, group: ChannelGroup, factors: Tensor) -> None:
-    """Divide what the group writes by the factors and multiply what reads it."""
+def scale_group(module: GraphModule, group: ChannelGroup, factors: Tensor) -> None:
+    """Divide what a group writes by factors ``(C,)`` in double and multiply what reads it, in place."""
     done: set[tuple[str, str]] = set()
 
     def change(node: object, role: str, scaled: Callable[[Tensor], Tensor]) -> None:

@@ -1,56 +1,45 @@
 """NNCF as a quantizer behind the plan: its ranges, integers and bias correction, for every dialect to render.
 
-NNCF (the package nncf) quantizes the master graph with the calibration images: minimum and maximum averaged over the
-images, asymmetric activations with one scale a tensor, symmetric weights with one a channel, and fast or full bias
-correction. Tensors that the plan rounds and NNCF does not keep the range of least squared error.
-Its SmoothQuant would leave a Mul before each product, which no kernel fuses: the plan's own equalization does the same
-before NNCF sees the graph.
+NNCF (the package nncf) quantizes the master graph with the calibration images: ranges by one of its estimators,
+asymmetric activations with one scale a tensor, symmetric weights with one a channel, fast or full bias correction, and
+accuracy control where mixed precision is asked for. Tensors that the plan rounds and NNCF does not keep the range of
+least squared error. Its SmoothQuant comes before, where factors can still move into other layers:
+`deploykit.calibration.nncf_smoothquant`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
-import logging
-import math
-import os
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from deploykit.arrays import FloatArray
 from deploykit.calibration.images import CalibrationSet
 from deploykit.calibration.imported_plan import plan_of
+from deploykit.calibration.nncf_accuracy import CONTROL_IMAGES, RANKING_BATCHES, WorstOutput
+from deploykit.calibration.nncf_package import PACKAGE, Batches, is_transformer, running
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.quantizer_nodes import as_int8, axis_of, parameters
 from deploykit.calibration.statistics import Statistics
 from deploykit.calibration.strip_quantizers import Stripped, TensorQuantizer, WeightQuantizer
-from deploykit.errors import CalibrationError, plain_reason
-from deploykit.onnx_session import graph_batch
+from deploykit.errors import CalibrationError, CalibrationWarning, QuantizedModelError
 from deploykit.onnx_values import array_of, floats_of
-from deploykit.optional import OptionalPackage, require
+from deploykit.optional import require
 from deploykit.spec import Int8
 
-PACKAGE = OptionalPackage(
-    module="nncf",
-    distribution="nncf",
-    extra="nncf",
-    feature="recipe='nncf'",
-    prepare="deploykit.calibration.nncf_quantizer:block_reports",
-)
-MOST_IMAGES = 300
-"""How many images NNCF sees at most: what it takes by default."""
-
-
-def block_reports() -> None:
-    """Let nncf do without its reporter, which asks for an analytics host: a build machine's has none."""
-    os.environ.setdefault("NNCF_CI", "1")
+ESTIMATORS: dict[str, str] = {
+    "nncf": "MEAN_MINMAX",
+    "nncf-mse": "HISTOGRAM",
+    "nncf-minmax": "MINMAX",
+    "nncf-percentile": "MEAN_QUANTILE",
+    "nncf-median": "MEDIAN_MINMAX",
+    "nncf-no-outliers": "MEAN_NO_OUTLIERS_MINMAX",
+}
+"""What NNCF calls the range estimator of each calibrator, in `nncf.quantization.range_estimator`."""
 
 
 def quantize_by_nncf(
@@ -63,15 +52,26 @@ def quantize_by_nncf(
         plan: what `calibrate` gave for it, without bias correction.
         statistics: what that saw.
         images: what to calibrate with; `MOST_IMAGES` of them, evenly spaced.
-        settings: the bias correction, and whether weights keep to 7 bits.
+        settings: the range estimator, the bias correction, whether weights keep to 7 bits, and the budget where
+            mixed precision is asked for.
 
     Raises:
-        CalibrationError: NNCF fails on the graph.
+        CalibrationError: NNCF fails on the graph, or leaves nothing in integers.
         MissingDependency: nncf is not installed.
     """
     quantized = ir.from_proto(run_nncf(model, images, settings))
-    found = _quantizers(model, plan, quantized)
-    taken = plan_of(found, plan.key).plan
+    try:
+        taken = plan_of(_quantizers(model, plan, quantized), plan.key).plan
+    except QuantizedModelError as error:
+        if not settings.mixed_precision:
+            raise CalibrationError("NNCF leaves every layer in float. Fix: choose another recipe.") from error
+        warnings.warn(
+            f"NNCF's accuracy control meets {settings.min_sqnr_db:g} dB with no layer in integers, so the search "
+            "begins with all of them. Fix: lower the budget, or choose another recipe.",
+            CalibrationWarning,
+            stacklevel=2,
+        )
+        return quantize_by_nncf(model, plan, statistics, images, replace(settings, mixed_precision=False))
     own = {name: why for name, why in taken.placement.float_nodes.items() if name in plan.placement.weights}
     plan = plan.without(model, dict.fromkeys(own, "NNCF leaves it in float")) if own else plan
     ranges = plan.ranges | {name: chosen for name, chosen in taken.ranges.items() if name in plan.ranges}
@@ -94,47 +94,51 @@ def run_nncf(model: ir.Model, images: CalibrationSet, settings: Int8) -> Any:
     """
     nncf = require("nncf", PACKAGE)
     advanced = require("nncf.quantization.advanced_parameters", PACKAGE)
-    batches = _Batches(images=images.sample(MOST_IMAGES), size=graph_batch(model))
-    source = str(model.graph.inputs[0].name)
-    per_tensor = advanced.QuantizationParameters(per_channel=False)
-    fix = advanced.OverflowFix.ENABLE if settings.reduce_range else advanced.OverflowFix.DISABLE
-    is_transformer = any(node.op_type == "Softmax" for node in model.graph)
-    try:
-        with _quiet():
-            return nncf.quantize(
-                copy.deepcopy(ir.to_proto(model)),
-                nncf.Dataset(batches, lambda batch: {source: batch}),
-                preset=nncf.QuantizationPreset.MIXED,
-                subset_size=len(batches),
-                fast_bias_correction=settings.bias_correction != "full",
-                model_type=nncf.ModelType.TRANSFORMER if is_transformer else None,
-                advanced_parameters=advanced.AdvancedQuantizationParameters(
-                    overflow_fix=fix,
-                    disable_bias_correction=settings.bias_correction is None,
-                    activations_quantization_params=per_tensor,
-                    smooth_quant_alphas=advanced.AdvancedSmoothQuantParameters(convolution=-1, matmul=-1),
-                ),
-            )
-    except Exception as error:  # nncf raises classes of its own, and those of onnx and onnxruntime
-        raise CalibrationError(
-            f"NNCF does not quantize this graph ({plain_reason(error)}). Fix: choose another recipe."
-        ) from error
+    batches, source = Batches.of(images, model), str(model.graph.inputs[0].name)
+    proto, data = copy.deepcopy(ir.to_proto(model)), nncf.Dataset(batches, lambda batch: {source: batch})
+    options = {
+        "preset": nncf.QuantizationPreset.MIXED,
+        "subset_size": len(batches),
+        "fast_bias_correction": settings.bias_correction != "full",
+        "model_type": nncf.ModelType.TRANSFORMER if is_transformer(model) else None,
+    }
+    chosen = _advanced_parameters(advanced, settings)
+    with running():
+        if not settings.mixed_precision:
+            return nncf.quantize(proto, data, advanced_parameters=chosen, **options)
+        metric = WorstOutput.of(model, Batches.of(images, model, CONTROL_IMAGES))
+        return nncf.quantize_with_accuracy_control(
+            proto,
+            data,
+            nncf.Dataset(range(len(metric.batches)), lambda number: {source: metric.batches[number]}),
+            metric,
+            max_drop=metric.max_drop(settings.min_sqnr_db),
+            advanced_quantization_parameters=chosen,
+            advanced_accuracy_restorer_parameters=advanced.AdvancedAccuracyRestorerParameters(
+                ranking_subset_size=RANKING_BATCHES, num_ranking_workers=1
+            ),
+            **options,
+        )
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Batches:
-    """Images ``(N, C, H, W)`` in batches of the size that a graph takes; can be gone through again and again."""
+def _advanced_parameters(advanced: Any, settings: Int8) -> Any:
+    """Return settings as NNCF has them, without its SmoothQuant."""
+    return advanced.AdvancedQuantizationParameters(
+        overflow_fix=advanced.OverflowFix.ENABLE if settings.reduce_range else advanced.OverflowFix.DISABLE,
+        disable_bias_correction=settings.bias_correction is None,
+        activations_quantization_params=advanced.QuantizationParameters(per_channel=False),
+        activations_range_estimator_params=_estimator(settings),
+        smooth_quant_alphas=advanced.AdvancedSmoothQuantParameters(convolution=-1, matmul=-1),
+    )
 
-    images: FloatArray
-    size: int
 
-    def __len__(self) -> int:
-        return math.ceil(len(self.images) / self.size)
-
-    def __iter__(self) -> Iterator[FloatArray]:
-        for start in range(0, len(self.images), self.size):
-            piece = self.images[start : start + self.size]
-            yield piece[np.arange(self.size) % len(piece)]
+def _estimator(settings: Int8) -> Any:
+    """Return NNCF's range estimator of a calibrator; quantiles leave out the share that ``percentile`` does."""
+    known = require("nncf.quantization.range_estimator", PACKAGE).RangeEstimatorParametersSet
+    chosen = copy.deepcopy(getattr(known, ESTIMATORS[str(settings.calibrator)]))
+    if settings.calibrator == "nncf-percentile":
+        chosen.min.quantile_outlier_prob = chosen.max.quantile_outlier_prob = 1 - settings.percentile / 100
+    return chosen
 
 
 def _quantizers(model: ir.Model, plan: QuantizationPlan, quantized: ir.Model) -> Stripped:
@@ -185,17 +189,3 @@ def _bias_shifts(model: ir.Model, plan: QuantizationPlan, quantized: ir.Model) -
             if np.any(shift):
                 shifts[name] = np.asarray(shift, np.float32)
     return shifts
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep NNCF's progress bars and notices off the terminal: an error that it raises says it all."""
-    logger = logging.getLogger("nncf")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

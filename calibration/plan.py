@@ -227,6 +227,8 @@ def plan_key(weights_digest: str, images_digest: str, settings: Int8, *, tuned_f
     if settings.rounding == "distilled":
         tuning = (settings.distill_steps, settings.distill_minutes, settings.distill_seed, tuned_for)
         switches += "\n".join(map(str, tuning))
+    if settings.by_nncf and settings.mixed_precision:
+        switches += f"\n{settings.min_sqnr_db}"  # what NNCF's accuracy control goes by
     return hashlib.sha256(f"{text}\n{switches}".encode()).hexdigest()
 
 

@@ -112,7 +112,7 @@ def plan_precision(
                 checkpoint.keep(found)
             on_image(found.images)
 
-        by_nncf = settings.calibrator == "nncf"
+        by_nncf = settings.by_nncf
         again = not by_nncf and needs_reconstruction(settings)
         counted = replace(settings, bias_correction=None) if again or by_nncf else settings
         if gather is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast, get_args
 
 import msgspec
 
@@ -30,7 +30,13 @@ class Recipe:
     weight_scales: WeightScales = "max"
 
     def applied_to(self, settings: Int8) -> Int8:
-        """Fill the settings that were not given; explicit ones override the recipe."""
+        """Fill the settings that were not given; explicit ones override the recipe.
+
+        Raises:
+            SpecError: NNCF's recipe with a calibrator that NNCF has not.
+        """
+        if self.calibrator == "nncf":
+            settings = with_nncf_estimator(settings)
         return replace(settings.filled(asdict(self)), recipe=None)
 
 
@@ -61,6 +67,24 @@ FAMILY_RECIPES: dict[str, str] = {
     "mobilenet": "activations",
 }
 """The default of families in which it keeps more than the first of the table, which plans the fastest."""
+
+
+def with_nncf_estimator(settings: Int8) -> Int8:
+    """Return settings whose calibrator, where one was given, is NNCF's estimator of that kind.
+
+    Raises:
+        SpecError: NNCF has none.
+    """
+    if not isinstance(settings.calibrator, str) or settings.by_nncf:
+        return settings
+    known = [name.removeprefix("nncf-") for name in get_args(Calibrator) if name.startswith("nncf-")]
+    if settings.calibrator not in known:
+        raise SpecError(
+            f"calibrator is {settings.calibrator!r}, and NNCF has no such range estimator; with recipe='nncf' it is "
+            f"one of {', '.join(own for own in known if own in get_args(Calibrator))}, or "
+            f"{', '.join(f'nncf-{own}' for own in known)}. Leave it out for NNCF's default."
+        )
+    return replace(settings, calibrator=cast("Calibrator", f"nncf-{settings.calibrator}"))
 
 
 def with_recipe(settings: Int8, family: str) -> Int8:

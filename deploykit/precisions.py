@@ -11,7 +11,18 @@ from deploykit.arguments import check_choice, check_fields, check_only
 from deploykit.errors import SpecError, nearest
 from deploykit.unset import UNSET, UnsetType
 
-Calibrator: TypeAlias = Literal["mse", "minmax", "percentile", "entropy", "nncf"]
+Calibrator: TypeAlias = Literal[
+    "mse",
+    "minmax",
+    "percentile",
+    "entropy",
+    "nncf",
+    "nncf-mse",
+    "nncf-minmax",
+    "nncf-percentile",
+    "nncf-median",
+    "nncf-no-outliers",
+]
 BiasCorrection: TypeAlias = Literal["fast", "full"]
 Rounding: TypeAlias = Literal["nearest", "adaptive", "distilled"]
 WeightScales: TypeAlias = Literal["max", "mse"]
@@ -82,8 +93,10 @@ class Int8:
         min_top1_agreement: the share of images, 0 to 1, whose top-1 class must stay; None: no gate.
         calibrator: how a range is chosen from the statistics: ``mse`` (least squared error),
             ``minmax``, ``percentile``, or ``entropy`` (least Kullback-Leibler divergence, as TensorRT); or ``nncf``:
-            NNCF quantizes, and its ranges, integers and bias correction make the plan.
-        percentile: the share of values inside the range for ``percentile``, in percent.
+            NNCF quantizes, with its default range estimator, and its ranges, integers and bias correction make the
+            plan. ``nncf-mse``, ``nncf-minmax``, ``nncf-percentile``, ``nncf-median`` and ``nncf-no-outliers`` are its
+            other estimators; ``recipe="nncf"`` takes the names of the first three without the prefix as well.
+        percentile: the share of values inside the range for ``percentile`` and ``nncf-percentile``, in percent.
         bias_correction: shift each bias by the mean error that rounding makes (Nagel et al. 2019,
             "Data-Free Quantization", section 4.2, with measured means): ``fast``, that of its own weight, in
             the same pass; ``full``, that of all before it too, layer after layer; None or False: not at
@@ -93,7 +106,8 @@ class Int8:
             rounding of the whole network tuned by gradient, so that its outputs on these images change least.
         weight_scales: a channel's ``max``, or ``mse``: clipped where its output then changes least.
         equalization: 0 to 1, how much of the spread between channels goes from the activations into
-            the weights beforehand (cross-layer equalization, SmoothQuant's alpha); None: nothing is scaled.
+            the weights beforehand (cross-layer equalization, SmoothQuant's alpha); None: nothing is scaled, but by
+            NNCF's own SmoothQuant where NNCF quantizes a transformer.
         reduce_range: round weights more coarsely, so that no product saturates in the 16 bits of x86
             processors without VNNI (ONNX Runtime's term); None: where the target needs it.
         recipe: a name of `deploykit.calibration.recipes.RECIPES`, which fills the settings that are not given;
@@ -107,7 +121,8 @@ class Int8:
         distill_for_runtime: tune for exactly what the runtime of the export rounds; False: once, for what runtimes have
             in common, with a smaller gain in each, which may be a loss in one that rounds less.
         float_dtype: what stays in float computes in ``fp32``, or in ``fp16`` where the runtime has it.
-        mixed_precision: search the fewest layers to keep in float so that the engine is within its budget.
+        mixed_precision: search the fewest layers to keep in float so that the engine is within its budget; where NNCF
+            quantizes, its accuracy control goes before.
         max_metric_drop: with a metric of the user's own, how far below the FP32 engine's it may be.
     """
 
@@ -150,12 +165,17 @@ class Int8:
             value = getattr(self, name)
             if value is not UNSET and not (value is None and name == "bias_correction"):
                 check_choice(name, value, choices)
-        if self.calibrator == "nncf":
-            check_only(self, {"rounding": "nearest", "weight_scales": "max"}, beside="calibrator='nncf'")
+        if self.by_nncf:
+            check_only(self, {"rounding": "nearest", "weight_scales": "max"}, beside=f"calibrator={self.calibrator!r}")
         if not 50 < self.percentile <= 100:
             raise SpecError(f"percentile is {self.percentile}; it must be above 50 and at most 100.")
         if isinstance(self.equalization, (int, float)) and not 0 <= self.equalization <= 1:
             raise SpecError(f"equalization is {self.equalization}; it must be 0 to 1, or None for none.")
+
+    @property
+    def by_nncf(self) -> bool:
+        """Whether NNCF quantizes, with whichever of its range estimators."""
+        return isinstance(self.calibrator, str) and self.calibrator.partition("-")[0] == "nncf"
 
     def filled(self, defaults: Mapping[str, Any] | None = None) -> Int8:
         """Return the settings with every `UNSET` one filled: from ``defaults``, or else from `RECIPE_DEFAULTS`."""

@@ -15,13 +15,13 @@ from deploykit.calibration.images import CalibrationSet
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.plan_cache import PlanCache
 from deploykit.calibration.precision import plan_precision
-from deploykit.calibration.recipes import recipe_of
+from deploykit.calibration.recipes import recipe_of, with_nncf_estimator
 from deploykit.calibration.sensitivity import Cure, Sensitivity, Simulation
 from deploykit.errors import CalibrationWarning
 from deploykit.export.job import ExportJob
 from deploykit.export.tuning import tuning
 from deploykit.progress import CandidateMeasured, Progress, StageStarted, quiet
-from deploykit.spec import Int8
+from deploykit.spec import Calibrator, Int8
 
 if TYPE_CHECKING:
     from deploykit.export.pipeline import Prepared
@@ -78,10 +78,14 @@ def _other_plans(job: ExportJob, network: Prepared) -> Iterator[tuple[str, str, 
     settings = job.options.precision
     assert isinstance(settings, Int8)  # noqa: S101  (as above)
     settings = settings.filled()
-    if settings.calibrator != "minmax":
-        yield "wider ranges", "--calibrator minmax", _worst(job, network, replace(settings, calibrator="minmax"))
-    if settings.calibrator != "mse":
-        yield "tighter ranges", "--calibrator mse", _worst(job, network, replace(settings, calibrator="mse"))
+    others: tuple[tuple[str, Calibrator], ...] = (("wider ranges", "minmax"), ("tighter ranges", "mse"))
+    for name, calibrator in others:
+        tried = replace(settings, calibrator=calibrator)
+        tried = with_nncf_estimator(tried) if settings.by_nncf else tried
+        if tried.calibrator != settings.calibrator:
+            yield name, f"--calibrator {calibrator}", _worst(job, network, tried)
+    if settings.by_nncf:  # its rounding is its own
+        return
     adaptive = replace(settings, rounding="adaptive")
     recipe = recipe_of(adaptive)
     if settings.rounding != "adaptive" and recipe is not None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from deploykit.calibration.distillation import FEWEST_IMAGES
 from deploykit.calibration.images import CalibrationSet, calibration_set
-from deploykit.calibration.nncf_quantizer import PACKAGE as NNCF
+from deploykit.calibration.nncf_package import PACKAGE as NNCF
 from deploykit.calibration.recipes import (
     AUTO_RECIPE,
     NOT_TRIED,
@@ -54,7 +54,7 @@ def settle_recipe(
         return job, None
     if settings.recipe != AUTO_RECIPE:
         settled = with_recipe(settings, job.backbone.family)
-        if settled.calibrator == "nncf":
+        if settled.by_nncf:
             require_version(NNCF)
         return job.with_precision(settled), None
     progress(StageStarted(name="recipes"))

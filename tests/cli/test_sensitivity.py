@@ -54,6 +54,16 @@ def test_cures_are_tried_and_ranked(call, photos, told):
     assert cures["the 8 noisiest layers in float"]["gain_db"] > cures["the noisiest layer in float"]["gain_db"] > 0
 
 
+@pytest.mark.slow
+def test_cures_of_nncfs_recipe_are_nncfs_estimators(call, photos):
+    pytest.importorskip("nncf", reason="nncf is not installed")
+    done = call(*WORDS, "--calibration", photos, "--recipe", "nncf", "--cures", "--json")
+    assert done.code == 0, done.err
+    cures = {each["name"] for each in done.json()["sensitivity"]["cures"]}
+    assert {"the noisiest layer in float", "wider ranges", "tighter ranges"} < cures
+    assert "adaptive rounding" not in cures
+
+
 def test_few_images_are_warned_of_on_stderr(told):
     assert told.err.count("warning: only 4 different calibration images were given; expected at least 16") == 1
 

@@ -92,3 +92,21 @@ def test_a_metric_of_the_users_own_is_a_budget_too(backbone, photographs, tmp_pa
     assert [model.precision.name for model in opened] == ["fp32", "int8"]
     with load_bundle(tmp_path / "bundle") as model:
         assert model.precision.max_metric_drop == 2.0
+
+
+@pytest.mark.slow
+def test_nncfs_accuracy_control_goes_before_the_search(backbone, photographs, tmp_path):
+    pytest.importorskip("nncf", reason="nncf is not installed")
+    export_backbone(
+        backbone, tmp_path / "plain", runtime="onnxruntime", precision=Int8(recipe="nncf"), calibration=photographs
+    )
+    reached = min(level.sqnr_db for level in ParityReport.load(tmp_path / "plain" / "parity.json").levels)
+    manifest, report, _ = searched(
+        backbone, photographs, tmp_path / "bundle", "onnxruntime", recipe="nncf", min_sqnr_db=reached + 2
+    )
+    assert report.candidates[report.chosen].within_budget
+    assert manifest.status == "parity_checked"
+    plan = QuantizationPlan.load(tmp_path / "bundle")
+    assert plan.calibrator == "nncf"
+    assert plan.placement.weights
+    assert "NNCF leaves it in float" in plan.placement.float_nodes.values()
