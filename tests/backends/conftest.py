@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.calibration.conftest import case, lite0, residual, tokens, windows
+from tests.calibration.conftest import case, gated, lite0, residual, tokens, windows
 
-__all__ = ["case", "lite0", "residual", "tokens", "windows"]
+__all__ = ["case", "gated", "lite0", "residual", "tokens", "windows"]

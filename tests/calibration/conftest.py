@@ -1,4 +1,4 @@
-"""Master graphs with their plans, each made once: a residual network, two transformers and EfficientNet-Lite0."""
+"""Master graphs with their plans, each made once: three convolutional networks and two transformers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
+from torch.func import functional_call
 
 import deploykit
 from deploykit.arrays import FloatArray
@@ -17,7 +19,7 @@ from deploykit.export.trace import Everything, output_names
 from deploykit.graph import Master, OnnxGraph, TorchProgram
 from deploykit.onnx_session import onnx_session
 from deploykit.spec import InputSpec
-from tests.calibration.networks import SIDE, Residual, Tokens, Windows, both_forms, master_of, plan_of
+from tests.calibration.networks import SIDE, Gated, Residual, Tokens, Windows, both_forms, master_of, plan_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,20 @@ class Case:
         runs = [session.run(None, {"images": image[None]}) for image in self.images]
         return [np.concatenate(parts) for parts in zip(*runs, strict=True)]
 
+    def exact(self) -> list[np.ndarray]:
+        """Every output of the master program in double precision, over all images: no runtime's rounding is in it."""
+        module = self.program.program.module()
+        tensors = dict(
+            (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+        )
+        doubled = {name: tensor.double() for name, tensor in tensors.items() if tensor.is_floating_point()}
+        with torch.no_grad():
+            runs = [
+                functional_call(module, doubled, (torch.from_numpy(image[None]).double(),), tie_weights=False)
+                for image in self.images
+            ]
+        return [np.concatenate(parts) for parts in zip(*runs, strict=True)]
+
 
 @pytest.fixture(scope="session")
 def residual(photographs) -> Case:
@@ -54,6 +70,11 @@ def tokens(photographs) -> Case:
 @pytest.fixture(scope="session")
 def windows(photographs) -> Case:
     return _case(Windows, photographs)
+
+
+@pytest.fixture(scope="session")
+def gated(photographs) -> Case:
+    return _case(Gated, photographs)
 
 
 def _case(network, photographs) -> Case:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deploykit.arrays import FloatArray
@@ -97,6 +98,32 @@ class Windows(nn.Module):
         return tokens, self.head(tokens.mean((1, 2)))
 
 
+class Gated(nn.Module):
+    """What a MobileNetV3 and an EfficientNet have: SiLU, hard-swish, gates of both kinds; and a sigmoid as a level."""
+
+    outputs = ("stage1", "stage2", "sigmoid", "logits")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv_norm(3, 16, 3, 2)
+        self.expand = nn.Conv2d(16, 48, 1)
+        self.squeezes = nn.ModuleList(nn.Conv2d(48, 8, 1) for _ in range(2))
+        self.excites = nn.ModuleList(nn.Conv2d(8, 48, 1) for _ in range(2))
+        self.project = nn.Conv2d(48, 48, 1)
+        self.head = nn.Linear(48, 10)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        one = F.silu(self.expand(self.stem(images)))
+        two = one * self._scores(0, one).sigmoid()
+        three = F.hardswish(self.project(two))
+        four = three * F.hardsigmoid(self._scores(1, three))
+        return two, four, three.sigmoid(), self.head(four.mean((2, 3)))
+
+    def _scores(self, index: int, features: Tensor) -> Tensor:
+        scores: Tensor = self.excites[index](self.squeezes[index](features.mean((2, 3), keepdim=True)).relu())
+        return scores
+
+
 def both_forms(module: nn.Module, outputs: tuple[str, ...], images: FloatArray) -> Master:
     """The fused FP32 network of a module, for batches of one image like these."""
     spec = InputSpec(channels=images.shape[1], height=images.shape[2], width=images.shape[3])
@@ -114,7 +141,7 @@ def master_graph(module: nn.Module, outputs: tuple[str, ...], images: FloatArray
     return both_forms(module, outputs, images).onnx
 
 
-def master_of(network: type[Residual | Tokens | Windows], images: FloatArray) -> Master:
+def master_of(network: type[Residual | Tokens | Windows | Gated], images: FloatArray) -> Master:
     """One of the networks above, with realistic random weights."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -122,7 +149,9 @@ def master_of(network: type[Residual | Tokens | Windows], images: FloatArray) ->
     return both_forms(module, network.outputs, images)
 
 
-def float_network_of(network: type[Residual | Tokens | Windows], master: Master, images: FloatArray) -> FloatNetwork:
+def float_network_of(
+    network: type[Residual | Tokens | Windows | Gated], master: Master, images: FloatArray
+) -> FloatNetwork:
     """The same in torch for any batch, beside what `master_of` gave."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -137,7 +166,7 @@ def float_network_of(network: type[Residual | Tokens | Windows], master: Master,
     )
 
 
-def graph_of(network: type[Residual | Tokens | Windows], images: FloatArray) -> OnnxGraph:
+def graph_of(network: type[Residual | Tokens | Windows | Gated], images: FloatArray) -> OnnxGraph:
     """The same as an ONNX graph."""
     return master_of(network, images).onnx
 

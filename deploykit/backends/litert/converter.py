@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from deploykit.backends.conversion import ConversionRequest, answer, load_module
+from deploykit.backends.litert.delegated import fit_delegate
 from deploykit.backends.litert.half_weights import store_halves
 from deploykit.backends.litert.integer_weights import IntegerWeight, check_integers, write_integers
 
@@ -49,7 +50,7 @@ def convert(request: ConversionRequest) -> None:
             model = litert_torch.convert(module, sample_kwargs=example, quant_config=_quantization(request))
         content = write_integers(model.model_content(), weights)
         check_integers(content, weights)
-        content = store_halves(content)
+        content = store_halves(fit_delegate(content))
         Path(request.engine).write_bytes(content)
 
 

@@ -67,6 +67,24 @@ class TFLiteModel:
         self.raw.buffers.append(buffer)
         return len(self.raw.buffers) - 1
 
+    def add_tensor(self, graph: Any, name: bytes, like: Any, kind: str, buffer: int = 0) -> int:
+        """Add a tensor with the shape of another, computed where it has no constant's buffer; return its index."""
+        tensor = self.schema.TensorT()
+        tensor.name, tensor.shape, tensor.buffer = name, like.shape, buffer
+        tensor.type = getattr(self.schema.TensorType, kind)
+        graph.tensors.append(tensor)
+        return len(graph.tensors) - 1
+
+    def conversion(self, name: str, source: int, target: int) -> Any:
+        """Return an operator ``QUANTIZE`` or ``DEQUANTIZE`` between two tensors, for a graph to take."""
+        options = f"{name.capitalize()}Options"
+        operator = self.schema.OperatorT()
+        operator.opcodeIndex = self.operator_code(name)
+        operator.inputs, operator.outputs = np.array([source], np.int32), np.array([target], np.int32)
+        operator.builtinOptionsType = getattr(self.schema.BuiltinOptions, options)
+        operator.builtinOptions = getattr(self.schema, f"{options}T")()
+        return operator
+
     def release(self, buffer: int) -> int:
         """Let one tensor less read a buffer, whose bytes go with the last; return the index of no constant."""
         tensors = [tensor for graph in self.raw.subgraphs for tensor in graph.tensors if tensor.buffer == buffer]

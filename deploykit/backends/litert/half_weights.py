@@ -31,7 +31,9 @@ def store_halves(content: bytes) -> bytes:
                 if halves is None:
                     continue
                 restored[index] = _add_half(model, graph, graph.tensors[index], halves)
-        graph.operators = [_dequantize(model, half, index) for index, half in restored.items()] + graph.operators
+        graph.operators = [
+            model.conversion("DEQUANTIZE", half, index) for index, half in restored.items()
+        ] + graph.operators
         changed = changed or bool(restored)
     return model.pack() if changed else content
 
@@ -50,21 +52,8 @@ def _exact_halves(model: TFLiteModel, tensor: Any) -> npt.NDArray[np.float16] | 
 
 def _add_half(model: TFLiteModel, graph: Any, tensor: Any, halves: npt.NDArray[np.float16]) -> int:
     """Add the constant in float16; ``tensor`` is computed from it from now on. Return the constant's index."""
-    constant = model.schema.TensorT()
-    constant.name = bytes(tensor.name) + b"/half"
-    constant.shape = tensor.shape
-    constant.type = model.schema.TensorType.FLOAT16
-    constant.buffer = model.add_buffer(halves.tobytes())
+    index = model.add_tensor(
+        graph, bytes(tensor.name) + b"/half", tensor, "FLOAT16", model.add_buffer(halves.tobytes())
+    )
     tensor.buffer = model.release(tensor.buffer)
-    graph.tensors.append(constant)
-    return len(graph.tensors) - 1
-
-
-def _dequantize(model: TFLiteModel, source: int, target: int) -> Any:
-    operator = model.schema.OperatorT()
-    operator.opcodeIndex = model.operator_code("DEQUANTIZE")
-    operator.inputs = np.array([source], np.int32)
-    operator.outputs = np.array([target], np.int32)
-    operator.builtinOptionsType = model.schema.BuiltinOptions.DequantizeOptions
-    operator.builtinOptions = model.schema.DequantizeOptionsT()
-    return operator
+    return index

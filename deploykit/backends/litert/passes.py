@@ -19,6 +19,7 @@ from deploykit.calibration.half import HalfPlan
 from deploykit.calibration.integer_maps import IntegerMapsDialect, write_integer_maps
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.precision_plan import PrecisionPlan
+from deploykit.calibration.torch_gates import write_integer_gates
 from deploykit.calibration.torch_integers import copy_of, value_of, weighted_nodes
 from deploykit.fusion.constants import operand
 from deploykit.fusion.program import export_program
@@ -36,6 +37,7 @@ class LiteRTDialect(IntegerMapsDialect):
         module = copy_of(graph.program)
         if isinstance(plan, QuantizationPlan):
             write_integer_maps(module, plan, tuple(output.name for output in graph.outputs))
+            write_integer_gates(module)
             keep_gains(module)
             module.recompile()
         elif isinstance(plan, HalfPlan):
