@@ -1,4 +1,9 @@
-"""Every family in the runtimes for phones and boards: FP32 to rounding, and INT8 as the plan gives it elsewhere."""
+"""Every family in the runtimes for phones and boards: FP32 to rounding, and INT8 as the plan gives it elsewhere.
+
+Numbers are held against the same network in double precision: another runtime's float32 has rounding of its own. Of
+MobileNetV2 at 64 pixels with these weights, each of torch, ONNX Runtime, LiteRT and ExecuTorch keeps 91.5 to 93.1 dB of
+the fourth stage, and ONNX Runtime and LiteRT 89.8 of each other.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +25,6 @@ from tests.conftest_graphs import lower, made_once, manifest_of, open_engine, sq
 
 RUNTIMES = ("litert", "executorch")
 SIDE, IMAGES = 64, 8
-SHORT = ("mobilenetv2_050",)
-"""Its random weights leave 89.5 dB of the fourth stage in FP32, the same in both runtimes."""
-
-BEHIND = ("efficientnet_b0", "regnety_002")
-"""Their stem keeps 1.5 and 1.2 dB less than in ONNX Runtime, in both runtimes; every other level is level."""
-
 pytestmark = pytest.mark.slow
 
 
@@ -44,23 +43,19 @@ def family(request, photographs) -> tuple[str, Case]:
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_every_level_keeps_90_db_in_fp32(runtime, family, request):
+def test_every_level_keeps_90_db_in_fp32(runtime, family):
     name, case = family
-    if name in SHORT:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="half a dB is missing"))
     graph = resolve(load_backend(runtime).dialect).render(case.program, None, case.images).graph
     engine, folder = made_once(f"{runtime}-fp32-{name}", lambda folder: lower(runtime, graph, folder))
     with open_engine(manifest_of(runtime, graph, engine), folder) as model:
         runs = [model._run(image[None]) for image in case.images]
     found = [np.concatenate(parts) for parts in zip(*runs, strict=True)]
-    kept = [sqnr_db(expected, own) for expected, own in zip(case.run(), found, strict=True)]
+    kept = [sqnr_db(expected, own) for expected, own in zip(case.exact(), found, strict=True)]
     assert min(kept) >= 90, kept
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_every_level_of_int8_is_within_1_db_of_the_same_plan(runtime, family, request):
+def test_every_level_of_int8_is_within_1_db_of_the_same_plan(runtime, family):
     name, case = family
-    if name in BEHIND:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="the stem is more than 1 dB behind"))
     behind = losses(integer_engine(runtime, case, name))
     assert max(behind) <= 1, behind
