@@ -22,7 +22,7 @@ def drop_activations(*, between: bool = False) -> Callable[[ir.Model, Quantizati
 
     def rewrite(model: ir.Model, plan: QuantizationPlan) -> QuantizationPlan:
         quantizers = {str(node.name): node for node in model.graph if node.op_type == "QuantizeLinear"}
-        for tensor in sorted(written_in_integers(plan.placement, between=between)):
+        for tensor in sorted(written_in_integers(plan.placement, between=between or plan.imported)):
             quantize = quantizers.get(f"{tensor}/quantize")
             if quantize is not None:
                 _drop(quantize, plan.range_of(tensor).high)

@@ -36,7 +36,7 @@ INT8 = IntegerType(dtype=np.int8, symmetric=True)
 def quantize_activations(
     kind: IntegerType, *, writes: bool = False, between: bool = False
 ) -> Callable[[ir.Model, QuantizationPlan], QuantizationPlan]:
-    """Make the pass for a backend.
+    """Make the pass for a backend; of an imported plan all is rounded that its tool rounded.
 
     Args:
         kind: the type of the integers.
@@ -46,10 +46,11 @@ def quantize_activations(
 
     def rewrite(model: ir.Model, plan: QuantizationPlan) -> QuantizationPlan:
         placement = plan.placement
-        shared = written_in_integers(placement, between=between)
+        shared = written_in_integers(placement, between=between or plan.imported)
         values = {value.name: value for value in model.graph.inputs}
         values |= {value.name: value for node in model.graph for value in node.outputs}
-        chosen = (*placement.reads, *(placement.writes if writes else ()), *(placement.between if between else ()))
+        behind = placement.writes if writes or plan.imported else ()
+        chosen = (*placement.reads, *behind, *(placement.between if between or plan.imported else ()))
         for name in dict.fromkeys(chosen):
             if name in values:
                 _quantize(model.graph, values[name], plan, kind, for_everyone=name in shared)

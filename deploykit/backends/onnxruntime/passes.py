@@ -35,11 +35,12 @@ DIALECT = OnnxDialect(
         fold_hard_sigmoids,
         quantize_weights(integer_bias=True, dynamic_operators=DYNAMIC_OPERATORS),
         quantize_products,
-        split_gemms,
         split_gates,
         clip_gate_ranges,
         # A convolution becomes QLinearConv only when its output is quantized too, whoever reads it.
         quantize_activations(UINT8, writes=True, between=True),
+        # Behind it, which finds what reads a tensor by the names of the plan's nodes.
+        split_gemms,
         drop_activations(between=True),
         tidy_graph,
     ),

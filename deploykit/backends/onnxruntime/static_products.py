@@ -1,7 +1,7 @@
-"""Gemm(x, DequantizeLinear(W), b) -> MatMul(x, DequantizeLinear(W)) + b.
+"""Gemm(DequantizeLinear(q), DequantizeLinear(W), b) -> Cast(MatMulInteger(q, W)) * (s * Ws) + b.
 
-ONNX Runtime makes an integer kernel of a MatMul whose output stays in float. A Gemm becomes one only when its output is
-quantized too; otherwise its weight is dequantized again at each call, which takes longer than the product.
+ONNX Runtime makes an integer kernel of a Gemm, or of a MatMul and an Add of a bias, only when its output is quantized
+too; otherwise its weight is dequantized again at each call, which takes longer than the product.
 """
 
 from __future__ import annotations
@@ -10,19 +10,34 @@ import numpy as np
 import onnx_ir as ir
 
 from deploykit.calibration.plan import QuantizationPlan
-from deploykit.onnx_values import add_constant, array_of
+from deploykit.onnx_values import add_constant, array_of, floats_of
 
 
 def split_gemms(model: ir.Model, plan: QuantizationPlan) -> QuantizationPlan:
-    """Write every Gemm over integer weights with fixed ranges as a MatMul and an Add, in place.
+    """Write every Gemm that reads integers in a fixed range as a product of integers, in place, behind the activations.
 
     Only another tool's plan has them: others quantize what a Gemm reads at each call.
     """
     if plan.imported:
         for node in list(model.graph):
             if node.op_type == "Gemm" and node.name in plan.placement.weights:
-                split_gemm(model.graph, node)
+                _multiply_integers(model.graph, split_gemm(model.graph, node))
     return plan
+
+
+def _multiply_integers(graph: ir.Graph, product: ir.Node) -> None:
+    """Write MatMul(DequantizeLinear(q), DequantizeLinear(W)) as a product of integers, in place; leave any other."""
+    read, restore = (value.producer() if value is not None else None for value in product.inputs[:2])
+    if product.op_type != "MatMul" or read is None or restore is None or read.op_type != "DequantizeLinear":
+        return
+    name, step = str(product.name), floats_of(read.inputs[1]) * floats_of(restore.inputs[1])
+    integers = [read.inputs[0], restore.inputs[0], read.inputs[2], restore.inputs[2]]
+    multiplied = ir.node("MatMulInteger", integers, name=f"{name}/integers")
+    widened = ir.node("Cast", [multiplied.outputs[0]], {"to": ir.DataType.FLOAT.value}, name=f"{name}/float")
+    factor = add_constant(graph, f"{name}/step", np.asarray(step, np.float32))
+    scaled = ir.node("Mul", [widened.outputs[0], factor], name=f"{name}/scaled")
+    added = [multiplied, widened, scaled]
+    ir.convenience.replace_nodes_and_values(graph, product, [product], added, product.outputs, scaled.outputs)
 
 
 def split_gemm(graph: ir.Graph, gemm: ir.Node) -> ir.Node:
