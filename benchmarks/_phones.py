@@ -1,4 +1,4 @@
-"""Engines of the runtimes for phones and boards from one plan, and the same plan in ONNX Runtime, node by node."""
+"""Engines of the runtimes for phones and boards from one plan, to be timed."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from functools import cached_property
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import torch
 from _from_tests import realistic, settle
-from _planned import DIALECTS, Network, node_by_node
+from _planned import Network
 from torch import nn
 
-from deploykit.arrays import FloatArray
 from deploykit.backbones.base import BackboneOptions
 from deploykit.backbones.registry import build_backbone
 from deploykit.backends.backend import LowerOptions, resolve
@@ -77,15 +75,6 @@ class PhoneEngines:
         manifest = decode_manifest((folder / MANIFEST).read_bytes(), folder / MANIFEST)
         return load_backend(runtime).load_adapter()(manifest, folder, threads=1)
 
-    def same_plan(self, runtime: str, precision: str) -> list[FloatArray]:
-        """What ONNX Runtime gives, without optimizations, of the part of the plan that a runtime has in integers."""
-        master, plan = self._planned(precision)
-        graph = master.onnx
-        if plan is not None:
-            part = _dialect(runtime).keep_float(graph.model, plan)
-            graph = DIALECTS["onnxruntime"].render(graph, part, self.network.calibrated).graph
-        return node_by_node(graph.model, self.network.evaluated)
-
     def _write(self, runtime: str, precision: str, folder: Path) -> None:
         master, plan = self._planned(precision)
         dialect = _dialect(runtime)
@@ -117,11 +106,6 @@ class PhoneEngines:
     def _int8(self) -> tuple[Master, PrecisionPlan]:
         master = self.network.master(SETTINGS)
         return master, self.network.plan(master.onnx, SETTINGS)
-
-
-def outputs_of(model: Runtime, images: FloatArray) -> list[FloatArray]:
-    """Every output of an engine over all images, one image a call."""
-    return [np.concatenate(parts) for parts in zip(*(model._run(image[None]) for image in images), strict=True)]
 
 
 def _dialect(runtime: str) -> Dialect:

@@ -1,9 +1,9 @@
 """Every family in the runtimes for phones and boards: what its levels keep, what runs where, and how fast.
 
-A row is a network in a runtime and a precision. ``levels`` is the SQNR in dB of every level and of the logits against
-torch FP32, over crops of photographs that nothing was calibrated on. ``unoptimized`` is that of the same plan in ONNX
-Runtime, each node as it is written, and ``behind`` by how many dB the worst level is behind it. ``coverage`` says what
-the runtime's delegate computes. Weights are random.
+A row is a network in a runtime and a precision, of ``tests/backends/test_phone_families.py`` with its images.
+``levels`` is the SQNR in dB of every level and of the logits against the same network in double precision.
+``unoptimized`` is that of the same plan in ONNX Runtime, each node as it is written, and ``behind`` by how many dB the
+worst level is behind it. ``coverage`` says what the runtime's delegate computes. Weights are random.
 
 ``--speed`` prints times instead: the engines of a network take turns in one process with one thread. ``ratio`` is the
 median over the turns of INT8's time to FP32's.
@@ -11,15 +11,17 @@ median over the turns of INT8's time to FP32's.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-from _from_tests import SMALLEST
-from _phones import FP32, INT8, PRECISIONS, RUNTIMES, PhoneEngines, outputs_of
+import _from_tests  # noqa: F401  (finds the tests)
+import pytest
+from _phones import FP32, INT8, PRECISIONS, RUNTIMES, PhoneEngines
+from _planned import node_by_node
 from _results import machine_line, parser, save, silence
 from _timing import turns
 
@@ -28,13 +30,17 @@ from deploykit.backends.backend import resolve
 from deploykit.backends.table import load_backend
 from deploykit.errors import DeployKitError
 from deploykit.parity.metrics import sqnr_db
+from tests.backbones.smallest import SMALLEST
+from tests.backends.integer_engine import integer_engine, same_plan
+from tests.backends.phone_families import SIDE, family_case, float_engine
+from tests.calibration.conftest import Case
+from tests.conftest_graphs import SHARED
+from tests.photographs import write_photographs
+from tests.torch_tables import keep_tables
 
-SIDE = 64
-"""The side of the images, in pixels: the least at which each level of each family has several places."""
 QUICK = ("mobilenetv3_small_075", "vit_tiny_patch16_224")
 SPEED_SIDE = 224
 """The side of the images that engines are timed with, in pixels."""
-ROW = "row.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,22 +75,20 @@ class Times:
     ratio: float
 
 
-def compare(engines: PhoneEngines, runtime: str, precision: str) -> Row:
-    """Compare an engine's levels with torch's, and with those of the same plan; rows are kept beside the engines."""
-    of = {"network": engines.name, "side": engines.side, "runtime": runtime, "precision": precision}
+def compare(case: Case, name: str, runtime: str, precision: str) -> Row:
+    """Compare an engine's levels with double precision, and with those of the same plan in ONNX Runtime."""
+    of = {"network": name, "side": SIDE, "runtime": runtime, "precision": precision}
     try:
-        folder = engines.engine(runtime, precision)
+        if precision == INT8:
+            engine = integer_engine(runtime, case, name)
+            file, found, others = engine.file, engine.outputs, same_plan(engine)
+        else:
+            file, found = float_engine(runtime, case, name)
+            others = node_by_node(case.graph.model, case.images)
     except DeployKitError as error:
         return Row(**of, levels=[], unoptimized=[], coverage={}, refused=str(error))
-    if not (folder / ROW).exists():
-        expected = engines.network.expected
-        with engines.opened(runtime, precision) as model:
-            found = outputs_of(model, engines.network.evaluated)
-            coverage = resolve(str(load_backend(runtime).inspect))(folder / model.manifest.engine)
-        same = engines.same_plan(runtime, precision)
-        row = Row(**of, levels=_db(expected, found), unoptimized=_db(expected, same), coverage=coverage)
-        (folder / ROW).write_bytes(msgspec.json.encode(row))
-    return msgspec.json.decode((folder / ROW).read_bytes(), type=Row)
+    expected, coverage = case.exact(), resolve(str(load_backend(runtime).inspect))(file)
+    return Row(**of, levels=_db(expected, found), unoptimized=_db(expected, others), coverage=coverage)
 
 
 def measure(engines: PhoneEngines, runtime: str, rounds: int) -> Times:
@@ -133,30 +137,49 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--networks", nargs="+", metavar="NAME", help="backbones (default: one of each family)")
     options.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=RUNTIMES, help="(default: both)")
     options.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="(default: both)")
-    options.add_argument("--images", type=int, default=24, help="calibration and other crops (default: %(default)s)")
-    options.add_argument("--side", type=int, help="pixels a side (default: 64; 224 with --speed)")
     options.add_argument("--speed", action="store_true", help="print times")
+    options.add_argument("--side", type=int, default=SPEED_SIDE, help="pixels, with --speed (default: %(default)s)")
+    options.add_argument("--images", type=int, default=24, help="crops to calibrate on, with --speed (%(default)s)")
     options.add_argument("--rounds", type=int, help="timed rounds (default: 40; 15 with --quick)")
     options.add_argument("--work", type=Path, metavar="FOLDER", help="keep engines here (default: a temporary folder)")
     asked = options.parse_args(arguments)
     silence()
-    rounds = asked.rounds or (15 if asked.quick else 40)
-    print(f"{machine_line()}\nrandom weights; calibrated on {asked.images} crops, compared on {asked.images} others")
-    rows: list[Row | Times] = []
+    networks = asked.networks or (QUICK if asked.quick else SMALLEST)
     with tempfile.TemporaryDirectory(prefix="deploykit-phones-") as scratch:
-        for name in asked.networks or (QUICK if asked.quick else SMALLEST):
-            side = asked.side or (SPEED_SIDE if asked.speed else SIDE)
-            folder = (asked.work or Path(scratch)) / f"{name}-{side}"
-            engines = PhoneEngines(name=name, side=side, folder=folder, images=asked.images)
-            for runtime in asked.runtimes:
-                if asked.speed:
-                    rows.append(measure(engines, runtime, rounds))
-                    print(time_line(rows[-1]), flush=True)
-                    continue
-                for precision in asked.precisions:
-                    rows.append(compare(engines, runtime, precision))
-                    print(line(rows[-1]), flush=True)
+        work = (asked.work or Path(scratch)).absolute()
+        if asked.speed:
+            print(f"{machine_line()}\nrandom weights, one thread")
+            rows: Sequence[Row | Times] = _times(networks, asked.runtimes, work, asked)
+        else:
+            print(f"{machine_line()}\nrandom weights; calibrated and compared on the same crops of six photographs")
+            rows = _compared(networks, asked.runtimes, asked.precisions, work)
     save(asked.json, rows=rows)
+
+
+def _compared(networks: Sequence[str], runtimes: Sequence[str], precisions: Sequence[str], work: Path) -> list[Row]:
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch, pytest.MonkeyPatch.context() as patch:
+        patch.setenv(SHARED, str(work))
+        keep_tables(patch)
+        photographs = write_photographs(Path(scratch))
+        for name in networks:
+            case = family_case(name, photographs)
+            for runtime in runtimes:
+                for precision in precisions:
+                    rows.append(compare(case, name, runtime, precision))
+                    print(line(rows[-1]), flush=True)
+    return rows
+
+
+def _times(networks: Sequence[str], runtimes: Sequence[str], work: Path, asked: argparse.Namespace) -> list[Times]:
+    rows = []
+    for name in networks:
+        folder = work / f"{name}-{asked.side}"
+        engines = PhoneEngines(name=name, side=asked.side, folder=folder, images=asked.images)
+        for runtime in runtimes:
+            rows.append(measure(engines, runtime, asked.rounds or (15 if asked.quick else 40)))
+            print(time_line(rows[-1]), flush=True)
+    return rows
 
 
 if __name__ == "__main__":

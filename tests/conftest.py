@@ -9,20 +9,16 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import settings
-from PIL import Image
 
 from deploykit.errors import MissingDependency
 from deploykit.optional import require
+from tests.photographs import write_photographs
 
 # The same examples on every run, so that a submission is judged by its change; test-all searches anew.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
-
-PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "immunohistochemistry", "rocket")
-SHORT_SIDE = 128
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -56,14 +52,8 @@ def quick_exports():
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory) -> Path:
     """A folder of six small photographs; copy it before writing there."""
-    data = pytest.importorskip("skimage.data", reason="scikit-image is not installed")
-    folder = tmp_path_factory.mktemp("photographs")
-    for name in PHOTOGRAPHS:
-        image = Image.fromarray(np.asarray(getattr(data, name)()))
-        ratio = SHORT_SIDE / min(image.size)
-        small = image.resize((round(image.width * ratio), round(image.height * ratio)), Image.Resampling.BICUBIC)
-        small.save(folder / f"{name}.jpg", quality=92)
-    return folder
+    pytest.importorskip("skimage.data", reason="scikit-image is not installed")
+    return write_photographs(tmp_path_factory.mktemp("photographs"))
 
 
 @pytest.fixture(scope="session")

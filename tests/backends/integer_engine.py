@@ -39,17 +39,21 @@ def integer_engine(runtime: str, case: Case, name: str) -> IntegerEngine:
     return IntegerEngine(case=case, plan=plan, file=folder / engine.file, outputs=outputs)
 
 
-def losses(engine: IntegerEngine) -> list[float]:
-    """How many dB each output has less than the same plan gives in ONNX Runtime without optimizations.
-
-    Both are held against double precision: ONNX Runtime's float nodes round as its own FP32 does.
-    """
+def same_plan(engine: IntegerEngine) -> list[np.ndarray]:
+    """Return what the engine's plan gives in ONNX Runtime, each node as it is written, for the case's images."""
     case = engine.case
     rendered = resolve(load_backend("onnxruntime").dialect).render(case.graph, engine.plan, case.images).graph
     session = onnx_session(rendered.model, optimize=False)
     runs = [session.run(None, {"images": image[None]}) for image in case.images]
-    theirs = [np.concatenate(parts) for parts in zip(*runs, strict=True)]
+    return [np.concatenate(parts) for parts in zip(*runs, strict=True)]
+
+
+def losses(engine: IntegerEngine) -> list[float]:
+    """How many dB each output has less than `same_plan`.
+
+    Both are held against double precision: ONNX Runtime's float nodes round as its own FP32 does.
+    """
     return [
         sqnr_db(expected, other) - sqnr_db(expected, own)
-        for expected, other, own in zip(case.exact(), theirs, engine.outputs, strict=True)
+        for expected, other, own in zip(engine.case.exact(), same_plan(engine), engine.outputs, strict=True)
     ]

@@ -92,6 +92,18 @@ def test_the_facade_stands_beside_both_raw_calls(script, work, tmp_path, capsys)
     assert "the bar, 1.03" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_phones_stand_beside_the_same_plan(script, tmp_path, capsys):
+    results = tmp_path / "phones.json"
+    arguments = ["--networks", SMALL, "--runtimes", "litert", "--work", str(tmp_path / "engines")]
+    script("phone_runtimes").main([*arguments, "--json", str(results)])
+    rows = json.loads(results.read_text())["rows"]
+    assert [row["precision"] for row in rows] == ["fp32", "int8"] and not any(row["refused"] for row in rows)
+    assert min(rows[0]["levels"]) >= 90 > min(rows[1]["levels"])
+    assert all(len(row["levels"]) == len(row["unoptimized"]) == 6 for row in rows)
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
 def test_make_bench_runs_scripts_that_have_a_quick_form():
     makefile = (BENCHMARKS.parent / "Makefile").read_text()
     names = re.search(r"^QUICK := (.*)$", makefile, re.MULTILINE)[1].split()
