@@ -99,7 +99,10 @@ class Windows(nn.Module):
 
 
 class Gated(nn.Module):
-    """What a MobileNetV3 and an EfficientNet have: SiLU, hard-swish, gates of both kinds; and a sigmoid as a level."""
+    """What MobileNetV3, EfficientNet and ResNetV2 have: SiLU, hard-swish, gates of both kinds, a norm before a layer.
+
+    One level is a sigmoid that gates nothing.
+    """
 
     outputs = ("stage1", "stage2", "sigmoid", "logits")
 
@@ -109,13 +112,14 @@ class Gated(nn.Module):
         self.expand = nn.Conv2d(16, 48, 1)
         self.squeezes = nn.ModuleList(nn.Conv2d(48, 8, 1) for _ in range(2))
         self.excites = nn.ModuleList(nn.Conv2d(8, 48, 1) for _ in range(2))
+        self.norm = nn.BatchNorm2d(48)
         self.project = nn.Conv2d(48, 48, 1)
         self.head = nn.Linear(48, 10)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         one = F.silu(self.expand(self.stem(images)))
         two = one * self._scores(0, one).sigmoid()
-        three = F.hardswish(self.project(two))
+        three = F.hardswish(self.project(self.norm(two).relu()))
         four = three * F.hardsigmoid(self._scores(1, three))
         return two, four, three.sigmoid(), self.head(four.mean((2, 3)))
 

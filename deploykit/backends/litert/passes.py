@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 
 from deploykit.arrays import FloatArray
 from deploykit.backends.litert.gained_norms import keep_gains
+from deploykit.backends.litert.integer_norms import write_integer_norms
 from deploykit.calibration.dialect import Rendered
 from deploykit.calibration.half import HalfPlan
 from deploykit.calibration.integer_maps import IntegerMapsDialect, write_integer_maps
@@ -38,6 +39,7 @@ class LiteRTDialect(IntegerMapsDialect):
         if isinstance(plan, QuantizationPlan):
             write_integer_maps(module, plan, tuple(output.name for output in graph.outputs))
             write_integer_gates(module)
+            write_integer_norms(module)
             keep_gains(module)
             module.recompile()
         elif isinstance(plan, HalfPlan):

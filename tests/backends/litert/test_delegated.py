@@ -30,13 +30,14 @@ def test_a_network_with_gates_is_one_call_of_the_delegate(exported: IntegerEngin
     assert sum(operator["op_name"] == "DELEGATE" for operator in interpreter._get_ops_details()) == 1
 
 
-def test_gates_and_their_maps_stay_integers(exported: IntegerEngine):
+def test_gates_norms_and_their_maps_stay_integers(exported: IntegerEngine):
     model = TFLiteModel(exported.file.read_bytes())
     for operator in model.operators():
         if operator.name == "MUL":
             assert all(model.is_integer(operator.graph, index) for index in operator.inputs)
     found = _operators(exported)
     assert (found["MUL"], found["HARD_SWISH"], found["LOGISTIC"]) == (3, 1, 3)
+    assert (found["DEPTHWISE_CONV_2D"], found["SUB"]) == (1, 0)
     assert left_in_float(exported.file) == {"DEQUANTIZE": 3, "QUANTIZE": 2, "float CONV_2D": 1}
 
 
