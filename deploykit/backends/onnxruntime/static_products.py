@@ -14,14 +14,16 @@ from deploykit.onnx_values import add_constant, array_of, floats_of
 
 
 def split_gemms(model: ir.Model, plan: QuantizationPlan) -> QuantizationPlan:
-    """Write every Gemm that reads integers in a fixed range as a product of integers, in place, behind the activations.
+    """Write every Gemm, and MatMul of matrices, in a fixed range as a product of integers, in place.
 
-    Only another tool's plan has them: others quantize what a Gemm reads at each call.
+    It comes behind the activations. Only another tool's plan has fixed ranges there: others quantize at each call.
     """
     if plan.imported:
-        for node in list(model.graph):
-            if node.op_type == "Gemm" and node.name in plan.placement.weights:
+        for node in [each for each in model.graph if each.name in plan.placement.weights]:
+            if node.op_type == "Gemm":
                 _multiply_integers(model.graph, split_gemm(model.graph, node))
+            elif node.op_type == "MatMul" and len(node.outputs[0].shape or ()) == 2:
+                _multiply_integers(model.graph, node)
     return plan
 
 
