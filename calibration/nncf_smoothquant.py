@@ -23,7 +23,7 @@ from deploykit.calibration.channel_groups import ChannelGroup, channel_groups
 from deploykit.calibration.equalization import scale_group
 from deploykit.calibration.images import CalibrationSet
 from deploykit.calibration.nncf_package import PACKAGE, Batches, is_transformer, running
-from deploykit.fusion.constants import operand
+from deploykit.fusion.constants import ATTENTION, operand
 from deploykit.fusion.pipeline import EXACT_DB, FusionPass
 from deploykit.graph import TRANSPOSED
 from deploykit.onnx_values import floats_of
@@ -32,6 +32,8 @@ from deploykit.spec import Int8, Precision
 
 _MARK = "nncf_smooth_quant"
 """Ends the name of each Mul that NNCF adds."""
+_ATTENTION = (ATTENTION, torch.ops.aten.softmax.int, torch.ops.aten._softmax.default)
+"""What an ONNX graph has a Softmax for."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,6 +72,8 @@ class _Smoothing:
     left_out: int = field(default=0, init=False)
 
     def fold(self, module: GraphModule) -> int:
+        if not any(node.target in _ATTENTION for node in module.graph.nodes):  # and spare the conversion to ONNX
+            return 0
         found = find_factors(self.to_graph(module), self.images)
         folded = fold_factors(module, found)
         self.left_out = len(found) - folded

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from deploykit import create_backbone, export_backbone
 from deploykit.backbones.attention import TransformerBlock
 from deploykit.calibration.images import calibration_set
 from deploykit.calibration.nncf_smoothquant import find_factors, smoothing_passes
+from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.recipes import with_recipe
 from deploykit.export.pipeline import _graph_of
 from deploykit.fusion.pipeline import EXACT_DB, export_passes, fuse
@@ -20,6 +22,7 @@ from deploykit.onnx_values import floats_of
 from deploykit.spec import Fp32, InputSpec, Int8
 from tests.backbones.realistic import randomize
 from tests.calibration.networks import SIDE, Residual, Windows
+from tests.small_transformers import SHORT_VIT
 
 pytest.importorskip("nncf", reason="nncf is not installed")
 SPEC = InputSpec(height=SIDE, width=SIDE)
@@ -108,3 +111,19 @@ def test_a_network_without_attention_and_other_settings_have_none(images):
     for precision in (Fp32(), with_recipe(Int8(recipe="fast"), "of a user"), own):
         assert smoothing_passes(precision, images, program_of) == ()
     assert smoothing_passes(NNCF, None, program_of) == ()
+
+
+@pytest.mark.slow
+def test_an_export_of_a_transformer_is_smoothed(photographs, tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        backbone = randomize(create_backbone(SHORT_VIT, num_classes=10)).eval()
+    precision = Int8(recipe="nncf", calibrator="percentile")
+    result = export_backbone(
+        backbone, tmp_path / "bundle", runtime="openvino", precision=precision, calibration=photographs
+    )
+    assert result.status == "parity_checked"
+    fusions = result.manifest.fusions
+    assert fusions["equalize-channels"] == 7  # two norms of three blocks, and the last one before the head
+    assert fusions["nncf-factors-left-out"] == 6
+    assert QuantizationPlan.load(tmp_path / "bundle").calibrator == "nncf-percentile"
