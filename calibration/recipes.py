@@ -63,6 +63,7 @@ FAMILY_RECIPES: dict[str, str] = {
     "vit": "wide-adaptive",
     "swin": "wide-adaptive",
     "convnext": "adaptive",
+    "regnet": "adaptive",
     "mobilevit": "wide",
     "mobilenet": "activations",
 }

@@ -29,7 +29,7 @@ from deploykit.calibration.torch_integers import (
     planned_nodes,
     write_weight,
 )
-from deploykit.fusion.constants import operand
+from deploykit.fusion.constants import add_call, operand
 from deploykit.fusion.program import export_program
 from deploykit.graph import TorchProgram
 
@@ -51,6 +51,8 @@ class InductorDialect:
         """Write a plan (None: FP32) into a copy of the master program."""
         return Rendered(graph=_render(graph, plan))
 
+
+_CUTS = (torch.ops.aten.select.int, torch.ops.aten.slice.Tensor)
 
 DIALECT = InductorDialect()
 
@@ -79,7 +81,29 @@ def _write_integers(module: GraphModule, plan: QuantizationPlan) -> None:
         # The convolution that is the other operand adds the integers as it writes.
         shortcut = operand(node, 0 if _is_fusible(operand(node, 1)) else 1)
         activations.read(node, shortcut, shortcut.name)
+    _gather_rows(module)
     module.recompile()
+
+
+def _gather_rows(module: GraphModule) -> None:
+    """Copy the rows that a sum cuts out of a tensor, such as the class tokens of a batch.
+
+    The sum that an integer linear computes as it writes takes its other summand for one block of memory, and so reads
+    the wrong rows where a slice leaves some out.
+    """
+    for node in list(module.graph.nodes):
+        if node.target != torch.ops.aten.add.Tensor:
+            continue
+        for summand in node.all_input_nodes:
+            if summand.target in _CUTS and not _is_one_block(summand):
+                copied = add_call(node, torch.ops.aten.clone.default, summand, memory_format=torch.contiguous_format)
+                node.replace_input_with(summand, copied)
+
+
+def _is_one_block(node: Node) -> bool:
+    """Whether a tensor's values lie side by side; of a batch of any size nobody knows."""
+    value = node.meta["val"]
+    return all(isinstance(size, int) for size in value.shape) and bool(value.is_contiguous())
 
 
 def _residual_adds(module: GraphModule, plan: QuantizationPlan) -> list[Node]:

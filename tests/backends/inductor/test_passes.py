@@ -6,12 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from deploykit.backends.inductor.passes import DIALECT
+import deploykit
+from deploykit.backends.inductor.passes import DIALECT, _gather_rows
 from deploykit.backends.onnxruntime.passes import DIALECT as ONNXRUNTIME
 from deploykit.calibration.half import HalfPlan
+from deploykit.calibration.images import calibration_set
 from deploykit.calibration.precision_plan import Bf16Plan
 from deploykit.graph import TorchProgram
+from deploykit.spec import Int8
+from tests.backbones.realistic import randomize
 from tests.calibration.networks import rounding_noise_db
+from tests.conftest_graphs import sqnr_db
+from tests.small_transformers import SHORT_VIT
 
 
 def rendered(case, plan) -> TorchProgram:
@@ -76,3 +82,41 @@ def test_every_linear_layer_of_a_transformer_is_quantized(tokens):
     kinds = [str(node.target) for node in program.program.graph.nodes]
     assert sum("dequantize_per_channel" in kind for kind in kinds) == len(tokens.plan.placement.weights) == 10
     assert min(rounding_noise_db(tokens.run(), run_program(tokens, program))) > 20
+
+
+class ClassToken(torch.nn.Module):
+    """The end of a ViT: one token of each image, and a residual linear over it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        token = tokens[:, :1]
+        return token + self.linear(token)
+
+
+@pytest.mark.parametrize(("batch", "copies"), [(1, 0), (2, 1), ("any", 1)])
+def test_a_sum_reads_the_class_tokens_of_a_batch_from_one_block(batch, copies):
+    tokens = torch.randn(2 if batch == "any" else batch, 5, 8)
+    shapes = {"tokens": {0: torch.export.Dim("batch", min=1, max=8)}} if batch == "any" else None
+    module = torch.export.export(ClassToken(), (tokens,), dynamic_shapes=shapes).module()
+    expected = module(tokens)
+    _gather_rows(module)
+    module.recompile()
+    assert [str(node.target) for node in module.graph.nodes].count("aten.clone.default") == copies
+    torch.testing.assert_close(module(tokens), expected, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_int8_of_a_vit_gives_a_batch_what_it_gives_each_image(photographs):
+    torch.manual_seed(0)
+    backbone = randomize(deploykit.create_backbone(SHORT_VIT, image_size=64)).eval()
+    images = calibration_set(photographs, backbone.input_spec).sample(4)
+    with torch.no_grad():
+        expected = backbone(torch.from_numpy(images)).numpy()
+    for batch in (1, 4):
+        made = {"precision": Int8(min_sqnr_db=-100), "calibration": images, "batch_size": batch}
+        with deploykit.create_backbone(backbone, runtime="torch_compile", **made) as engine:
+            found = np.concatenate([engine(images[start : start + batch]) for start in range(0, 4, batch)])
+        assert sqnr_db(expected, found) > 25, batch
