@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 from deploykit.arrays import FloatArray
 from deploykit.backends.litert.gained_norms import keep_gains
 from deploykit.backends.litert.integer_norms import write_integer_norms
+from deploykit.backends.litert.unrounded_readers import keep_unrounded
 from deploykit.calibration.dialect import Rendered
 from deploykit.calibration.half import HalfPlan
 from deploykit.calibration.integer_maps import IntegerMapsDialect, write_integer_maps
@@ -40,6 +41,7 @@ class LiteRTDialect(IntegerMapsDialect):
             write_integer_maps(module, plan, tuple(output.name for output in graph.outputs))
             write_integer_gates(module)
             write_integer_norms(module)
+            keep_unrounded(module)
             keep_gains(module)
             module.recompile()
         elif isinstance(plan, HalfPlan):
