@@ -7,6 +7,7 @@ from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.utils.hooks import RemovableHandle
 
@@ -14,7 +15,7 @@ from deploykit.backbones.base import BaseBackbone
 from deploykit.backbones.inference_copy import example_images
 from deploykit.backbones.random_state import kept_random_states, random_states, same_states
 from deploykit.errors import ExportError
-from deploykit.fusion.constants import argument
+from deploykit.fusion.constants import argument, operand
 from deploykit.fusion.locate import describe_node, module_path
 from deploykit.parity.metrics import sqnr_db
 from deploykit.spec import Fp32
@@ -41,16 +42,20 @@ def check_no_random_operators(module: GraphModule) -> None:
         )
 
 
-def check_no_batch_statistics(module: GraphModule) -> None:
-    """Refuse a traced graph in which an image's outputs depend on the other images of its batch.
+def check_no_batch_statistics(program: ExportedProgram) -> None:
+    """Refuse a traced program in which an image's outputs depend on the other images of its batch.
+
+    Weights that are normalised as they are read, as in NFNets, are the same for all images.
 
     Raises:
         ExportError: names each normalization and where it stands.
     """
     found = [
         describe_node(node)
-        for node in _nodes_of_outputs(module)
-        if node.target == _aten.batch_norm.default and argument(node, 5, "training", False)
+        for node in _nodes_of_outputs(program.graph_module)
+        if node.target == _aten.batch_norm.default
+        and argument(node, 5, "training", False)
+        and not _is_of_weights(operand(node, 0), program)
     ]
     if found:
         raise ExportError(
@@ -99,6 +104,22 @@ def _nodes_of_outputs(module: GraphModule) -> Iterator[Node]:
             yield node
         elif node.op == "get_attr" and isinstance(part := getattr(module, str(node.target), None), GraphModule):
             yield from _nodes_of_outputs(part)
+
+
+def _is_of_weights(node: Node, program: ExportedProgram) -> bool:
+    """Return whether a value of the program's own graph comes from parameters and buffers alone."""
+    signature = program.graph_signature
+    weights = signature.inputs_to_parameters.keys() | signature.inputs_to_buffers.keys()
+    seen: set[Node] = set()
+    pending = [node]
+    while pending:
+        node = pending.pop()
+        if node.op == "placeholder" and node.name not in weights:
+            return False
+        if node not in seen:
+            seen.add(node)
+            pending.extend(node.all_input_nodes)
+    return True
 
 
 def _is_random(node: Node) -> bool:

@@ -51,6 +51,6 @@ def trace(backbone: BaseBackbone, spec: InputSpec) -> torch.export.ExportedProgr
             check_repeatable(twin)  # a branch on a random number is the better reason
             raise
     check_no_random_operators(program.graph_module)
-    check_no_batch_statistics(program.graph_module)
+    check_no_batch_statistics(program)
     check_repeatable(twin)
     return functional_form(program, spec)

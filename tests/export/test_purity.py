@@ -110,6 +110,22 @@ def test_statistics_of_the_batch_are_named_with_their_place():
         trace(wrap_module(module, 16), SPEC)
 
 
+class StandardizedConv(nn.Conv2d):
+    """A convolution of an NFNet, whose weight batch_norm standardizes as it is read."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(rows, None, None, training=True, momentum=0.0).reshape_as(self.weight)
+        return F.conv2d(images, weight, self.bias, padding=1)
+
+
+def test_weights_that_are_standardized_as_they_are_read_are_no_statistics_of_the_batch():
+    module = nn.Sequential(StandardizedConv(3, 8, 3), nn.ReLU())
+    traced = trace(wrap_module(module, 16), SPEC).module()
+    image = torch.randn(1, 3, 16, 16)
+    torch.testing.assert_close(traced(image)[-1], module(image))
+
+
 def test_a_module_that_stays_in_training_mode_is_named():
     class Stubborn(nn.Sequential):
         def train(self, mode=True):
