@@ -27,6 +27,8 @@ from deploykit.spec import Int8
 FP32, INT8 = "fp32", "int8"
 PRECISIONS = (FP32, INT8)
 RUNTIMES = ("litert", "executorch")
+BESIDE = "onnxruntime"
+"""Whose engine of the same plan they are timed beside."""
 SETTINGS = Int8(recipe="fast")
 """Of every plan: the engines are compared with the plan, and not with other plans."""
 
@@ -77,10 +79,10 @@ class PhoneEngines:
 
     def _write(self, runtime: str, precision: str, folder: Path) -> None:
         master, plan = self._planned(precision)
-        dialect = _dialect(runtime)
+        backend, dialect = load_backend(runtime), _dialect(runtime)
         part = dialect.keep_float(master.onnx.model, plan) if plan is not None else None
-        graph = dialect.render(master.torch, part, self.network.calibrated).graph
-        engine = resolve(str(load_backend(runtime).lower))(graph, folder, LowerOptions())
+        graph = dialect.render(master.form(backend.source), part, self.network.calibrated).graph
+        engine = resolve(str(backend.lower))(graph, folder, LowerOptions())
         manifest = Manifest(
             backbone=self.network.backbone.spec,
             input=graph.input,

@@ -6,7 +6,7 @@ A row is a network in a runtime and a precision, of ``tests/backends/test_phone_
 worst level is behind it. ``coverage`` says what the runtime's delegate computes. Weights are random.
 
 ``--speed`` prints times instead: the engines of a network take turns in one process with one thread. ``ratio`` is the
-median over the turns of INT8's time to FP32's.
+median over the turns of INT8's time to FP32's, ``of ORT`` that of its time to ONNX Runtime's of the same plan.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import _from_tests  # noqa: F401  (finds the tests)
 import pytest
-from _phones import FP32, INT8, PRECISIONS, RUNTIMES, PhoneEngines
+from _phones import BESIDE, FP32, INT8, PRECISIONS, RUNTIMES, PhoneEngines
 from _planned import node_by_node
 from _results import machine_line, parser, save, silence
 from _timing import turns
@@ -64,7 +64,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Times:
-    """Medians in ms of a network in a runtime, and the median over the turns of INT8's time to FP32's."""
+    """Medians in ms of a network in a runtime, and of the same plan in ONNX Runtime; medians of the turns' ratios."""
 
     network: str
     side: int
@@ -72,7 +72,9 @@ class Times:
     rounds: int
     fp32_ms: float
     int8_ms: float
+    beside_ms: float
     ratio: float
+    of_beside: float
 
 
 def compare(case: Case, name: str, runtime: str, precision: str) -> Row:
@@ -92,8 +94,9 @@ def compare(case: Case, name: str, runtime: str, precision: str) -> Row:
 
 
 def measure(engines: PhoneEngines, runtime: str, rounds: int) -> Times:
-    """Let the two engines of a runtime take turns."""
+    """Let the two engines of a runtime and ONNX Runtime's in integers take turns."""
     models = {precision: engines.opened(runtime, precision) for precision in PRECISIONS}
+    models[BESIDE] = engines.opened(BESIDE, INT8)
     try:
         image = engines.network.calibrated[:1]
         found = turns({precision: model._run for precision, model in models.items()}, image, rounds)
@@ -107,8 +110,14 @@ def measure(engines: PhoneEngines, runtime: str, rounds: int) -> Times:
         rounds=rounds,
         fp32_ms=statistics.median(found[FP32]),
         int8_ms=statistics.median(found[INT8]),
-        ratio=statistics.median(two / one for one, two in zip(found[FP32], found[INT8], strict=True)),
+        beside_ms=statistics.median(found[BESIDE]),
+        ratio=_ratio(found[INT8], found[FP32]),
+        of_beside=_ratio(found[INT8], found[BESIDE]),
     )
+
+
+def _ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    return statistics.median(one / other for one, other in zip(times, others, strict=True))
 
 
 def _db(expected: Sequence[FloatArray], found: Sequence[FloatArray]) -> list[float]:
@@ -127,7 +136,7 @@ def line(row: Row) -> str:
 
 def time_line(times: Times) -> str:
     """Return a row of the table of times."""
-    values = f"{times.fp32_ms:10.2f}{times.int8_ms:10.2f}{times.ratio:10.3f}"
+    values = f"{times.fp32_ms:9.2f}{times.int8_ms:9.2f}{times.ratio:8.3f}{times.beside_ms:9.2f}{times.of_beside:8.3f}"
     return f"{times.network:<28}{times.side:>3}  {times.runtime:<11}{values}"
 
 
@@ -149,6 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         work = (asked.work or Path(scratch)).absolute()
         if asked.speed:
             print(f"{machine_line()}\nrandom weights, one thread")
+            heads = f"{'FP32 ms':>9}{'INT8 ms':>9}{'ratio':>8}{'ORT ms':>9}{'of ORT':>8}"
+            print(f"{'network':<28}side {'runtime':<11}{heads}")
             rows: Sequence[Row | Times] = _times(networks, asked.runtimes, work, asked)
         else:
             print(f"{machine_line()}\nrandom weights; calibrated and compared on the same crops of six photographs")
