@@ -45,16 +45,27 @@ class PatchWindow:
         )
 
     def mean(self, read: Array) -> Doubles:
-        """Return the mean patch of a batch ``(N, C, ...)``, over images and positions: ``(C, *kernel)``."""
+        """Return the mean patch of a batch ``(N, C, ...)``, over images and positions: ``(C, *kernel)``.
+
+        By sums and not by matrix products, whose threads would spin on beside those that run the network.
+        """
         total = read.sum(axis=0, dtype=np.float32) if len(read) > 1 else read[0]
+        if self._is_pointwise:
+            means = total.reshape(len(total), -1).sum(axis=1, dtype=np.float32) / (read[:, 0].size)
+            return np.asarray(means, np.float64).reshape(-1, *self.kernel)
         positions = len(read)
-        for axis in reversed(range(len(self.kernel))):
-            *rows, length = total.shape
-            begin, count = self._place(axis, length)
-            summed = total.reshape(-1, length) @ self._taps(axis, length, begin, count)
-            total = np.moveaxis(summed.reshape(*rows, -1), -1, 1)
+        for axis in range(len(self.kernel)):
+            begin, count = self._place(axis, total.shape[1])
+            starts = (tap * self.dilations[axis] - begin for tap in range(self.kernel[axis]))
+            # What is done stands behind the axes that are not, so that the next one is always behind the channels.
+            total = np.stack([_every(total, start, self.strides[axis], count) for start in starts], axis=-1)
             positions *= count
         return np.asarray(total, np.float64) / positions
+
+    @property
+    def _is_pointwise(self) -> bool:
+        """Whether it reads each value of a map once: a 1x1 kernel that leaves none out, as most are."""
+        return {*self.kernel, *self.strides} == {1} and not any(self.pads)
 
     def _place(self, axis: int, length: int) -> tuple[int, int]:
         """Return the padding before an axis, and how many positions the kernel takes along it."""
@@ -66,15 +77,6 @@ class PatchWindow:
             return (padding + (self.auto_pad == "SAME_LOWER")) // 2, count
         begin, end = (0, 0) if self.auto_pad == "VALID" else (self.pads[axis], self.pads[axis + len(self.kernel)])
         return begin, (length + begin + end - reach) // stride + 1
-
-    def _taps(self, axis: int, length: int, begin: int, count: int) -> FloatArray:
-        """Return which values of an axis each tap of the kernel reads, in any position: ``(length, side)``, 0 or 1."""
-        side = self.kernel[axis]
-        places = np.arange(count)[:, None] * self.strides[axis] + np.arange(side) * self.dilations[axis] - begin
-        inside = (places >= 0) & (places < length)
-        taps = np.zeros((length, side), np.float32)
-        taps[places[inside], np.broadcast_to(np.arange(side), places.shape)[inside]] = 1
-        return taps
 
 
 def mean_row(read: Array) -> Doubles:
@@ -99,3 +101,10 @@ def mean_output(node: ir.Node, weight: FloatArray, axis: int, patch: Array) -> n
     factor = node.attributes.get_float("alpha", 1.0) if node.op_type == "Gemm" else 1.0
     matrix = (weight if axis == 0 else weight.T).astype(np.float64)
     return np.asarray(factor * (matrix @ mean), np.float32)
+
+
+def _every(values: Array, start: int, stride: int, count: int) -> Array:
+    """Sum ``count`` values along the axis behind the channels, from ``start`` on, where they are inside the map."""
+    first = max(-(start // stride), 0)
+    inside = values[:, start + first * stride : max(start + (count - 1) * stride + 1, 0) : stride]
+    return np.asarray(inside.sum(axis=1, dtype=np.float32))

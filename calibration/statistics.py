@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ from deploykit.calibration.ranges import CountedBatch, Histogram
 from deploykit.errors import CalibrationError
 from deploykit.npz import read_npz
 from deploykit.spec import Preprocessing
-from deploykit.threads import allowed_processors, count_cores, thread_limit
 
 
 class Statistics:
@@ -48,11 +46,8 @@ class Statistics:
         """
         if self.checks:
             self.checks.update(images)
-        histograms = [self.histograms.setdefault(name, Histogram()) for name in tensors]
-        with ThreadPoolExecutor(thread_limit() or count_cores(allowed_processors())) as threads:
-            # Each tensor has a histogram of its own, so that the result is the same in any number of threads.
-            for _ in threads.map(Histogram.update, histograms, tensors.values()):
-                pass
+        for name, values in tensors.items():
+            self.histograms.setdefault(name, Histogram()).update(values)
         for name, values in probes.items():
             self._sums[name] = self._sums.get(name, 0.0) + values.astype(np.float64)
         self.images += len(images)
