@@ -13,7 +13,6 @@ import onnx_ir as ir
 import torch
 from _from_tests import realistic
 from PIL import Image
-from torch.fx import GraphModule
 
 from deploykit.arrays import FloatArray
 from deploykit.backbones.base import BackboneOptions, BaseBackbone
@@ -22,26 +21,24 @@ from deploykit.backbones.weights import weights_digest
 from deploykit.backends.onnxruntime.passes import DIALECT as ONNXRUNTIME
 from deploykit.backends.openvino.passes import DIALECT as OPENVINO
 from deploykit.calibration.dialect import OnnxDialect
-from deploykit.calibration.equalization import equalization_passes
-from deploykit.calibration.images import CalibrationSet, calibration_set
-from deploykit.calibration.nncf_smoothquant import smoothing_passes
+from deploykit.calibration.images import calibration_set
 from deploykit.calibration.precision import Tuning, plan_precision
 from deploykit.calibration.precision_plan import PrecisionPlan
 from deploykit.calibration.recipes import with_recipe
 from deploykit.cli.demo import CALIBRATED, SHOWN, photograph_folder
 from deploykit.export.graphs import output_specs
 from deploykit.export.job import ExportJob
+from deploykit.export.scaling import scaling_passes
 from deploykit.export.to_onnx import to_onnx
 from deploykit.export.trace import output_names, trace
 from deploykit.export.tuning import tuning
-from deploykit.fusion.pipeline import FusionPass, export_passes, fuse
-from deploykit.fusion.program import export_program
+from deploykit.fusion.pipeline import export_passes, fuse
 from deploykit.graph import Master, OnnxGraph, TorchProgram
 from deploykit.images.preprocess import preprocess
 from deploykit.onnx_session import onnx_session
 from deploykit.options import ExportOptions
 from deploykit.progress import quiet
-from deploykit.spec import InputSpec, Int8
+from deploykit.spec import Fp32, InputSpec, Int8
 
 NETWORKS = (
     "resnet50",
@@ -123,15 +120,9 @@ class Network:
 
     def _program(self, settings: Int8 | None) -> torch.export.ExportedProgram:
         images = calibration_set(self.calibrated, self.spec)
-        scaling = self._scaling(self._settled(settings), images) if settings is not None else ()
+        precision = self._settled(settings) if settings is not None else Fp32()
+        scaling = scaling_passes(self.backbone, precision, images, self.spec)
         return fuse(trace(self.backbone, self.spec), self.spec, self.calibrated, export_passes(*scaling)).program
-
-    def _scaling(self, settings: Int8, images: CalibrationSet) -> tuple[FusionPass, ...]:
-        def to_graph(module: GraphModule) -> ir.Model:
-            return to_onnx(export_program(module, self.spec), self.spec, output_names(self.backbone))
-
-        smoothing = smoothing_passes(settings, images, to_graph)
-        return *equalization_passes(settings, images, self.spec), *smoothing
 
     def plan(self, graph: OnnxGraph, settings: Int8, runtime: str = "onnxruntime") -> PrecisionPlan:
         """The plan of a graph that `fused` gave for the same settings; ``distilled`` tunes it for the runtime."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,9 +13,7 @@ from deploykit.backends.backend import resolve
 from deploykit.bundle import Manifest, write_manifest, writing
 from deploykit.calibration.cluster_statistics import count_on_cluster
 from deploykit.calibration.dialect import Dialect
-from deploykit.calibration.equalization import equalization_passes
 from deploykit.calibration.images import CalibrationSet
-from deploykit.calibration.nncf_smoothquant import smoothing_passes
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.plan_cache import PlanCache
 from deploykit.calibration.precision import plan_precision
@@ -30,6 +27,7 @@ from deploykit.export.job import ExportJob, checked
 from deploykit.export.measure import parity_images, torch_outputs
 from deploykit.export.mixed import search_mixed_precision
 from deploykit.export.recipe_trials import settle_recipe
+from deploykit.export.scaling import scaling_passes
 from deploykit.export.size_corners import prove_sizes
 from deploykit.export.speed import SpeedReport, check_speedup
 from deploykit.export.target_checks import check_fits
@@ -37,7 +35,6 @@ from deploykit.export.to_onnx import to_onnx
 from deploykit.export.trace import output_names, trace
 from deploykit.export.tuning import tuning
 from deploykit.fusion.pipeline import FusionRecord, export_passes, fuse
-from deploykit.fusion.program import export_program
 from deploykit.graph import Master, OnnxGraph, TorchProgram
 from deploykit.images.preprocess import network_images
 from deploykit.labels import LABELS_FILE
@@ -47,10 +44,6 @@ from deploykit.parity.report import PARITY_FILE, ParityReport
 from deploykit.progress import ImagesCalibrated, Progress, StageStarted, quiet
 from deploykit.spec import InputSpec, Int8
 from deploykit.trust import remember_engine
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
-    from torch.fx import GraphModule
 
 SEARCH_FILE = "mixed-precision.json"
 RECIPES_FILE = "recipes.json"
@@ -197,12 +190,10 @@ def prepare(
     probe = network_images(images, job.input)
     program = trace(job.backbone, spec)
     progress(StageStarted(name="fuse"))
-    precision = job.options.precision
-    balancing = equalization_passes(precision, job.images, spec)
-    smoothing = smoothing_passes(precision, job.images, partial(_graph_of, spec=spec, names=output_names(job.backbone)))
+    scaling = scaling_passes(job.backbone, job.options.precision, job.images, spec)
     # Equalization is exact for pixels, and for the images that it measures where they were prepared in another way.
     measured = probe if compared_on is None else network_images(parity_images(job.images, job.input), job.input)
-    fused = fuse(program, spec, measured, export_passes(*balancing, *smoothing))
+    fused = fuse(program, spec, measured, export_passes(*scaling))
     progress(StageStarted(name="to_onnx"))
     program = fused.program if job.trained is None else job.trained.put_into(fused.program)
     model = to_onnx(program, spec, output_names(job.backbone))
@@ -217,11 +208,6 @@ def prepare(
         dialect = dialect or resolve(str(job.backend.dialect))
         plan = dialect.keep_float(model, plan)
     return Prepared(input=job.input, images=images, probe=probe, master=master, plan=plan, fusions=fused.records)
-
-
-def _graph_of(module: GraphModule, spec: InputSpec, names: tuple[str, ...]) -> ir.Model:
-    """Write a module between two passes as its master graph would be."""
-    return to_onnx(export_program(module, spec), spec, names)
 
 
 def _plan(job: ExportJob, master: Master, probe: FloatArray, progress: Progress) -> PrecisionPlan:

@@ -7,13 +7,13 @@ from dataclasses import replace
 from deploykit.backends.backend import resolve
 from deploykit.calibration.dialect import Dialect
 from deploykit.calibration.distillation import MOST_IMAGES, distill
-from deploykit.calibration.equalization import equalization_passes
 from deploykit.calibration.fake_quantized_network import EVERY_RUNTIME, FloatNetwork
 from deploykit.calibration.images import CalibrationSet
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.precision import Tuning
 from deploykit.export.job import ExportJob
 from deploykit.export.measure import parity_images
+from deploykit.export.scaling import scaling_passes
 from deploykit.export.trace import output_names, trace
 from deploykit.fusion.pipeline import export_passes, fuse
 from deploykit.graph import Master
@@ -51,7 +51,7 @@ def float_network(job: ExportJob, master: Master) -> FloatNetwork:
         ExportError: torch cannot trace it for any batch.
     """
     spec = replace(job.input.as_images(), batch=BatchRange())
-    scaling = equalization_passes(job.options.precision, job.images, spec)
+    scaling = scaling_passes(job.backbone, job.options.precision, job.images, spec)
     probe = network_images(parity_images(job.images, spec), spec)
     program = fuse(trace(job.backbone, spec), spec, probe, export_passes(*scaling)).program
     return FloatNetwork(

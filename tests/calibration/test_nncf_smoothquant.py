@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
@@ -15,7 +13,7 @@ from deploykit.calibration.images import calibration_set
 from deploykit.calibration.nncf_smoothquant import find_factors, smoothing_passes
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.recipes import with_recipe
-from deploykit.export.pipeline import _graph_of
+from deploykit.export.to_onnx import to_onnx
 from deploykit.fusion.pipeline import EXACT_DB, export_passes, fuse
 from deploykit.fusion.program import export_program
 from deploykit.onnx_values import floats_of
@@ -58,7 +56,10 @@ def program_of(network):
 
 def fused(network, images, precision=NNCF):
     """The program after the passes of an export, with those of a precision."""
-    to_graph = partial(_graph_of, spec=SPEC, names=network.outputs)
+
+    def to_graph(module):
+        return to_onnx(export_program(module, SPEC), SPEC, network.outputs)
+
     passes = smoothing_passes(precision, images, to_graph)
     return fuse(program_of(network), SPEC, images.sample(2), export_passes(*passes)), to_graph
 
