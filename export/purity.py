@@ -107,9 +107,10 @@ def _nodes_of_outputs(module: GraphModule) -> Iterator[Node]:
 
 
 def _is_of_weights(node: Node, program: ExportedProgram) -> bool:
-    """Return whether a value of the program's own graph comes from parameters and buffers alone."""
+    """Return whether a value of the program's own graph comes from parameters, buffers and constants alone."""
     signature = program.graph_signature
-    weights = signature.inputs_to_parameters.keys() | signature.inputs_to_buffers.keys()
+    tables = (signature.inputs_to_parameters, signature.inputs_to_buffers, signature.inputs_to_lifted_tensor_constants)
+    weights = {name for table in tables for name in table}
     seen: set[Node] = set()
     pending = [node]
     while pending:

@@ -111,7 +111,14 @@ def test_statistics_of_the_batch_are_named_with_their_place():
 
 
 class StandardizedConv(nn.Conv2d):
-    """A convolution of an NFNet, whose weight batch_norm standardizes as it is read."""
+    """A convolution of an NFNet, whose weight batch_norm standardizes as it is read; a tensor, where it is frozen."""
+
+    def __init__(self, frozen: bool) -> None:
+        super().__init__(3, 8, 3)
+        if frozen:
+            weight = self.weight.detach()
+            del self.weight
+            self.weight = weight
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         rows = self.weight.reshape(1, self.out_channels, -1)
@@ -119,8 +126,9 @@ class StandardizedConv(nn.Conv2d):
         return F.conv2d(images, weight, self.bias, padding=1)
 
 
-def test_weights_that_are_standardized_as_they_are_read_are_no_statistics_of_the_batch():
-    module = nn.Sequential(StandardizedConv(3, 8, 3), nn.ReLU())
+@pytest.mark.parametrize("frozen", [False, True])
+def test_weights_that_are_standardized_as_they_are_read_are_no_statistics_of_the_batch(frozen):
+    module = nn.Sequential(StandardizedConv(frozen), nn.ReLU())
     traced = trace(wrap_module(module, 16), SPEC).module()
     image = torch.randn(1, 3, 16, 16)
     torch.testing.assert_close(traced(image)[-1], module(image))
