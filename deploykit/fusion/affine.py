@@ -46,6 +46,15 @@ PERMUTATIONS = (
     _aten.numpy_T.default,
     _aten.t.default,
 )
+RESHAPES = (
+    _aten.reshape.default,
+    _aten.view.default,
+    _aten.flatten.using_ints,
+    _aten.unflatten.int,
+    _aten.unsqueeze.default,
+    _aten.squeeze.dim,
+)
+"""What leaves the elements in their order and changes the dimensions."""
 
 
 @dataclass(frozen=True, kw_only=True)

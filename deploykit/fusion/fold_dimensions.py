@@ -16,22 +16,13 @@ import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from torch.fx import Graph, GraphModule, Node
 
-from deploykit.fusion.affine import PERMUTATIONS, permutation
+from deploykit.fusion.affine import PERMUTATIONS, RESHAPES, permutation
 from deploykit.fusion.constants import operand
 
 MOST_DIMENSIONS = 5
 
 _ATEN = torch.ops.aten
-_SAME_ORDER = (
-    _ATEN.reshape.default,
-    _ATEN.view.default,
-    _ATEN.flatten.using_ints,
-    _ATEN.unflatten.int,
-    _ATEN.unsqueeze.default,
-    _ATEN.squeeze.dim,
-    _ATEN.contiguous.default,
-    _ATEN.clone.default,
-)
+_SAME_ORDER = (*RESHAPES, _ATEN.contiguous.default, _ATEN.clone.default)
 _ELEMENTWISE = (
     torch.ops.quantized_decomposed.quantize_per_tensor.default,
     torch.ops.quantized_decomposed.dequantize_per_tensor.default,

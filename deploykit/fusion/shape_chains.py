@@ -14,32 +14,27 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node, map_arg
 
-from deploykit.fusion.affine import PERMUTATIONS, channel_axis
+from deploykit.fusion.affine import PERMUTATIONS, RESHAPES, channel_axis
 from deploykit.fusion.constants import Target, hint, operator_of, sizes
 
 _aten = torch.ops.aten
 MOVES = frozenset(
     {
         *PERMUTATIONS,
+        *RESHAPES,
         operator.getitem,
         _aten.alias.default,
         _aten.chunk.default,
         _aten.clone.default,
         _aten.contiguous.default,
-        _aten.flatten.using_ints,
         _aten.narrow.default,
-        _aten.reshape.default,
         _aten.roll.default,
         _aten.select.int,
         _aten.slice.Tensor,
         _aten.split.Tensor,
         _aten.split.sizes,
         _aten.split_with_sizes.default,
-        _aten.squeeze.dim,
         _aten.unbind.int,
-        _aten.unflatten.int,
-        _aten.unsqueeze.default,
-        _aten.view.default,
     }
 )
 """Operators whose every output element is one input element."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from deploykit.calibration.torch_integers import value_of
-from deploykit.fusion.constants import operand
+from deploykit.fusion.constants import add_constant, operand
 
 _ATEN, _DECOMPOSED = torch.ops.aten, torch.ops.quantized_decomposed
 _LARGEST, _LARGEST_BIAS = 127, 2**30
@@ -28,12 +28,12 @@ def write_integer_norms(module: GraphModule) -> None:
         scales = _scales(factor, shift, float(str(source.args[1])))
         integers = (factor / scales).round().to(torch.int8)[:, None, None, None]
         parts = {"integers": integers, "scales": scales.float(), "zeros": torch.zeros(len(scales), dtype=torch.int64)}
-        call = module.graph.call_function
+        weight = [add_constant(module, f"{node.name}_{name}", value) for name, value in parts.items()]
+        bias = add_constant(module, f"{node.name}_shift", shift.float())
+        call, settings = module.graph.call_function, ([1, 1], [0, 0], [1, 1], len(scales))
         with module.graph.inserting_before(node):
-            weight, bias = [_constant(module, node, name, value) for name, value in parts.items()], shift.float()
             restored = call(_DECOMPOSED.dequantize_per_channel.default, (*weight, 0, -_LARGEST, _LARGEST, torch.int8))
-            settings = ([1, 1], [0, 0], [1, 1], len(scales))
-            layer = call(_ATEN.conv2d.default, (source, restored, _constant(module, node, "shift", bias), *settings))
+            layer = call(_ATEN.conv2d.default, (source, restored, bias, *settings))
         node.replace_all_uses_with(layer)
         module.graph.erase_node(node)
 
@@ -61,9 +61,3 @@ def _scales(factor: Tensor, shift: Tensor, step: float) -> Tensor:
     """Return a scale for each channel that its bias, in 32 bits of the scale and of what is read, leaves room for."""
     least = (shift.abs() / (step * _LARGEST_BIAS)).clamp(min=1e-12)
     return torch.maximum(factor.abs() / _LARGEST, least)
-
-
-def _constant(module: GraphModule, node: Node, part: str, value: Tensor) -> Node:
-    name = f"{node.name}_{part}"
-    module.register_buffer(name, value)
-    return module.graph.get_attr(name)

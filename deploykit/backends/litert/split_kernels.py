@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.torch_integers import value_of, weighted_nodes
-from deploykit.fusion.constants import argument, operand
+from deploykit.fusion.constants import add_constant, argument, operand
 from deploykit.onnx_values import sizes_of_constant
 
 _ATEN = torch.ops.aten
@@ -66,11 +66,9 @@ def _split(module: GraphModule, node: Node) -> None:
     call, groups, total = module.graph.call_function, weight.shape[0], None
     for row, column in product(range(2), range(2)):
         part = weight[:, :, row::2, column::2].contiguous()
-        name = f"{node.name}_part_{row}{column}"
-        module.register_buffer(name, part)
+        constant = add_constant(module, f"{node.name}_part_{row}{column}", part)
         padding = [size - 1 for size in part.shape[2:]]
         with module.graph.inserting_before(node):
-            constant = module.graph.get_attr(name)
             layer = call(_ATEN.conv2d.default, (source, constant, bias, [1, 1], padding, [2, 2], groups))
             total = layer if total is None else call(_ATEN.add.Tensor, (total, layer))
         bias = None

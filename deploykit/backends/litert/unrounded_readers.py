@@ -14,21 +14,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from deploykit.calibration.torch_integers import add_constant, value_of
+from deploykit.fusion.affine import PERMUTATIONS, RESHAPES
 from deploykit.fusion.constants import operand
 
 _ATEN, _DECOMPOSED = torch.ops.aten, torch.ops.quantized_decomposed
-_MOVED = frozenset(
-    {
-        _ATEN.permute.default,
-        _ATEN.transpose.int,
-        _ATEN.reshape.default,
-        _ATEN.view.default,
-        _ATEN.flatten.using_ints,
-        _ATEN.unflatten.int,
-        _ATEN.unsqueeze.default,
-        _ATEN.squeeze.dim,
-    }
-)
+_MOVED = frozenset({*RESHAPES, *PERMUTATIONS})
 _ENDS_IN_RESHAPE = frozenset({_ATEN.layer_norm.default, _ATEN.linear.default})
 
 
