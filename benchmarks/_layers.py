@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import onnx
 from onnx import shape_inference
+from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
 
 DENSE, POINTWISE, DEPTHWISE, GROUPED = "convolution", "pointwise", "depthwise", "grouped"
 PRODUCT, ATTENTION = "product", "attention"
@@ -86,6 +87,7 @@ _MOVEMENTS = frozenset(
         "Broadcast",
     }
 )
+_CONTRIB = "com.microsoft"
 INTEGER_BYTES = 1
 FLOAT_BYTES = 4
 
@@ -165,7 +167,7 @@ def layers_of(model: onnx.ModelProto, types: Mapping[str, TensorType] | None = N
 
     Args:
         model: with fixed shapes.
-        types: of activations by name; None: as ONNX's shape inference finds them.
+        types: of activations by name; None: as shape inference finds them.
 
     Raises:
         ValueError: a layer that multiplies has an operand of unknown shape.
@@ -174,13 +176,21 @@ def layers_of(model: onnx.ModelProto, types: Mapping[str, TensorType] | None = N
         each.name: TensorType(shape=tuple(each.dims), itemsize=_itemsize(each.data_type))
         for each in model.graph.initializer
     }
-    known = dict(types) if types is not None else inferred_types(model)
+    if types is None:
+        # ONNX's inference has no operator of ONNX Runtime's own, and ONNX Runtime's gives up at some integer kernels.
+        own = any(node.domain == _CONTRIB for node in model.graph.node)
+        types = _types_in(SymbolicShapeInference.infer_shapes(model, auto_merge=True)) if own else inferred_types(model)
+    known = dict(types)
     return [_counted(node, weights, known) for node in model.graph.node if node.op_type != "Constant"]
 
 
 def inferred_types(model: onnx.ModelProto) -> dict[str, TensorType]:
     """Return the type of every activation whose shape ONNX's inference finds whole."""
-    graph = shape_inference.infer_shapes(model, data_prop=True).graph
+    return _types_in(shape_inference.infer_shapes(model, data_prop=True))
+
+
+def _types_in(model: onnx.ModelProto) -> dict[str, TensorType]:
+    graph = model.graph
     found = {}
     for value in (*graph.input, *graph.value_info, *graph.output):
         tensor = value.type.tensor_type
@@ -209,7 +219,7 @@ def _counted(node: onnx.NodeProto, weights: Mapping[str, TensorType], known: Map
         kind = PRODUCT if node.input[second] in weights else ATTENTION
         macs = _product(node, second, weights, every, _there(output, node))
     elif operator in _FUSED_ATTENTION:
-        kind, macs = ATTENTION, attention_macs(_type_of(node, 0, every), _type_of(node, 1, every))
+        kind, macs = ATTENTION, _attention(node, every, _there(output, node))
     activations = [name for name in dict.fromkeys((*node.input, *node.output)) if name in known and name not in weights]
     first = known.get(node.input[0]) if node.input else None
     return Layer(
@@ -234,6 +244,14 @@ def _product(
     if node.input[second] in weights and right is not None and len(right.shape) == 2:
         return output.elements * right.elements // output.shape[-1]
     return product_macs(_type_of(node, 0, every), output)
+
+
+def _attention(node: onnx.NodeProto, every: Mapping[str, TensorType], output: TensorType) -> int:
+    """Return the multiply-adds of fused attention; ONNX Runtime's own projects ``(N, length, size)`` itself."""
+    first, second = _type_of(node, 0, every), _type_of(node, 1, every)
+    if node.domain == _CONTRIB and node.op_type == "Attention":
+        return product_macs(first, second) + 2 * output.elements * first.shape[1]
+    return attention_macs(first, second)
 
 
 def _in_integers(operator: str, kind: str, first: TensorType | None) -> bool:

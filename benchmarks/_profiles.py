@@ -84,7 +84,7 @@ def _kernels_of_events(
     """Join the optimized graph, which has the weights, with the profile, which has shapes and times.
 
     Blocked convolutions pad their channels to the width of the processor's vectors; they count with the shapes of the
-    engine's own activations, ``own``.
+    engine's own activations, ``own``, and weights to match.
     """
     times: dict[str, list[float]] = {}
     outputs: dict[str, list[TensorType]] = {}
@@ -98,11 +98,23 @@ def _kernels_of_events(
         unpadded = own.get(_BLOCKED.sub("", node.name)) if node.domain == _BLOCKED_DOMAIN else None
         if unpadded is not None:
             types[node.output[0]] = unpadded
+    _unpad_weights(graph, types)
     return [
         Kernel(layer=layer, milliseconds=statistics.median(times[layer.name][WARM_UP:]))
         for layer in layers_of(graph, types)
         if layer.name in times
     ]
+
+
+def _unpad_weights(graph: onnx.ModelProto, types: Mapping[str, TensorType]) -> None:
+    """Give the weights of blocked convolutions of one group the channels that they read and write, in place."""
+    weights = {each.name: each for each in graph.graph.initializer}
+    for node in graph.graph.node:
+        groups = next((each.i for each in node.attribute if each.name == "group"), 1)
+        if node.domain == _BLOCKED_DOMAIN and node.op_type == "Conv" and groups == 1:
+            read, written = types.get(node.input[0]), types.get(node.output[0])
+            if read is not None and written is not None:
+                weights[node.input[1]].dims[:2] = written.shape[1], read.shape[1]
 
 
 def _of_event(entry: dict[str, list[int]]) -> TensorType:

@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from _engines import Engines
+from _engines import Engines, published
 from _from_tests import realistic, settle
 from _planned import Network
 from _results import machine_line, parser, save, silence
@@ -85,10 +85,14 @@ class ZooEngines(Engines):
         """The model with random weights, and crops for it."""
         torch.manual_seed(0)
         backbone = build_timm(self.name, BackboneOptions())
-        network = Network.of(backbone, self.images, self.images)
+        network, kept = Network.of(backbone, self.images, self.images), self.folder / "weights.pt"
+        if kept.exists():  # settled anew, in other threads, they would differ from those of the engines that are kept
+            backbone.load_state_dict(torch.load(kept, weights_only=True))
+            return network
         if any(isinstance(module, NORMS) for module in backbone.modules()):
             # A network that normalizes nothing keeps the gains that it was made with.
             settle(realistic(backbone), torch.from_numpy(network.calibrated))
+        published(lambda staging: torch.save(backbone.state_dict(), staging), kept)
         return network
 
 

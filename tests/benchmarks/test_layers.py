@@ -72,6 +72,19 @@ def test_products_of_two_activations_are_attention_and_batches_count(layers):
     assert [(layer.kind, layer.macs) for layer in found] == [("movement", 0), ("attention", 4 * 7 * 7 * 16)]
 
 
+def test_onnxruntimes_own_attention_counts_its_projections_and_what_is_behind_it(layers):
+    nodes = [
+        helper.make_node(
+            "Attention", ["images", "qkv", "bias"], ["a"], name="attend", num_heads=2, domain="com.microsoft"
+        ),
+        helper.make_node("MatMul", ["a", "head"], ["result"], name="head"),
+    ]
+    model = model_of(nodes, [weight("qkv", 8, 24), weight("bias", 24), weight("head", 8, 3)], [1, 5, 8], None)
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    found = [(layer.kind, layer.macs) for layer in layers.layers_of(model)]
+    assert found == [("attention", 5 * 8 * 24 + 2 * 5 * 5 * 8), ("product", 5 * 8 * 3)]
+
+
 def test_a_layer_of_unknown_shape_is_an_error(layers):
     nodes = [helper.make_node("Conv", ["images", "dense"], ["result"], name="dense")]
     model = model_of(nodes, [weight("dense", 8, 3, 3, 3)], ["batch", 3, "height", "width"], None)
