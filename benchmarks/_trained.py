@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from _fashion import Clothes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,12 +33,36 @@ class Network:
     patch_size: int | None = None
 
 
+NETWORKS = (
+    Network(name="resnet_narrow", side=32, steps=300, rate=2e-3),
+    Network(name="resnetv2_narrow", side=32, steps=300, rate=2e-3),
+    Network(name="efficientnet_narrow", side=64, steps=600, rate=3e-3),
+    Network(name="mobilenetv2_050", side=64, steps=2400, rate=3e-3),
+    Network(name="mobilenetv3_small_075", side=64, steps=2400, rate=3e-3),
+    Network(name="regnety_002", side=32, steps=1000, rate=2e-3),
+    Network(name="vit_narrow", side=32, steps=300, rate=1e-3),
+    Network(name="hybrid_narrow", side=32, steps=200, rate=1e-3),
+    Network(name="mobilevit_narrow", side=32, steps=250, rate=3e-3),
+    Network(name="coatnet_narrow", side=32, steps=300, rate=2e-3),
+    Network(name="convnext_narrow", side=32, steps=300, rate=2e-3),
+    Network(name="swin_narrow", side=32, steps=400, rate=2e-3),
+)
+"""One a family."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Labelled:
     """Images ``(N, 1, side, side)`` with mean 0 and deviation 1, and their classes ``(N,)``."""
 
     images: FloatArray
     labels: npt.NDArray[np.int64]
+
+
+def labelled(clothes: Clothes, count: int, side: int, like: Clothes) -> Labelled:
+    """Return the first images enlarged, with mean 0 and deviation 1 for those of ``like``."""
+    mean, deviation = float(like.images.mean()), float(like.images.std())
+    images = (enlarged(clothes.images[:count], side) - mean) / deviation
+    return Labelled(images=images, labels=clothes.labels[:count])
 
 
 def enlarged(images: npt.NDArray[np.generic], side: int) -> FloatArray:

@@ -29,7 +29,7 @@ from _from_tests import keep_tables
 from _narrow import register
 from _outliers import with_outliers
 from _results import machine_line, parser, save, silence
-from _trained import Labelled, Network, enlarged, trained
+from _trained import BATCH, NETWORKS, Labelled, Network, labelled, trained
 
 import deploykit
 from deploykit.accuracy.evaluation import Evaluation, evaluate_models
@@ -37,25 +37,10 @@ from deploykit.arrays import FloatArray
 from deploykit.errors import DeployKitError
 from deploykit.spec import Int8
 
-NETWORKS = (
-    Network(name="resnet_narrow", side=32, steps=300, rate=2e-3),
-    Network(name="resnetv2_narrow", side=32, steps=300, rate=2e-3),
-    Network(name="efficientnet_narrow", side=64, steps=600, rate=3e-3),
-    Network(name="mobilenetv2_050", side=64, steps=2400, rate=3e-3),
-    Network(name="mobilenetv3_small_075", side=64, steps=2400, rate=3e-3),
-    Network(name="regnety_002", side=32, steps=1000, rate=2e-3),
-    Network(name="vit_narrow", side=32, steps=300, rate=1e-3),
-    Network(name="hybrid_narrow", side=32, steps=200, rate=1e-3),
-    Network(name="mobilevit_narrow", side=32, steps=250, rate=3e-3),
-    Network(name="coatnet_narrow", side=32, steps=300, rate=2e-3),
-    Network(name="convnext_narrow", side=32, steps=300, rate=2e-3),
-    Network(name="swin_narrow", side=32, steps=400, rate=2e-3),
-)
 QUICK = ("resnetv2_narrow", "swin_narrow")
 QUICK_STEPS, QUICK_IMAGES = 150, 1000
 RUNTIMES = ("onnxruntime", "openvino", "torch_compile", "litert", "executorch")
 CALIBRATED = 256
-BATCH = 64
 WEIGHTS = ("trained", "outliers")
 BARS = {"trained": 0.3, "outliers": 0.5}
 """The most points of top-1 that INT8 may lose, in every runtime."""
@@ -90,13 +75,6 @@ class Cell:
         """The drop and half of its interval."""
         low, high = self.interval
         return "failed" if self.error else f"{self.points:+.2f} ±{(high - low) / 2:.2f}"
-
-
-def labelled(clothes: Clothes, count: int, side: int, like: Clothes) -> Labelled:
-    """Return the first images enlarged, with mean 0 and deviation 1 for those of ``like``."""
-    mean, deviation = float(like.images.mean()), float(like.images.std())
-    images = (enlarged(clothes.images[:count], side) - mean) / deviation
-    return Labelled(images=images, labels=clothes.labels[:count])
 
 
 def outliers(backbone: Any, images: Labelled) -> Any:

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from deploykit.arrays import FloatArray
 from deploykit.calibration.cast_to_half import cast_to_half
 from deploykit.calibration.half import HalfPlan
+from deploykit.calibration.kernel_rounding import KernelRounding, RoundingRule, as_planned
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.precision_plan import PrecisionPlan
 from deploykit.calibration.quantize_activations import UINT8, IntegerType
@@ -64,6 +65,10 @@ class Dialect(Protocol):
         """Return the part of a plan that this dialect writes in integers, the rest with the reason why not."""
         ...
 
+    def kernel_rounding(self, model: ir.Model, plan: QuantizationPlan) -> KernelRounding:
+        """Return how kernels depart from the roundings of a plan that `keep_float` gave."""
+        ...
+
     def render(self, graph: Any, plan: PrecisionPlan, probe: FloatArray) -> Rendered:
         """Write a plan (None: FP32) into a copy of a master graph; exact passes are compared on ``probe``."""
         ...
@@ -80,6 +85,7 @@ class OnnxDialect:
         integer_outputs: what integer kernels write, and what stands between them, is rounded for float nodes too.
         integer_biases: biases of convolutions are rounded to the steps of their products.
         float_choices: what stays in float because this backend is faster so.
+        rounding: tells how kernels depart from the roundings of a plan.
         legalize: passes over the master graph that write operators which the backend refuses or computes wrongly in
             an equal form, each proved on numbers; they run before any plan is written.
         optimize: passes over graphs without integers for the backend's own operators, each proved on numbers. In a
@@ -92,12 +98,17 @@ class OnnxDialect:
     integer_outputs: bool = False
     integer_biases: bool = False
     float_choices: tuple[FloatChoice, ...] = ()
+    rounding: RoundingRule = as_planned
     legalize: tuple[OnnxPass, ...] = ()
     optimize: tuple[OnnxPass, ...] = ()
 
     def keep_float(self, model: ir.Model, plan: QuantizationPlan) -> QuantizationPlan:
         """Return the part of a plan that is written in integers, the rest with the reason why not."""
         return keep_float(model, plan, self.float_choices)
+
+    def kernel_rounding(self, model: ir.Model, plan: QuantizationPlan) -> KernelRounding:
+        """Return how kernels depart from the roundings of a plan that `keep_float` gave."""
+        return self.rounding(model, plan)
 
     def render(self, graph: OnnxGraph, plan: PrecisionPlan, probe: FloatArray) -> Rendered:
         """Write a plan into a copy of a master graph.

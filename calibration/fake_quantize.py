@@ -8,7 +8,7 @@ step of the optimizer changes each by a share of itself.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -29,16 +29,21 @@ _GATE = torch.ops.aten.hardtanh_backward
 """``(g, x, least, most)``: g where x is between them, else 0, in one pass over memory."""
 
 
+_Kind: TypeAlias = tuple[int, int, bool]
+"""The least and the largest integer, and whether values between them stay as they are."""
+
+
 class _RoundTensor(torch.autograd.Function):
-    """``(clip(round(x / s) + z, least, most) - z) * s`` with one scale and one zero point."""
+    """``(clip(round(x / s) + z, least, most) - z) * s`` with one scale and one zero point; or clipped alone."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, log_scale: Tensor, zero_point: Tensor, bounds: tuple[int, int]) -> Tensor:
-        least, most = bounds
+    def forward(ctx: Any, values: Tensor, log_scale: Tensor, zero_point: Tensor, kind: _Kind) -> Tensor:
+        least, most, clip_only = kind
         scale, zero = log_scale.exp(), zero_point.round().clamp(least, most)
-        rounded = (values / scale).round_().clamp_(least - zero, most - zero).mul_(scale)
+        steps = values / scale
+        rounded = (steps if clip_only else steps.round_()).clamp_(least - zero, most - zero).mul_(scale)
         ctx.save_for_backward(values, rounded, scale, zero)
-        ctx.bounds = bounds
+        ctx.bounds = least, most
         return rounded
 
     @staticmethod
@@ -60,7 +65,7 @@ class _RoundChannels(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, log_scales: Tensor) -> Tensor:
         scales = log_scales.exp()
-        steps = _along(scales, weight)
+        steps = along(scales, weight)
         rounded = (weight / steps).round_().clamp_(-TOP, TOP).mul_(steps)
         ctx.save_for_backward(weight, rounded, scales)
         return rounded
@@ -68,7 +73,7 @@ class _RoundChannels(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,), (weight, rounded, scales) = gradients, ctx.saved_tensors
-        passed = gradient * (weight.abs() <= (TOP + 0.5) * _along(scales, weight))
+        passed = gradient * (weight.abs() <= (TOP + 0.5) * along(scales, weight))
         by_scale = None
         if ctx.needs_input_grad[1]:
             by_scale = (gradient * rounded - passed * weight).flatten(1).sum(1)
@@ -83,11 +88,19 @@ class FakeQuantize(nn.Module):
         kind: the integers.
         seen: what calibration saw of the tensor: the range never grows past it, so that what rounding clips in place
             of a Relu or Clip it goes on clipping.
+        clip_only: keep values inside the range as they are.
     """
 
-    def __init__(self, start: ActivationRange, kind: IntegerType, seen: TensorStatistics | None = None) -> None:
+    def __init__(
+        self,
+        start: ActivationRange,
+        kind: IntegerType,
+        seen: TensorStatistics | None = None,
+        *,
+        clip_only: bool = False,
+    ) -> None:
         super().__init__()
-        self.start, self.kind = start, kind
+        self.start, self.kind, self.clip_only = start, kind, clip_only
         scale, zero = kind.parameters(start)
         self.log_scale = nn.Parameter(torch.tensor(math.log(float(scale))))
         zero_point = torch.tensor(float(zero))
@@ -102,7 +115,8 @@ class FakeQuantize(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """Return the values rounded, in their own shape."""
-        rounded: Tensor = _RoundTensor.apply(values, self._log_scale(), self.zero_point, (self.least, self.most))  # type: ignore[no-untyped-call]
+        kind = self.least, self.most, self.clip_only
+        rounded: Tensor = _RoundTensor.apply(values, self._log_scale(), self.zero_point, kind)  # type: ignore[no-untyped-call]
         return rounded
 
     def scale(self) -> Tensor:
@@ -128,21 +142,6 @@ class FakeQuantize(nn.Module):
         return self.log_scale + (self.log_scale.clamp(max=self._largest) - self.log_scale).detach()
 
 
-class FakeQuantizeEachCall(nn.Module):
-    """Round a tensor to uint8 over the range that each image's own values have; nothing is learned."""
-
-    def forward(self, values: Tensor) -> Tensor:
-        """Return the values rounded; the gradient is straight-through."""
-        with torch.no_grad():
-            flat = values.reshape(len(values), -1)
-            shape = (-1, *[1] * (values.dim() - 1))
-            low, high = flat.amin(1).clamp(max=0).reshape(shape), flat.amax(1).clamp(min=0).reshape(shape)
-            scale = ((high - low) / 255).clamp_min(1e-12)
-            zero = (-low / scale).round()
-            rounded = ((values / scale).round_().add_(zero).clamp_(0, 255).sub_(zero)).mul_(scale)
-        return values + (rounded - values).detach()
-
-
 class FakeQuantizedWeight(nn.Module):
     """A weight, ``(channels, ...)``, rounded to int8 with one scale for each channel.
 
@@ -159,8 +158,8 @@ class FakeQuantizedWeight(nn.Module):
         super().__init__()
         steps = torch.from_numpy(np.ascontiguousarray(scales))
         rounded = torch.from_numpy(np.ascontiguousarray(integers)).float()
-        left = (weight / _along(steps, weight) - rounded).clamp(-_KEPT_SIDE, _KEPT_SIDE)
-        self.weight = nn.Parameter(((rounded + left) * _along(steps, weight)).contiguous())
+        left = (weight / along(steps, weight) - rounded).clamp(-_KEPT_SIDE, _KEPT_SIDE)
+        self.weight = nn.Parameter(((rounded + left) * along(steps, weight)).contiguous())
         self.reduce_range = reduce_range
         self.log_scales = nn.Parameter(steps.log(), requires_grad=not reduce_range)
 
@@ -180,7 +179,7 @@ class FakeQuantizedWeight(nn.Module):
             return quantize_weight(weight.numpy(), 0, reduce_range=True)
         with torch.no_grad():
             scales = self.log_scales.cpu().exp()
-            integers = (weight / _along(scales, weight)).round().clamp(-TOP, TOP)
+            integers = (weight / along(scales, weight)).round().clamp(-TOP, TOP)
         return integers.to(torch.int8).numpy(), scales.numpy()
 
     @property
@@ -205,10 +204,12 @@ class FakeQuantizeBias(nn.Module):
     Args:
         activation: what rounds the other operand of the products.
         weight: what rounds their weight.
+        offset: what a kernel adds to the bias before it rounds, and takes away afterwards.
     """
 
-    def __init__(self, activation: FakeQuantize, weight: FakeQuantizedWeight) -> None:
+    def __init__(self, activation: FakeQuantize, weight: FakeQuantizedWeight, offset: float = 0.0) -> None:
         super().__init__()
+        self._offset = offset
         self._factors = (activation, weight)  # in a tuple, so that their parameters are in the state dict once
 
     def forward(self, bias: Tensor) -> Tensor:
@@ -216,11 +217,11 @@ class FakeQuantizeBias(nn.Module):
         with torch.no_grad():
             activation, weight = self._factors
             steps = (activation.scale() * weight.scales()).double()
-            rounded = ((bias / steps).round_() * steps).float()
+            rounded = (((bias + self._offset) / steps).round_() * steps - self._offset).float()
         return bias + (rounded - bias).detach()
 
 
-def _along(channels: Tensor, weight: Tensor) -> Tensor:
+def along(channels: Tensor, weight: Tensor) -> Tensor:
     """Return ``(channels,)`` in a shape that goes with the weight's."""
     return channels.reshape(-1, *[1] * (weight.dim() - 1))
 

@@ -15,19 +15,23 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from deploykit.arrays import FloatArray
+from deploykit.calibration.added_modules import AddedModules
 from deploykit.calibration.dialect import Dialect, OnnxDialect
+from deploykit.calibration.fake_gates import round_gate
 from deploykit.calibration.fake_quantize import (
     FakeQuantize,
     FakeQuantizeBias,
     FakeQuantizedWeight,
-    FakeQuantizeEachCall,
 )
+from deploykit.calibration.integer_products import IntegerProducts, IntegerProductsEachCall
 from deploykit.calibration.placement import IntegerWeight
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.quantize_activations import written_in_integers
 from deploykit.calibration.rounded_weight import RoundedWeight
 from deploykit.errors import CalibrationError
-from deploykit.fusion.affine import LINEAR
+from deploykit.fusion.affine import LINEAR, PERMUTATIONS, RESHAPES
+from deploykit.fusion.constants import replace as replace_node
+from deploykit.fusion.fold_pad import is_zero_pad
 from deploykit.graph import TRANSPOSED
 from deploykit.onnx_values import floats_of
 
@@ -35,8 +39,7 @@ EVERY_RUNTIME: Dialect = OnnxDialect()
 """All that a plan has in integers, rounded where integer kernels read: what runtimes have in common."""
 
 _WEIGHTED = (torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding, LINEAR)
-HOLDER = "fake_quantizers"
-"""The submodule of what rounds, beside the float network's own."""
+_MOVES = (*PERMUTATIONS, *RESHAPES, torch.ops.aten.contiguous.default, torch.ops.aten.clone.default)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,10 +123,11 @@ class _Writer:
         self.module, self.model, self.plan, self.dialect = module, network.model, plan, dialect
         self.layers: dict[str, IntegerLayer] = {}
         self.quantizers: dict[str, FakeQuantize] = {}
+        self._rounding = dialect.kernel_rounding(network.model, plan)
         self._values = _values_by_name(module, network)
         self._nodes: dict[str, Node] = {}
         self._shared: dict[str, FakeQuantizedWeight] = {}
-        self._count = 0
+        self._added = AddedModules(module)
 
     def write(self) -> None:
         operators = {str(node.name): node.op_type for node in self.model.graph}
@@ -131,16 +135,13 @@ class _Writer:
             self._nodes[name] = node
             self._write_layer(name, node)
         dynamic = {name for name in self._nodes if operators[name] in self.dialect.dynamic_operators}
+        for tensor in self._rounding.gated:
+            self._values[tensor] = round_gate(self._values[tensor], self._added)
         self._round_activations({self._nodes[name] for name in self._nodes if name not in dynamic})
-        for name in dynamic:
-            node = self._nodes[name]
-            with self.module.graph.inserting_before(node):
-                rounded = self._call(FakeQuantizeEachCall(), node.args[0])
-            node.update_arg(0, rounded)
-        if self.dialect.integer_biases:
-            for name, node in self._nodes.items():
-                if name not in dynamic and operators[name] == "Conv":
-                    self._round_bias(node, self.layers[name].weight)
+        for name, node in self._nodes.items():
+            if self.dialect.integer_biases and name not in dynamic and operators[name] == "Conv":
+                self._round_bias(name, node)
+            self._sum_integers(node, self.layers[name].weight, each_call=name in dynamic)
         self.module.recompile()
 
     def _weighted_nodes(self) -> Iterator[tuple[str, Node]]:
@@ -180,7 +181,7 @@ class _Writer:
             )
         quantizer = self._shared[use.weight]
         with self.module.graph.inserting_before(node):
-            rounded = self._call(quantizer)
+            rounded = self._added.call(quantizer)
         float_weight: Any = node.args[1]
         node.update_arg(1, rounded)
         self._drop(float_weight)
@@ -206,10 +207,8 @@ class _Writer:
         start = np.zeros(channels, np.float32) if bias is None else bias
         shifted = np.asarray(start + self.plan.bias_shift.get(name, np.float32(0)), np.float32)
         parameter = nn.Parameter(torch.from_numpy(shifted))
-        target = f"{HOLDER}.bias_{len(self.layers)}"
-        self._holder().register_parameter(target.rpartition(".")[2], parameter)
         with self.module.graph.inserting_before(node):
-            read = self.module.graph.get_attr(target)
+            read = self._added.read(f"bias_{len(self.layers)}", parameter)
         float_bias = node.args[2] if len(node.args) > 2 else None
         node.args = (node.args[0], node.args[1], read, *node.args[3:])
         if isinstance(float_bias, Node):
@@ -221,6 +220,7 @@ class _Writer:
         for_everyone = written_in_integers(placement, between=outputs)
         sources = {placement.weights[name].input: node.args[0] for name, node in self._nodes.items()}
         chosen = (*placement.reads, *((*placement.writes, *placement.between) if outputs else ()))
+        chosen = tuple(tensor for tensor in chosen if tensor not in self._rounding.left_out)
         done: set[Node] = set()
         found: dict[str, Any] = {  # before any is rounded, which puts calls between them
             tensor: self._values.get(tensor) or sources.get(tensor) or self._only_reader(tensor)
@@ -231,17 +231,40 @@ class _Writer:
                 raise CalibrationError(
                     f"the tensor {tensor} of the plan is not in the traced network. Report it with the network."
                 )
-            users = [user for user in value.users if tensor in for_everyone or user in readers]
+            users = [user for user in value.users if tensor in for_everyone or _is_read_by(user, readers)]
             if users and value not in done:
                 done.add(value)
                 self._round(value, tensor, users)
 
-    def _round_bias(self, node: Node, weight: FakeQuantizedWeight) -> None:
-        source: Any = node.args[0]
-        activation = self.module.get_submodule(str(source.target)) if source.op == "call_module" else None
-        if isinstance(activation, FakeQuantize):
+    def _round_bias(self, name: str, node: Node) -> None:
+        activation = self._quantizer_before(node)
+        if activation is not None:
             with self.module.graph.inserting_before(node):
-                node.update_arg(2, self._call(FakeQuantizeBias(activation, weight), node.args[2]))
+                rounding = FakeQuantizeBias(
+                    activation, self.layers[name].weight, self._rounding.bias_offsets.get(name, 0.0)
+                )
+                node.update_arg(2, self._added.call(rounding, node.args[2]))
+
+    def _sum_integers(self, node: Node, weight: FakeQuantizedWeight, *, each_call: bool) -> None:
+        """Replace a layer by one that sums integers; where it reads what nothing rounds, it stays."""
+        call: Any = node.target
+        activation, further = self._quantizer_before(node), node.args[3:]
+        if each_call:
+            products: nn.Module = IntegerProductsEachCall(call, weight, further)
+        elif activation is not None:
+            products = IntegerProducts(call, activation, weight, further)
+        else:
+            return
+        with self.module.graph.inserting_before(node):
+            replace_node(node, self._added.call(products, *node.args[:3]))
+
+    def _quantizer_before(self, node: Node) -> FakeQuantize | None:
+        """Return what rounds the map that a layer reads, through what moves its values or adds zeros."""
+        source: Any = node.args[0]
+        while source.target in _MOVES or is_zero_pad(source):
+            source = source.args[0]
+        module = self.module.get_submodule(str(source.target)) if source.op == "call_module" else None
+        return module if isinstance(module, FakeQuantize) else None
 
     def _only_reader(self, tensor: str) -> Node | None:
         """Return the call that gives a tensor which the exporter named anew, where it alone reads a known value."""
@@ -258,26 +281,15 @@ class _Writer:
         measured = self.plan.placement.same_range.get(tensor, tensor)
         if measured not in self.quantizers:
             self.quantizers[measured] = FakeQuantize(
-                self.plan.range_of(tensor), self.dialect.activations, self.plan.statistics.get(measured)
+                self._rounding.ranges.get(tensor, self.plan.range_of(tensor)),
+                self.dialect.activations,
+                self.plan.statistics.get(measured),
+                clip_only=tensor in self._rounding.clipped,
             )
         with self.module.graph.inserting_after(value):
-            rounded = self._call(self.quantizers[measured], value)
+            rounded = self._added.call(self.quantizers[measured], value)
         for user in users:
             user.replace_input_with(value, rounded)
-
-    def _call(self, quantizer: nn.Module, *arguments: Any) -> Node:
-        """Insert a call of a module at the graph's insertion point; a module that is known is called again."""
-        holder = self._holder()
-        name = next((name for name, module in holder.named_children() if module is quantizer), f"q{self._count}")
-        self._count += 1
-        holder.add_module(name, quantizer)
-        return self.module.graph.call_module(f"{HOLDER}.{name}", arguments)
-
-    def _holder(self) -> nn.Module:
-        if not hasattr(self.module, HOLDER):
-            self.module.add_module(HOLDER, nn.Module())
-        holder: nn.Module = self.module.get_submodule(HOLDER)
-        return holder
 
     def _drop(self, read: Node) -> None:
         """Remove a constant that nothing reads any more."""
@@ -288,6 +300,11 @@ class _Writer:
         if not any(other.target == target for other in self.module.graph.find_nodes(op="get_attr")):
             owner, _, name = target.rpartition(".")
             delattr(self.module.get_submodule(owner), name)
+
+
+def _is_read_by(user: Node, layers: set[Node]) -> bool:
+    """Return whether a node is one of these layers, or puts the zeros around a map that they alone read."""
+    return user in layers or (is_zero_pad(user) and all(reader in layers for reader in user.users))
 
 
 def tensor_nodes(module: GraphModule) -> list[Node]:

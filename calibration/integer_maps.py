@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 
 from deploykit.calibration.dialect import keep_float
 from deploykit.calibration.float_fallback import keep_image_side
+from deploykit.calibration.kernel_rounding import KernelRounding, as_planned
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.quantize_activations import UINT8, IntegerType
 from deploykit.calibration.torch_integers import (
@@ -44,6 +45,10 @@ class IntegerMapsDialect:
     def keep_float(self, model: ir.Model, plan: QuantizationPlan) -> QuantizationPlan:
         """Take the convolutions of the image out of a plan: they read a map of three channels."""
         return keep_float(model, plan, (keep_image_side,))
+
+    def kernel_rounding(self, model: ir.Model, plan: QuantizationPlan) -> KernelRounding:
+        """Return that kernels round as planned."""
+        return as_planned(model, plan)
 
 
 def write_integer_maps(

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from deploykit.arrays import FloatArray
 from deploykit.backbones.base import BaseBackbone
 from deploykit.backbones.weights import weights_digest
+from deploykit.calibration.added_modules import HOLDER
 from deploykit.calibration.dialect import Dialect
-from deploykit.calibration.fake_quantized_network import HOLDER, FakeQuantizedNetwork, FloatNetwork, IntegerLayer
+from deploykit.calibration.fake_quantized_network import FakeQuantizedNetwork, FloatNetwork, IntegerLayer
 from deploykit.calibration.images import CalibrationSet
 from deploykit.calibration.placement import IntegerWeight, place
 from deploykit.calibration.plan import QuantizationPlan, constants_digest
@@ -93,15 +94,21 @@ class QatNetwork(nn.Module):
         Raises:
             CalibrationError: the program is another network's.
         """
-        state, trained = program.state_dict, self._float_state()
-        unlike = [name for name, tensor in trained.items() if name not in state or state[name].shape != tensor.shape]
+        state, constants, trained = program.state_dict, program.constants, self._float_state()
+        shapes = {
+            name: tensor.shape for name, tensor in [*constants.items(), *state.items()] if hasattr(tensor, "shape")
+        }
+        unlike = [name for name, tensor in trained.items() if shapes.get(name) != tensor.shape]
         if unlike:
             raise CalibrationError(
                 f"the trained network has {', '.join(unlike[:4])} and the backbone that is exported has not: it was "
                 "changed after prepare_qat. Fix: export the backbone as it was, or prepare it again."
             )
         for name, tensor in trained.items():
-            state[name] = nn.Parameter(tensor, requires_grad=False)
+            if name in state:
+                state[name] = nn.Parameter(tensor, requires_grad=False)
+            else:
+                constants[name] = tensor
         return program
 
     def plan_of(self, model: ir.Model) -> QuantizationPlan:

@@ -250,3 +250,27 @@ def test_what_its_export_cannot_take_is_told(case, trained, tmp_path):
     with pytest.raises(SpecError, match=r"export_backbone\(network, FOLDER"):
         create_backbone(network, runtime="onnxruntime")
     assert not (tmp_path / "engine").exists()
+
+
+class Fixed(nn.Module):
+    """A convolution whose weight is a buffer that its state dict leaves out, as weights standardized once are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("filters", torch.randn(8, 1, 3, 3, generator=generator), persistent=False)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, images):
+        return self.head(nn.functional.conv2d(images, self.filters).relu().mean((2, 3)))
+
+
+def test_a_weight_that_no_state_dict_holds_is_trained_and_exported(case, tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = prepare_qat(Fixed().eval(), case.calibration, runtime="onnxruntime", precision=PLAIN, **OPTIONS)
+        fit(network, *case.train, rate=3e-3, passes=1)
+    export_backbone(network, tmp_path / "engine", precision=PLAIN)
+    images = case.test[0][:50]
+    with torch.no_grad():
+        assert sqnr_db(network(images).numpy(), outputs_of(tmp_path / "engine", images)) > 40

@@ -32,6 +32,13 @@ def fold_pad(module: GraphModule) -> int:
     return folded
 
 
+def is_zero_pad(node: Node) -> bool:
+    """Return whether a node puts zeros around its map."""
+    if node.target == _aten.pad.default:
+        return argument(node, 2, "mode", "constant") == "constant" and not argument(node, 3, "value", None)
+    return node.target == _aten.constant_pad_nd.default and not argument(node, 2, "value", 0)
+
+
 def _fold(module: GraphModule, pad: Node) -> bool:
     layers, amounts = readers(pad, tuple(PLAIN)), _amounts(pad)
     if layers is None or amounts is None:
@@ -48,13 +55,9 @@ def _fold(module: GraphModule, pad: Node) -> bool:
 
 def _amounts(pad: Node) -> list[int] | None:
     """Zeros on each side of each spatial axis, the last axis first; None where the pad is no such padding."""
-    if pad.target == _aten.pad.default:
-        zeros = argument(pad, 2, "mode", "constant") == "constant" and not argument(pad, 3, "value", None)
-    else:
-        zeros = not argument(pad, 2, "value", 0)
     sides = argument(pad, 1, "pad", None)
     whole = isinstance(sides, (list, tuple)) and all(isinstance(side, int) and side >= 0 for side in sides)
-    if not zeros or not whole or sides[::2] != sides[1::2]:
+    if not is_zero_pad(pad) or not whole or sides[::2] != sides[1::2]:
         return None
     return list(sides[::2])
 

@@ -19,7 +19,7 @@ from deploykit.export.trace import Everything, output_names
 from deploykit.graph import Master, OnnxGraph, TorchProgram
 from deploykit.onnx_session import onnx_session
 from deploykit.spec import InputSpec
-from tests.calibration.networks import SIDE, Gated, Residual, Tokens, Windows, both_forms, master_of, plan_of
+from tests.calibration.networks import SIDE, Gated, Padded, Residual, Tokens, Windows, both_forms, master_of, plan_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +75,11 @@ def windows(photographs) -> Case:
 @pytest.fixture(scope="session")
 def gated(photographs) -> Case:
     return _case(Gated, photographs)
+
+
+@pytest.fixture(scope="session")
+def padded(photographs) -> Case:
+    return _case(Padded, photographs)
 
 
 def _case(network, photographs) -> Case:

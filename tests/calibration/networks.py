@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -128,6 +129,27 @@ class Gated(nn.Module):
         return scores
 
 
+class Padded(nn.Module):
+    """What EfficientNet-Lite has: zeros at the right and at the bottom alone, in front of strided convolutions."""
+
+    outputs = ("stage1", "logits")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, 2)
+        self.depthwise = nn.Conv2d(16, 16, 3, 2, groups=16)
+        self.project = nn.Conv2d(16, 16, 1)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        stem = self.stem(F.pad(images, (0, 1, 0, 1))).clamp(0, 6)
+        one = self.project(self.depthwise(F.pad(stem, (0, 1, 0, 1))).clamp(0, 6))
+        return one, self.head(one.mean((2, 3)))
+
+
+Network: TypeAlias = Residual | Tokens | Windows | Gated | Padded
+
+
 def both_forms(module: nn.Module, outputs: tuple[str, ...], images: FloatArray) -> Master:
     """The fused FP32 network of a module, for batches of one image like these."""
     spec = InputSpec(channels=images.shape[1], height=images.shape[2], width=images.shape[3])
@@ -145,7 +167,7 @@ def master_graph(module: nn.Module, outputs: tuple[str, ...], images: FloatArray
     return both_forms(module, outputs, images).onnx
 
 
-def master_of(network: type[Residual | Tokens | Windows | Gated], images: FloatArray) -> Master:
+def master_of(network: type[Network], images: FloatArray) -> Master:
     """One of the networks above, with realistic random weights."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -153,9 +175,7 @@ def master_of(network: type[Residual | Tokens | Windows | Gated], images: FloatA
     return both_forms(module, network.outputs, images)
 
 
-def float_network_of(
-    network: type[Residual | Tokens | Windows | Gated], master: Master, images: FloatArray
-) -> FloatNetwork:
+def float_network_of(network: type[Network], master: Master, images: FloatArray) -> FloatNetwork:
     """The same in torch for any batch, beside what `master_of` gave."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -170,7 +190,7 @@ def float_network_of(
     )
 
 
-def graph_of(network: type[Residual | Tokens | Windows | Gated], images: FloatArray) -> OnnxGraph:
+def graph_of(network: type[Network], images: FloatArray) -> OnnxGraph:
     """The same as an ONNX graph."""
     return master_of(network, images).onnx
 

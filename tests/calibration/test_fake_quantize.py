@@ -6,7 +6,6 @@ from deploykit.calibration.fake_quantize import (
     FakeQuantize,
     FakeQuantizeBias,
     FakeQuantizedWeight,
-    FakeQuantizeEachCall,
 )
 from deploykit.calibration.quantize_activations import INT8, UINT8
 from deploykit.calibration.ranges import ActivationRange, TensorStatistics, quantize_weight
@@ -64,12 +63,15 @@ def test_a_range_without_negative_numbers_keeps_its_zero_point_and_does_not_pass
     assert quantizer.log_scale.grad.item() > 0  # it can come back
 
 
-def test_each_image_has_a_range_of_its_own_where_the_call_decides():
-    images = torch.stack([torch.linspace(-1, 1, 500), torch.linspace(0, 1000, 500)]).requires_grad_()
-    rounded = FakeQuantizeEachCall()(images)
-    assert (rounded[0] - images[0]).abs().max() <= 2 / 255 / 2 + 1e-6
-    rounded.sum().backward()
-    assert images.grad.eq(1).all()
+def test_where_it_clips_alone_values_inside_stay_as_they_are():
+    quantizer = FakeQuantize(RANGE, UINT8, clip_only=True)
+    values = torch.tensor([-5.0, 0.1003, 5.0], requires_grad=True)
+    scale, zero = (float(part) for part in UINT8.parameters(RANGE))
+    clipped = quantizer(values)
+    assert clipped.tolist() == pytest.approx([-zero * scale, 0.1003, (255 - zero) * scale], rel=1e-6)
+    clipped.sum().backward()
+    assert values.grad.tolist() == [0.0, 1.0, 0.0]
+    assert quantizer.log_scale.grad.item() == pytest.approx(scale * (255 - 2 * zero), rel=1e-4)
 
 
 @pytest.mark.parametrize("reduce_range", [False, True])
@@ -113,6 +115,9 @@ def test_a_bias_is_rounded_to_the_steps_of_its_products():
     rounded.sum().backward()
     assert bias.grad.eq(1).all()
     assert not quantizer.state_dict()  # what it rounds by is in that of the others
+    shifted = FakeQuantizeBias(*quantizer._factors, offset=0.3)(bias).detach().numpy()
+    assert np.allclose(shifted + 0.3, np.round((bias.detach().numpy() + 0.3) / steps) * steps, atol=1e-6)
+    assert not np.allclose(shifted, rounded.detach().numpy(), atol=1e-4)
     with torch.no_grad():
         activation.log_scale += 10
     assert quantizer(bias).abs().max() == 0  # it follows the ranges

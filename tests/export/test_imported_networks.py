@@ -6,12 +6,10 @@ import warnings
 
 import numpy as np
 import onnx_ir as ir
-import openvino
 import pytest
 
 import deploykit
 from deploykit.backends.backend import resolve
-from deploykit.backends.onnxruntime.session import ort_session
 from deploykit.backends.table import load_backend
 from deploykit.calibration.images import calibration_set
 from deploykit.errors import WeightsError
@@ -22,27 +20,12 @@ from deploykit.onnx_session import onnx_session
 from deploykit.parity.metrics import sqnr_db
 from tests.export.forced_integers import differences, integers_of, quantizers
 from tests.export.quantized_models import images, network, quantize_static
+from tests.raw_engines import RUNS
 
 RUNTIMES = ("onnxruntime", "openvino")
 SAME = {"onnxruntime": 0.99, "openvino": 0.9999}
 """The least share of equal integers, layer by layer: ONNX Runtime's kernels take biases as integers."""
 NETWORKS = {"mobilenetv2_100": {"num_classes": 0}, "efficientnet_lite0": {}}
-
-
-def by_onnxruntime(model, feeds):
-    names = [str(value.name) for value in model.graph.outputs]
-    return dict(zip(names, ort_session(model).run(names, feeds), strict=True))
-
-
-def by_openvino(model, feeds):
-    core = openvino.Core()
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-    compiled = core.compile_model(core.read_model(ir.to_proto(model).SerializeToString(), b""), "CPU", settings)
-    results = compiled(feeds)
-    return {str(value.name): np.array(results[compiled.output(str(value.name))]) for value in model.graph.outputs}
-
-
-RUNS = {"onnxruntime": by_onnxruntime, "openvino": by_openvino}
 
 
 def rendered(found, runtime, probe):

@@ -17,6 +17,7 @@ from deploykit.arrays import FloatArray
 from deploykit.calibration.dialect import Rendered, keep_float
 from deploykit.calibration.float_fallback import keep_pointlike
 from deploykit.calibration.half import HalfPlan
+from deploykit.calibration.kernel_rounding import KernelRounding, as_planned
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.precision_plan import PrecisionPlan
 from deploykit.calibration.quantize_activations import UINT8, IntegerType
@@ -46,6 +47,10 @@ class InductorDialect:
     def keep_float(self, model: ir.Model, plan: QuantizationPlan) -> QuantizationPlan:
         """Take convolutions on 1x1 maps out of a plan: oneDNN gains nothing from their integers."""
         return keep_float(model, plan, (keep_pointlike(),))
+
+    def kernel_rounding(self, model: ir.Model, plan: QuantizationPlan) -> KernelRounding:
+        """Return that kernels round as planned."""
+        return as_planned(model, plan)
 
     def render(self, graph: TorchProgram, plan: PrecisionPlan, probe: FloatArray) -> Rendered:
         """Write a plan (None: FP32) into a copy of the master program."""

@@ -9,6 +9,7 @@ from deploykit.backends.onnxruntime.fuse_linear import fuse_linear
 from deploykit.backends.onnxruntime.integer_attention import quantize_attentions
 from deploykit.backends.onnxruntime.integer_gates import clip_gate_ranges, fold_hard_sigmoids, split_gates
 from deploykit.backends.onnxruntime.pad_channels import pad_channels
+from deploykit.backends.onnxruntime.rounding import kernel_rounding
 from deploykit.backends.onnxruntime.static_products import split_gemms
 from deploykit.calibration.dialect import OnnxDialect
 from deploykit.calibration.drop_activations import drop_activations
@@ -27,6 +28,7 @@ DIALECT = OnnxDialect(
     integer_outputs=True,
     integer_biases=True,
     float_choices=(keep_image_side,),
+    rounding=kernel_rounding,
     int8=(
         pad_channels,
         # Before the products: an attention takes its projection whole.

@@ -7,6 +7,7 @@ from deploykit.backends.openvino.flatten_spatial import flatten_spatial
 from deploykit.backends.openvino.linear_to_conv import linear_to_conv
 from deploykit.backends.openvino.pad_average_pool import pad_average_pool
 from deploykit.backends.openvino.quantize_before_rolls import quantize_before_rolls
+from deploykit.backends.openvino.rounding import kernel_rounding
 from deploykit.backends.openvino.separate_heads import separate_heads
 from deploykit.calibration.dialect import OnnxDialect
 from deploykit.calibration.drop_activations import drop_activations
@@ -28,6 +29,7 @@ its squeeze-and-excitation would gain 8% and lose 1.6 dB.
 DIALECT = OnnxDialect(
     activations=UINT8,
     float_choices=(keep_pointlike(fewest_weights=POINTLIKE_WEIGHTS),),
+    rounding=kernel_rounding,
     legalize=(
         OnnxPass(name="openvino-average-pool", rewrite=pad_average_pool, min_sqnr_db=EXACT_DB),
         OnnxPass(name="openvino-wrap-pad", rewrite=concatenate_wraps, min_sqnr_db=EXACT_DB),
