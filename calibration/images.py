@@ -231,8 +231,6 @@ def _load_array(path: Path) -> Array:
                 raise CalibrationError(f"{path}: holds the arrays {names}; expected exactly one.")
             array: Array = archive[names[0]]
             return array
-    except FileNotFoundError as error:
-        raise CalibrationError(f"{path}: no such file.") from error
     except (OSError, ValueError, EOFError) as error:
         raise CalibrationError(f"{path}: not a readable NumPy file without pickles ({error}).") from error
 

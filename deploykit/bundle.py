@@ -56,7 +56,6 @@ __all__ = [
     "open_bundle",
     "read_manifest",
     "sha256_of",
-    "sweep_stale",
     "write_manifest",
     "writing",
 ]
@@ -122,13 +121,6 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     (folder / MANIFEST).write_bytes(text)
     (folder / MANIFEST_DIGEST).write_bytes(digest_line(text))
     return manifest
-
-
-def sweep_stale(folder: Path) -> None:
-    """Remove what killed processes left beside ``folder``, and restore a half-replaced bundle."""
-    if folder.parent.is_dir():
-        with _locked(folder):
-            _sweep(folder.absolute())
 
 
 def is_bundle(path: Path) -> bool:

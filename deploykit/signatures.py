@@ -188,7 +188,7 @@ def _library_errors(folder: Path, signer: Path) -> Iterator[None]:
     except Exception as error:
         raise UntrustedEngine(
             f"{folder} is not signed by {signer}, or was changed after it was signed "
-            f"({error or type(error).__name__}). It is not opened. {_FIX}"
+            f"({str(error) or type(error).__name__}). It is not opened. {_FIX}"
         ) from error
 
 

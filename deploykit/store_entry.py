@@ -54,11 +54,6 @@ class Record:
     parts: str
     files: dict[str, StoredFile] = field(default_factory=dict)
 
-    @property
-    def size(self) -> int:
-        """The bytes of its files."""
-        return sum(file.size for file in self.files.values())
-
 
 def canonical(parts: Mapping[str, object]) -> str:
     """Return the text of what decides an entry: equal parts have equal texts, in every process.

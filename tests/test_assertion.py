@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deploykit import load_bundle
-from deploykit.assertion import assert_parity, compare_models
+from deploykit.assertion import assert_parity, compare_models, failure_text
 from deploykit.errors import ParityError, SpecError
 
 BUNDLE = Path(__file__).parent / "data" / "bundles-0.1.0" / "onnxruntime-int8"
@@ -102,3 +102,33 @@ def test_a_bundle_is_opened_and_its_budget_is_the_default():
 def test_what_is_no_model_is_refused(wrong):
     with pytest.raises(SpecError, match="expected"):
         assert_parity(wrong if wrong is not dict else {}, features, IMAGES)
+
+
+def test_outputs_without_names_are_told_apart_by_their_places():
+    def pair(images):
+        return images * 2, images[:, :, ::2, ::2]
+
+    def other(images):
+        return [images * 2, images[:, :, ::2, ::2] * 1.5]
+
+    report = compare_models(other, pair, IMAGES)
+    assert [level.passed for level in report.levels] == [True, False]
+    first, second = (level.name for level in report.levels)
+    assert second in failure_text(report)
+    assert f"{first}:" not in failure_text(report)
+
+
+def test_the_text_of_a_report_that_passed_is_its_table():
+    text = failure_text(compare_models(features, features, IMAGES))
+    assert "│ stage1 │" in text
+    assert "FAIL" not in text
+
+
+def test_a_budget_without_an_end_is_refused():
+    with pytest.raises(SpecError, match=r"per_level has inf for 'stage1'; expected a finite number of dB"):
+        compare_models(features, features, IMAGES, per_level={"stage1": float("inf")})
+
+
+def test_what_cannot_be_called_is_named():
+    with pytest.raises(SpecError, match=r"a float is no model; expected one, a function, outputs, or a folder"):
+        compare_models(features, 3.0, IMAGES)

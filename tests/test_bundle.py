@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import errno
 import hashlib
@@ -7,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -27,6 +29,7 @@ from deploykit.bundle import (
     write_manifest,
     writing,
 )
+from deploykit.bundle_files import PARTIAL
 from deploykit.errors import BundleError
 from deploykit.spec import BackboneSpec, BatchRange, FeatureLevel, InputSpec, TensorSpec
 
@@ -419,3 +422,47 @@ def test_sha256_of_a_file_of_several_pieces(tmp_path):
     content = bytes(range(256)) * 10_000
     (tmp_path / "file").write_bytes(content)
     assert sha256_of(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_that_cannot_sync_folders_is_no_error_and_a_broken_disk_is(tmp_path, monkeypatch, number):
+    sync = os.fsync
+
+    def only_files(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", only_files)
+    if number == errno.EIO:
+        with pytest.raises(BundleError, match="nothing was left behind"):
+            make(tmp_path / "bundle")
+        assert not (tmp_path / "bundle").exists()
+        return
+    make(tmp_path / "bundle")
+    open_bundle(tmp_path / "bundle")
+
+
+def test_a_system_without_renameat2_replaces_a_bundle_in_two_steps(bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    make(bundle, b"another", overwrite=True)
+    open_bundle(bundle)
+    assert (bundle / "engine.onnx").read_bytes() == b"another"
+    assert leftovers(tmp_path) == []
+
+
+def test_a_replacement_that_fails_in_its_second_step_brings_the_old_bundle_back(bundle, tmp_path, monkeypatch):
+    rename = Path.rename
+
+    def refuse(self, target):
+        if Path(target) == bundle and self.name.endswith(PARTIAL):
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(bundle_module, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(BundleError, match="nothing was left behind"):
+        make(bundle, b"another", overwrite=True)
+    open_bundle(bundle)
+    assert (bundle / "engine.onnx").read_bytes() == b"engine"
+    assert leftovers(tmp_path) == []

@@ -359,3 +359,31 @@ def test_a_folder_that_cannot_be_listed_is_no_damage(bundle):
 def test_a_name_that_no_file_can_have_is_a_bundle_error(name):
     with pytest.raises(BundleError):
         open_bundle(Path(name))
+
+
+def loop(path: Path) -> Path:
+    """A link to itself, which no machine can follow."""
+    path.symlink_to(path.name)
+    return path
+
+
+def test_a_digest_file_that_leads_in_a_circle_is_damage(bundle):
+    (bundle / MANIFEST_DIGEST).unlink()
+    loop(bundle / MANIFEST_DIGEST)
+    with pytest.raises(BundleError, match=rf"(?s)damaged.*{MANIFEST_DIGEST}: .*[Ll]evels of symbolic links"):
+        open_bundle(bundle)
+
+
+def test_what_is_said_of_a_path_that_cannot_be_looked_at(tmp_path):
+    said = bundle_files.why_no_bundle(loop(tmp_path / "bundle"))
+    assert f"{tmp_path / 'bundle'} is a file that cannot be read; a bundle is a folder with a {MANIFEST}." in said
+    assert said.endswith("Give the folder.")
+
+
+def test_a_folder_of_too_many_files_is_no_bundle(bundle, monkeypatch):
+    """A home folder, say, which is not looked through to its end."""
+    monkeypatch.setattr(bundle_files, "_MOST_NAMES", 3)
+    for index in range(6):
+        (bundle / f"file{index}").write_text("x")
+    with pytest.raises(BundleError, match=r"holds more than 3 files\. Give the folder of a bundle"):
+        open_bundle(bundle)

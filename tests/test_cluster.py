@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from PIL import Image
 
 import deploykit
 from deploykit.bundle_files import PLAN_FILE, SHIFT_FILE
-from deploykit.errors import ImageError, SpecError
-from deploykit.extraction import extract
+from deploykit.cluster import FAILURE, RESULT, _error_of, _Process, run_pieces
+from deploykit.dataset import open_dataset
+from deploykit.errors import DeployKitError, ImageError, MissingDependency, SpecError
+from deploykit.extraction import ShardWorker, extract, shard_path
 from tests.accuracy.small_classifier import export, pixels, small_classifier
 
 
@@ -80,3 +83,57 @@ def test_two_workers_give_the_plan_of_one_process_bit_by_bit(ray, tmp_path):
         os.environ["DEPLOYKIT_CACHE"] = before
     for file in (PLAN_FILE, SHIFT_FILE, "model.onnx"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+class Halves:
+    """A piece of work: half of a number, which odd ones have not."""
+
+    def __init__(self, most: int) -> None:
+        if most < 1:
+            raise SpecError(f"most is {most}")
+        self.most = most
+
+    def __call__(self, number: int) -> bytes:
+        if number > self.most:
+            raise MissingDependency("no such number", package="numbers", command="pip install numbers")
+        if number % 2:
+            raise ImageError(f"{number} is odd")
+        return str(number // 2).encode()
+
+
+def test_a_process_answers_with_results_and_with_errors_that_come_back_as_they_were():
+    answers = _Process(Halves, {"most": 10})({"piece": [4, 5, 12]})
+    assert answers[RESULT] == [b"2", b"", b""]
+    none, odd, most = answers[FAILURE]
+    assert none == ""
+    assert isinstance(_error_of(odd), ImageError)
+    assert str(_error_of(odd)) == "5 is odd"
+    assert (type(_error_of(most)), str(_error_of(most))) == (DeployKitError, "no such number"), "it takes more words"
+    assert type(_error_of("OSError\nno class of deploykit's")) is DeployKitError
+
+
+def test_a_process_that_cannot_begin_says_so_for_each_piece():
+    answers = _Process(Halves, {"most": 0})({"piece": [2, 4]})
+    assert answers[RESULT] == [b"", b""]
+    assert {(type(_error_of(text)), str(_error_of(text))) for text in answers[FAILURE]} == {(SpecError, "most is 0")}
+
+
+@pytest.mark.parametrize("workers", [0, True, 1.5])
+def test_a_number_of_workers_that_cannot_be_is_refused(workers):
+    with pytest.raises(SpecError, match=rf"workers is {workers!r}; expected how many processes, 1 or more, or None"):
+        list(run_pieces(sys, Halves, {}, [1], workers))
+
+
+def test_no_pieces_are_no_work():
+    assert list(run_pieces(sys, Halves, {}, [], None)) == []
+
+
+def test_a_worker_of_an_extraction_writes_the_shard_of_its_number(tmp_path):
+    pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    bundle = export(tmp_path / "bundle", classes=0)
+    settings = {"pool": True, "shard": 7, "skip_corrupt": False}
+    worker = ShardWorker(Path.cwd(), tmp_path, open_dataset(pixels()), {"folder": bundle}, settings)
+    assert [worker(0), worker(8)] == [b"7", b"4"]
+    parquet = pytest.importorskip("pyarrow.parquet")
+    assert parquet.read_table(shard_path(tmp_path, 8)).column("image").to_pylist() == ["56", "57", "58", "59"]
+    worker._job.model.close()

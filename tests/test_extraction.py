@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 import deploykit
-from deploykit.errors import SpecError
-from deploykit.extraction import extract
+from deploykit.errors import SpecError, StorageError
+from deploykit.extraction import JOB_FILE, extract
 from tests.accuracy.small_classifier import export, pixels
 
 parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
@@ -136,3 +136,64 @@ def test_the_command_says_what_it_wrote(bundle, folder, tmp_path):
     assert done.out.endswith("out.parquet: 60 rows.\n")
     assert "extract: 60 of 60 images" in done.err
     assert call("extract", folder, "--bundle", bundle, "-o", tmp_path / "out.parquet").code == 2
+
+
+def stopped(bundle, images, target, **options):
+    """Extract, and stop once the first shard is whole."""
+
+    def stop(event):
+        if list(target.with_name(f".{target.name}.shards").glob("*.parquet")):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(images, bundle, target, shard=2, progress=stop, **options)
+    return target.with_name(f".{target.name}.shards")
+
+
+def test_shards_of_another_job_are_not_gone_on_with(bundle, tmp_path):
+    target = tmp_path / "out.parquet"
+    shards = stopped(bundle, pixels()[:6], target)
+    with pytest.raises(SpecError, match=r"holds shards of another job, which differs in pool\. Fix: remove"):
+        extract(pixels()[:6], bundle, target, shard=2, pool=False)
+    with pytest.raises(SpecError, match="which differs in images"):
+        extract(pixels()[1:7], bundle, target, shard=2)
+    job = (shards / JOB_FILE).read_text()
+    (shards / JOB_FILE).write_text("[]")
+    with pytest.raises(SpecError, match="which differs in its form"):
+        extract(pixels()[:6], bundle, target, shard=2)
+    (shards / JOB_FILE).write_text(job)
+    (shards / "00000002.part").write_bytes(b"half of a shard")
+    assert extract(pixels()[:6], bundle, target, shard=2).resumed >= 2
+    assert [path.name for path in tmp_path.iterdir()] == ["out.parquet"]
+
+
+def test_a_damaged_shard_is_named(bundle, tmp_path):
+    shards = stopped(bundle, pixels()[:6], tmp_path / "out.parquet")
+    next(iter(shards.glob("*.parquet"))).write_bytes(b"damaged")
+    with pytest.raises(StorageError, match=r"00000000\.parquet cannot be read .*Fix: remove it and run again"):
+        extract(pixels()[:6], bundle, tmp_path / "out.parquet", shard=2)
+    assert not (tmp_path / "out.parquet").exists()
+
+
+def test_rows_without_an_image_from_an_earlier_run_need_the_same_leave(bundle, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for index, image in enumerate(pixels()[:6]):
+        Image.fromarray(image).save(images / f"{index}.png")
+    (images / "0.png").write_bytes(b"nothing")
+    (images / "1.png").write_bytes(b"nothing")
+    target = tmp_path / "out.parquet"
+    stopped(bundle, images, target, skip_corrupt=True)
+    with pytest.raises(deploykit.ImageError, match=r"2 images could not be read.*pass skip_corrupt=True"):
+        extract(images, bundle, target, shard=2)
+    assert not target.exists()
+    assert extract(images, bundle, target, shard=2, skip_corrupt=True).skipped == 2
+    table = parquet.read_table(target).to_pydict()
+    assert [row is None for row in table["deep"]] == [True, True, False, False, False, False]
+
+
+def test_a_file_in_the_way_of_the_shards_is_told(bundle, tmp_path):
+    (tmp_path / ".out.parquet.shards").write_text("mine")
+    with pytest.raises(StorageError, match=r"out\.parquet cannot be written"):
+        extract(pixels()[:2], bundle, tmp_path / "out.parquet")
+    assert (tmp_path / ".out.parquet.shards").read_text() == "mine"

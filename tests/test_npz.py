@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import zipfile
@@ -7,7 +8,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from deploykit.npz import open_npz, read_npz
+from deploykit.errors import StorageError
+from deploykit.npz import bundled_arrays, open_npz, read_npz
 
 ARRAYS = {"first": np.arange(6, dtype=np.float32).reshape(2, 3), "second": np.array(["a", "bc"])}
 
@@ -107,3 +109,33 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "arrays.npz")
     with pytest.raises(ValueError, match="named pipe"):
         read_npz(tmp_path / "arrays.npz")
+
+
+def test_names_are_known_without_reading_and_every_version_of_a_header_is_read(tmp_path):
+    path = tmp_path / "arrays.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        for version in ((1, 0), (2, 0), (3, 0)):
+            with archive.open(f"v{version[0]}.npy", "w") as member:
+                np.lib.format.write_array(member, ARRAYS["first"], version=version)
+        archive.writestr("readme.txt", "no array")
+    with open_npz(path, limit=3 * ARRAYS["first"].nbytes) as arrays:
+        assert "v3" in arrays
+        assert "readme.txt" not in arrays
+        assert len(arrays) == 3
+        for name in arrays:
+            np.testing.assert_array_equal(arrays[name], ARRAYS["first"])
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EMFILE, "Too many open files"), MemoryError()], ids=["files", "memory"]
+)
+def test_what_the_machine_lacks_is_no_damage(file, monkeypatch, error):
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(zipfile, "ZipFile", refuse)
+    with pytest.raises(type(error)):
+        read_npz(file)
+    if isinstance(error, OSError):
+        with pytest.raises(StorageError, match="Raise the limit"), bundled_arrays("the baseline", file):
+            pass

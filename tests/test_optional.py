@@ -112,3 +112,11 @@ def test_a_preparation_runs_before_the_first_import(site, monkeypatch):
 
 def block() -> None:
     sys.modules["some_reporter"] = None
+
+
+def test_a_package_that_another_imports_is_named_with_its_own_command(site):
+    site("some-engine", "1.0", module="import its_own_need\n")
+    with pytest.raises(
+        MissingDependency, match=r"imports 'its_own_need', which is not\. Install it: pip install its_own"
+    ):
+        require("some_engine", PACKAGE)

@@ -84,3 +84,12 @@ def test_a_reduced_range_is_finer_than_7_bits_wherever_one_weight_stands_out():
     integers, scales = quantize_weight(weight, 0, reduce_range=True)
     np.testing.assert_allclose(scales, np.array([1.1, 2.0, 1.5]) / 127, rtol=1e-6)
     assert integers.tolist() == [[115, -115, 12], [64, 64, 6], [85, 42, 42]]
+
+
+def test_a_machine_without_cpuinfo_has_a_key_that_differs_by_what_was_seen(tmp_path):
+    absent = tmp_path / "absent"
+    one, other = (processor.machine_key({"device": device}, 2, absent) for device in ("cpu", "gpu"))
+    assert one != other
+    assert one == processor.machine_key({"device": "cpu"}, 2, absent)
+    (tmp_path / "cpuinfo").write_text("flags\t\t: sse avx2\n")
+    assert processor.machine_key({"device": "cpu"}, 2, tmp_path / "cpuinfo") != one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import shutil
 import subprocess
@@ -15,8 +16,8 @@ import pytest
 import deploykit
 from deploykit.bundle import MANIFEST, MANIFEST_DIGEST, read_manifest, write_manifest
 from deploykit.cli.main import main
-from deploykit.errors import SpecError, UntrustedEngine
-from deploykit.signatures import sign_bundle
+from deploykit.errors import BundleError, SpecError, StorageError, UntrustedEngine
+from deploykit.signatures import _library_errors, _signed_digests, check_signature, sign_bundle
 from tests.backends.bundles import write_bundle
 
 pytest.importorskip("model_signing", reason="model-signing is not installed")
@@ -200,3 +201,40 @@ def test_the_librarys_own_command_verifies_it(signed, keys):
     words = ["verify", "key", str(signed), "--signature", str(signed / "model.sig")]
     words += ["--public_key", str(keys / "signer.pub"), "--ignore-paths", str(signed / "model.sig")]
     subprocess.run([sys.executable, "-m", "model_signing", *words], check=True, capture_output=True)
+
+
+def test_a_folder_for_the_signature_is_named(signed, keys):
+    (signed / "model.sig").unlink()
+    (signed / "model.sig").mkdir()
+    with pytest.raises(UntrustedEngine, match=r"the signature .*model\.sig cannot be read"):
+        check_signature(signed, read_manifest(signed), keys / "signer.pub")
+
+
+def test_a_signature_that_cannot_be_written_is_told_and_leaves_nothing(signed, keys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(StorageError, match=r"the signature of .* cannot be written: the disk is full"):
+        sign_bundle(signed, keys / "signer.pem")
+    assert [path.name for path in signed.parent.iterdir()] == [signed.name]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), StorageError, "Raise the limit"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "engine"), UntrustedEngine, "is not as it was signed"),
+        (ValueError(""), UntrustedEngine, r"changed after it was signed \(ValueError\)"),
+    ],
+    ids=["open files", "a missing file", "a wrong signature"],
+)
+def test_what_the_library_raises_has_a_type(signed, keys, error, kind, said):
+    with pytest.raises(kind, match=said), _library_errors(signed, keys / "signer.pub"):
+        raise error
+
+
+@pytest.mark.parametrize("text", [b"{}", b"no JSON", b'{"dsseEnvelope": {"payload": "e30="}}'])
+def test_a_signature_of_another_form_is_named(signed, text):
+    with pytest.raises(BundleError, match=r"the signature of .* is not of a known version"):
+        _signed_digests(text, signed)

@@ -4,6 +4,7 @@ import msgspec
 import pytest
 
 from deploykit.errors import SpecError
+from deploykit.precisions import parse_precision
 from deploykit.spec import BatchRange, InputSpec, Int8, Preprocessing
 
 SPEC = InputSpec(batch=2, height=32, width=48, preprocessing=Preprocessing(crop_mode="squash"))
@@ -55,3 +56,25 @@ def test_a_wrong_setting_of_int8_is_told_with_what_is_expected(field, value, mes
 def test_bias_correction_may_be_switched_on_and_off():
     assert Int8(bias_correction=True) == Int8(bias_correction="fast")
     assert Int8(bias_correction=False) == Int8(bias_correction=None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_metric_drop": -0.1}, r"max_metric_drop is -0\.1; it must be 0 or more"),
+        ({"max_metric_drop": float("nan")}, "max_metric_drop is nan; it must be 0 or more"),
+        ({"percentile": 50.0}, r"percentile is 50\.0; it must be above 50 and at most 100"),
+        ({"percentile": 100.1}, r"percentile is 100\.1; it must be above 50 and at most 100"),
+        ({"equalization": 1.5}, r"equalization is 1\.5; it must be 0 to 1, or None for none"),
+        ({"recipe_budget_s": 0.0}, r"recipe_budget_s is 0\.0; it must be above 0 seconds"),
+    ],
+    ids=str,
+)
+def test_a_number_outside_its_range_is_named(settings, message):
+    with pytest.raises(SpecError, match=message):
+        Int8(**settings)
+
+
+def test_a_precision_of_another_kind_is_refused():
+    with pytest.raises(SpecError, match=r"precision is 8; give one of fp32, fp16, bf16, int8, or its dataclass"):
+        parse_precision(8)

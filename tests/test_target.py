@@ -14,7 +14,7 @@ from deploykit.export import target_options
 from deploykit.export.target_options import check_runtimes, export_options, is_here, own_target, targets_here
 from deploykit.processor import Processor
 from deploykit.spec import BatchRange, Int8
-from deploykit.target import FOLDER, find_target, known_names, read_target, targets
+from deploykit.target import FOLDER, MOST_BYTES, find_target, known_names, read_target, targets
 
 MINIMAL = """
 title = "A board"
@@ -74,6 +74,7 @@ def test_an_alias_that_a_runtime_has_too_means_the_same_gpu():
         ('memory_mb = "much"\n', r"Expected `int \| null`, got `str` - at `\$\.memory_mb`"),
         ('name = "mine"\n', "a target's name is that of its file"),
         ("title = \n", "is not TOML"),
+        ("# " + "x" * MOST_BYTES + "\n", f"has more than {MOST_BYTES} bytes; a target has a few lines"),
     ],
 )
 def test_a_mistake_in_a_file_of_ones_own_is_named(changed, message, tmp_path):
@@ -89,6 +90,7 @@ def test_a_mistake_in_a_file_of_ones_own_is_named(changed, message, tmp_path):
         ("devise = 'gpu'\n", r"unknown key \[\[runtime\]\] 'devise'\. Did you mean 'device'"),
         ("int8 = { calibrater = 'mse' }\n", r"unknown int8 setting 'calibrater' of onnxruntime\. Did you mean 'calib"),
         ("[[runtime]]\nname = 'onnxruntime'\n", "'onnxruntime' stands there twice"),
+        ("version = '1.x'\n", r"version is '1\.x' of onnxruntime; expected numbers with points, such as '1\.23'"),
     ],
 )
 def test_a_mistake_in_a_runtime_is_named(last, message, tmp_path):
@@ -102,6 +104,9 @@ def test_a_mistake_in_a_runtime_is_named(last, message, tmp_path):
     ("old", "new", "message"),
     [
         ("onnxruntime", "onnxruntim", r"unknown runtime 'onnxruntim'\. Did you mean 'onnxruntime'"),
+        ('"x86-vnni"', '"x86-vni"', r"unknown processor 'x86-vni'\. Did you mean 'x86-vnni'"),
+        ('[[runtime]]\nname = "onnxruntime"', "runtime = []", r"it has no \[\[runtime\]\]\. Give at least one"),
+        ('[[runtime]]\nname = "onnxruntime"', "runtime = ['onnxruntime']", "does not describe a target: Expected"),
         ('"onnxruntime"', '"torch"', "names torch, which has no engines"),
         ('"onnxruntime"', '"onnxruntime"\nportable = true', "has no portable form"),
         ('"onnxruntime"', '"openvino"\noptions = { NUM_STREAM = "2" }', "Did you mean 'NUM_STREAMS'"),

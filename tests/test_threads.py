@@ -96,7 +96,7 @@ def test_a_quota_of_version_1(tmp_path):
 
 def test_a_container_sees_its_own_cgroup_as_the_root(tmp_path):
     files = {"v2/cpu.max": "200000 100000\n"}
-    mounts = [mount(tmp_path, 2, root="/docker/abc")]
+    mounts = ["a line of another form", mount(tmp_path, 2, root="/docker/abc")]
     assert quota_of(tmp_path, "0::/docker/abc\n", mounts, files) == 2.0
     assert quota_of(tmp_path, "0::/../elsewhere\n", mounts, files) == 2.0
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from deploykit.torchvision_operators import SIGNATURES, install_command
+from deploykit import torchvision_operators as operators
+from deploykit.errors import DeployKitError
+from deploykit.torchvision_operators import SIGNATURES, declare_missing_operators, install_command
 
 ROOT = Path(__file__).parent.parent
 REPORT = """
@@ -94,3 +96,50 @@ def test_the_command_names_the_release_for_the_installed_torch(monkeypatch):
 
 def test_the_table_names_operators_with_a_signature():
     assert all(signature.startswith("(") and "->" in signature for signature in SIGNATURES.values())
+
+
+def test_the_operators_are_declared_once_in_a_process(timm):
+    """torchvision is imported already: nothing is looked for again."""
+    declared = len(operators._declared)
+    declare_missing_operators()
+    assert len(operators._declared) == declared
+
+
+@pytest.fixture
+def broken(tmp_path, monkeypatch):
+    """Let torchvision be imported anew, from a package with this content; what was imported comes back at the end."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    return lambda content: package(tmp_path, "torchvision", content)
+
+
+def test_a_package_that_torchvision_lacks_is_named_by_its_own_error(broken):
+    broken("import no_such_package")
+    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+        declare_missing_operators()
+
+
+def test_a_torchvision_that_fails_otherwise_is_named_with_the_release_to_install(broken):
+    broken("raise OSError('libcudart.so: not found')")
+    with pytest.raises(
+        DeployKitError, match=r"does not import \(libcudart\.so: not found\)\. Fix: install the release"
+    ):
+        declare_missing_operators()
+
+
+def test_an_absent_torchvision_is_no_matter(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(operators.importlib.util, "find_spec", lambda name: None)
+    declare_missing_operators()
+    assert "torchvision" not in sys.modules
+
+
+def test_without_torch_any_torchvision_will_do(monkeypatch):
+    def absent(name):
+        raise operators.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", absent)
+    assert install_command() == "pip install --no-deps torchvision"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from deploykit.arguments import check_arguments
-from deploykit.errors import DeployKitError, SpecError
+from deploykit.errors import DeployKitError
 
 STEPS = 254
 """The steps between a group's smallest and largest value in 8 bits; rounding may use one code more."""
@@ -119,8 +119,6 @@ def compressed_activations(bits: Literal[8, 16] = 8, min_size: int = 4096) -> It
         SpecError: ``bits`` is neither 8 nor 16.
     """
     check_arguments(compressed_activations, locals())
-    if bits not in (8, 16):
-        raise SpecError(f"bits is {bits!r}; expected 8 or 16.")
     packed: WeakValueDictionary[TensorKey, Saved] = WeakValueDictionary()
 
     def pack(tensor: Tensor) -> Saved:

@@ -1,4 +1,4 @@
-"""ResNet with pre-activation, with timm's parameter names; its stem and stages also serve hybrid ViTs.
+"""ResNet with pre-activation, with timm's parameter names.
 
 He et al. 2016, "Identity Mappings in Deep Residual Networks", with the stride in the 3x3 convolution.
 """
@@ -6,47 +6,21 @@ He et al. 2016, "Identity Mappings in Deep Residual Networks", with the stride i
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, TypeAlias
+from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deploykit.backbones.base import BackboneOptions, BaseBackbone, PretrainedSource
 from deploykit.backbones.features import DilationPlan, ReceptiveField
-from deploykit.backbones.inverted_residual import BatchNormAct2d, ConvStyle, conv2d, make_divisible, relu, same_padding
-from deploykit.backbones.resnet import ShortcutPool
+from deploykit.backbones.inverted_residual import BatchNormAct2d, ConvStyle, conv2d, make_divisible, relu
 from deploykit.spec import FeatureLevel, Preprocessing
 
-StemType: TypeAlias = Literal["plain", "same", "deep", "deep_same"]
 
-
-class ConvFactory(Protocol):
-    """Makes a convolution that keeps ``ceil(size / stride)`` pixels a side."""
-
-    def __call__(
-        self, in_channels: int, out_channels: int, kernel: int, *, stride: int = 1, dilation: int = 1
-    ) -> nn.Module:
-        """Return a convolution without bias."""
-
-
-NormFactory: TypeAlias = Callable[[int, bool], nn.Module]
-"""``(channels, activate)`` to a norm layer that ends with its activation where asked."""
-
-
-def batch_norm_relu(channels: int, activate: bool) -> nn.Module:
-    """BatchNorm, and ReLU where asked."""
-    return BatchNormAct2d(channels, ConvStyle(activation=relu), activate=activate)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerTypes:
-    """What blocks are made of; ``preactivated`` chooses norm-before-convolution."""
-
-    conv: ConvFactory = conv2d
-    norm: NormFactory = batch_norm_relu
-    preactivated: bool = True
+def batch_norm_relu(channels: int) -> BatchNormAct2d:
+    """Return a BatchNorm that ends with a ReLU."""
+    return BatchNormAct2d(channels, ConvStyle(activation=relu))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +29,6 @@ class ResNetV2Variant:
 
     depths: tuple[int, ...] = (3, 4, 6, 3)
     channels: tuple[int, ...] = (256, 512, 1024, 2048)
-    stem_type: StemType = "plain"
-    avg_down: bool = False
-    layers: LayerTypes = LayerTypes()
     pretrained: PretrainedSource | None = None
 
 
@@ -71,42 +42,12 @@ VARIANTS: dict[str, ResNetV2Variant] = {
 }
 
 
-class MaxPool2dSame(nn.Module):
-    """3x3 stride-2 max pooling with TensorFlow's SAME padding."""
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Map ``(N, C, H, W)`` to ``(N, C, ceil(H / 2), ceil(W / 2))``."""
-        height, width = features.shape[2:]
-        top, bottom = same_padding(height, 3, 2, 1)
-        left, right = same_padding(width, 3, 2, 1)
-        return F.max_pool2d(F.pad(features, (left, right, top, bottom), value=float("-inf")), 3, 2)
-
-
-def make_stem(in_channels: int, out_channels: int, stem_type: StemType, layers: LayerTypes) -> nn.Sequential:
+def make_stem(in_channels: int, out_channels: int) -> nn.Sequential:
     """Return the stem as timm names its parts: ``(N, C, H, W)`` to ``(N, out_channels, H/4, W/4)``."""
     parts: OrderedDict[str, nn.Module] = OrderedDict()
-    if stem_type.startswith("deep"):
-        half = out_channels // 2
-        parts["conv1"] = layers.conv(in_channels, half, 3, stride=2)
-        parts["norm1"] = layers.norm(half, True)
-        parts["conv2"] = layers.conv(half, half, 3)
-        parts["norm2"] = layers.norm(half, True)
-        parts["conv3"] = layers.conv(half, out_channels, 3)
-        if not layers.preactivated:
-            parts["norm3"] = layers.norm(out_channels, True)
-    else:
-        parts["conv"] = layers.conv(in_channels, out_channels, 7, stride=2)
-        if not layers.preactivated:
-            parts["norm"] = layers.norm(out_channels, True)
-    parts["pool"] = MaxPool2dSame() if stem_type.endswith("same") else nn.MaxPool2d(3, stride=2, padding=1)
+    parts["conv"] = conv2d(in_channels, out_channels, 7, stride=2)
+    parts["pool"] = nn.MaxPool2d(3, stride=2, padding=1)
     return nn.Sequential(parts)
-
-
-def stem_field(stem_type: StemType) -> ReceptiveField:
-    """Return the receptive field before the stem's pooling."""
-    if stem_type.startswith("deep"):
-        return ReceptiveField().conv(3, 2).conv(3).conv(3)
-    return ReceptiveField().conv(7, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,40 +59,35 @@ class _BlockPlan:
     stride: int = 1
     dilation: int = 1
     first_dilation: int = 1
-    avg_down: bool = False
     projects: bool = False
 
 
 class Downsample(nn.Module):
-    """The shortcut's projection, 1x1, after 2x2 average pooling where ``avg_down``."""
+    """The shortcut's projection, 1x1."""
 
-    def __init__(self, block: _BlockPlan, layers: LayerTypes) -> None:
+    def __init__(self, block: _BlockPlan) -> None:
         super().__init__()
-        stride = 1 if block.avg_down else block.stride
-        pools = block.avg_down and (block.stride > 1 or block.dilation > 1)
-        self.pool = ShortcutPool(block.stride) if pools else nn.Identity()
-        self.conv = layers.conv(block.in_channels, block.out_channels, 1, stride=stride)
-        self.norm = nn.Identity() if layers.preactivated else layers.norm(block.out_channels, False)
+        self.conv = conv2d(block.in_channels, block.out_channels, 1, stride=block.stride)
 
     def forward(self, features: Tensor) -> Tensor:
         """Map ``(N, C, H, W)`` to ``(N, D, H/stride, W/stride)``."""
-        output: Tensor = self.norm(self.conv(self.pool(features)))
+        output: Tensor = self.conv(features)
         return output
 
 
 class PreActBottleneck(nn.Module):
     """Norm before each of the 1x1, 3x3, 1x1 convolutions; the sum has no activation."""
 
-    def __init__(self, block: _BlockPlan, layers: LayerTypes) -> None:
+    def __init__(self, block: _BlockPlan) -> None:
         super().__init__()
         width = make_divisible(block.out_channels / 4)
-        self.downsample = Downsample(block, layers) if block.projects else None
-        self.norm1 = layers.norm(block.in_channels, True)
-        self.conv1 = layers.conv(block.in_channels, width, 1)
-        self.norm2 = layers.norm(width, True)
-        self.conv2 = layers.conv(width, width, 3, stride=block.stride, dilation=block.first_dilation)
-        self.norm3 = layers.norm(width, True)
-        self.conv3 = layers.conv(width, block.out_channels, 1)
+        self.downsample = Downsample(block) if block.projects else None
+        self.norm1 = batch_norm_relu(block.in_channels)
+        self.conv1 = conv2d(block.in_channels, width, 1)
+        self.norm2 = batch_norm_relu(width)
+        self.conv2 = conv2d(width, width, 3, stride=block.stride, dilation=block.first_dilation)
+        self.norm3 = batch_norm_relu(width)
+        self.conv3 = conv2d(width, block.out_channels, 1)
 
     def forward(self, features: Tensor) -> Tensor:
         """Map ``(N, C, H, W)`` to ``(N, D, H/stride, W/stride)``."""
@@ -163,47 +99,17 @@ class PreActBottleneck(nn.Module):
         return result
 
 
-class Bottleneck(nn.Module):
-    """The block without pre-activation, in this family's names: what hybrid ViTs use."""
-
-    def __init__(self, block: _BlockPlan, layers: LayerTypes) -> None:
-        super().__init__()
-        width = make_divisible(block.out_channels / 4)
-        self.downsample = Downsample(block, layers) if block.projects else None
-        self.conv1 = layers.conv(block.in_channels, width, 1)
-        self.norm1 = layers.norm(width, True)
-        self.conv2 = layers.conv(width, width, 3, stride=block.stride, dilation=block.first_dilation)
-        self.norm2 = layers.norm(width, True)
-        self.conv3 = layers.conv(width, block.out_channels, 1)
-        self.norm3 = layers.norm(block.out_channels, False)
-        self.act3 = nn.ReLU(inplace=True)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Map ``(N, C, H, W)`` to ``(N, D, H/stride, W/stride)``."""
-        shortcut = features if self.downsample is None else self.downsample(features)
-        output = self.norm2(self.conv2(self.norm1(self.conv1(features))))
-        output = self.norm3(self.conv3(output))
-        result: Tensor = self.act3(output + shortcut)
-        return result
-
-
 class Stage(nn.Module):
-    """Blocks of one width; the first one has the stride and the projection."""
+    """Blocks of one width, run one by one; the first one has the stride and the projection."""
 
-    def __init__(self, first: _BlockPlan, depth: int, layers: LayerTypes) -> None:
+    def __init__(self, first: _BlockPlan, depth: int) -> None:
         super().__init__()
-        block_type = PreActBottleneck if layers.preactivated else Bottleneck
         width = first.out_channels
         later = _BlockPlan(
             in_channels=width, out_channels=width, dilation=first.dilation, first_dilation=first.dilation
         )
-        self.blocks = nn.Sequential(*(block_type(first if not index else later, layers) for index in range(depth)))
+        self.blocks = nn.Sequential(*(PreActBottleneck(first if not index else later) for index in range(depth)))
         self.plan, self.depth = first, depth
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Map ``(N, C, H, W)`` to ``(N, D, H/stride, W/stride)``."""
-        output: Tensor = self.blocks(features)
-        return output
 
     def receptive_field(self, field: ReceptiveField) -> ReceptiveField:
         """Return the field after this stage."""
@@ -214,13 +120,7 @@ class Stage(nn.Module):
 
 
 def make_stages(
-    in_channels: int,
-    channels: Sequence[int],
-    depths: Sequence[int],
-    *,
-    layers: LayerTypes,
-    avg_down: bool = False,
-    output_stride: int = 32,
+    in_channels: int, channels: Sequence[int], depths: Sequence[int], *, output_stride: int = 32
 ) -> tuple[nn.Sequential, tuple[int, ...]]:
     """Return the stages after a stride-4 stem, and their strides in input pixels."""
     plan = DilationPlan(output_stride=output_stride, stride=4)
@@ -234,10 +134,9 @@ def make_stages(
             stride=stride,
             dilation=dilation,
             first_dilation=first_dilation,
-            avg_down=avg_down,
             projects=True,
         )
-        stages.append(Stage(first, depth, layers))
+        stages.append(Stage(first, depth))
         strides.append(plan.stride)
         in_channels = width
     return stages, tuple(strides)
@@ -269,16 +168,9 @@ class ResNetV2(BaseBackbone):
     def __init__(self, name: str, options: BackboneOptions) -> None:
         super().__init__(name, options)
         variant = self.variants[name]
-        self.stem = make_stem(options.in_channels, 64, variant.stem_type, variant.layers)
-        self.stages, strides = make_stages(
-            64,
-            variant.channels,
-            variant.depths,
-            layers=variant.layers,
-            avg_down=variant.avg_down,
-            output_stride=options.output_stride,
-        )
-        self.norm = variant.layers.norm(variant.channels[-1], True) if variant.layers.preactivated else nn.Identity()
+        self.stem = make_stem(options.in_channels, 64)
+        self.stages, strides = make_stages(64, variant.channels, variant.depths, output_stride=options.output_stride)
+        self.norm = batch_norm_relu(variant.channels[-1])
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -286,7 +178,7 @@ class ResNetV2(BaseBackbone):
         self.finish(self._levels(variant, strides), pretrained=variant.pretrained)
 
     def _levels(self, variant: ResNetV2Variant, strides: tuple[int, ...]) -> list[FeatureLevel]:
-        field = stem_field(variant.stem_type)
+        field = ReceptiveField().conv(7, 2)
         levels = [FeatureLevel(name="stem", index=0, channels=64, stride=2, receptive_field=field.pixels)]
         field = field.conv(3, 2)
         for index, stage in enumerate(self._stages(), 1):
@@ -307,10 +199,8 @@ class ResNetV2(BaseBackbone):
 
     def forward_levels(self, images: Tensor, depth: int) -> tuple[list[Tensor], Tensor]:
         """See the base: the stem before its pooling, then the stages before the last norm."""
-        *before, pool = self.stem
-        features = images
-        for part in before:
-            features = part(features)
+        conv, pool = self.stem
+        features = conv(images)
         maps = [features]
         for index, stage in enumerate(self._stages()[: depth - 1]):
             if index == 0:

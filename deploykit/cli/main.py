@@ -166,7 +166,8 @@ def _explained(error: Exception) -> tuple[int, str]:
     if isinstance(error, ModuleNotFoundError) and package is not None:
         return _explained(package.missing())
     if is_environment(error) or isinstance(error, MemoryError):
-        return FAILED, f"{error or 'there is not enough memory'}. This machine could not do it; nothing else is wrong."
+        reason = str(error) or "there is not enough memory"
+        return FAILED, f"{reason}. This machine could not do it; nothing else is wrong."
     return FAILED, (
         f"{type(error).__name__}: {error}. This is a fault in deploykit, not in what you asked for: "
         "run the same command with --debug and report what it prints."

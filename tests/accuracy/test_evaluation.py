@@ -6,8 +6,10 @@ import functools
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import deploykit
+from deploykit.accuracy.answers import subject_of
 from deploykit.accuracy.evaluation import evaluate_models
 from deploykit.accuracy.intervals import mcnemar, wilson
 from deploykit.errors import SpecError
@@ -111,8 +113,6 @@ def test_it_is_a_metric_of_the_search(bundles, truth):
 
 
 def test_labels_are_found_by_the_bundles_class_names(bundles, logits, truth, tmp_path):
-    from PIL import Image
-
     for index, (image, label) in enumerate(zip(pixels(), truth, strict=True)):
         folder = tmp_path / "set" / NAMES[label]
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,8 +121,6 @@ def test_labels_are_found_by_the_bundles_class_names(bundles, logits, truth, tmp
 
 
 def test_a_broken_image_is_left_out_on_request(bundles, tmp_path):
-    from PIL import Image
-
     for index, name in enumerate(NAMES):
         (tmp_path / name).mkdir()
         Image.fromarray(pixels()[index]).save(tmp_path / name / "a.png")
@@ -158,3 +156,34 @@ def test_models_of_other_class_names_are_not_compared(bundles, truth, tmp_path):
     other = export(tmp_path / "other", labels=list(reversed(NAMES)))
     with pytest.raises(SpecError, match=r"the class names of .* and of other, or their order, differ"):
         evaluate_models([bundles["fp32"], other], (pixels(), truth))
+
+
+def test_what_is_no_model_and_images_of_which_none_is_read_are_refused(bundles, tmp_path):
+    with pytest.raises(SpecError, match=r"the model is a dict; expected a bundle's folder, an engine, or what create"):
+        subject_of({})
+    (tmp_path / "ant").mkdir()
+    (tmp_path / "ant" / "a.png").write_bytes(b"nothing")
+    with (
+        pytest.warns(UserWarning, match=r"left out: .*a\.png"),
+        pytest.raises(deploykit.ImageError, match=r"none of the 1 images of .* could be read"),
+    ):
+        deploykit.evaluate(bundles["fp32"], tmp_path, skip_corrupt=True)
+
+
+def test_a_model_that_gives_no_numbers_is_named():
+    module, shape = small_classifier()
+    module[-1].bias.data[:] = float("nan")
+    model = deploykit.create_backbone(module, **shape)
+    with pytest.raises(deploykit.DeployKitError, match=r"gave NaN or infinity\. Fix: run deploykit verify"):
+        deploykit.evaluate(model, (pixels(), np.zeros(IMAGES, int)))
+
+
+def test_classes_without_names_are_called_by_their_folders_or_their_number(tmp_path):
+    module, shape = small_classifier()
+    model = deploykit.create_backbone(module, **shape)
+    found = deploykit.evaluate(model, (pixels(), np.arange(IMAGES) % CLASSES))
+    assert {score.label for score in found.classes} == {f"class {index}" for index in range(CLASSES)}
+    for name, picture in zip(NAMES, pixels(), strict=False):
+        (tmp_path / name).mkdir()
+        Image.fromarray(picture).save(tmp_path / name / "a.png")
+    assert {score.label for score in deploykit.evaluate(model, tmp_path).classes} == set(NAMES)

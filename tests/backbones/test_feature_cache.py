@@ -1,14 +1,17 @@
 """The feature cache: what it saves, what it forgets, what it survives."""
 
+import errno
 import logging
+import os
 import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from deploykit.backbones.base import BackboneOptions
-from deploykit.backbones.feature_cache import FeatureCache
+from deploykit.backbones.feature_cache import STALE_SECONDS, FeatureCache
 from deploykit.backbones.registry import build
 from deploykit.errors import SpecError
 
@@ -159,3 +162,62 @@ def test_training_mode_is_refused(backbone):
 def test_bad_images_are_refused_as_by_the_backbone(backbone):
     with pytest.raises(SpecError, match="float32"):
         FeatureCache(backbone)(photos(1).astype(np.float64))
+
+
+def test_a_cleared_cache_forgets_memory_and_keeps_its_files(backbone, batches, tmp_path):
+    cache = FeatureCache(backbone, folder=tmp_path)
+    first = cache(photos(2))
+    cache.clear()
+    assert cache.memory_bytes == 0
+    np.testing.assert_array_equal(cache(photos(2))["stage4"], first["stage4"])
+    assert batches == [2], "read from the files"
+    cache = FeatureCache(backbone)
+    cache(photos(1))
+    cache.clear()
+    cache(photos(1))
+    assert batches == [2, 1, 1]
+
+
+@pytest.mark.parametrize("sizes", [{"max_bytes": -1}, {"max_folder_bytes": -1}])
+def test_a_negative_size_is_refused(backbone, sizes):
+    with pytest.raises(SpecError, match=r"max_bytes=.*, max_folder_bytes=.*; expected 0 or more"):
+        FeatureCache(backbone, **sizes)
+
+
+def test_a_folder_below_a_file_is_refused(backbone, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(SpecError, match=r"the feature cache's folder .*file/cache cannot be made: .*Choose another"):
+        FeatureCache(backbone, folder=tmp_path / "file" / "cache")
+
+
+def test_what_a_killed_process_left_is_removed_once_it_is_old(backbone, tmp_path):
+    for name, age in (("old.tmp", STALE_SECONDS + 60), ("young.tmp", 0)):
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    FeatureCache(backbone, folder=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["young.tmp"]
+
+
+def test_a_disk_that_fills_leaves_memory_and_no_half_written_file(backbone, batches, tmp_path, monkeypatch, caplog):
+    """And says so once."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    cache = FeatureCache(backbone, folder=tmp_path)
+    with caplog.at_level(logging.WARNING):
+        cache(photos(2))
+        cache(photos(3))
+    assert batches == [2, 1]
+    assert caplog.text.count("No space left on device") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("images", [np.zeros((3, 64, 64), np.float32), photos(0)], ids=["one image", "no image"])
+def test_what_is_no_batch_is_refused_as_by_the_backbone(backbone, images):
+    with pytest.raises(SpecError) as own:
+        backbone(images)
+    with pytest.raises(SpecError) as cached:
+        FeatureCache(backbone)(images)
+    assert str(cached.value) == str(own.value)

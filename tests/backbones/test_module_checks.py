@@ -74,3 +74,15 @@ def test_torchscript_cannot_be_exported(make):
     whole = nn.Sequential(nn.Identity(), make(nn.Conv2d(3, 4, 1)))
     with pytest.raises(SpecError, match=r"submodule '1' is a TorchScript module \(Conv2d\)"):
         check_traceable(whole, "net")
+
+
+def test_what_is_no_module_is_named():
+    with pytest.raises(SpecError, match=r"net is a dict; expected a torch\.nn\.Module"):
+        check_module({}, "net")
+
+
+def test_a_forward_without_a_signature_is_taken():
+    class Native(nn.Conv2d):
+        forward = dict.fromkeys  # as written in C: it says nothing of what it takes
+
+    check_module(Native(3, 4, 1), "net")

@@ -122,6 +122,36 @@ def test_backbone_with_neck_trains_and_freezes(resnet):
     resnet.eval()
 
 
+def test_a_backbone_with_a_neck_has_no_head_and_checkpoints_as_its_backbone(resnet):
+    model = WithNeck(resnet, FeaturePyramid(resnet.feature_info, channels=8))
+    with pytest.raises(SpecError, match=r"gives features only\. Call its \.backbone for logits"):
+        model.forward_head(torch.zeros(1, 8, 4, 4))
+    assert model.stage_modules() == resnet.stage_modules()
+    model.set_grad_checkpointing()
+    assert (model.grad_checkpointing, resnet.grad_checkpointing) == (True, True)
+    model.set_grad_checkpointing(False)
+    assert (model.grad_checkpointing, resnet.grad_checkpointing) == (False, False)
+
+
+def test_an_unknown_kind_of_extra_levels_is_refused_with_the_known_ones(resnet):
+    with pytest.raises(SpecError, match=r"extra is 'pol'\. Did you mean 'pool'"):
+        FeaturePyramid(resnet.feature_info, extra_levels=1, extra="pol")
+
+
+def test_a_coarser_map_that_is_too_small_when_doubled_is_stretched():
+    """As of a backbone that rounds its sizes down: 7 pixels behind 3."""
+    levels = [
+        FeatureLevel(name=f"l{index}", index=index, channels=4, stride=stride, receptive_field=0)
+        for index, stride in enumerate((8, 16))
+    ]
+    neck = FeaturePyramid(levels, channels=4)
+    fine, coarse = torch.randn(1, 4, 7, 7), torch.randn(1, 4, 3, 3)
+    top = neck.lateral[1](coarse)
+    places = torch.arange(7) * 3 // 7
+    merged = neck.lateral[0](fine) + top[:, :, places][:, :, :, places]
+    torch.testing.assert_close(neck({"l0": fine, "l1": coarse})["p1"], neck.output[0](merged))
+
+
 @pytest.mark.parametrize(
     ("neck", "size"),
     [

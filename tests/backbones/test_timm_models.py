@@ -189,3 +189,67 @@ def test_timm_gives_features_of_a_file_without_its_classifier(saved):
 def test_timms_own_weights_for_other_classes_are_refused_before_they_are_fetched():
     with pytest.raises(WeightsError, match=r"have 1000 classes, and num_classes=10 was asked for"):
         create_backbone("timm/resnet18", pretrained=True, num_classes=10)
+
+
+def test_timm_checkpoints_the_models_that_can(timm):
+    backbone = create_backbone(SMALL)
+    images = torch.randn(2, 3, 64, 64)
+    backbone.train()
+    gradients = []
+    for enable in (False, True):
+        backbone.set_grad_checkpointing(enable)
+        assert backbone.grad_checkpointing is enable
+        backbone.zero_grad()
+        backbone(images).square().mean().backward()
+        gradients.append([parameter.grad.clone() for parameter in backbone.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+@pytest.mark.usefixtures("timm")
+def test_timm_says_when_a_model_has_no_checkpointing():
+    backbone = create_backbone("timm/crossvit_9_240")
+    with pytest.raises(SpecError, match=r"crossvit_9_240 has no gradient checkpointing in timm \(.*not supported\)"):
+        backbone.set_grad_checkpointing()
+
+
+@pytest.mark.usefixtures("timm")
+def test_timm_freezes_tokens_and_positions_with_the_first_level():
+    backbone = create_backbone(SMALL_VIT)
+    first = backbone.feature_info.names()[0] if backbone.spec.features_only else backbone.all_levels[0].name
+    backbone.freeze(first)
+    assert not backbone.model.pos_embed.requires_grad
+    assert not backbone.model.cls_token.requires_grad
+    assert backbone.model.head.weight.requires_grad
+    backbone.freeze(None)
+    assert all(parameter.requires_grad for parameter in backbone.parameters())
+
+
+def test_timm_takes_another_patch(timm):
+    backbone = create_backbone(SMALL_VIT, patch_size=8, image_size=64, features_only=True)
+    reference = timm.create_model(SMALL_VIT.removeprefix("timm/"), patch_size=8, img_size=64, num_classes=0).eval()
+    reference.load_state_dict(backbone.model.state_dict())
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = reference.forward_intermediates(images, indices=1, intermediates_only=True)
+        (level,) = list(backbone(images).values())[-1:]
+    assert level.shape[2:] == (8, 8)
+    torch.testing.assert_close(level, expected[-1])
+
+
+def test_timm_gives_the_state_behind_all_levels_where_none_is_asked_for(timm):
+    backbone = create_backbone(SMALL)
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        levels, trunk = backbone.forward_levels(images, 0)
+        assert levels == []
+        torch.testing.assert_close(backbone.forward_head(trunk), backbone(images))
+
+
+@pytest.mark.usefixtures("timm")
+def test_timms_weights_that_cannot_be_fetched_are_told_from_a_model_that_cannot_be_built(monkeypatch):
+    constants = pytest.importorskip("huggingface_hub.constants", reason="huggingface_hub is not installed")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(WeightsError, match=r"timm cannot get the weights of test_resnet: .*Pass a checkpoint file"):
+        create_backbone(SMALL, pretrained=True)
+    with pytest.raises(SpecError, match=r"timm cannot build test_vit\S* with .*Leave out the option it names"):
+        create_backbone(SMALL_VIT, pretrained=True, output_stride=8)

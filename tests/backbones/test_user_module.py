@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from deploykit import create_backbone
+from deploykit.backbones.necks import FeaturePyramid
 from deploykit.backbones.user_module import wrap_module
 from deploykit.errors import SpecError
 
@@ -75,3 +77,42 @@ def test_module_is_probed_in_eval_mode_and_left_as_it_was_when_refused():
         wrap_module(module, 8)
     assert [part.training for part in module] == [True, False, True]
     assert int(module[1].num_batches_tracked) == 0
+
+
+def test_a_pyramid_has_no_head_and_freezes_in_one_piece():
+    backbone = wrap_module(Tiny(list), 32, in_channels=1)
+    with pytest.raises(SpecError, match=r"tiny gives feature maps and has no head\. Wrap a module that ends in"):
+        backbone.forward_head(torch.zeros(1, 4))
+    assert list(backbone.stage_modules().values()) == [(), (), (backbone.module,)]
+    backbone.freeze("stage1")
+    assert all(parameter.requires_grad for parameter in backbone.parameters()), "the module goes with its last level"
+    backbone.freeze("stage2")
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+    assert wrap_module(backbone, 64) is backbone
+
+
+def test_a_module_that_takes_one_image_at_a_time_is_taken():
+    def one(maps):
+        assert len(maps[0]) == 1, "one image at a time"
+        return maps[-1].mean((2, 3))
+
+    backbone = wrap_module(Tiny(one), 32, in_channels=1)
+    assert backbone(torch.zeros(1, 1, 32, 32)).shape == (1, 4)
+
+
+def test_a_module_that_fails_while_its_pyramid_is_made_is_named():
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.neck = nn.Conv2d(1, 4, 3), FeaturePyramid(fpn_channels=4)
+
+        def forward(self, images):
+            return self.neck({"only": self.conv(images)}["absent"])
+
+    with pytest.raises(SpecError, match=r"Detector fails on images \(1, 3, 32, 32\) \(RuntimeError\)\. Check image"):
+        create_backbone(Detector(), image_size=32)
+
+
+def test_options_of_named_backbones_are_refused_beside_a_module():
+    with pytest.raises(SpecError, match=r"comes with its weights and its head; .* and got num_classes too"):
+        create_backbone(Tiny(list), in_channels=1, num_classes=10)

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from deploykit.calibration.channel_groups import channel_groups
+from deploykit.calibration.equalization import scale_group
 from deploykit.fusion.program import export_program
 from deploykit.spec import InputSpec
 
@@ -101,3 +102,48 @@ def test_a_mean_over_channels_blocks_the_group():
 
 def test_a_sum_with_a_map_of_no_group_blocks_it():
     assert groups_of(lambda m, x: m.b(m.a(x) + m.c(x).sigmoid()), a=conv(3), c=conv(3), b=conv()) == []
+
+
+def test_constants_that_are_added_are_scaled_with_their_group():
+    """As a shift of each channel, of the map or of the tokens."""
+    torch.manual_seed(0)
+
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.shift = conv(3), conv(), nn.Parameter(torch.randn(8, 1, 1))
+
+        def forward(self, images):
+            return (self.b((self.a(images) + self.shift).relu()),)
+
+    module = export_program(Shifted().eval().requires_grad_(False), InputSpec(height=16, width=16)).module()
+    images = torch.randn(1, 3, 16, 16)
+    (expected,) = module(images)
+    shift = module.get_parameter("shift").clone()
+    (group,) = channel_groups(module)
+    assert (len(group.writers), len(group.shifts), len(group.readers)) == (1, 1, 1)
+    scale_group(module, group, torch.linspace(0.5, 4, 8, dtype=torch.double))
+    torch.testing.assert_close(module(images)[0], expected, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(module.get_parameter("shift"), shift)
+
+
+def test_maps_that_are_joined_side_by_side_are_one_group_and_channel_by_channel_none():
+    layers = {"a": conv(3), "c": conv(3), "b": conv(), "wide": conv(16)}
+    assert groups_of(lambda m, x: m.b(torch.cat((m.a(x), m.c(x)), 2)), **layers) == [(2, 1, 0)]
+    assert groups_of(lambda m, x: m.wide(torch.cat((m.a(x), m.c(x)), 1)), **layers) == []
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.columns(m.a(x)),
+        lambda m, x: m.b(m.a(x) + m.one(x)),
+        lambda m, x: m.linear(m.a(x).flatten(2).transpose(1, 2) + m.a(x).mean((2, 3))),
+        lambda m, x: m.b(m.planes(m.c(x))),
+    ],
+    ids=["read along another axis", "one channel for all", "a vector for all tokens", "a norm of whole maps"],
+)
+def test_what_goes_across_channels_blocks_the_group(forward):
+    layers = {"a": conv(3), "b": conv(), "c": conv(3), "one": conv(3, 1), "linear": nn.Linear(8, 4)}
+    layers |= {"columns": nn.Linear(16, 4), "planes": nn.LayerNorm([8, 16, 16])}
+    assert groups_of(forward, **layers) == []

@@ -305,3 +305,8 @@ def test_a_float_engine_is_not_calibrated_on_pixels():
         calibration_set(pixels(), SPEC)
     with pytest.raises(CalibrationError, match="a batch of the iterable"):
         calibration_set(iter([pixels()]), SPEC)
+
+
+def test_a_path_that_no_file_can_have_is_named():
+    with pytest.raises(CalibrationError, match=r"xxx.*: cannot be opened .*Fix: check the path"):
+        calibration_set("x" * 300, SPEC)

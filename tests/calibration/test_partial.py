@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import onnx_ir as ir
 import pytest
 
+from deploykit.calibration.cluster_statistics import CountWorker, EndsWorker, count_on_cluster
+from deploykit.calibration.images import CalibrationSet, calibration_set
 from deploykit.calibration.instrumented import Instrumented
 from deploykit.calibration.partial import CountedImages, count_batch, measure_ends, merge, start_places
 from deploykit.calibration.plan import calibrate
 from deploykit.calibration.statistics import Statistics
-from deploykit.errors import CalibrationError
-from deploykit.spec import Int8, Preprocessing
+from deploykit.errors import CalibrationError, SpecError
+from deploykit.spec import InputSpec, Int8, Preprocessing
+from tests.calibration.networks import SIDE
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +71,36 @@ def test_a_part_that_is_missing_or_twice_is_refused(residual, batches, settings)
 def test_nan_is_refused_where_it_is_measured():
     with pytest.raises(CalibrationError, match="NaN or infinite"):
         measure_ends({"x": np.array([np.nan], np.float32)})
+
+
+def test_the_workers_of_a_cluster_count_what_one_pass_counts(residual, settings, tmp_path):
+    """Each is made of what goes to its process as plain data, and gives plain bytes."""
+    spec = InputSpec(height=SIDE, width=SIDE)
+    model, images = residual.graph.model, CalibrationSet(spec=spec, arrays=residual.images)
+    proto = ir.to_proto(model).SerializeToString()
+    given = {"here": Path.cwd(), "model": proto, "images": images, "settings": settings, "size": 1}
+    numbers = range(len(residual.images))
+    ends = EndsWorker(**given)
+    places = list(start_places(np.frombuffer(ends(number), np.float64).reshape(-1, 3) for number in numbers))
+    count = CountWorker(places=places, **given)
+    parts = [CountedImages.from_bytes(count(number)) for number in numbers]
+    merged, whole = merge(parts, Statistics(Preprocessing())), Statistics(Preprocessing())
+    calibrate(model, images.batches(1), settings, key="k", started=whole)
+    for name, each in (("whole", whole), ("merged", merged)):
+        each.save(tmp_path / f"{name}.npz")
+    assert (tmp_path / "whole.npz").read_bytes() == (tmp_path / "merged.npz").read_bytes()
+
+
+def test_a_batch_is_that_of_its_number_of_arrays_and_of_files(photographs):
+    spec = InputSpec(height=32, width=32)
+    files = calibration_set(photographs, spec)
+    arrays = calibration_set(files.sample(len(files)), spec)
+    for each in (files, arrays):
+        for number, batch in enumerate(each.batches(4)):
+            np.testing.assert_array_equal(each.batch_at(number, 4), batch)
+
+
+def test_unreadable_images_cannot_be_left_out_on_a_cluster(residual):
+    images = CalibrationSet(spec=InputSpec(height=SIDE, width=SIDE), arrays=residual.images, skip_corrupt=True)
+    with pytest.raises(SpecError, match=r"each process has to know which images are in its batches\. Fix: take the"):
+        count_on_cluster(residual.graph.model, images, Int8().filled(), lambda _: None)

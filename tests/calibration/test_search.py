@@ -202,3 +202,13 @@ def test_the_table_marks_what_was_taken_and_the_frontier():
     assert list(table.columns[0].cells) == [" *", ">*", "  ", " *"]
     assert list(table.columns[5].cells) == ["2.00", "1.50", "1.40", "1.20"]
     assert "20 dB, top-1 agreement 90.0%" in table.caption
+
+
+def test_the_table_names_a_metrics_budget_and_the_plot_is_written(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    report = replace(REPORT, budget=SearchBudget(min_sqnr_db=20, min_metric=0.75))
+    assert "20 dB, metric 0.75" in report.render().caption
+    report.plot(tmp_path / "search.svg")
+    drawn = (tmp_path / "search.svg").read_text()
+    assert "times as fast as FP32" in drawn
+    assert "SQNR of the worst level, dB" in drawn

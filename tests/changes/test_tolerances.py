@@ -6,11 +6,14 @@ import dataclasses
 
 import pytest
 
+from deploykit.bundle_files import PLAN_FILE
 from deploykit.changes.differences import contract_differences, making_differences
-from deploykit.changes.plans import plan_differences
-from deploykit.changes.tolerances import Tolerances, expected_between
-from deploykit.errors import SpecError
-from deploykit.manifest import Manifest
+from deploykit.changes.plans import plan_differences, read_plan
+from deploykit.changes.rows import Between, Gates, LevelChange, _judged
+from deploykit.changes.tolerances import DROP_DB, Tolerances, expected_between
+from deploykit.errors import BundleError, SpecError
+from deploykit.manifest import FileRecord, Manifest
+from deploykit.parity.interval import wilson
 from deploykit.spec import BackboneSpec, FeatureLevel, InputSpec, TensorSpec
 
 LEVEL = FeatureLevel(name="stage1", index=1, channels=8, stride=4, receptive_field=9)
@@ -136,3 +139,46 @@ def test_what_a_plan_does_differently_is_named():
 def test_a_plan_beside_none_is_a_difference():
     assert _named(plan_differences(None, _plan())) == ["quantization plan"]
     assert not list(plan_differences(_plan(), _plan()))
+
+
+def test_a_drop_that_was_given_stands_and_without_it_precisions_must_be_equal(manifest):
+    lower = dataclasses.replace(manifest, precision="int8")
+    assert Tolerances(max_drop_db=0.0).allowed_drop(manifest, lower) == 0
+    assert Tolerances().allowed_drop(manifest, lower) is None
+    assert Tolerances().allowed_drop(manifest, manifest) == DROP_DB
+
+
+GATES = Gates(drop_db=2.0, budget_db=20.0, between_db=None, agreement=None)
+
+
+@pytest.mark.parametrize(
+    ("old_db", "new_db", "failures", "notes"),
+    [
+        (40.0, 39.5, (), ()),
+        (40.0, 38.5, (), ("1.5 dB farther from torch, near the 2 dB that are allowed",)),
+        (40.0, 37.5, ("2.5 dB farther from torch; allowed 2",), ()),
+        (20.5, 20.3, (), ("20.3 dB from torch, near its budget of 20 dB",)),
+        (20.5, 19.9, ("19.9 dB from torch; its own budget is 20 dB",), ()),
+    ],
+)
+def test_what_is_outside_fails_and_what_is_near_is_noted(old_db, new_db, failures, notes):
+    found = _judged(LevelChange(name="stage4", old_db=old_db, new_db=new_db, measured="here"), None, GATES)
+    assert (found.failures, found.notes) == (failures, notes)
+
+
+def test_too_few_images_of_the_same_class_fail():
+    between = Between(sqnr_db=30.0, agreement=wilson(6, 10), fault=None)
+    change = LevelChange(name="logits", old_db=40.0, new_db=40.0, measured="here")
+    (failure,) = _judged(change, between, dataclasses.replace(GATES, agreement=0.9)).failures
+    assert failure.startswith("the same class as before on 60")
+    assert failure.endswith("of the images; expected at least 90.0%")
+    assert _judged(change, between, dataclasses.replace(GATES, agreement=0.6)).failures == ()
+
+
+@pytest.mark.parametrize("text", ["[1]", "{}", '{"placement": {"weights": {}}, "ranges": {}}', "no JSON"])
+def test_a_file_that_is_no_plan_is_refused(manifest, tmp_path, text):
+    (tmp_path / PLAN_FILE).write_text(text)
+    assert read_plan(tmp_path, manifest) is None, "the manifest names none"
+    named = dataclasses.replace(manifest, files={PLAN_FILE: FileRecord(size=1, sha256="0" * 64)})
+    with pytest.raises(BundleError, match=rf"{PLAN_FILE} is not a quantization plan .*Export the bundle again"):
+        read_plan(tmp_path, named)

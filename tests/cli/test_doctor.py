@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import platform
+import sys
 
 import pytest
 
@@ -90,3 +92,42 @@ def test_a_broken_weights_package_is_a_word_in_its_row(call, monkeypatch):
     done = call("doctor")
     assert done.code == 0
     assert "broken: the entry point 'mine' fails" in done.out
+
+
+def test_two_builds_of_one_runtime_are_a_word_in_its_row(call, monkeypatch):
+    monkeypatch.setattr(doctor_module, "backend_names", lambda: ("onnxruntime",))
+    both = ("onnxruntime", "onnxruntime-gpu")
+    monkeypatch.setattr(type(doctor_module.load_backend("onnxruntime").own_package), "installed_builds", lambda _: both)
+    row = call("doctor", "--json").json()["runtimes"][0]
+    assert row["problem"] == "onnxruntime and onnxruntime-gpu are both installed, and overwrite each other's files"
+
+
+def test_a_machine_without_a_compiler_or_a_cache_is_told_so(call, monkeypatch):
+    monkeypatch.setattr(doctor_module, "backend_names", tuple)
+    monkeypatch.setattr(doctor_module.shutil, "which", lambda name: None)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
+    monkeypatch.setenv("DEPLOYKIT_CACHE", "~/kept")
+    assert doctor_module.find_compiler() is None
+    done = call("doctor")
+    assert done.code == 0
+    assert "broken: DEPLOYKIT_CACHE is '~/kept', and there is no home folder" in " ".join(done.out.split())
+
+
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        (
+            lambda patch: patch.setattr(importlib.util, "find_spec", lambda name: None),
+            "huggingface_hub is not installed",
+        ),
+        (lambda patch: patch.setitem(sys.modules, "huggingface_hub.constants", None), "broken: "),
+    ],
+    ids=["absent", "broken"],
+)
+def test_the_hubs_client_is_a_word_too(monkeypatch, break_it, said):
+    with monkeypatch.context() as patch:
+        break_it(patch)
+        found = doctor_module._hub_cache()
+    assert found.startswith(said)

@@ -8,9 +8,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 import deploykit
 from tests.accuracy.small_classifier import IMAGES, NAMES, export, pixels
+from tests.small_resnet import SMALL
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +100,14 @@ def test_it_needs_no_torch(bundle, labelled):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["evaluations"][0]["top1"] == 1.0
+
+
+def test_a_backbone_in_torch_with_other_weights_is_compared_with_and_that_is_said(call, classifier, photos, tmp_path):
+    """The drop is then of both: of the export and of the weights."""
+    weights = tmp_path / "other.pth"
+    torch.save(deploykit.create_backbone(SMALL).state_dict(), weights)
+    done = call("evaluate", classifier, photos, "--against", SMALL, "--weights", weights, "--json")
+    assert done.code == 0, done.err
+    (found,) = done.json()["evaluations"]
+    assert found["drop"]["agreement"] is not None
+    assert f"the weights of --against are not those that {classifier} was exported with" in done.err

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
+from rich.console import Console
 
 from deploykit.cli import list as list_module
 
@@ -62,3 +65,11 @@ def test_nothing_to_list_is_bad_usage(call, words, message):
     done = call("list", *words)
     assert (done.code, done.out) == (2, "")
     assert message in done.err
+
+
+def test_a_terminal_shows_that_it_counts(monkeypatch):
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    monkeypatch.setattr(list_module, "stderr_console", lambda: console)
+    assert list(list_module._shown_progress(["resnet18", "resnet34"])) == ["resnet18", "resnet34"]
+    assert "counting operations" in console.file.getvalue()
+    assert list(list_module._shown_progress([])) == []

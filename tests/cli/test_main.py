@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 
 from deploykit.cli import main as main_module
@@ -113,3 +115,22 @@ def test_a_traceback_comes_before_the_message_and_the_code(call):
     assert done.code == done.json()["exit_code"] == 3
     assert done.err.startswith("Traceback")
     assert done.err.splitlines()[-1].startswith("error: ")
+
+
+def test_an_error_of_the_machine_is_told_from_a_fault_of_deploykit(call, monkeypatch):
+    """Python's own MemoryError says nothing by itself."""
+    told = {}
+    for error in (MemoryError(), OSError(errno.ENOSPC, "No space left on device")):
+
+        def fail(folder, error=error):
+            raise error
+
+        monkeypatch.setattr("deploykit.bundle.open_bundle", fail)
+        done = call("inspect", "somewhere")
+        assert done.code == 6
+        told[type(error)] = done.err
+    end = ". This machine could not do it; nothing else is wrong.\n"
+    assert told == {
+        MemoryError: f"error: there is not enough memory{end}",
+        OSError: f"error: [Errno 28] No space left on device{end}",
+    }

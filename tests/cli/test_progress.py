@@ -90,6 +90,21 @@ def test_a_terminal_says_where_a_stopped_calibration_goes_on(monkeypatch):
     assert "1204/4096" in shown
 
 
+def test_a_pipe_is_told_of_a_tuning_at_both_ends_and_now_and_then(told):
+    """And where a calibration was resumed."""
+    file, clock = told
+    with progress_module.export_progress() as progress:
+        progress(ImagesCalibrated(done=3, total=8, resumed=True))
+        for step in range(101):
+            clock[0] += 1.0
+            progress(TuningStep(step=step, steps=100, sqnr_db=17.0 + step / 100))
+    lines = file.getvalue().splitlines()
+    assert "resuming the calibration at image 3 of 8" in lines[1]
+    assert "tuned 0 of 100 steps, 17.0 dB" in lines[2]
+    assert "tuned 100 of 100 steps, 18.0 dB on images held out" in lines[-1]
+    assert 4 < len(lines) < 20
+
+
 @pytest.mark.slow
 def test_a_stopped_export_goes_on_calibrating(call, photos, tmp_path, monkeypatch):
     monkeypatch.setenv("DEPLOYKIT_CACHE", str(tmp_path / "cache"))

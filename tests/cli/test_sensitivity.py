@@ -38,7 +38,6 @@ def test_noise_of_weights_is_told_from_that_of_activations(told):
     assert found["cures"] == []
 
 
-@pytest.mark.slow
 def test_cures_are_tried_and_ranked(call, photos, told):
     done = call(*WORDS, "--calibration", photos, "--cures", "--json")
     found = done.json()["sensitivity"]
@@ -68,16 +67,18 @@ def test_few_images_are_warned_of_on_stderr(told):
     assert told.err.count("warning: only 4 different calibration images were given; expected at least 16") == 1
 
 
-@pytest.mark.slow
-def test_the_table_shows_some_layers_and_sums_up_the_rest(call, photos, told):
-    done = call(*WORDS, "--calibration", photos, "--nodes", "3")
+def test_the_table_shows_some_layers_and_sums_up_the_rest(call, photos, told, tmp_path):
+    done = call(*WORDS, "--calibration", photos, "--nodes", "3", "--cures", "--plot", tmp_path / "layers.png")
     assert done.code == 0
+    assert (tmp_path / "layers.png").stat().st_size > 1000
     layers = {entry["layer"] for entry in told.json()["sensitivity"]["nodes"]}
     rows = [line.split("│")[1].strip() for line in done.out.splitlines() if "Conv" in line or "Gemm" in line]
     assert len(rows) == 3
     assert set(rows) < layers
-    assert "18 more" in done.out
+    assert f"{len(layers) - 3} more" in done.out
     assert "all of them" in done.out
+    (cure,) = [line for line in done.out.splitlines() if "the noisiest layer in float" in line]
+    assert cure.rstrip(" │").endswith("--mixed-precision")
     assert done.out.splitlines()[-1].startswith("Next: deploykit export " + SMALL)
 
 

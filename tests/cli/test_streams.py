@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -13,6 +14,8 @@ import pytest
 
 from deploykit.bundle import MANIFEST, MANIFEST_DIGEST
 from deploykit.bundle_files import digest_line
+from deploykit.cli.main import main
+from deploykit.cli.streams import PIPE_CLOSED, standard_streams
 from tests.test_bundle import ROOT
 
 BUNDLE = Path(__file__).parents[1] / "data" / "bundles-0.1.0" / "onnxruntime-int8"
@@ -75,6 +78,28 @@ def test_a_reader_that_goes_away_ends_it_quietly(words):
         )
     assert done.returncode in (1, 141)
     assert is_quiet(done), done.stderr.decode()
+
+
+def test_output_that_cannot_be_written_ends_the_command_in_this_process_too(monkeypatch):
+    """To nobody who reads it, and to a full disk; the interpreter's own flush at its end then fails no more."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as nobody, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", nobody)
+        assert main(["cache", "list", "--json"]) == PIPE_CLOSED
+    if not Path("/dev/full").exists():
+        pytest.skip("/dev/full is not on this system")
+    told = io.StringIO()
+    with Path("/dev/full").open("w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        patch.setattr(sys, "stderr", told)
+        assert main(["cache", "list", "--json"]) == 6
+    assert "error: standard output cannot be written: " in told.getvalue()
+
+
+def test_an_error_that_names_a_file_is_not_of_the_output(tmp_path):
+    with pytest.raises(FileNotFoundError), standard_streams():
+        (tmp_path / "absent").read_text()
 
 
 def named(tmp_path: Path, name: str) -> Path:

@@ -18,6 +18,16 @@ def test_one_table_and_one_bundle(call, tmp_path):
     assert (tmp_path / "best" / "manifest.json").is_file()
 
 
+def test_no_engine_within_the_budget_is_a_failure_that_still_shows_and_draws_what_was_measured(call, tmp_path):
+    words = ("--runtimes", "onnxruntime", "--precisions", "fp32", "--max-ms", "0.000001")
+    done = call(*NETWORK, *words, "--plot", tmp_path / "sweep.svg", "-o", tmp_path / "best")
+    assert done.code == 1
+    assert "│ onnxruntime-fp32 " in done.out
+    assert done.out.splitlines()[-1].startswith("No engine is within the budget, so none was kept.")
+    assert "onnxruntime" in (tmp_path / "sweep.svg").read_text()
+    assert not (tmp_path / "best").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -14,6 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from deploykit.bundle import read_manifest, write_manifest
+from deploykit.cli.verify_layers import show_layers
 from deploykit.errors import SpecError
 from deploykit.export.bundle_layers import bundle_layers
 from deploykit.export.float_activations import without_activation_quantizers
@@ -285,3 +286,10 @@ def test_a_graph_whose_types_contradict_each_other_is_walked_without_a_traceback
     assert [node.op_type for node in typed(model).graph] == ["Relu", "Neg"]
     assert not caplog.records
     assert capsys.readouterr().err == ""
+
+
+def test_what_only_one_side_has_and_no_culprit_are_said(capsys):
+    show_layers("bundle", compare_layers(network(drop="relu"), IMAGES, reference=network()))
+    assert "only the reference has: 1 Relu." in " ".join(capsys.readouterr().out.split())
+    show_layers("bundle", compare_layers(network(), IMAGES, reference=network(), min_own_db=60))
+    assert "layers gives what the reference's gives, on the same input." in capsys.readouterr().out

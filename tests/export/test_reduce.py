@@ -10,8 +10,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from deploykit.bundle import write_manifest, writing
-from deploykit.errors import MissingDependency, SpecError
-from deploykit.export.reduce import reduce_bundle, reduce_model, with_fixed_batch
+from deploykit.errors import DeployKitError, ExportError, MissingDependency, SpecError
+from deploykit.export.reduce import _polygraphy, reduce_bundle, reduce_model, with_fixed_batch
 from deploykit.export.reduce_check import FAILS, UNKNOWN, WELL, CheckRequest, find_problem
 from deploykit.export.reduce_check import main as check_main
 from deploykit.onnx_session import values_of
@@ -121,3 +121,15 @@ def test_what_tensorrt_refuses_is_reduced_to_the_operator(batch: int | str, tmp_
     left = [node.name for node in onnx.load(tmp_path / "out.onnx").graph.node]
     assert "odd_one" in left
     assert len(left) <= 3
+
+
+def test_a_reduction_that_takes_too_long_is_stopped_and_one_that_fails_shows_its_log(tmp_path: Path):
+    pytest.importorskip("polygraphy", reason="polygraphy is not installed")
+    onnx.save(chain(), str(tmp_path / "chain.onnx"))
+    with pytest.raises(
+        ExportError, match=r"reducing chain\.onnx took more than 0\.01 s and was stopped\. Reduce a small"
+    ):
+        _polygraphy(tmp_path / "chain.onnx", tmp_path, 0.01)
+    (tmp_path / "garbage.onnx").write_bytes(b"garbage")
+    with pytest.raises(DeployKitError, match=r"polygraphy debug reduce failed on garbage\.onnx\. Its log ends with:\n"):
+        _polygraphy(tmp_path / "garbage.onnx", tmp_path, 60)

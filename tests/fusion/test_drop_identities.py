@@ -150,3 +150,26 @@ def test_a_reshape_that_spells_out_the_batch_infers_it():
     drop_identities(graph)
     assert calls(graph, "sym_size") == 0
     check_with_dynamic_batch(module, drop_identities)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda _, x: x.exp().chunk(2, 1)[0].mul_(2.0),
+        lambda _, x: x.exp().view(-1).mul_(2.0),
+        lambda _, x: x.mul_(2.0),
+    ],
+    ids=["a part of another", "a view", "the images"],
+)
+def test_what_may_be_seen_under_another_name_is_still_written_in_place(function):
+    graph = traced(Calls(function))
+    drop_identities(graph)
+    assert calls(graph, "mul_") == 1
+
+
+def test_two_permutations_of_which_the_first_is_read_elsewhere_stay_two():
+    def read_twice(_, x):
+        last = x.exp().permute(0, 2, 3, 1)
+        return last.sin(), last.permute(0, 2, 1, 3).cos()
+
+    assert is_left_alone(Calls(read_twice), drop_identities)

@@ -181,3 +181,28 @@ def test_a_product_that_float_cannot_hold_is_left_alone():
     graph = traced(module)
     fold_scale(graph)
     assert torch.isfinite(graph.state_dict()["linear.weight"]).all()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda m, x: m.linear(x) * m.huge, lambda m, x: m.linear(x.relu() * m.huge)],
+    ids=["behind", "before"],
+)
+def test_a_factor_that_overflows_stays(function):
+    linear = nn.Linear(12, 8)
+    with torch.no_grad():
+        linear.weight.fill_(1e5)
+    module = Calls(function, linear=linear, huge=torch.tensor(1e38))
+    graph = traced(module)
+    before = targets(graph)
+    assert fold_scale(graph) == 0
+    assert targets(graph) == before
+
+
+def test_a_shift_goes_into_a_convolution_that_says_it_pads_nothing():
+    module = Calls(
+        lambda m, x: m.conv(x.relu() + m.shift), conv=nn.Conv2d(4, 4, 3, padding="valid"), shift=vector(4, 1, 1)
+    )
+    assert rewrites(traced(module), fold_scale) == 1
+    padded = Calls(module.function, conv=nn.Conv2d(4, 4, 3, padding="same"), shift=vector(4, 1, 1))
+    assert is_left_alone(padded, fold_scale)

@@ -65,6 +65,19 @@ def test_the_usual_spellings_become_one_operator(*, scores, bias, axis, seed):
     assert scale_of(attention) == pytest.approx(SCALE)
 
 
+@pytest.mark.parametrize(
+    ("scores", "bias"), [*((name, "none") for name in SCORES), *(("queries times", name) for name in BIASES)]
+)
+def test_each_spelling_of_scores_and_of_biases_is_known(scores, bias):
+    def network(m, x):
+        query, key, value = heads(x)
+        return BIASES[bias](m, SCORES[scores](query, key)).softmax(-1) @ value
+
+    graph = traced(Calls(network, **parts()))
+    fold_constants(graph)
+    assert rewrites(graph, fuse_attention) == 1
+
+
 def test_a_graph_of_any_batch_is_still_traced():
     def network(m, x):
         query, key, value = heads(x)
@@ -85,6 +98,9 @@ NEAR_MISSES = {
     "heads are shared": lambda m, q, k, v: (q @ k[:, :1].mT).softmax(-1) @ v,
     "mask of the images": lambda m, q, k, v: (q @ k.mT).masked_fill(q @ k.mT > 1, -math.inf).softmax(-1) @ v,
     "a query that sees nothing": lambda m, q, k, v: (q @ k.mT).masked_fill(m.mask, -math.inf).softmax(-1) @ v,
+    "tensor divisor": lambda m, q, k, v: (q @ k.mT / m.bias).softmax(-1) @ v,
+    "a bias of what is no product": lambda m, q, k, v: ((q @ k.mT).exp() + m.bias).softmax(-1) @ v,
+    "a bias of rank 1": lambda m, q, k, v: (q @ k.mT + m.bias[0, 0]).softmax(-1) @ v,
     "weighted bias": lambda m, q, k, v: torch.add(q @ k.mT, m.bias, alpha=2).softmax(-1) @ v,
 }
 

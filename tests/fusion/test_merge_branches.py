@@ -306,3 +306,42 @@ def test_networks_of_timm_have_the_convolutions_of_their_own_reparametrization(t
     graph, counts = fused(model, 64)
     assert counts["merge-branches"] > 0
     assert calls(graph, "conv2d") == for_inference(model)
+
+
+def test_branches_that_reach_to_neither_border_alone_do_so_together():
+    """One starts first and the other ends last: with a stride, the union may still fit between."""
+
+    def summed(m, x):
+        x = nn.functional.pad(x, (0, 0, 0, 3))
+        return m.first(x) + m.second(x)
+
+    first = nn.Conv2d(4, 4, (2, 1), (4, 1), (1, 0))
+    layers = {"first": first, "second": nn.Conv2d(4, 4, (3, 1), (4, 1))}
+    graph = traced(block(summed, **layers))
+    assert rewrites(graph, merge_branches) == 1
+    (weight,) = (value for name, value in graph.state_dict().items() if name.endswith("weight"))
+    assert weight.shape == (4, 4, 4, 1)
+
+
+def test_a_shift_gives_a_branch_without_a_bias_one():
+    layers = {"inner": nn.Sequential(conv(3, 4, bias=False)), "norm": norm_of(4)}
+    graph = traced(block(lambda m, x: _of(lambda y: m.inner(y) + m.norm(y), x.relu()), **layers))
+    assert rewrites(graph, merge_branches) == 1
+    assert graph.get_parameter("inner.0.bias").abs().max() > 0
+
+
+def _of(function, value):
+    return function(value)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.even(x) + m.other(x),
+        lambda m, x: _of(lambda y: y + m.strided(y), x.mean((2, 3), keepdim=True)),
+    ],
+    ids=["zeros on one side only", "an identity beside a stride"],
+)
+def test_branches_without_a_common_grid_stay(function):
+    layers = {"even": conv(2, padding="same"), "other": conv(2, padding="same"), "strided": conv(1, 4, stride=2)}
+    assert is_left_alone(block(function, **layers), merge_branches)

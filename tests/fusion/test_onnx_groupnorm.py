@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import numpy as np
+import onnx_ir as ir
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -59,3 +61,29 @@ def test_channels_that_are_no_whole_blocks_and_batch_norms_stay():
     assert is_left_alone(convolve_groupnorm, few_channels)
     for rewrite in (convolve_groupnorm, spell_out_groupnorm):
         assert is_left_alone(rewrite, batch)
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "number"),
+    [("BatchNormalization", 3, 0.5), ("BatchNormalization", 4, 2.0), ("InstanceNormalization", 1, 2.0)],
+    ids=["a mean", "a variance", "a gain of each group"],
+)
+def test_a_norm_that_does_more_than_its_groups_is_none(kind, place, number):
+    before = graph_of(lambda m, x: m.norm(x).relu(), SPEC, norm=group_norm(2))
+    assert spell_out_groupnorm(before.clone()) == 1
+    node = next(node for node in before.graph if node.op_type == kind)
+    old = node.inputs[place]
+    changed = ir.Value(name="changed", const_value=ir.tensor(np.full_like(old.const_value.numpy(), number)))
+    changed.shape, changed.type = old.shape, old.type
+    before.graph.register_initializer(changed)
+    node.replace_input_with(place, changed)
+    assert is_left_alone(spell_out_groupnorm, before)
+
+
+def test_a_map_of_unknown_sides_keeps_its_norm():
+    before = graph_of(lambda m, x: m.norm(x).relu(), SPEC, norm=group_norm(2))
+    for node in before.graph:
+        for value in (*node.inputs, *node.outputs):
+            if value is not None and value.shape is not None and len(value.shape) == 4:
+                value.shape = ir.Shape([*value.shape[:2], "height", "width"])
+    assert is_left_alone(spell_out_groupnorm, before)

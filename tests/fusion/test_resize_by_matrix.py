@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from deploykit.fusion.resize_by_matrix import resize_by_matrix
-from tests.fusion.graphs import Calls, calls, check_with_dynamic_batch, few, is_left_alone, rewrites, traced
+from deploykit.spec import InputSpec, SizeRange
+from tests.fusion.graphs import Calls, calls, check_with_dynamic_batch, few, is_left_alone, rewrites, targets, traced
 
 interpolate = nn.functional.interpolate
 
@@ -42,3 +43,12 @@ def test_a_plain_resize_and_one_to_a_column_are_left_alone():
     column = Calls(lambda m, x: interpolate(x, size=(5, 1), mode="bilinear", antialias=True))
     assert is_left_alone(column, resize_by_matrix)
     assert is_left_alone(Calls(lambda m, x: interpolate(x, size=(5, 7), mode="bilinear")), resize_by_matrix)
+
+
+def test_maps_whose_sides_are_not_known_keep_their_resize():
+    sizes = SizeRange(min=8, opt=16, max=32, step=2)
+    spec = InputSpec(channels=4, height=16, width=16, sizes=sizes)
+    graph = traced(Calls(lambda m, x: interpolate(x, size=(5, 7), mode="bilinear", antialias=True)), spec)
+    before = targets(graph)
+    assert resize_by_matrix(graph) == 0
+    assert targets(graph) == before

@@ -123,3 +123,20 @@ def test_parity_does_not_import_the_bundle():
     code = "import sys, deploykit.parity.compare, deploykit.parity.reference; print('deploykit.bundle' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_each_further_comparison_is_a_line_with_its_worst_output():
+    small = report(GOOD, BAD, reference="torch fp32 at 64x64")
+    large = report(GOOD, EXACT, reference="torch fp32 at 256x256")
+    whole = report(GOOD, further=(small, large))
+    assert whole.further_lines() == [
+        "against torch fp32 at 64x64: stage2 3.1 dB, FAIL",
+        "against torch fp32 at 256x256: stage1 30.2 dB, pass",
+    ]
+
+
+def test_an_engine_that_gives_other_than_at_its_export_has_a_remedy_of_its_own():
+    """Which is not that of a quantization with too much noise."""
+    moved = level("stage1", 30.0, passed=False, faults=("class 3: up to 9 times as far",), agreement_db=20.0)
+    with pytest.raises(ParityError, match=r"class 3.*(?s:.)*does not give what it gave when it was exported\. Copy"):
+        report(moved).raise_for_failures()

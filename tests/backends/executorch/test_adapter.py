@@ -20,7 +20,6 @@ def open_with(threads: int):
     return load_backend("executorch").load_adapter()(manifest, folder, threads=threads)
 
 
-@pytest.mark.slow
 def test_an_engine_of_another_size_or_input_is_refused_when_it_is_opened():
     manifest, folder = engine_of("executorch")
     for change in ({"height": 64}, {"name": "pixels"}):

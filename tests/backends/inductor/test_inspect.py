@@ -50,3 +50,14 @@ def test_a_float_engine_has_no_integer_kernel(tmp_path: Path):
     package = package_of(select(master_of(Residual, IMAGES).torch, ("logits",)), tmp_path)
     assert integer_kernels(package) == 0
     assert set(left_in_float(package)) == {"float convolution", "float linear"}
+
+
+def test_a_release_of_0_1_0_is_read_as_todays():
+    """Its FP32 engine, in which nothing runs in integers."""
+    package = Path(__file__).parents[2] / "data" / "bundles-0.1.0" / "torch_compile-fp32" / "model.pt2"
+    called = kernels_called(package)
+    assert called
+    assert integer_kernels(package) == 0
+    found = left_in_float(package)
+    assert found
+    assert sum(found.values()) <= sum(called.values())

@@ -29,7 +29,6 @@ def test_integers_become_the_floats_that_they_stand_for():
     np.testing.assert_array_equal(port(np.float32).decode(floats), floats)
 
 
-@pytest.mark.slow
 def test_an_engine_of_another_size_or_input_is_refused_when_it_is_opened():
     manifest, folder = engine_of("litert")
     for change in ({"height": 64}, {"name": "pixels"}):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from deploykit.errors import ExportError
 
@@ -13,6 +14,7 @@ pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
 
 from deploykit.backends.tensorrt.builder import quantize_layers as network_layers
 from deploykit.backends.tensorrt.legalize import check_quantization, prepare, quantize_layers, rewrite
+from deploykit.onnx_session import onnx_session
 from tests.backends.tensorrt.forms import (
     SIDE,
     WEIGHT_INTEGERS,
@@ -156,3 +158,61 @@ def test_uint8_that_something_else_reads_is_refused():
     model.graph.node[3].input[0] = "pooled"
     with pytest.raises(ExportError, match=r"quantize_input: .*UINT8"):
         prepare(model)
+
+
+PAIR = "q = QuantizeLinear (a, {scale}, z)  d = DequantizeLinear (q, {scale}, z)  y = Relu (d)"
+
+
+def small(body: str) -> onnx.ModelProto:
+    """A graph over vectors, written out."""
+    constants = """float s = {0.02}, uint8 z = {0}, float low = {0}, float under = {-1}, float high = {6},
+        int32[3] b = {5, -7, 9}, int32 bz = {0}, float bs = {0.5}, int8 none = {0}"""
+    return onnx.parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["" : 21]> g (float[1, 3] x) => (float[1, 3] y) <{constants}> {{ {body} }}"""
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "relus"),
+    [
+        ("a = Clip (x, low, high)", 1),
+        ("a = Clip (x, under, high)", 2),
+        ("a = Clip (x)", 2),
+        ("p = Neg (low)  a = Clip (x, p, high)", 2),
+    ],
+    ids=["from zero", "from below zero", "without an end", "from a computed end"],
+)
+def test_a_clip_that_may_give_negative_numbers_is_followed_by_a_relu(before, relus):
+    """Which uint8 was by itself, and int8 is not."""
+    model = small(f"{before}  {PAIR.format(scale='s')}")
+    found = prepare(model)
+    assert sum(node.op_type == "Relu" for node in found.graph.node) == relus
+    images = np.array([[-3, 0.5, 2]], np.float32)
+    (expected,), (ours,) = (onnx_session(ir.from_proto(each)).run(None, {"x": images}) for each in (model, found))
+    np.testing.assert_allclose(ours, expected, atol=0.04)
+
+
+def test_scales_may_stand_in_constant_nodes():
+    model = small(f"t = Constant <value = float {{0.02}}> ()  a = Relu (x)  {PAIR.format(scale='t')}")
+    assert quantize_layers(prepare(model)) == {"QuantizeLinear INT8": 1, "DequantizeLinear INT8": 1}
+
+
+def test_a_bias_with_one_scale_becomes_floats():
+    found = prepare(small("f = DequantizeLinear (b, bs, bz)  y = Add (x, f)"))
+    (bias,) = [numpy_helper.to_array(each) for each in found.graph.initializer]
+    np.testing.assert_array_equal(bias, np.array([2.5, -3.5, 4.5], np.float32))
+    assert [node.op_type for node in found.graph.node] == ["Add"]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("q = QuantizeLinear (x, s, none)  p = Identity (q)  y = DequantizeLinear (p, s)", "no zero point is written"),
+        ("n = Identity (none)  q = QuantizeLinear (x, s, n)  y = DequantizeLinear (q, s, n)", "zero point is computed"),
+        ("t = Abs (s)  q = QuantizeLinear (x, t)  y = DequantizeLinear (q, t)", "no zero point is written"),
+    ],
+    ids=["of passed on integers", "computed", "beside a computed scale"],
+)
+def test_a_zero_point_that_cannot_be_written_or_read_is_named(body, message):
+    with pytest.raises(ExportError, match=message):
+        prepare(small(body))
