@@ -12,6 +12,9 @@ PIPE_CLOSED = 141
 """What a shell says of a program that wrote to a pipe that nobody reads any more."""
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 class OutputLost(Exception):
     """Standard output could not be written: the message says why."""
 
@@ -63,6 +66,8 @@ def _is_of_output(error: OSError) -> bool:
     if error.errno == errno.EPIPE:
         return True
     try:
+        if error.errno in _FULL:
+            sys.stdout.write("\n")  # of a write above the buffer's size nothing is left that a flush would try again
         sys.stdout.flush()
     except (OSError, ValueError):
         return True

@@ -15,7 +15,7 @@ import pytest
 from deploykit.bundle import MANIFEST, MANIFEST_DIGEST
 from deploykit.bundle_files import digest_line
 from deploykit.cli.main import main
-from deploykit.cli.streams import PIPE_CLOSED, standard_streams
+from deploykit.cli.streams import PIPE_CLOSED, OutputLost, standard_streams
 from tests.test_bundle import ROOT
 
 BUNDLE = Path(__file__).parents[1] / "data" / "bundles-0.1.0" / "onnxruntime-int8"
@@ -95,6 +95,19 @@ def test_output_that_cannot_be_written_ends_the_command_in_this_process_too(monk
         patch.setattr(sys, "stderr", told)
         assert main(["cache", "list", "--json"]) == 6
     assert "error: standard output cannot be written: " in told.getvalue()
+
+
+@pytest.mark.parametrize("size", [10, 1_000_000], ids=["within the buffer", "above it"])
+def test_a_full_disk_behind_stdout_is_told_from_one_behind_another_file(monkeypatch, capsys, size):
+    if not Path("/dev/full").exists():
+        pytest.skip("/dev/full is not on this system")
+    with Path("/dev/full").open("w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        with pytest.raises(OutputLost, match="No space left"), standard_streams():
+            sys.stdout.write("x" * size)
+    with pytest.raises(OSError, match="No space left"), standard_streams(), Path("/dev/full").open("w") as other:
+        other.write("x" * size)
+    assert capsys.readouterr().out.strip() == ""
 
 
 def test_an_error_that_names_a_file_is_not_of_the_output(tmp_path):
