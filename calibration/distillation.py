@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from deploykit.arrays import FloatArray
 from deploykit.calibration.dialect import Dialect
-from deploykit.calibration.fake_quantized_network import EVERY_RUNTIME, FakeQuantizedNetwork, FloatNetwork
+from deploykit.calibration.fake_quantized_network import EVERY_RUNTIME, FakeQuantizedNetwork
+from deploykit.calibration.float_network import FloatNetwork
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.errors import CalibrationError
 from deploykit.progress import TuningStep

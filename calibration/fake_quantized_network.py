@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
@@ -23,6 +20,7 @@ from deploykit.calibration.fake_quantize import (
     FakeQuantizeBias,
     FakeQuantizedWeight,
 )
+from deploykit.calibration.float_network import FloatNetwork, copy_of, values_by_name
 from deploykit.calibration.integer_products import IntegerProducts, IntegerProductsEachCall
 from deploykit.calibration.placement import IntegerWeight
 from deploykit.calibration.plan import QuantizationPlan
@@ -40,22 +38,6 @@ EVERY_RUNTIME: Dialect = OnnxDialect()
 
 _WEIGHTED = (torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding, LINEAR)
 _MOVES = (*PERMUTATIONS, *RESHAPES, torch.ops.aten.contiguous.default, torch.ops.aten.clone.default)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FloatNetwork:
-    """A fused network in FP32, as the graph that plans are of and in torch.
-
-    ``traced`` is the program that ``model`` was written from, whose tensors have its names; ``module`` is the same
-    network for any batch, and ``outputs`` names what it gives, in order. ``engine_outputs`` are those of them that an
-    engine gives; empty: all.
-    """
-
-    model: ir.Model
-    traced: GraphModule
-    module: GraphModule
-    outputs: tuple[str, ...]
-    engine_outputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +73,7 @@ class FakeQuantizedNetwork(nn.Module):
     def __init__(self, network: FloatNetwork, plan: QuantizationPlan, dialect: Dialect = EVERY_RUNTIME) -> None:
         super().__init__()
         self.start = plan
-        self.module = _copy_of(network.module)
+        self.module = copy_of(network.module)
         writer = _Writer(self.module, network, dialect.keep_float(network.model, plan), dialect)
         writer.write()
         self.layers, self.quantizers = writer.layers, writer.quantizers
@@ -124,7 +106,7 @@ class _Writer:
         self.layers: dict[str, IntegerLayer] = {}
         self.quantizers: dict[str, FakeQuantize] = {}
         self._rounding = dialect.kernel_rounding(network.model, plan)
-        self._values = _values_by_name(module, network)
+        self._values = values_by_name(module, network)
         self._nodes: dict[str, Node] = {}
         self._shared: dict[str, FakeQuantizedWeight] = {}
         self._added = AddedModules(module)
@@ -217,7 +199,8 @@ class _Writer:
 
     def _round_activations(self, readers: set[Node]) -> None:
         placement, outputs = self.plan.placement, self.dialect.integer_outputs
-        for_everyone = written_in_integers(placement, between=outputs)
+        for_everyone = set() if self._rounding.readers_only else written_in_integers(placement, between=outputs)
+        sums = {(tensor, self._values[total]) for tensor, total in self._rounding.summands}
         sources = {placement.weights[name].input: node.args[0] for name, node in self._nodes.items()}
         chosen = (*placement.reads, *((*placement.writes, *placement.between) if outputs else ()))
         chosen = tuple(tensor for tensor in chosen if tensor not in self._rounding.left_out)
@@ -231,7 +214,11 @@ class _Writer:
                 raise CalibrationError(
                     f"the tensor {tensor} of the plan is not in the traced network. Report it with the network."
                 )
-            users = [user for user in value.users if tensor in for_everyone or _is_read_by(user, readers)]
+            users = [
+                user
+                for user in value.users
+                if tensor in for_everyone or _is_read_by(user, readers) or (tensor, user) in sums
+            ]
             if users and value not in done:
                 done.add(value)
                 self._round(value, tensor, users)
@@ -305,43 +292,3 @@ class _Writer:
 def _is_read_by(user: Node, layers: set[Node]) -> bool:
     """Return whether a node is one of these layers, or puts the zeros around a map that they alone read."""
     return user in layers or (is_zero_pad(user) and all(reader in layers for reader in user.users))
-
-
-def tensor_nodes(module: GraphModule) -> list[Node]:
-    """Return the calls of a graph that give a tensor, in order: the same for every batch that it was traced with."""
-    return [
-        node
-        for node in module.graph.nodes
-        if node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor)
-    ]
-
-
-def _values_by_name(module: GraphModule, network: FloatNetwork) -> dict[str, Node]:
-    """Map the tensors of the master graph to the nodes of a copy of the module for any batch.
-
-    Raises:
-        CalibrationError: the two were traced to different operators.
-    """
-    named, own = tensor_nodes(network.traced), tensor_nodes(module)
-    if [node.target for node in named] != [node.target for node in own]:
-        raise CalibrationError(
-            "the network computes something else for a batch than for one image, so that it cannot be trained in "
-            "batches. Choose another recipe."
-        )
-    values = {one.name: other for one, other in zip(named, own, strict=True)}
-    given: Any = module.graph.output_node().args[0]
-    values |= dict(zip(network.outputs, given, strict=True))
-    (images,) = module.graph.find_nodes(op="placeholder")
-    return values | {str(network.model.graph.inputs[0].name): images}
-
-
-def _copy_of(module: GraphModule) -> GraphModule:
-    """Return a copy with tensors of its own, and without torch's checks of the shape that was traced."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own, where it copies a graph module
-        twin = copy.deepcopy(module)
-    for node in list(twin.graph.find_nodes(op="call_module", target="_guards_fn")):
-        twin.graph.erase_node(node)
-    twin.delete_all_unused_submodules()
-    twin.recompile()
-    return twin

@@ -21,6 +21,8 @@ class KernelRounding:
         left_out: tensors that are neither.
         ranges: those that a dialect narrows.
         gated: products whose gate, between 0 and 1, is rounded to steps of 1/255.
+        readers_only: what integer kernels write is rounded for the layers that read it, and for everyone else in float.
+        summands: tensors that a sum reads rounded all the same, each with the name of what that sum gives.
         bias_offsets: what biases of nodes are rounded with, by node.
     """
 
@@ -28,6 +30,8 @@ class KernelRounding:
     left_out: frozenset[str] = frozenset()
     ranges: Mapping[str, ActivationRange] = field(default_factory=dict)
     gated: frozenset[str] = frozenset()
+    readers_only: bool = False
+    summands: frozenset[tuple[str, str]] = frozenset()
     bias_offsets: Mapping[str, float] = field(default_factory=dict)
 
 

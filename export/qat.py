@@ -17,7 +17,8 @@ from deploykit.backbones.base import BaseBackbone
 from deploykit.backbones.weights import weights_digest
 from deploykit.calibration.added_modules import HOLDER
 from deploykit.calibration.dialect import Dialect
-from deploykit.calibration.fake_quantized_network import FakeQuantizedNetwork, FloatNetwork, IntegerLayer
+from deploykit.calibration.fake_quantized_network import FakeQuantizedNetwork, IntegerLayer
+from deploykit.calibration.float_network import FloatNetwork
 from deploykit.calibration.images import CalibrationSet
 from deploykit.calibration.placement import IntegerWeight, place
 from deploykit.calibration.plan import QuantizationPlan, constants_digest

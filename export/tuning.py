@@ -7,7 +7,8 @@ from dataclasses import replace
 from deploykit.backends.backend import resolve
 from deploykit.calibration.dialect import Dialect
 from deploykit.calibration.distillation import MOST_IMAGES, distill
-from deploykit.calibration.fake_quantized_network import EVERY_RUNTIME, FloatNetwork
+from deploykit.calibration.fake_quantized_network import EVERY_RUNTIME
+from deploykit.calibration.float_network import FloatNetwork
 from deploykit.calibration.images import CalibrationSet
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.precision import Tuning

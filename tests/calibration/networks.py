@@ -15,7 +15,7 @@ from deploykit.arrays import FloatArray
 from deploykit.backbones.attention import TransformerBlock
 from deploykit.backbones.window_attention import WindowAttention, WindowGrid
 from deploykit.calibration.dialect import Dialect
-from deploykit.calibration.fake_quantized_network import FloatNetwork
+from deploykit.calibration.float_network import FloatNetwork
 from deploykit.calibration.plan import QuantizationPlan, calibrate
 from deploykit.export.graphs import output_specs
 from deploykit.export.to_onnx import to_onnx

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from deploykit.backends.inductor.passes import DIALECT as INDUCTOR
 from deploykit.backends.onnxruntime.passes import DIALECT as ONNXRUNTIME
 from deploykit.backends.openvino.passes import DIALECT as OPENVINO
 from deploykit.backends.tensorrt.passes import DIALECT as TENSORRT
@@ -64,6 +65,19 @@ def test_it_computes_what_the_dialect_writes(networks, name, dialect):
     for one, other, exact in zip(expected, found, in_float, strict=True):
         # Some values next to a tie are rounded to the other side: far less than what rounding itself costs.
         assert sqnr_db(one, other) > min(sqnr_db(exact, one) + 5, 45)
+
+
+def test_inductor_rounds_for_layers_and_for_one_summand(networks):
+    network, case = networks["residual"]
+    rounding = INDUCTOR.kernel_rounding(network.model, INDUCTOR.keep_float(network.model, case.plan))
+    assert rounding.left_out == {"conv2d_2", "conv2d_5"}
+    assert rounding.summands == {("max_pool2d", "add"), ("conv2d_4", "add_1")}
+    program = INDUCTOR.render(case.program, case.plan, case.images).graph.program.module()
+    with torch.no_grad():
+        written = [program(torch.from_numpy(image[None])) for image in case.images]
+    found = in_torch(FakeQuantizedNetwork(network, case.plan, INDUCTOR), case.images)
+    for place, output in enumerate(found):
+        assert sqnr_db(np.concatenate([each[place].numpy() for each in written]), output) > 50
 
 
 def test_openvino_clips_what_a_convolution_adds_to_where_integers_are_read(networks):

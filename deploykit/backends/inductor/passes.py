@@ -14,10 +14,11 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from deploykit.arrays import FloatArray
+from deploykit.backends.inductor.rounding import kernel_rounding
 from deploykit.calibration.dialect import Rendered, keep_float
 from deploykit.calibration.float_fallback import keep_pointlike
 from deploykit.calibration.half import HalfPlan
-from deploykit.calibration.kernel_rounding import KernelRounding, as_planned
+from deploykit.calibration.kernel_rounding import KernelRounding
 from deploykit.calibration.plan import QuantizationPlan
 from deploykit.calibration.precision_plan import PrecisionPlan
 from deploykit.calibration.quantize_activations import UINT8, IntegerType
@@ -49,8 +50,8 @@ class InductorDialect:
         return keep_float(model, plan, (keep_pointlike(),))
 
     def kernel_rounding(self, model: ir.Model, plan: QuantizationPlan) -> KernelRounding:
-        """Return that kernels round as planned."""
-        return as_planned(model, plan)
+        """Return how kernels depart from the roundings of a plan that `keep_float` gave."""
+        return kernel_rounding(model, plan)
 
     def render(self, graph: TorchProgram, plan: PrecisionPlan, probe: FloatArray) -> Rendered:
         """Write a plan (None: FP32) into a copy of the master program."""
