@@ -42,20 +42,13 @@ class Instrumented:
         self._wanted = [name for name in every if name != self._source]
         self._session = onnx_session(_with_outputs(model, self._wanted))
 
-    def run(self, batch: FloatArray) -> dict[str, Array]:
-        """Compute all that `measure` takes of one batch, ``(N, C, H, W)``, by name."""
-        feeds: dict[str, Array] = {self._source: batch}
+    def observe(self, batch: FloatArray) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Run one batch, ``(N, C, H, W)``; return the tensors that need a range, and the probes, by name."""
+        feeds = {self._source: batch}
         inner = self._session.run(self._wanted, feeds) if self._wanted else []  # of no names it would run all
-        return dict(zip(self._wanted, inner, strict=True)) | feeds
-
-    def measure(self, found: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
-        """Return the tensors that need a range, and the probes, by name, of what `run` gave."""
+        found = dict(zip(self._wanted, inner, strict=True)) | feeds
         probes = self._bias.measure(found) if self._bias else {}
         return {name: found[name] for name in self.placement.tensors}, probes
-
-    def observe(self, batch: FloatArray) -> tuple[dict[str, Array], dict[str, Array]]:
-        """Return both of one batch."""
-        return self.measure(self.run(batch))
 
     def bias_shifts(self, statistics: Statistics) -> dict[str, npt.NDArray[np.float32]]:
         """Return the mean error that rounding each node's weight makes in its output, ``(channels,)``, by node."""

@@ -16,7 +16,6 @@ import onnx_ir as ir
 from deploykit.arrays import Array, FloatArray
 from deploykit.bundle_files import PLAN_FILE, SHIFT_FILE
 from deploykit.calibration.instrumented import Instrumented
-from deploykit.calibration.one_ahead import one_ahead
 from deploykit.calibration.placement import Placement, without
 from deploykit.calibration.ranges import STATISTICS_VERSION, ActivationRange, TensorStatistics, quantize_weight
 from deploykit.calibration.rounded_weight import RoundedWeight
@@ -261,10 +260,8 @@ def calibrate(
     """
     settings = settings.filled()
     network, statistics = Instrumented(model, settings), started or Statistics()
-    # Runtimes compute while Python counts: one batch is in the making while that before it is added.
-    for batch, found in one_ahead(network.run, batches):
-        statistics.update(batch, *network.measure(found))
-        del found  # before the next but one is made
+    for batch in batches:
+        statistics.update(batch, *network.observe(batch))
         if on_batch:
             on_batch(statistics)
     if not statistics.images:
