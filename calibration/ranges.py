@@ -273,7 +273,7 @@ def count_values(values: Array, low: float, high: float, *, edge: float, first: 
     if flat.size < 2 * count:
         parts: tuple[CountedValues, ...] = (_counted(flat, 1.0, edge),)
     else:
-        tails, inner = _split(flat, flat[sample_positions(flat.size, count, first=first)])
+        tails, inner = _split(flat, flat[sample_positions(flat.size, count, first=first)], low, high)
         parts = (_counted(tails, 1.0, edge), _counted(inner, (flat.size - tails.size) / inner.size, edge))
     return CountedBatch(low=low, high=high, size=flat.size, parts=parts)
 
@@ -289,17 +289,22 @@ def _counted(values: Array, weight: float, edge: float) -> CountedValues:
     return CountedValues(weight=weight, total=total, squares=squares, bins=counts)
 
 
-def _split(flat: Array, sampled: Array) -> tuple[Array, Array]:
+def _split(flat: Array, sampled: Array, least: float, greatest: float) -> tuple[Array, Array]:
     """Return every value beyond the sample's outermost ones, and the samples that are not.
 
-    A corner or a class token is too few values for a sample to count, and may be what a range depends on.
+    A corner or a class token is too few values for a sample to count, and may be what a range depends on. A side on
+    which the sample has the outermost value of all, as behind a ReLU, is not looked through.
     """
     beyond = sampled.size // TAIL_SHARE
     ordered = np.partition(sampled, (beyond, sampled.size - 1 - beyond))
     low, high = ordered[beyond], ordered[-1 - beyond]
+    below, above = low > least, high < greatest
     chunks = (flat[start : start + TAIL_CHUNK] for start in range(0, flat.size, TAIL_CHUNK))
-    tails = np.concatenate([chunk[(chunk < low) | (chunk > high)] for chunk in chunks])
-    return tails, sampled[(sampled >= low) & (sampled <= high)]
+    if below and above:
+        tails = [chunk[(chunk < low) | (chunk > high)] for chunk in chunks]
+    else:
+        tails = [chunk[chunk < low if below else chunk > high] for chunk in chunks]
+    return np.concatenate(tails), sampled[(sampled >= low) & (sampled <= high)]
 
 
 def _error(centres: Doubles, counts: Doubles, low: float, high: float, levels: int) -> float:

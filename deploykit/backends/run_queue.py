@@ -40,17 +40,17 @@ class ThreadQueue:
 
     With as many threads as processors, the one that reads frames and takes answers takes a processor from a run each
     time that it wakes up. So it can be one of them itself: where it would wait for an answer it runs what no thread has
-    begun. While its source keeps it waiting a processor would be idle, so that a slow source gets another thread.
+    begun, unless it would be the only one. While its source keeps it waiting a processor would be idle, so that a slow
+    source gets another thread.
 
     Args:
         run: what the adapter runs, callable from any thread.
         workers: how many runs go on at a time; those started beyond that wait for a thread.
-        helped: the thread that waits for answers is one of the workers.
     """
 
-    def __init__(self, run: Callable[[ImageArray], list[FloatArray]], workers: int, *, helped: bool = False) -> None:
+    def __init__(self, run: Callable[[ImageArray], list[FloatArray]], workers: int) -> None:
         self._run = run
-        self._helped = helped and workers > 1
+        self._helped = workers > 1
         self._started: SimpleQueue[_Run | None] = SimpleQueue()
         self._threads: list[Thread] = []
         self._since, self._blocked = perf_counter(), 0.0

@@ -218,8 +218,7 @@ class Runtime(ABC):
         """Return what starts runs without waiting for them; threads, where the runtime has nothing of its own."""
         from deploykit.backends.run_queue import ThreadQueue
 
-        helped = self.hint == "throughput"
-        return ThreadQueue(self._run, min(in_flight, self.parallel), helped=helped)
+        return ThreadQueue(self._run, min(in_flight, self.parallel))
 
     def _choose_threads(
         self, manifest: Manifest, device: str, threads: int | None, tuning: Tuning | UnsetType | None

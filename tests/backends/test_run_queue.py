@@ -39,7 +39,7 @@ def started(queue: ThreadQueue, run: Recorded):
 
 def test_who_waits_runs_what_no_thread_has_begun():
     run = Recorded(last=3)
-    queue = ThreadQueue(run, 2, helped=True)
+    queue = ThreadQueue(run, 2)
     waits = started(queue, run)
     assert [float(wait()[0][0]) for wait in waits] == [1.0, 2.0, 3.0, 4.0]
     own = threading.current_thread()
@@ -48,10 +48,9 @@ def test_who_waits_runs_what_no_thread_has_begun():
     queue.close()
 
 
-@pytest.mark.parametrize("helped", [False, True])
-def test_a_slow_source_has_a_thread_for_each_run(helped):
+def test_a_slow_source_has_a_thread_for_each_run():
     run = Recorded(last=2)
-    queue = ThreadQueue(run, 2, helped=helped)
+    queue = ThreadQueue(run, 2)
     queue.source_blocked(2 * BLOCKED_AFTER)
     assert [float(wait()[0][0]) for wait in started(queue, run)] == [1.0, 2.0, 3.0]
     assert len(set(run.threads.values())) == 2
@@ -61,7 +60,7 @@ def test_a_slow_source_has_a_thread_for_each_run(helped):
 
 def test_a_source_that_hardly_waits_leaves_its_reader_at_work():
     run = Recorded(last=1)
-    queue = ThreadQueue(run, 2, helped=True)
+    queue = ThreadQueue(run, 2)
     queue.source_blocked(BLOCKED_AFTER / 2)
     for wait in started(queue, run):
         wait()
@@ -72,17 +71,17 @@ def test_a_source_that_hardly_waits_leaves_its_reader_at_work():
 def test_one_processor_has_one_thread():
     run = Recorded(last=0)
     run.ended.set()
-    queue = ThreadQueue(run, 1, helped=True)
+    queue = ThreadQueue(run, 1)
     queue.start(np.array([0.0]))()
     assert run.threads[0] is not threading.current_thread()
     queue.close()
 
 
-def test_what_a_helped_run_raises_comes_where_it_is_waited_for():
+def test_what_a_run_raises_comes_where_it_is_waited_for():
     def run(images):
         raise ValueError(f"run {int(images[0])}")
 
-    queue = ThreadQueue(run, 2, helped=True)
+    queue = ThreadQueue(run, 2)
     waits = [queue.start(np.array([float(number)])) for number in range(4)]
     for number, wait in enumerate(waits):
         with pytest.raises(ValueError, match=f"run {number}"):
