@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from deploykit.calibration import distillation
-from deploykit.calibration.distillation import FEWEST_IMAGES, distill
+from deploykit.calibration.distillation import FEWEST_IMAGES, _batches, distill
 from deploykit.calibration.fake_quantized_network import FakeQuantizedNetwork
 from deploykit.calibration.images import calibration_set
 from deploykit.calibration.plan import plan_key
@@ -102,3 +102,18 @@ def test_what_decides_the_tuning_is_in_the_key_of_a_distilled_plan_alone():
     assert key(distilled) != key(replace(distilled, distill_seed=7))
     assert key(distilled) != key(distilled, tuned_for="some runtime")
     assert key(adaptive) == key(replace(adaptive, distill_steps=7))
+
+
+def test_batches_hold_each_image_once_as_it_is_or_mirrored():
+    images = np.random.default_rng(0).normal(size=(40, 3, 4, 6)).astype(np.float32)
+    batches, seen = _batches(images, seed=0), []
+    for _ in range(3):
+        for image in next(batches).numpy():
+            forms = images, images[..., ::-1]
+            seen.append(
+                next((n, m) for m, form in enumerate(forms) for n in range(40) if np.array_equal(form[n], image))
+            )
+    assert len({number for number, _ in seen}) == len(seen) == 36
+    assert {mirrored for _, mirrored in seen} == {0, 1}
+    again = next(_batches(images, seed=0)).numpy()
+    assert np.array_equal(again, next(_batches(images, seed=0)).numpy())
