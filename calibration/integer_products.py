@@ -54,8 +54,9 @@ class IntegerProducts(nn.Module):
         activation, rounded = self._factors
         with torch.no_grad():
             step, steps = activation.scale(), rounded.scales()
-        integers = _steps(values, step), _steps(weight, along(steps, weight))
-        sums = self._call(*integers, None, *self._arguments)
+        with _in_float32(values):
+            integers = _steps(values.float(), step), _steps(weight, along(steps, weight))
+            sums = self._call(*integers, None, *self._arguments)
         return _restored(sums, step, _in_outputs(steps, weight), None if bias is None else _in_outputs(bias, weight))
 
 
@@ -75,6 +76,7 @@ class IntegerProductsEachCall(nn.Module):
 
     def forward(self, values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the layer's output of a float map and a rounded weight."""
+        values = values.float()
         with torch.no_grad():
             steps = self._factors[0].scales()
             flat = values.reshape(len(values), -1)
@@ -85,8 +87,14 @@ class IntegerProductsEachCall(nn.Module):
             integers = (values / step).round_().add_(zero).clamp_(0, 255).sub_(zero)
         read = values / step
         read = read + (integers - read).detach()
-        sums = self._call(read, _steps(weight, along(steps, weight)), None, *self._arguments)
+        with _in_float32(values):
+            sums = self._call(read, _steps(weight, along(steps, weight)), None, *self._arguments)
         return _restored(sums, step, _in_outputs(steps, weight), None if bias is None else _in_outputs(bias, weight))
+
+
+def _in_float32(values: Tensor) -> torch.autocast:
+    """Return a context in which no layer is cast: float16 holds integers to 2048, and none beyond 65504."""
+    return torch.autocast(values.device.type, enabled=False)
 
 
 def _steps(values: Tensor, scale: Tensor) -> Tensor:

@@ -70,3 +70,17 @@ def test_each_image_has_a_range_of_its_own_where_the_call_decides():
     assert (rounded[1] - images[1]).abs().max() <= 1000 / 255 / 2 + 1e-2
     rounded.sum().backward()
     assert images.grad.sub(1).abs().max() < 1e-5
+
+
+def test_autocast_leaves_sums_in_float32(layer):
+    call, rounding, values, arguments = layer
+    activation = FakeQuantize(ActivationRange(low=-2.0, high=3.0, amax=3.0), UINT8)
+    rounded = activation(values)
+    products = (
+        IntegerProducts(call, activation, rounding, arguments),
+        IntegerProductsEachCall(call, rounding, arguments),
+    )
+    for each in products:
+        expected = each(rounded, rounding())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(each(rounded, rounding()), expected)
