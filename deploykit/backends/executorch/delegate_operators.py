@@ -91,7 +91,11 @@ def _attend(module: GraphModule, node: Node) -> None:
     scores = call(_ATEN.bmm.default, (flat[0], call(_ATEN.transpose.int, (flat[1], 1, 2))))
     if factor != 1:
         scores = call(_ATEN.mul.Tensor, (scores, _constant(module, node, "scale", torch.tensor([factor]))))
-    if isinstance(bias, Node):
+    if isinstance(bias, Node) and shape[1] == 1:
+        # Four dimensions with one head have two orders that look alike, and the delegate computes in the other one.
+        whole = bias if bias.meta["val"].dim() < len(shape) else call(_ATEN.flatten.using_ints, (bias, 0, 1))
+        scores = call(_ATEN.add.Tensor, (scores, whole))
+    elif isinstance(bias, Node):
         by_head = call(_ATEN.unflatten.int, (scores, 0, [-1, shape[1]]))
         scores = call(_ATEN.flatten.using_ints, (call(_ATEN.add.Tensor, (by_head, bias)), 0, 1))
     attention = call(_ATEN.softmax.int, (scores, -1))

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+import deploykit
+from deploykit.backbones.window_attention import WindowAttention, WindowGrid
 from deploykit.backends.executorch.delegate_operators import rewrite_operators
 from deploykit.backends.executorch.passes import DIALECT
 from deploykit.backends.executorch.pooling import keep_pooled_sides
@@ -62,6 +64,19 @@ class Biased(nn.Module):
         return (functional.scaled_dot_product_attention(x, x, x, attn_mask=self.bias),)
 
 
+class OneHead(nn.Module):
+    """Attention of one head with a bias of two, three and four dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("bias", torch.linspace(0, 1, 64).reshape(8, 8))
+
+    def forward(self, images):
+        x = images.reshape(3, 1, 8, 8)
+        biases = self.bias, self.bias[None], torch.stack([self.bias, self.bias * 2, -self.bias])[:, None]
+        return tuple(functional.scaled_dot_product_attention(x, x, x, attn_mask=bias) for bias in biases)
+
+
 class Choice(nn.Module):
     """Attention with a mask of truth values."""
 
@@ -84,7 +99,16 @@ class Gated(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("network", "stays"), [(Row, ()), (Plain, ()), (Masked, GONE[:2]), (Biased, ()), (Choice, GONE[1:2]), (Gated, ())]
+    ("network", "stays"),
+    [
+        (Row, ()),
+        (Plain, ()),
+        (Masked, GONE[:2]),
+        (Biased, ()),
+        (OneHead, ()),
+        (Choice, GONE[1:2]),
+        (Gated, ()),
+    ],
 )
 def test_an_operator_is_rewritten_or_stays(network: type[nn.Module], stays: tuple[str, ...]):
     module = export_program(network(), InputSpec(height=8, width=8)).module()
@@ -115,3 +139,27 @@ def test_means_of_tokens_and_of_maps_become_pools():
     assert [pool == ([2, 3], True) for pool in pools] == [True, True, True, False, False]
     for one, other in zip(expected, module(images), strict=True):
         torch.testing.assert_close(other, one)
+
+
+class Windowed(nn.Module):
+    """Attention of one head inside windows of four tokens a side."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 32, 4, 4)
+        self.attention = WindowAttention(32, 1, WindowGrid.fit((8, 8), 4, shifted=False))
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, images):
+        tokens = self.patches(images).permute(0, 2, 3, 1)
+        return self.head((tokens + self.attention(tokens)).mean((1, 2)))
+
+
+def test_attention_of_one_head_in_windows_keeps_its_numbers():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Windowed().eval()
+    with deploykit.create_backbone(network, runtime="executorch", precision="fp32", image_size=32) as engine:
+        images = torch.linspace(-2, 2, 3 * 32 * 32).sin().reshape(1, 3, 32, 32)
+        with torch.no_grad():
+            assert sqnr_db(network(images).numpy(), engine(images.numpy())) > 90
