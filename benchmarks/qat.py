@@ -2,9 +2,8 @@
 
 Networks trained on Fashion-MNIST are prepared by their family's recipe and trained on by AdamW for some steps, for each
 runtime; with --outliers, some channels are loud (`_outliers.py`) and the recipe is ``plain``, so that there is
-something to win back. A row gives the SQNR of the
-engine's logits against those of the module with its roundings, and top-1 in FP32, after calibration alone and after
-training, in the engine.
+something to win back. A row gives the SQNR of the engine's logits against those of the module with its roundings, and
+top-1 in FP32, after calibration alone and after training, in the engine.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from _fashion import FOLDER, read_clothes
+from _fashion import FOLDER, Clothes, read_clothes
 from _from_tests import keep_tables
 from _narrow import register
 from _outliers import with_outliers
@@ -115,9 +114,9 @@ def options_of(arguments: list[str] | None) -> Namespace:
     return made.parse_args(arguments)
 
 
-def rows_of(network: Network, options: Namespace, work: Path) -> list[Row]:
+def rows_of(network: Network, data: tuple[Clothes, Clothes], options: Namespace, work: Path) -> list[Row]:
     """Measure a network in every runtime; each row is printed as soon as it is there."""
-    clothes, others = read_clothes(options.data)
+    clothes, others = data
     training = labelled(clothes, network.steps * BATCH, network.side, clothes)
     testing = labelled(others, options.images, network.side, clothes)
     backbone, rows = trained(network, training, work), []
@@ -145,7 +144,8 @@ def main(arguments: list[str] | None = None) -> None:
         work = options.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
         try:
-            rows = [row for each in NETWORKS if each.name in chosen for row in rows_of(each, options, work)]
+            data = read_clothes(options.data)
+            rows = [row for each in NETWORKS if each.name in chosen for row in rows_of(each, data, options, work)]
         except DeployKitError as error:
             raise SystemExit(str(error)) from error
     save(options.json, rows=[asdict(row) for row in rows])

@@ -180,9 +180,10 @@ def _batches(images: FloatArray, seed: int) -> Iterator[Tensor]:
     while True:
         order = generator.permutation(len(images))
         for start in range(0, len(order) - size + 1, size):
-            batch = torch.from_numpy(images[order[start : start + size]])
-            mirrored = torch.from_numpy(generator.random(size) < 0.5).reshape(-1, 1, 1, 1)
-            yield _nhwc(torch.where(mirrored, batch.flip(3), batch).numpy())
+            batch = images[order[start : start + size]]
+            mirrored = generator.random(size) < 0.5
+            batch[mirrored] = batch[mirrored, ..., ::-1]
+            yield _nhwc(batch)
 
 
 def _nhwc(images: FloatArray) -> Tensor:

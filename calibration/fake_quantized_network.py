@@ -118,7 +118,8 @@ class _Writer:
             self._write_layer(name, node)
         dynamic = {name for name in self._nodes if operators[name] in self.dialect.dynamic_operators}
         for tensor in self._rounding.gated:
-            self._values[tensor] = round_gate(self._values[tensor], self._added)
+            if (product := self._value(tensor)) is not None:
+                self._values[tensor] = round_gate(product, self._added)
         self._round_activations({self._nodes[name] for name in self._nodes if name not in dynamic})
         for name, node in self._nodes.items():
             if self.dialect.integer_biases and name not in dynamic and operators[name] == "Conv":
@@ -200,7 +201,7 @@ class _Writer:
     def _round_activations(self, readers: set[Node]) -> None:
         placement, outputs = self.plan.placement, self.dialect.integer_outputs
         for_everyone = set() if self._rounding.readers_only else written_in_integers(placement, between=outputs)
-        sums = {(tensor, self._values[total]) for tensor, total in self._rounding.summands}
+        sums = {(tensor, self._value(total)) for tensor, total in self._rounding.summands}
         sources = {placement.weights[name].input: node.args[0] for name, node in self._nodes.items()}
         chosen = (*placement.reads, *((*placement.writes, *placement.between) if outputs else ()))
         chosen = tuple(tensor for tensor in chosen if tensor not in self._rounding.left_out)
@@ -252,6 +253,10 @@ class _Writer:
             source = source.args[0]
         module = self.module.get_submodule(str(source.target)) if source.op == "call_module" else None
         return module if isinstance(module, FakeQuantize) else None
+
+    def _value(self, tensor: str) -> Node | None:
+        """Return the call that gives a tensor; None: it has another name, and more than one call may be it."""
+        return self._values.get(tensor) or self._only_reader(tensor)
 
     def _only_reader(self, tensor: str) -> Node | None:
         """Return the call that gives a tensor which the exporter named anew, where it alone reads a known value."""

@@ -57,7 +57,7 @@ class IntegerProducts(nn.Module):
         with _in_float32(values):
             integers = _steps(values.float(), step), _steps(weight, along(steps, weight))
             sums = self._call(*integers, None, *self._arguments)
-        return _restored(sums, step, _in_outputs(steps, weight), None if bias is None else _in_outputs(bias, weight))
+        return _restored(sums, step * _in_outputs(steps, weight), bias, weight)
 
 
 class IntegerProductsEachCall(nn.Module):
@@ -89,7 +89,7 @@ class IntegerProductsEachCall(nn.Module):
         read = read + (integers - read).detach()
         with _in_float32(values):
             sums = self._call(read, _steps(weight, along(steps, weight)), None, *self._arguments)
-        return _restored(sums, step, _in_outputs(steps, weight), None if bias is None else _in_outputs(bias, weight))
+        return _restored(sums, step * _in_outputs(steps, weight), bias, weight)
 
 
 def _in_float32(values: Tensor) -> torch.autocast:
@@ -107,7 +107,7 @@ def _in_outputs(channels: Tensor, weight: Tensor) -> Tensor:
     return channels.reshape(-1, *[1] * (weight.dim() - 2))
 
 
-def _restored(sums: Tensor, step: Tensor, steps: Tensor, bias: Tensor | None) -> Tensor:
-    """Return sums of integers in the steps of their factors, and the bias added."""
-    products = sums * (step * steps)
-    return products if bias is None else products + bias
+def _restored(sums: Tensor, steps: Tensor, bias: Tensor | None, weight: Tensor) -> Tensor:
+    """Return sums of integers in their steps, and the bias added."""
+    products = sums * steps
+    return products if bias is None else products + _in_outputs(bias, weight)

@@ -28,6 +28,8 @@ from deploykit.spec import FloatDtype, Int8
 
 SCHEMA_VERSION = 2
 """From version 2 on a plan carries the digest of both its files; version 1 is still read, unproved."""
+DISTILLATION_VERSION = 2
+"""Part of the key of a plan that was tuned: what is learned otherwise is another plan."""
 
 IMPORTED = "imported"
 """What the plan of another tool's model says instead of a calibrator."""
@@ -225,7 +227,13 @@ def plan_key(weights_digest: str, images_digest: str, settings: Int8, *, tuned_f
     parts = (settings.bias_correction, settings.equalization, settings.float_dtype, bool(settings.reduce_range))
     switches = "\n".join(map(str, (*parts, settings.rounding, settings.weight_scales)))
     if settings.rounding == "distilled":
-        tuning = (settings.distill_steps, settings.distill_minutes, settings.distill_seed, tuned_for)
+        tuning = (
+            DISTILLATION_VERSION,
+            settings.distill_steps,
+            settings.distill_minutes,
+            settings.distill_seed,
+            tuned_for,
+        )
         switches += "\n".join(map(str, tuning))
     if settings.by_nncf and settings.mixed_precision:
         switches += f"\n{settings.min_sqnr_db}"  # what NNCF's accuracy control goes by
