@@ -77,6 +77,18 @@ class OneHead(nn.Module):
         return tuple(functional.scaled_dot_product_attention(x, x, x, attn_mask=bias) for bias in biases)
 
 
+class OneToken(nn.Module):
+    """Attention of three heads over one token with a bias: each head gives its values."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("bias", torch.tensor([1.0, -2.0, 3.0]).reshape(1, 3, 1, 1))
+
+    def forward(self, images):
+        x = images.flatten(2).mean(2).reshape(1, 3, 1, 1)
+        return (functional.scaled_dot_product_attention(x, -x, 2 * x, attn_mask=self.bias),)
+
+
 class Choice(nn.Module):
     """Attention with a mask of truth values."""
 
@@ -106,6 +118,7 @@ class Gated(nn.Module):
         (Masked, GONE[:2]),
         (Biased, ()),
         (OneHead, ()),
+        (OneToken, ()),
         (Choice, GONE[1:2]),
         (Gated, ()),
     ],
@@ -142,12 +155,12 @@ def test_means_of_tokens_and_of_maps_become_pools():
 
 
 class Windowed(nn.Module):
-    """Attention of one head inside windows of four tokens a side."""
+    """Attention inside windows of four tokens a side, or of the one token there is."""
 
-    def __init__(self):
+    def __init__(self, heads, side):
         super().__init__()
-        self.patches = nn.Conv2d(3, 32, 4, 4)
-        self.attention = WindowAttention(32, 1, WindowGrid.fit((8, 8), 4, shifted=False))
+        self.patches = nn.Conv2d(3, 32, 32 // side, 32 // side)
+        self.attention = WindowAttention(32, heads, WindowGrid.fit((side, side), 4, shifted=False))
         self.head = nn.Linear(32, 5)
 
     def forward(self, images):
@@ -155,10 +168,11 @@ class Windowed(nn.Module):
         return self.head((tokens + self.attention(tokens)).mean((1, 2)))
 
 
-def test_attention_of_one_head_in_windows_keeps_its_numbers():
+@pytest.mark.parametrize(("heads", "side"), [(1, 8), (4, 1)])
+def test_attention_whose_scores_look_alike_in_two_orders_keeps_its_numbers(heads: int, side: int):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = Windowed().eval()
+        network = Windowed(heads, side).eval()
     with deploykit.create_backbone(network, runtime="executorch", precision="fp32", image_size=32) as engine:
         images = torch.linspace(-2, 2, 3 * 32 * 32).sin().reshape(1, 3, 32, 32)
         with torch.no_grad():
