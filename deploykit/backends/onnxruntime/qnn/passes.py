@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from deploykit.arrays import FloatArray
+from deploykit.backends.onnxruntime.qnn.crop_first import crop_first
 from deploykit.backends.onnxruntime.qnn.wide_linears import widen_linears
 from deploykit.calibration.dialect import OnnxDialect, Rendered
 from deploykit.calibration.drop_activations import drop_activations
@@ -16,6 +17,9 @@ from deploykit.calibration.precision_plan import PrecisionPlan
 from deploykit.calibration.quantize_activations import UINT8, quantize_activations
 from deploykit.calibration.quantize_weights import quantize_weights
 from deploykit.calibration.tidy_graph import tidy_graph
+from deploykit.fusion.onnx_fold_dimensions import fold_onnx_dimensions
+from deploykit.fusion.onnx_passes import OnnxPass
+from deploykit.fusion.pipeline import EXACT_DB
 from deploykit.graph import OnnxGraph
 
 
@@ -32,6 +36,11 @@ DIALECT = QnnDialect(
     activations=UINT8,
     integer_outputs=True,
     integer_biases=True,
+    legalize=(
+        # The NPU has tensors of at most five dimensions.
+        OnnxPass(name="qnn-dimensions", rewrite=fold_onnx_dimensions, min_sqnr_db=EXACT_DB),
+        OnnxPass(name="qnn-crops", rewrite=crop_first, min_sqnr_db=EXACT_DB),
+    ),
     int8=(
         quantize_weights(integer_bias=True),
         # Before the activations: what reads a linear's input in uint16 needs it in float, and not in uint8.

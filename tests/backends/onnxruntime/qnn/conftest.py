@@ -76,3 +76,13 @@ def tokens_engine(tokens: Case, tmp_path_factory) -> QnnEngine:
 @pytest.fixture(scope="session")
 def half_engine(residual: Case, tmp_path_factory) -> QnnEngine:
     return engine_of(residual, HalfPlan(float_weights={}), tmp_path_factory.mktemp("qnn"), "fp16")
+
+
+@pytest.fixture(scope="session")
+def windows_engine(windows: Case, tmp_path_factory) -> QnnEngine:
+    return engine_of(windows, half_of(windows.plan), tmp_path_factory.mktemp("qnn"), "int8")
+
+
+@pytest.fixture(scope="session")
+def half_windows_engine(windows: Case, tmp_path_factory) -> QnnEngine:
+    return engine_of(windows, HalfPlan(float_weights={}), tmp_path_factory.mktemp("qnn"), "fp16")

@@ -19,7 +19,16 @@ from deploykit.errors import ExportError, MissingDependency, SpecError
 from tests.backends.onnxruntime.qnn.conftest import OPTIONS, SOC, TARGET
 
 
-@pytest.mark.parametrize("name", ["residual_engine", "tokens_engine", "half_engine"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "residual_engine",
+        "tokens_engine",
+        "windows_engine",
+        "half_engine",
+        pytest.param("half_windows_engine", marks=pytest.mark.slow),
+    ],
+)
 def test_every_node_is_in_the_context_and_nothing_lies_beside_it(name, request):
     made = request.getfixturevalue(name)
     assert [path.name for path in made.folder.iterdir()] == ["model.onnx"]
