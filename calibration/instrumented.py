@@ -40,12 +40,15 @@ class Instrumented:
         self._source = str(model.graph.inputs[0].name)
         every = dict.fromkeys((*self.placement.tensors, *read))
         self._wanted = [name for name in every if name != self._source]
-        self._session = onnx_session(_with_outputs(model, self._wanted))
+        self._run = onnx_session(_with_outputs(model, self._wanted)).repeated(self._wanted)
 
     def observe(self, batch: FloatArray) -> tuple[dict[str, Array], dict[str, Array]]:
-        """Run one batch, ``(N, C, H, W)``; return the tensors that need a range, and the probes, by name."""
+        """Run one batch, ``(N, C, H, W)``; return the tensors that need a range, and the probes, by name.
+
+        The next batch is written over them.
+        """
         feeds = {self._source: batch}
-        inner = self._session.run(self._wanted, feeds) if self._wanted else []  # of no names it would run all
+        inner = self._run(feeds) if self._wanted else []  # of no names it would run all
         found = dict(zip(self._wanted, inner, strict=True)) | feeds
         probes = self._bias.measure(found) if self._bias else {}
         return {name: found[name] for name in self.placement.tensors}, probes

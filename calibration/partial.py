@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from deploykit.arrays import Array, FloatArray
+from deploykit.calibration.counting import CountedBatch, CountedValues, extremes, read_values, widened
 from deploykit.calibration.image_checks import SeenImage, look_at
-from deploykit.calibration.ranges import CountedBatch, CountedValues, count_values, extremes, widened
 from deploykit.calibration.statistics import Statistics
 from deploykit.errors import CalibrationError
 
@@ -111,7 +111,7 @@ def count_batch(
         places: from `start_places`.
     """
     counted = {
-        name: count_values(values, *extremes(values), edge=edge, first=int(first))
+        name: read_values(values, first=int(first)).counted(edge)
         for (name, values), (edge, first) in zip(tensors.items(), places.tolist(), strict=True)
     }
     return CountedImages(

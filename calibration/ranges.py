@@ -1,8 +1,7 @@
 """Streaming statistics of activations, and the range that each calibrator picks from them.
 
 Memory is constant in the number of images: a tensor keeps its exact minimum and maximum and a
-histogram, whose bins double in width whenever a value falls outside. A large tensor's outer values are all
-counted, and its inner ones by a sample that favours no row, column, channel or token.
+histogram, whose bins double in width whenever a value falls outside.
 """
 
 from __future__ import annotations
@@ -14,23 +13,15 @@ import numpy as np
 import numpy.typing as npt
 
 from deploykit.arrays import Array, FloatArray
+from deploykit.calibration.counting import BINS, CountedBatch, read_values, widened
 from deploykit.errors import CalibrationError
 from deploykit.parity.report import MAX_SQNR_DB
-from deploykit.sampling import sample_positions
 from deploykit.spec import Int8
 
 STATISTICS_VERSION = 3
 """Part of the keys of cached plans and engines: raise it where equal images give other statistics."""
-BINS = 2048
 _FACTS = 6
 """How many numbers a histogram's state holds before its counts."""
-SAMPLES_PER_IMAGE = 16384
-MOST_SAMPLES = 2**20
-"""How many values of one batch are sampled at most: the first axis may be tokens or windows, and not images."""
-TAIL_SHARE = 128
-"""One of so many sampled values lies beyond each of the two limits outside which every value is counted."""
-TAIL_CHUNK = 2**18
-"""How many values are compared with the limits at once."""
 ENTROPY_LEVELS = 128
 """What TensorRT's calibrator rounds magnitudes to: 8 bits less the sign."""
 ENTROPY_STEP = 8
@@ -71,29 +62,6 @@ class TensorStatistics:
     sqnr_db: float
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class CountedValues:
-    """Some values of a batch, each of which stands for ``weight`` values of its tensor: their sums, and their bins.
-
-    ``bins`` is ``(BINS,)``, whole numbers; all 0 for a tensor of zeros.
-    """
-
-    weight: float
-    total: float
-    squares: float
-    bins: npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class CountedBatch:
-    """What a histogram takes of one batch: the ends and the number of all its values, and those that were counted."""
-
-    low: float
-    high: float
-    size: int
-    parts: tuple[CountedValues, ...]
-
-
 class Histogram:
     """The distribution of one tensor, fed a batch at a time."""
 
@@ -132,9 +100,8 @@ class Histogram:
         Raises:
             CalibrationError: no values, or NaN or infinity among them.
         """
-        low, high = extremes(values)
-        edge = widened(self._edge, low, high)
-        self.add(count_values(values, low, high, edge=edge, first=self._seen))
+        read = read_values(values, first=self._seen)
+        self.add(read.counted(widened(self._edge, read.low, read.high)))
 
     def add(self, batch: CountedBatch) -> None:
         """Add a batch that was counted with this histogram's edge, widened for it, and its number of values before."""
@@ -232,79 +199,6 @@ class Histogram:
             best = min(shares, key=lambda share: _error(centres, counts, low * share, high, levels))
             low *= best
         return float(low), float(high)
-
-
-def extremes(values: Array) -> tuple[float, float]:
-    """Return the least and the greatest value of one batch of a tensor.
-
-    Raises:
-        CalibrationError: no values, or NaN or infinity among them.
-    """
-    if not values.size:
-        raise CalibrationError(f"an activation has shape {values.shape}, which holds no values. Check the images.")
-    low, high = float(values.min()), float(values.max())
-    if not np.isfinite(low) or not np.isfinite(high):
-        raise CalibrationError("an activation is NaN or infinite in FP32. Check the images and the weights.")
-    return low, high
-
-
-def widened(edge: float, low: float, high: float) -> float:
-    """Return the edge of a histogram after a batch from ``low`` to ``high``: the first one's magnitude, doubled."""
-    magnitude = max(abs(low), abs(high))
-    if edge == 0.0:
-        return magnitude
-    while edge < magnitude:
-        edge *= 2
-    return edge
-
-
-def count_values(values: Array, low: float, high: float, *, edge: float, first: int) -> CountedBatch:
-    """Count one batch of a tensor into bins over ``-edge..edge``.
-
-    Args:
-        values: of any shape and layout; images along the first axis, if there is any.
-        low: the least of them.
-        high: the greatest.
-        edge: of the histogram that takes it, widened for it.
-        first: how many values came before, which gives other positions of the sample in each batch.
-    """
-    flat = values.reshape(-1)
-    count = min(SAMPLES_PER_IMAGE * (len(values) if values.ndim else 1), MOST_SAMPLES)
-    if flat.size < 2 * count:
-        parts: tuple[CountedValues, ...] = (_counted(flat, 1.0, edge),)
-    else:
-        tails, inner = _split(flat, flat[sample_positions(flat.size, count, first=first)], low, high)
-        parts = (_counted(tails, 1.0, edge), _counted(inner, (flat.size - tails.size) / inner.size, edge))
-    return CountedBatch(low=low, high=high, size=flat.size, parts=parts)
-
-
-def _counted(values: Array, weight: float, edge: float) -> CountedValues:
-    samples = values.astype(np.float64)  # float32 has no 2048 bins below its least normal number
-    total, squares = float(samples.sum()), float(np.square(samples).sum())
-    counts = np.zeros(BINS, np.int64)
-    if edge > 0:
-        samples += edge
-        samples *= BINS / 2 / edge
-        counts = np.bincount(np.minimum(samples.astype(np.int64), BINS - 1), minlength=BINS)
-    return CountedValues(weight=weight, total=total, squares=squares, bins=counts)
-
-
-def _split(flat: Array, sampled: Array, least: float, greatest: float) -> tuple[Array, Array]:
-    """Return every value beyond the sample's outermost ones, and the samples that are not.
-
-    A corner or a class token is too few values for a sample to count, and may be what a range depends on. A side on
-    which the sample has the outermost value of all, as behind a ReLU, is not looked through.
-    """
-    beyond = sampled.size // TAIL_SHARE
-    ordered = np.partition(sampled, (beyond, sampled.size - 1 - beyond))
-    low, high = ordered[beyond], ordered[-1 - beyond]
-    below, above = low > least, high < greatest
-    chunks = (flat[start : start + TAIL_CHUNK] for start in range(0, flat.size, TAIL_CHUNK))
-    if below and above:
-        tails = [chunk[(chunk < low) | (chunk > high)] for chunk in chunks]
-    else:
-        tails = [chunk[chunk < low if below else chunk > high] for chunk in chunks]
-    return np.concatenate(tails), sampled[(sampled >= low) & (sampled <= high)]
 
 
 def _error(centres: Doubles, counts: Doubles, low: float, high: float, levels: int) -> float:

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from deploykit.arrays import Array, FloatArray
+from deploykit.calibration.counting import CountedBatch
 from deploykit.calibration.image_checks import ImageChecks, SeenImage
-from deploykit.calibration.ranges import CountedBatch, Histogram
+from deploykit.calibration.ranges import Histogram
 from deploykit.errors import CalibrationError
 from deploykit.npz import read_npz
 from deploykit.spec import Preprocessing

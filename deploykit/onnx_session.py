@@ -11,7 +11,7 @@ from deploykit.backends.backend import resolve
 from deploykit.backends.table import GRAPH_SESSION
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import onnx_ir as ir
 
@@ -27,6 +27,10 @@ class GraphSession(Protocol):
 
     def run_path(self, outputs: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
         """Compute outputs, and nothing that they do not need."""
+        ...
+
+    def repeated(self, outputs: Sequence[str]) -> Callable[[Mapping[str, Array]], list[Array]]:
+        """Return a call that computes outputs from inputs by name; where shapes are equal, into the same arrays."""
         ...
 
 

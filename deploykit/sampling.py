@@ -7,6 +7,8 @@ of them only, and so does any low-discrepancy sequence at some sizes.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import numpy.typing as npt
 
@@ -30,10 +32,12 @@ def hashed_fractions(first: int, count: int) -> npt.NDArray[np.float64]:
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+@lru_cache(maxsize=16)
 def sample_positions(size: int, count: int, first: int = 0) -> npt.NDArray[np.int64]:
     """Choose ``count`` of ``size`` positions, ascending; every position is as likely as every other.
 
-    Two neighbouring cells may share an element, so one may be chosen twice where ``count`` is near ``size``.
+    Two neighbouring cells may share an element, so one may be chosen twice where ``count`` is near ``size``. The array
+    is read-only: tensors of one size, of which a network has many, share it.
 
     Args:
         size: how many elements the array has, at least ``count``.
@@ -41,4 +45,6 @@ def sample_positions(size: int, count: int, first: int = 0) -> npt.NDArray[np.in
         first: the hash's first number: other numbers give other positions.
     """
     cells = np.arange(count, dtype=np.float64) + hashed_fractions(first, count)
-    return np.minimum((cells * (size / count)).astype(np.int64), size - 1)
+    positions = np.minimum((cells * (size / count)).astype(np.int64), size - 1)
+    positions.flags.writeable = False
+    return positions

@@ -36,6 +36,16 @@ def test_a_session_runs_the_graph_as_it_is(optimize):
     np.testing.assert_array_equal(session.run(["maps"], {"images": IMAGES})[0], found)
 
 
+def test_a_repeated_call_writes_over_arrays_of_its_shapes_and_gives_what_a_call_gives():
+    session = onnx_session(model_of("batch"))
+    call, kept = session.repeated(["maps"]), {}
+    for images in (IMAGES, 2 * IMAGES, IMAGES[:1], IMAGES[:, :, ::-1], IMAGES[2:]):
+        (found,) = call({"images": images})
+        np.testing.assert_array_equal(found, session.run(["maps"], {"images": np.ascontiguousarray(images)})[0])
+        assert (kept.get(len(images)) is found) == (kept.get("last") == len(images))
+        kept |= {len(images): found, "last": len(images)}
+
+
 @pytest.mark.parametrize(
     ("size", "count", "rows"), [(1, 2, [[0], [1]]), (2, 4, [[0, 1], [2, 0]]), (4, 2, [[0, 1, 2, 0]])]
 )

@@ -56,3 +56,10 @@ def test_no_position_of_any_period_is_favoured(ratio):
         found = np.bincount(drawn % period, minlength=period) / len(drawn)
         expected = np.bincount(np.arange(size) % period, minlength=period) / size
         np.testing.assert_allclose(found, expected, rtol=0.1)
+
+
+def test_positions_are_shared_and_cannot_be_written():
+    positions = sample_positions(100, 10, 3)
+    assert sample_positions(100, 10, 3) is positions
+    with pytest.raises(ValueError, match="read-only"):
+        positions[0] = 1

@@ -7,16 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from deploykit.calibration import ranges
-from deploykit.calibration.ranges import (
-    BINS,
-    SAMPLES_PER_IMAGE,
-    TAIL_SHARE,
-    ActivationRange,
-    Histogram,
-    count_values,
-    extremes,
-    quantize_weight,
-)
+from deploykit.calibration.counting import BINS, SAMPLES_PER_IMAGE, TAIL_SHARE, read_values
+from deploykit.calibration.ranges import ActivationRange, Histogram, quantize_weight
 from deploykit.errors import CalibrationError
 from deploykit.sampling import sample_positions
 from deploykit.spec import Int8
@@ -204,9 +196,9 @@ def test_a_channel_of_zeros_stays_zero_with_a_finite_scale():
 @pytest.mark.parametrize("bounds", [(-np.inf, np.inf), (0.0, np.inf), (-np.inf, 0.0), (0.0, 0.5)])
 def test_every_value_beyond_the_sample_is_counted_once(bounds):
     values = np.clip(np.random.default_rng(0).normal(size=(1, 200_000)), *bounds).astype(np.float32)
-    low, high = extremes(values)
-    counted = count_values(values, low, high, edge=max(-low, high), first=0)
-    tails, inner = counted.parts
+    read = read_values(values, first=0)
+    assert (read.low, read.high) == (values.min(), values.max())
+    tails, inner = read.counted(max(-read.low, read.high)).parts
     sampled = np.sort(values.reshape(-1)[sample_positions(values.size, SAMPLES_PER_IMAGE, first=0)])
     beyond = len(sampled) // TAIL_SHARE
     outside = values[(values < sampled[beyond]) | (values > sampled[-1 - beyond])]

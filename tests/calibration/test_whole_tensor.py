@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deploykit.calibration import ranges
-from deploykit.calibration.ranges import BINS, ActivationRange, Histogram
+from deploykit.calibration import counting
+from deploykit.calibration.counting import BINS
+from deploykit.calibration.ranges import ActivationRange, Histogram
+from deploykit.errors import CalibrationError
 from deploykit.spec import Int8
 
 SIDES = (7, 13, 16, 27, 31, 32, 56, 61, 64, 89, 96, 112, 127, 128, 144, 233, 256)
@@ -26,8 +28,8 @@ MOST_VALUES = 1_000_000
 def whole_histogram(values: np.ndarray) -> Histogram:
     """The histogram of every value."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranges, "SAMPLES_PER_IMAGE", values.size)
-        patch.setattr(ranges, "MOST_SAMPLES", values.size)
+        patch.setattr(counting, "SAMPLES_PER_IMAGE", values.size)
+        patch.setattr(counting, "MOST_SAMPLES", values.size)
         histogram = Histogram()
         histogram.update(values)
     assert histogram._counts.sum() == values.size
@@ -67,7 +69,7 @@ def cases(draw):
     layout = draw(st.sampled_from(list(LAYOUTS)))
     channels, rows, columns = draw(st.sampled_from(WIDTHS)), draw(st.sampled_from(SIDES)), draw(st.sampled_from(SIDES))
     images = draw(st.sampled_from((1, 2, 3)))
-    while channels * rows * columns < 3 * ranges.SAMPLES_PER_IMAGE:
+    while channels * rows * columns < 3 * counting.SAMPLES_PER_IMAGE:
         rows, columns = 2 * rows + 1, 2 * columns
     while images * channels * rows * columns > MOST_VALUES:
         images, channels, rows = 1, max(1, channels // 2), max(8, rows // 2)
@@ -174,7 +176,7 @@ def test_each_batch_is_sampled_at_other_positions():
 
 
 def test_an_activation_without_values_is_refused():
-    with pytest.raises(ranges.CalibrationError, match=r"\(0, 3\), which holds no values"):
+    with pytest.raises(CalibrationError, match=r"\(0, 3\), which holds no values"):
         Histogram().update(np.zeros((0, 3), np.float32))
 
 

@@ -52,6 +52,18 @@ class OrtRunOptions(Protocol):
     only_execute_path_to_fetches: bool
 
 
+class OutputBinding(Protocol):
+    """``onnxruntime.IOBinding``."""
+
+    def bind_cpu_input(self, name: str, values: Array) -> None:
+        """Read an input from an array."""
+        ...
+
+    def bind_output(self, name: str, *, element_type: type, shape: Sequence[int], buffer_ptr: int) -> None:
+        """Write an output to memory of the processor, which holds its elements in its shape."""
+        ...
+
+
 class Session(Protocol):
     """``onnxruntime.InferenceSession``."""
 
@@ -61,6 +73,14 @@ class Session(Protocol):
         self, outputs: Sequence[str] | None, feeds: Mapping[str, Array], options: OrtRunOptions | None = None
     ) -> list[Array]:
         """Compute outputs by name (None: all); new arrays."""
+        ...
+
+    def io_binding(self) -> OutputBinding:
+        """Return where a call is to read and to write."""
+        ...
+
+    def run_with_iobinding(self, binding: OutputBinding) -> None:
+        """Compute what is bound."""
         ...
 
     def get_outputs(self) -> Sequence[NodeArg]:
