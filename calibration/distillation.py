@@ -34,6 +34,8 @@ PIXELS_AT_ONCE = 2 * 224 * 224
 """A batch is computed in parts of about so many pixels, which bounds memory and, on a CPU, is fastest."""
 HELD_OUT_SHARE, MOST_HELD_OUT = 8, 32
 """One of so many images is not learned from, but up to so many in all."""
+MIXED_SIDES = (0.3, 0.8)
+"""Between which shares of an image's sides the part lies that is taken from another image."""
 STEPS_A_CHECK = 20
 PATIENCE = 6
 """After so many checks without a gain on the images held out it is over."""
@@ -171,10 +173,7 @@ def _split(images: FloatArray) -> tuple[FloatArray, FloatArray]:
 
 
 def _batches(images: FloatArray, seed: int) -> Iterator[Tensor]:
-    """Yield batches without end, each image once before any comes again, half of them mirrored.
-
-    A mirrored photograph is as good a photograph, and the teacher says what it is to give: twice as many to learn from.
-    """
+    """Yield batches without end, each image once before any comes again, half of them mirrored, all of them mixed."""
     generator = np.random.default_rng(seed)
     size = min(BATCH, len(images))
     while True:
@@ -183,7 +182,22 @@ def _batches(images: FloatArray, seed: int) -> Iterator[Tensor]:
             batch = images[order[start : start + size]]
             mirrored = generator.random(size) < 0.5
             batch[mirrored] = batch[mirrored, ..., ::-1]
-            yield _nhwc(batch)
+            yield _nhwc(_mixed(batch, generator))
+
+
+def _mixed(images: FloatArray, generator: np.random.Generator) -> FloatArray:
+    """Return images with a rectangle of each replaced by that of another: CutMix (Yun et al. 2019), without its labels.
+
+    The teacher says what they are to give, so that a few photographs are many different inputs.
+    """
+    mixed, others = images.copy(), np.roll(images, 1, axis=0)
+    sides = np.array(images.shape[2:])
+    for image, other in zip(mixed, others, strict=True):
+        cut = (sides * generator.uniform(*MIXED_SIDES, 2)).astype(int)
+        top, left = generator.integers(0, sides - cut + 1)
+        place = np.s_[:, top : top + cut[0], left : left + cut[1]]
+        image[place] = other[place]
+    return mixed
 
 
 def _nhwc(images: FloatArray) -> Tensor:

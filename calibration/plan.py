@@ -28,7 +28,7 @@ from deploykit.spec import FloatDtype, Int8
 
 SCHEMA_VERSION = 2
 """From version 2 on a plan carries the digest of both its files; version 1 is still read, unproved."""
-DISTILLATION_VERSION = 2
+DISTILLATION_VERSION = 3
 """Part of the key of a plan that was tuned: what is learned otherwise is another plan."""
 
 IMPORTED = "imported"

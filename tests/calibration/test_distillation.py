@@ -25,6 +25,13 @@ def images(photographs):
 
 
 @pytest.fixture(scope="module")
+def unseen(photographs):
+    """Crops between those of `images` and of other photographs."""
+    whole = calibration_set(photographs, InputSpec(height=2 * SIDE, width=2 * SIDE)).sample(12)
+    return np.ascontiguousarray(whole[:, :, SIDE // 2 : -SIDE // 2, SIDE // 2 : -SIDE // 2])
+
+
+@pytest.fixture(scope="module")
 def network(residual):
     return float_network_of(Residual, residual.master, residual.images)
 
@@ -40,10 +47,11 @@ def loss(network, plan, images):
     return float(np.mean(shares))
 
 
-def test_it_keeps_more_than_where_it_began(network, plan, images):
+def test_it_keeps_more_than_where_it_began_of_images_that_it_never_saw(network, plan, images, unseen):
     steps = []
     tuned = distill(network, plan, images, SETTINGS, on_step=steps.append)
-    assert loss(network, tuned, images) < 0.95 * loss(network, plan, images)
+    assert loss(network, tuned, unseen) < 0.95 * loss(network, plan, unseen)
+    assert loss(network, tuned, images) < loss(network, plan, images)
     assert (steps[0].step, steps[-1].steps) == (0, 40)
     assert steps[-1].sqnr_db > steps[0].sqnr_db
 
@@ -104,15 +112,19 @@ def test_what_decides_the_tuning_is_in_the_key_of_a_distilled_plan_alone():
     assert key(adaptive) == key(replace(adaptive, distill_steps=7))
 
 
-def test_batches_hold_each_image_once_as_it_is_or_mirrored():
-    images = np.random.default_rng(0).normal(size=(40, 3, 4, 6)).astype(np.float32)
+def test_batches_hold_each_image_once_mirrored_or_not_with_a_rectangle_of_another():
+    images = np.random.default_rng(0).normal(size=(40, 3, 20, 30)).astype(np.float32)
     batches, seen = _batches(images, seed=0), []
     for _ in range(3):
         for image in next(batches).numpy():
-            forms = images, images[..., ::-1]
-            seen.append(
-                next((n, m) for m, form in enumerate(forms) for n in range(40) if np.array_equal(form[n], image))
-            )
+            forms = {(n, m): form[n] for m, form in enumerate((images, images[..., ::-1])) for n in range(40)}
+            places = {key: (form == image).all(0) for key, form in forms.items() if (form == image).all(0).any()}
+            (whole, outside), (_, inside) = sorted(places.items(), key=lambda found: not found[1][0, 0])
+            assert np.array_equal(outside, ~inside)
+            rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+            assert inside.sum() == len(rows) * len(columns)
+            assert 0.3 * 20 - 1 <= len(rows) <= 0.8 * 20 and 0.3 * 30 - 1 <= len(columns) <= 0.8 * 30
+            seen.append(whole)
     assert len({number for number, _ in seen}) == len(seen) == 36
     assert {mirrored for _, mirrored in seen} == {0, 1}
     again = next(_batches(images, seed=0)).numpy()
