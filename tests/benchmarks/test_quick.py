@@ -88,7 +88,7 @@ def test_the_facade_stands_beside_both_raw_calls(script, work, tmp_path, capsys)
     results = tmp_path / "facade.json"
     script("facade_overhead").main(["--network", SMALL, "--rounds", "20", "--work", str(work), "--json", str(results)])
     rows = json.loads(results.read_text())["rows"]
-    assert len(rows) == 4 and all(0 < row["facade_us"] < 1000 * row["ours_ms"] for row in rows)
+    assert len(rows) == 6 and all(0 < row["facade_us"] < 1000 * row["ours_ms"] for row in rows)
     assert "the bar, 1.03" in capsys.readouterr().out
 
 
