@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 import deploykit
+from deploykit.backends.coreml.inspect import left_in_float
 from deploykit.cli.main import app
 from deploykit.errors import DeviceUnavailable
 from deploykit.export.measure import PROXY
@@ -64,3 +65,18 @@ def test_pixels_are_integers_in_the_package(precision, photographs, tmp_path):
 
     (pixels,) = read_program(tmp_path / "bundle" / "model.mlpackage").inputs
     assert (pixels.shape, pixels.dtype) == ((1, 64, 64, 3), INT32)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "coatnet_0_rw_224", "mobilevit_s"])
+def test_networks_of_windows_and_of_convolutions_with_attention_are_built(name, precision, photographs, tmp_path):
+    calibration = photographs if precision == "int8" else None
+    bundle = tmp_path / "bundle"
+    result = deploykit.export_backbone(
+        name, bundle, runtime="coreml", precision=precision, calibration=calibration, image_size=64
+    )
+    assert result.status == "built"
+    least_db = 45 if precision == "fp16" else 12
+    assert all(level.sqnr_db > least_db for level in result.parity.levels)
+    if precision == "int8":
+        assert set(left_in_float(bundle / result.manifest.engine)) == {"quantize", "dequantize"}
