@@ -56,9 +56,9 @@ class PatchWindow:
         positions = len(read)
         for axis in range(len(self.kernel)):
             begin, count = self._place(axis, total.shape[1])
-            starts = (tap * self.dilations[axis] - begin for tap in range(self.kernel[axis]))
+            starts = [tap * self.dilations[axis] - begin for tap in range(self.kernel[axis])]
             # What is done stands behind the axes that are not, so that the next one is always behind the channels.
-            total = np.stack([_every(total, start, self.strides[axis], count) for start in starts], axis=-1)
+            total = np.stack(_taps(total, starts, self.strides[axis], count), axis=-1)
             positions *= count
         return np.asarray(total, np.float64) / positions
 
@@ -103,7 +103,19 @@ def mean_output(node: ir.Node, weight: FloatArray, axis: int, patch: Array) -> n
     return np.asarray(factor * (matrix @ mean), np.float32)
 
 
-def _every(values: Array, start: int, stride: int, count: int) -> Array:
+def _taps(values: Array, starts: Sequence[int], stride: int, count: int) -> list[FloatArray]:
+    """Sum ``count`` values along the axis behind the channels for each tap of a kernel, which begins at its start.
+
+    With a stride of 1 a tap is the whole axis but for a few values at its ends: one sum serves all taps.
+    """
+    length = values.shape[1]
+    if stride > 1 or any(2 * (min(start + count, length) - max(start, 0)) < length for start in starts):
+        return [_every(values, start, stride, count) for start in starts]
+    whole = _every(values, 0, 1, length)
+    return [whole - _every(values, 0, 1, start) - _every(values, start + count, 1, length) for start in starts]
+
+
+def _every(values: Array, start: int, stride: int, count: int) -> FloatArray:
     """Sum ``count`` values along the axis behind the channels, from ``start`` on, where they are inside the map."""
     first = max(-(start // stride), 0)
     inside = values[:, start + first * stride : max(start + (count - 1) * stride + 1, 0) : stride]
