@@ -99,7 +99,8 @@ def try_one(python: str, runtime: str, wheel: Path, folder: Path, *, oldest: boo
     run([python, "-m", "venv", str(folder)])
     own = str(folder / "bin" / "python")
     pins = oldest_versions(runtime) if oldest else []
-    run([own, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"{wheel}[{runtime}]", *pins])
+    install = [own, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary", ":all:"]
+    run([*install, f"{wheel}[{runtime}]", *pins])
     told: dict[str, object] = json.loads(run([own, "-c", PROBE, str(BUNDLES / RUNTIMES[runtime]), runtime]))
     told["megabytes"] = sum(size_of(part) for part in folder.rglob("site-packages/*") if part.name in PURE) / 1e6
     return told
