@@ -229,7 +229,7 @@ class Runtime(ABC):
         self.tuned = tuning
         self.threads = threads or (tuning.threads if tuning is not None else None) or thread_limit()
         self.streams = tuning.streams if tuning is not None else None
-        self.parallel = (self.streams or self._cores()) if self.hint == "throughput" else LATENCY_IN_FLIGHT
+        self.parallel = (self.streams or self._cores()) if self.hint == "throughput" else 1
         self.in_flight = RUNS_AHEAD * self.parallel if self.hint == "throughput" else LATENCY_IN_FLIGHT
         self._options["tuning"] = tuning
 

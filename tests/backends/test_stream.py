@@ -58,6 +58,23 @@ def test_no_frame_is_taken_before_there_is_room(engine, frames):
     assert len(taken) < 23
 
 
+def test_one_frame_is_computed_at_a_time_for_latency_and_the_next_is_read_meanwhile(bundles, frames, monkeypatch):
+    with deploykit.load_bundle(bundles / "onnxruntime", threads=2) as model:
+        computing, together, run = [], [], model._run
+
+        def counted(images):
+            computing.append(images)
+            together.append(len(computing))
+            outputs = run(images)
+            computing.pop()
+            return outputs
+
+        monkeypatch.setattr(model, "_run", counted)
+        assert len(list(model.stream(frames * 20, in_flight=6))) == 20 * len(frames)
+        assert set(together) == {1}
+        assert model.in_flight == 2
+
+
 def test_a_frames_buffer_may_be_used_again(engine, frames):
     buffer = np.empty_like(frames[0])
 
