@@ -13,6 +13,7 @@ from deploykit.bench import bench
 from deploykit.errors import ParityError, SpecError
 from deploykit.images.preprocess import normalize
 from deploykit.manifest import decode_manifest
+from deploykit.parity.metrics import sqnr_db
 from deploykit.parity.reference import corner_file
 from deploykit.spec import InputSpec, SizeRange, parse_image_sizes
 from deploykit.verification import verify_bundle
@@ -118,6 +119,23 @@ def test_every_corner_is_proved_and_any_size_within_gives_torchs_numbers(bundle,
                 wanted = backbone(torch.from_numpy(images)).numpy()
             error = np.linalg.norm(model(images) - wanted) / np.linalg.norm(wanted)
             assert error < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_mobilevit_takes_every_multiple_of_its_patches(runtime, tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = deploykit.create_backbone("mobilevit_s", num_classes=10).eval()
+    deploykit.export_backbone(network, tmp_path / "range", runtime=runtime, precision="fp32", image_size=(64, 128, 192))
+    with deploykit.load_bundle(tmp_path / "range") as model:
+        for size in [(64, 64), (128, 128), (192, 192), (64, 192)]:
+            images = np.random.default_rng(1).normal(size=(1, 3, *size)).astype(np.float32)
+            with torch.no_grad():
+                wanted = network(torch.from_numpy(images)).numpy()
+            assert sqnr_db(wanted, model(images)) >= 100
+        with pytest.raises(SpecError, match="96"):
+            model(np.zeros((1, 3, 96, 96), np.float32))
 
 
 def test_features_of_pixels_have_the_maps_of_each_size(bundles):
