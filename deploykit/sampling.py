@@ -32,7 +32,7 @@ def hashed_fractions(first: int, count: int) -> npt.NDArray[np.float64]:
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=8)
 def sample_positions(size: int, count: int, first: int = 0) -> npt.NDArray[np.int64]:
     """Choose ``count`` of ``size`` positions, ascending; every position is as likely as every other.
 

@@ -84,7 +84,7 @@ def _attend(module: GraphModule, node: Node) -> None:
     plain = len(node.args) <= 4 and not any(node.kwargs.get(name) for name in ("dropout_p", "is_causal", "enable_gqa"))
     if not plain or shape is None or len(shape) != 4 or not _is_bias(bias):
         return
-    if shape[2] == 1 and _shape(values) == shape:
+    if shape[2] == 1 and (_shape(values) or ())[:3] == shape[:3]:
         # Of one token each gives its values; its scores (N, H, 1, 1) have two orders that look alike, as below.
         _replace(node, values)
         return
