@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -47,6 +48,9 @@ from deploykit.optional import PACKAGES
 from deploykit.places import is_environment
 
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
+
+_TAG = re.compile(r"\[(?=[a-z#/@])")
+"""Where rich begins to read markup."""
 
 app = typer.Typer(
     context_settings=_SETTINGS,
@@ -111,7 +115,19 @@ def _command() -> TyperGroup:
     """Build the command of `app` once: a process that calls `main` again would read every annotation again."""
     command = typer.main.get_command(app)
     assert isinstance(command, TyperGroup)  # noqa: S101  (of several commands; narrows the type)
+    _escape_help(command)
     return command
+
+
+def _escape_help(command: object) -> None:
+    """Escape brackets in the help of a command, its options and its subcommands: rich would read them as markup."""
+    for part in (command, *getattr(command, "params", ())):
+        for name in ("help", "epilog"):
+            text = getattr(part, name, None)
+            if isinstance(text, str):
+                setattr(part, name, _TAG.sub(r"\\[", text))
+    for each in getattr(command, "commands", {}).values():
+        _escape_help(each)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
-COMMANDS = ("export", "run", "verify", "inspect", "list", "doctor")
+COMMANDS = ("bench", "cache", "cache clear", "cache list", "cache prune", "cache verify", "compare", "demo", "doctor")
+COMMANDS += ("evaluate", "export", "extract", "import", "inspect", "list", "pull", "push", "report", "repository")
+COMMANDS += ("run", "sensitivity", "sign", "sweep", "targets", "tune", "verify")
 BLOCKED = ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "openvino", "tensorrt_rtx", "timm", "skimage")
 
 SCRIPT = """
@@ -32,7 +35,7 @@ print(json.dumps(answers))
 def without_packages():
     """Exit code, stdout and stderr of each call in a process where the packages cannot be imported."""
     calls = [["--help"], ["-h"], ["--version"]]
-    calls += [[command, flag] for command in COMMANDS for flag in ("-h", "--help")]
+    calls += [[*command.split(), flag] for command in COMMANDS for flag in ("-h", "--help")]
     calls += [["list"], ["export", "resnet18", "--runtime", "onnxruntime"]]
     script = SCRIPT.format(blocked=set(BLOCKED), calls=calls)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -45,14 +48,34 @@ def test_every_command_prints_help_with_an_example_last(without_packages, comman
     code, out, err = without_packages[f"{command} {flag}"]
     assert (code, err) == (0, "")
     assert f"deploykit {command}" in out
-    assert out.strip().splitlines()[-1].strip().startswith(f"Example: deploykit {command}")
+    assert re.split(r"\n\s*\n", out.strip())[-1].strip().startswith(f"Example: deploykit {command}")
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_the_root_help_lists_every_command(without_packages, flag):
     code, out, _ = without_packages[flag]
     assert code == 0
-    assert all(f"│ {command} " in out for command in COMMANDS)
+    assert all(f"│ {command.split()[0]} " in out for command in COMMANDS)
+
+
+def test_the_commands_of_this_file_are_all_that_there_are():
+    from deploykit.cli.main import _command
+
+    commands = _command().commands
+    inner = {f"{name} {each}" for name, command in commands.items() for each in getattr(command, "commands", ())}
+    assert {*commands, *inner} == {*COMMANDS}
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        ("pull", "hf://owner/name[@revision][/folder]"),
+        ("push", "hf://owner/name[@branch][/folder]"),
+        ("compare", "[default: the bundle's]"),
+    ],
+)
+def test_brackets_of_the_help_are_printed(without_packages, command, text):
+    assert text in " ".join(without_packages[f"{command} --help"][1].replace("│", " ").split())
 
 
 def test_the_version_is_printed(without_packages):
