@@ -42,6 +42,7 @@ from deploykit.manifest import (
     engine_parts,
     own_version,
 )
+from deploykit.output_places import check_outside_bundles
 from deploykit.places import remove_folder, storage_error
 from deploykit.plain_files import digest_of, open_plain
 
@@ -76,11 +77,13 @@ def writing(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     ``overwrite`` the old one is replaced in one step where the file system can swap two folders.
 
     Raises:
+        SpecError: ``folder`` lies in another bundle.
         BundleError: ``folder`` exists and is not a bundle, or exists and ``overwrite`` is off, or holds files that
             deploykit did not write; or what the block wrote would not open.
         StorageError: the disk is full or not writable, or another process keeps the lock of the folder above.
     """
     folder = folder.absolute()
+    check_outside_bundles(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging, lock = _make_staging(folder, overwrite=overwrite)

@@ -23,6 +23,7 @@ from deploykit.errors import ImageError, SpecError, StorageError
 from deploykit.loading import load_bundle
 from deploykit.locks import locked_folder
 from deploykit.optional import require
+from deploykit.output_places import check_outside_bundles
 from deploykit.places import storage_error
 from deploykit.progress import ImagesRun, Progress, quiet
 
@@ -307,6 +308,7 @@ def _check_output(target: Path, *, overwrite: bool) -> None:
         raise SpecError(f"{target}: is a folder, or lies in none that exists. Give a file in a folder that exists.")
     if target.exists() and not overwrite:
         raise SpecError(f"{target} exists already. Choose another name, or allow it with overwrite=True.")
+    check_outside_bundles(target)
 
 
 def _put(path: Path, content: bytes) -> None:

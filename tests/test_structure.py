@@ -49,7 +49,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("options", "graph", "dataset"),
     ("parity",),
     ("store_entry", "store_folder", "store_upkeep", "store"),
-    ("manifest", "bundle_files"),
+    ("manifest", "bundle_files", "output_places"),
     ("bundle", "bundle_status", "cache", "trust", "signatures", "asked", "predict"),
     ("shipping",),
     ("runtime side",),

@@ -22,6 +22,7 @@ from deploykit.cli.output import (
     table,
 )
 from deploykit.cli.run import find_given
+from deploykit.output_places import check_result_file
 from deploykit.parity.report import decibels
 from deploykit.places import write_whole
 
@@ -100,6 +101,8 @@ def compare(
     """
     from deploykit.changes.comparison import compare_bundles
 
+    if output is not None:
+        check_result_file(output, "comparison")
     tolerances = Tolerances(
         max_drop_db=max_drop_db,
         min_sqnr_db=min_sqnr_db,

@@ -15,6 +15,7 @@ from deploykit.backends.table import engine_names, load_backend
 from deploykit.cli.output import JsonFlag, show, show_json, show_warning, stderr_console, table
 from deploykit.cli.progress import export_progress
 from deploykit.errors import DeviceUnavailable, MissingDependency
+from deploykit.output_places import check_outside_bundles
 
 if TYPE_CHECKING:
     from deploykit.export.pipeline import ExportResult
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 EXAMPLE = "Example: deploykit demo --output demo-output"
 
 BACKBONE = "efficientnet_lite0"
+CALIBRATION = "calibration"
 SHOWN = ("chelsea.png", "coffee.png", "rocket.jpg")
 """The photographs whose labels are printed; none is calibrated on."""
 CALIBRATED = ("astronaut.png", "motorcycle_left.png", "ihc.png", "hubble_deep_field.jpg", "retina.jpg")
@@ -63,9 +65,10 @@ def demo(
     from deploykit.images.preprocess import load_images
     from deploykit.labels import class_labels
 
+    check_outside_bundles(output / CALIBRATION)
     engines = demo_engines()
     photographs = photograph_folder()
-    crops = write_crops(photographs, output / "calibration")
+    crops = write_crops(photographs, output / CALIBRATION)
     torch_model: Any = create_backbone(BACKBONE, pretrained=True)
     images = load_images([photographs / name for name in SHOWN], torch_model.input_spec)
     labels = class_labels(torch_model.spec.label_set) or ()

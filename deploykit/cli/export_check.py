@@ -14,6 +14,7 @@ from deploykit.cli.export_options import ExportChoice
 from deploykit.errors import SpecError
 from deploykit.optional import require
 from deploykit.options import ExportOptions
+from deploykit.output_places import check_outside_bundles
 from deploykit.several_targets import target_folders
 from deploykit.spec import BackboneSpec, FeatureLevel, InputSpec
 from deploykit.unset import UNSET
@@ -106,8 +107,9 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
     """Refuse a folder that cannot or must not be written.
 
     Raises:
-        SpecError: it is taken, or its parent is not writable.
+        SpecError: it is taken or lies in a bundle, or its parent is not writable.
     """
+    check_outside_bundles(folder)
     if folder.exists() and not is_bundle(folder):
         raise SpecError(f"{folder} exists and is not a bundle, so it will not be replaced. Choose another with -o.")
     if folder.exists() and not overwrite:

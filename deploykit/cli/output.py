@@ -16,6 +16,7 @@ import typer
 from deploykit.cli.spellings import as_options
 from deploykit.errors import DeployKitWarning, SpecError
 from deploykit.optional import require
+from deploykit.output_places import check_outside_bundles
 from deploykit.printable import is_printable, printable
 
 if TYPE_CHECKING:
@@ -206,12 +207,13 @@ def check_plot(path: str) -> None:
     """Refuse, before any work, a file that a drawing cannot be written to.
 
     Raises:
-        SpecError: another kind of file, or no such folder.
+        SpecError: another kind of file, or no such folder, or one of a bundle.
         MissingDependency: matplotlib is not installed.
     """
     require("matplotlib.figure")
     if Path(path).suffix not in PLOTS or not Path(path).absolute().parent.is_dir():
         raise SpecError(f"--plot is {path}; give a file that ends in {' or '.join(PLOTS)}, in a folder that exists.")
+    check_outside_bundles(Path(path))
 
 
 def input_text(spec: InputSpec) -> str:

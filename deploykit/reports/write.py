@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from deploykit.errors import SpecError
 from deploykit.manifest import own_version
 from deploykit.names import path_of
+from deploykit.output_places import check_result_file
 from deploykit.places import write_whole
 from deploykit.reports.facts import BundleFacts, Collected, collect, with_layers
 from deploykit.reports.html_page import html_page
@@ -44,7 +45,7 @@ def write_report(
         What the page says, bundle by bundle.
 
     Raises:
-        SpecError: no bundles, or another kind of file.
+        SpecError: no bundles, another kind of file, or one that lies in no folder or in a bundle.
         BundleError: one is no bundle, or is damaged.
         StorageError: the file cannot be written.
         MissingDependency: matplotlib is not installed, for ``.html``; or the extra export, for the layers.
@@ -52,6 +53,7 @@ def write_report(
     path, folders = path_of(output), [path_of(each) for each in bundles]
     if path.suffix.lower() not in SUFFIXES:
         raise SpecError(f"the report {path} is neither .html nor .md. Fix: give the file one of these endings.")
+    check_result_file(path, "report")
     if not 1 <= len(folders) <= MOST_BUNDLES:
         raise SpecError(f"{len(folders)} bundles were given; expected 1 to {MOST_BUNDLES}.")
     collected = collect(folders, run=run, device=device, threads=threads, trust=trust)

@@ -19,6 +19,7 @@ from deploykit.errors import BundleError, SpecError, nearest
 from deploykit.labels import LABELS_FILE
 from deploykit.locks import locked_folder
 from deploykit.manifest import MANIFEST, MANIFEST_DIGEST, FileRecord, engine_parts
+from deploykit.output_places import check_outside_bundles
 from deploykit.places import storage_error
 from deploykit.plain_files import digest_of, open_plain
 from deploykit.serving import model_server, open_inference, triton, triton_model
@@ -72,19 +73,20 @@ def write_repository(
 
     Raises:
         SpecError: no such layout, a server that does not open engines of this runtime, a name or version that is
-            taken.
+            taken, or a repository in a bundle.
         BundleError: the bundle is damaged.
         StorageError: the folder cannot be written.
     """
     check_arguments(write_repository, locals())
     if not 1 <= version <= 1 << 31:
-        raise SpecError(f"version is {version}; expected a whole number from 1 on.")
+        raise SpecError(f"version is {version}; expected a whole number from 1 to 2147483648.")
     folder, root = Path(bundle), Path(repository).absolute()
     shipment = make_shipment(folder)
     manifest = shipment.manifest
     name = name if name is not None else model_name(manifest.backbone.name)
     if not _NAME.fullmatch(name):
         raise SpecError(f"the name of the model is {name!r}; expected letters, digits, '_', '-' and '.'.")
+    check_outside_bundles(root / name)
     backend = backend_of(manifest)
     serving = _serving_of(backend)
     plan = _plan(shipment, serving, check_layout(layout, backend), name, version)
@@ -92,7 +94,7 @@ def write_repository(
         root.mkdir(parents=True, exist_ok=True)
         with locked_folder(root, f"to add the model {name}", seconds=_LOCK_SECONDS):
             _write(plan, folder, root, name)
-    except NotADirectoryError as error:
+    except (NotADirectoryError, FileExistsError) as error:
         raise SpecError(f"{root} is not a folder; a model repository is one. Choose another name.") from error
     except OSError as error:
         raise storage_error(f"the model repository {root} cannot be written", error) from error

@@ -21,6 +21,7 @@ import msgspec
 from deploykit.errors import BundleError, SpecError
 from deploykit.locks import locked_folder
 from deploykit.manifest import FileRecord, is_inside
+from deploykit.output_places import check_outside_bundles
 from deploykit.places import is_environment, read_error, storage_error
 from deploykit.plain_files import NotPlainFile, digest_of, open_plain, read_plain
 from deploykit.shipping.address import OciAddress
@@ -74,11 +75,12 @@ def write_layout(shipment: Shipment, address: OciAddress) -> str:
         The digest of its manifest.
 
     Raises:
-        SpecError: the folder is something else than an image layout, or its index cannot be read.
+        SpecError: the folder is something else than an image layout or lies in a bundle, or its index cannot be read.
         BundleError: the bundle was replaced while it was read.
         StorageError: the folder cannot be written.
     """
     path = address.path.absolute()
+    check_outside_bundles(path)
     try:
         if path.exists() and any(path.iterdir()):
             _check_layout(path)
