@@ -1,8 +1,8 @@
 """Copy a module tree whose attributes need not be copyable.
 
 `copy.deepcopy` fails on a module that holds a lock, an open file or a generator, and on the computed
-weight of ``torch.nn.utils.weight_norm``. Here modules, tensors and the containers that hold them are
-copied; every other attribute is shared with the original.
+weight of ``torch.nn.utils.weight_norm``. Here modules, tensors, and the containers, closures and plain objects
+that hold them are copied; every other attribute is shared with the original.
 """
 
 from __future__ import annotations
@@ -90,13 +90,57 @@ class _Copier:
         return self._callable(value) if callable(value) else self._container(value)
 
     def _callable(self, value: Any) -> Any:
-        """Return a method of a module in the tree becomes that of its copy, also within a partial."""
-        if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
-            return types.MethodType(value.__func__, self.copy(value.__self__))
+        """Copy a function or method that reaches what is copied: through its object, its closure or its defaults."""
+        if isinstance(value, types.MethodType):
+            owner = self.copy(value.__self__)
+            return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
         if type(value) is functools.partial:
             keywords = {name: self.copy(each) for name, each in value.keywords.items()}
             return functools.partial(self.copy(value.func), *map(self.copy, value.args), **keywords)
-        return value
+        return self._function(value) if isinstance(value, types.FunctionType) else self._object(value)
+
+    def _function(self, function: types.FunctionType) -> types.FunctionType:
+        """Copy a function whose closure or defaults hold what is copied; share every other."""
+        cells = function.__closure__ or ()
+        defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+        if not cells and not defaults:
+            return function
+        # The cells of the twin are filled after it is known: one of them may hold the function itself.
+        closure = tuple(types.CellType() for _ in cells)
+        twin = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, closure)
+        self._keep(function, twin)
+        is_other = [self._fill(new, old) for new, old in zip(closure, cells, strict=True)]
+        is_other += [self.copy(each) is not each for each in defaults]
+        if not any(is_other):
+            return self._keep(function, function)
+        twin.__dict__.update(self.copy(function.__dict__))
+        for attribute in ("__defaults__", "__kwdefaults__"):
+            setattr(twin, attribute, self.copy(getattr(function, attribute)))
+        for attribute in ("__qualname__", "__doc__", "__module__", "__annotations__"):
+            setattr(twin, attribute, getattr(function, attribute))
+        return twin
+
+    def _fill(self, new: types.CellType, old: types.CellType) -> bool:
+        """Put the copy of a variable into a cell, and return whether it is another object."""
+        try:
+            value = old.cell_contents
+        except ValueError:  # a variable without a value yet
+            return False
+        new.cell_contents = self.copy(value)
+        return new.cell_contents is not value
+
+    def _object(self, value: Any) -> Any:
+        """Copy a plain object that holds a module or a tensor; share every other."""
+        held = getattr(value, "__dict__", None)
+        if type(held) is not dict or isinstance(value, (type, types.ModuleType)) or not any(map(_holds, held.values())):
+            return value
+        try:
+            twin = object.__new__(type(value))
+        except TypeError:  # an object of C or C++
+            return value
+        self._keep(value, twin)
+        twin.__dict__.update({name: self.copy(each) for name, each in held.items()})
+        return twin
 
     def _module(self, module: nn.Module) -> nn.Module:
         inner = unwrapped(module)
@@ -126,9 +170,15 @@ class _Copier:
             return self._keep(value, type(value)(map(self.copy, value)))
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return self._keep(value, type(value)(*map(self.copy, value)))
-        return value
+        return self._object(value)
 
     def _keep(self, original: object, twin: Kept) -> Kept:
         # The original is held too: the id of one that were freed meanwhile could come back.
         self._memo[id(original)] = (original, twin)
         return twin
+
+
+def _holds(value: object) -> bool:
+    """Return whether an attribute is a module or a tensor, or a container of some."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+    return any(isinstance(each, (nn.Module, Tensor)) for each in parts)

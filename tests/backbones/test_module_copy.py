@@ -128,3 +128,104 @@ def test_wrappers_come_off_at_the_top_and_inside(net):
 def test_scripted_modules_are_copied_and_converted():
     twin = copy_module(nn.Sequential(torch.jit.script(nn.Conv2d(3, 4, 1))), detached(torch.float64))
     assert twin(torch.ones(1, 3, 2, 2, dtype=torch.float64)).dtype == torch.float64
+
+
+class Holder:
+    """A plain object that calls a module, as a head or a loss of a user's own does."""
+
+    def __init__(self, norm):
+        self.norm = norm
+        self.lock = threading.Lock()
+
+    def __call__(self, images):
+        return self.norm(images)
+
+
+def _by_closure(norm):
+    def call(images):
+        return norm(images)
+
+    return call
+
+
+def _by_default(norm):
+    return lambda images, norm=norm: norm(images)
+
+
+def _by_keyword(norm):
+    def call(images, *, norm=norm):
+        return norm(images)
+
+    return call
+
+
+def _by_wrapped_function(norm):
+    @functools.wraps(norm.forward)
+    def call(images):
+        return inner(images)
+
+    inner = _by_closure(norm)
+    return call
+
+
+def _by_list(norm):
+    held = [norm]
+
+    def call(images):
+        return held[0](images)
+
+    return call
+
+
+ROUTES = [_by_closure, _by_default, _by_keyword, _by_wrapped_function, _by_list, Holder, lambda norm: Holder([norm])]
+
+
+class Routed(nn.Module):
+    """Calls its norm by a function or an object that reaches it."""
+
+    def __init__(self, route):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.route = route(self.norm)
+
+    def forward(self, images):
+        norm = getattr(self.route, "norm", None)
+        return norm[0](images) if isinstance(norm, list) else self.route(images)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_functions_and_objects_of_a_copy_reach_the_copy(route):
+    net = Routed(route).train()
+    images = torch.randn(2, 3, 4, 4)
+    twin = copy_module(net, detached()).eval()
+    expected = twin.norm(images)
+    assert torch.equal(twin(images), expected)
+    assert not net.norm.running_mean.any()
+    assert net.norm.num_batches_tracked == 0
+
+
+def test_a_hook_of_a_copy_keeps_what_it_sees_in_the_copy():
+    net = nn.Sequential(nn.Conv2d(3, 3, 1))
+    net.seen = {}
+    net[0].register_forward_hook(lambda module, inputs, output: net.seen.update(last=output))
+    twin = copy_module(net, detached())
+    output = twin(torch.zeros(1, 3, 2, 2))
+    assert twin.seen["last"] is output
+    assert not net.seen
+
+
+def test_functions_that_reach_nothing_are_shared():
+    net = nn.Sequential(nn.Conv2d(3, 3, 1))
+    factor = 2
+    net.scale = lambda value: factor * value
+    net.plain = lambda value, factor=2: factor * value
+
+    def recursive(value):
+        return recursive(value - 1) if value else net.scale(1)
+
+    net.recursive = recursive
+    twin = copy_module(net, detached())
+    assert twin.scale is net.scale
+    assert twin.plain is net.plain
+    assert twin.recursive is not net.recursive
+    assert twin.recursive(3) == 2
