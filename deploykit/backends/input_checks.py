@@ -148,8 +148,26 @@ def check_has_values(images: Any) -> None:
         )
 
 
+def _no_values(images: Any, reason: str) -> str:
+    return (
+        f"the images are a {type(images).__name__} whose values cannot be read ({reason}), as inside of torch.vmap, "
+        "torch.func, torch.jit.trace and torch.export; an engine takes values. Fix: call it outside of them, with a "
+        "plain tensor."
+    )
+
+
 def from_torch(images: Any, spec: InputSpec) -> tuple[ImageArray, Callable[[FloatArray], Any]]:
-    """Return a torch tensor as an array that shares its memory, and the function that turns outputs back."""
+    """Return a torch tensor as an array that shares its memory, and the function that turns outputs back.
+
+    Raises:
+        SpecError: no tensor that the input takes, or one that stands for others in a trace or a transform.
+    """
     torch_module = check_tensor(images, spec)
     device = images.device
-    return images.detach().cpu().resolve_neg().numpy(), lambda output: torch_module.from_numpy(output).to(device)
+    if torch_module.jit.is_tracing():
+        raise SpecError(_no_values(images, "a trace would keep this call's answer for all images"))
+    try:
+        array = images.detach().cpu().resolve_neg().numpy()
+    except RuntimeError as error:
+        raise SpecError(_no_values(images, str(error))) from error
+    return array, lambda output: torch_module.from_numpy(output).to(device)

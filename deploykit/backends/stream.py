@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from time import perf_counter, thread_time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from deploykit.arguments import shown
 from deploykit.errors import SpecError
 from deploykit.feature_dict import Features
 
 if TYPE_CHECKING:
     from deploykit.arrays import ImageArray, Images
     from deploykit.backends.runtime import Runtime
+
+Frame = TypeVar("Frame")
 
 MOST_IN_FLIGHT = 1024
 MOST_IN_BATCH = 16
@@ -23,10 +26,10 @@ MOST_IN_BATCH = 16
 
 def streamed(engine: Runtime, frames: Iterable[Images], in_flight: int | None) -> Iterator[Any]:
     """Yield what the engine gives for each frame, in their order; see `Runtime.stream`."""
-    room = checked_in_flight(in_flight, engine.in_flight)
+    room, coming = checked_in_flight(in_flight, engine.in_flight), reader_of(frames)
     queue = engine.open_queue(room)
     waiting: deque[Callable[[], Any]] = deque()
-    coming, fault = iter(frames), None
+    fault: Exception | None = None
     try:
         while fault is None:
             try:
@@ -62,7 +65,7 @@ def mapped(engine: Runtime, images: Iterable[ImageArray], in_flight: int | None)
 def _batches(images: Iterable[ImageArray], least: int, most: int, sizes: deque[int]) -> Iterator[ImageArray]:
     """Cut single images into batches of one size; one that is too small repeats its images."""
     pending: list[ImageArray] = []
-    for each in images:
+    for each in reader_of(images):
         image = np.array(each)  # a copy: a reader may fill its buffer again
         if pending and image.shape != pending[0].shape:
             sizes.append(len(pending))
@@ -86,6 +89,25 @@ def _one(outputs: Any, position: int) -> Any:
     if isinstance(outputs, Features):
         return outputs.map(lambda output: output[position])
     return outputs[position]
+
+
+def reader_of(frames: Iterable[Frame]) -> Iterator[Frame]:
+    """Return what gives frame after frame.
+
+    Raises:
+        SpecError: nothing that a loop could read; of asynchronous readers, how to read them.
+    """
+    try:
+        return iter(frames)
+    except TypeError as error:
+        remedy = (
+            "Fix: await asyncio.to_thread(model, frame) for each frame of the asynchronous reader."
+            if hasattr(frames, "__aiter__")
+            else "Give a list, a generator, or an array whose first axis counts the frames."
+        )
+        raise SpecError(
+            f"the frames are {shown(frames)}; expected something that gives frame after frame. {remedy}"
+        ) from error
 
 
 def checked_in_flight(asked: int | None, own: int) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deploykit.backends.runtime import Runtime
 from deploykit.backends.table import engine_names, load_backend
@@ -109,6 +110,30 @@ BAD_IMAGES = {
     "complex": (torch.zeros(1, 3, 32, 32, dtype=torch.complex64).conj(), "complex64"),
     "torch.bfloat16": (torch.zeros(1, 3, 32, 32, dtype=torch.bfloat16), r"torch\.bfloat16"),
 }
+
+
+TRANSFORMS = {
+    "vmap": lambda model, images: torch.vmap(model)(images[None]),
+    "grad": lambda model, images: torch.func.grad(lambda inside: next(iter(model(inside).values())).sum())(images),
+    "jvp": lambda model, images: torch.func.jvp(lambda inside: model(inside)[1], (images,), (images,)),
+    "trace": lambda model, images: torch.jit.trace(lambda inside: model(inside)[1], images),
+}
+
+
+@every_runtime
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_tensors_of_torchs_transforms_are_refused(model: Runtime, transform):
+    with pytest.raises(SpecError, match="whose values cannot be read"):
+        transform(model, torch.from_numpy(photographs(1)))
+
+
+@every_runtime
+def test_a_tensor_without_values_is_refused(model: Runtime):
+    with FakeTensorMode():
+        images = torch.zeros(1, 3, 32, 32)
+    with pytest.raises(SpecError, match="FakeTensor whose values cannot be read"):
+        model(images)
 
 
 @every_runtime

@@ -147,6 +147,19 @@ def test_no_number_of_runs_is_refused(engine, frames, in_flight):
         next(engine.stream(frames, in_flight=in_flight))
 
 
+async def camera():
+    yield np.zeros((1, 3, 64, 64), np.float32)
+
+
+@pytest.mark.parametrize("call", ["stream", "map"])
+@pytest.mark.parametrize(
+    ("frames", "remedy"), [(None, "a generator"), (3, "a generator"), (camera(), r"asyncio\.to_thread")]
+)
+def test_what_gives_no_frames_is_refused(engine, call, frames, remedy):
+    with pytest.raises(SpecError, match=f"the frames are .*{remedy}"):
+        next(getattr(engine, call)(frames))
+
+
 def test_a_hint_and_a_closed_engine_are_refused(bundles, frames):
     with pytest.raises(SpecError, match="hint is 'speed'"):
         deploykit.load_bundle(bundles / "onnxruntime", hint="speed")
