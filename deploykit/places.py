@@ -47,6 +47,8 @@ _REMEDIES = {
     errno.ENFILE: "Close programs that are no longer used",
 }
 
+_OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "not enough memory: you tried", "CUDA out of memory")
+
 logger = logging.getLogger(__name__)
 _told: set[str] = set()
 
@@ -54,6 +56,14 @@ _told: set[str] = set()
 def is_environment(error: BaseException | None) -> bool:
     """Whether an error says something of the machine (disk, permissions, open files) and nothing of the files."""
     return isinstance(error, OSError) and error.errno in _ENVIRONMENT
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error says that memory ran out: Python's own, or what torch raises in its place."""
+    if isinstance(error, MemoryError):
+        return True
+    # torch has a class for its accelerators alone.
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def write_whole(path: Path, text: str, *, what: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
@@ -45,6 +46,18 @@ _RECIPE_CHOICES: dict[str, tuple[str, ...]] = {
 FloatDtype: TypeAlias = Literal["fp32", "fp16"]
 
 
+def _check_budget(min_sqnr_db: float, min_top1_agreement: float | None) -> None:
+    """Refuse a budget that no engine could meet or miss.
+
+    Raises:
+        SpecError: it is no number of dB, or no share of the images.
+    """
+    if not math.isfinite(min_sqnr_db):
+        raise SpecError(f"min_sqnr_db is {min_sqnr_db}; it must be a finite number of dB.")
+    if min_top1_agreement is not None and not 0 <= min_top1_agreement <= 1:
+        raise SpecError(f"min_top1_agreement is {min_top1_agreement}; it must be from 0 to 1.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fp32:
     """IEEE single precision; nothing is lost but the order of additions."""
@@ -55,6 +68,7 @@ class Fp32:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        _check_budget(self.min_sqnr_db, self.min_top1_agreement)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +81,7 @@ class Fp16:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        _check_budget(self.min_sqnr_db, self.min_top1_agreement)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +94,7 @@ class Bf16:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        _check_budget(self.min_sqnr_db, self.min_top1_agreement)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +164,7 @@ class Int8:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        _check_budget(self.min_sqnr_db, self.min_top1_agreement)
         if self.max_metric_drop is not None and not self.max_metric_drop >= 0:
             raise SpecError(f"max_metric_drop is {self.max_metric_drop}; it must be 0 or more.")
         if not self.recipe_budget_s > 0:

@@ -6,6 +6,7 @@ Nothing here imports torch or a runtime, so the device that only runs an engine 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
@@ -83,6 +84,10 @@ HEIGHT_DIM, WIDTH_DIM = "height", "width"
 """The names of the dynamic sides of images; a feature map's are ``height/8`` and ``width/8`` at stride 8."""
 
 
+MOST_SIDE, MOST_VALUES = (1 << 31) - 1, 1 << 40
+"""How long a dimension of the images may be, and how many values a call may have: sizes beyond are slips of the pen."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FeatureLevel:
     """One feature map of a backbone.
@@ -145,6 +150,9 @@ class Preprocessing:
             raise SpecError(
                 f"mean has {len(self.mean)} channels and std has {len(self.std)}. Give both one value a channel."
             )
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if not all(math.isfinite(value) for value in values):
+                raise SpecError(f"{name} is {values}; every value must be a finite number.")
         if any(value <= 0 for value in self.std):
             raise SpecError(f"std is {self.std}; every value must be above 0.")
         if not 0 < self.crop_pct <= 1:
@@ -201,6 +209,13 @@ class InputSpec:
             )
         if (self.dtype, self.layout) not in (("float32", "NCHW"), ("uint8", "NHWC")):
             raise SpecError(f"the input is {self.dtype} {self.layout}; expected float32 NCHW or uint8 NHWC.")
+        most = self.batch if isinstance(self.batch, int) else self.batch.max
+        sides = (self.height, self.width) if self.sizes is None else parse_image_size(self.sizes.max)
+        if max(most, self.channels, *sides) > MOST_SIDE or math.prod(self.shape_at(self.best_batch)) > MOST_VALUES:
+            raise SpecError(
+                f"the input is {most} images of {self.channels} channels and {size_text(sides)} pixels, which no "
+                "machine holds. Give a smaller batch or image size."
+            )
 
     @property
     def shape(self) -> tuple[int | str, int | str, int | str, int | str]:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import math
+
 import msgspec
 import pytest
 
 from deploykit.errors import SpecError
-from deploykit.precisions import parse_precision
-from deploykit.spec import BatchRange, InputSpec, Int8, Preprocessing
+from deploykit.precisions import PRECISIONS, parse_precision
+from deploykit.spec import BatchRange, InputSpec, Int8, Preprocessing, SizeRange
 
 SPEC = InputSpec(batch=2, height=32, width=48, preprocessing=Preprocessing(crop_mode="squash"))
 
@@ -51,6 +53,45 @@ def test_no_other_pair_of_dtype_and_layout_is_an_input(pair):
 def test_a_wrong_setting_of_int8_is_told_with_what_is_expected(field, value, message):
     with pytest.raises(SpecError, match=message):
         Int8(**{field: value})
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"min_sqnr_db": math.nan}, "min_sqnr_db is nan; it must be a finite number of dB"),
+        ({"min_sqnr_db": -math.inf}, "min_sqnr_db is -inf"),
+        ({"min_top1_agreement": 1.5}, r"min_top1_agreement is 1\.5; it must be from 0 to 1"),
+        ({"min_top1_agreement": math.nan}, "min_top1_agreement is nan"),
+    ],
+    ids=str,
+)
+def test_a_budget_that_is_none_is_refused_at_the_door(precision, settings, message):
+    with pytest.raises(SpecError, match=message):
+        parse_precision(precision, settings)
+
+
+@pytest.mark.parametrize("field", ["mean", "std"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_mean_and_std_are_finite(field, value):
+    with pytest.raises(SpecError, match=f"{field} is .* every value must be a finite number"):
+        Preprocessing(**{field: (0.5, value, 0.5)})
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"batch": 10**20},
+        {"batch": BatchRange(max=10**12)},
+        {"height": 10**20},
+        {"height": 64, "width": 64, "sizes": SizeRange(min=32, opt=64, max=10**10)},
+        {"channels": 10**12},
+    ],
+    ids=str,
+)
+def test_images_that_no_machine_holds_are_refused(sizes):
+    with pytest.raises(SpecError, match="which no machine holds"):
+        InputSpec(**sizes)
 
 
 def test_bias_correction_may_be_switched_on_and_off():

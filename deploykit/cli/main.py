@@ -42,10 +42,10 @@ from deploykit.cli.exit_codes import BAD_USAGE, FAILED, exit_code_of, failure
 from deploykit.cli.output import show, show_error, show_json, shown_warnings, told_tunings
 from deploykit.cli.spellings import as_options
 from deploykit.cli.streams import PIPE_CLOSED, OutputLost, standard_streams
-from deploykit.errors import DeployKitError
+from deploykit.errors import DeployKitError, SpecError
 from deploykit.interruption import INTERRUPTED, interruptible
 from deploykit.optional import PACKAGES
-from deploykit.places import is_environment
+from deploykit.places import is_environment, is_out_of_memory
 
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 
@@ -138,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words += ["--debug"] if debug and words[:1] == ["verify"] else []
     try:
         with standard_streams(), shown_warnings(), told_tunings(), interruptible():
+            _check_words(words)
             code = _command().main(words, "deploykit", standalone_mode=False)
     except BrokenPipeError:
         return PIPE_CLOSED
@@ -154,6 +155,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with suppress(OSError):  # a terminal that is gone, which is what SIGHUP says
             show_error("interrupted; nothing was left half-written.")
     return code if isinstance(code, int) else 0
+
+
+def _check_words(words: Sequence[str]) -> None:
+    """Refuse an empty argument, which as a path would be the folder that the command is called in.
+
+    Raises:
+        SpecError: there is one.
+    """
+    for place, word in enumerate(words):
+        if not word or (word.startswith("--") and word.endswith("=")):
+            before = " ".join(["deploykit", *words[:place]])
+            raise SpecError(
+                f"the argument after `{before}` is empty{f' ({word})' if word else ''}, as a shell's variable is that "
+                "is not set. Give a value, or leave it out."
+            )
 
 
 def _report(error: Exception, *, json: bool) -> int:
@@ -181,9 +197,13 @@ def _explained(error: Exception) -> tuple[int, str]:
     package = PACKAGES.get((getattr(error, "name", None) or "").partition(".")[0])
     if isinstance(error, ModuleNotFoundError) and package is not None:
         return _explained(package.missing())
-    if is_environment(error) or isinstance(error, MemoryError):
-        reason = str(error) or "there is not enough memory"
-        return FAILED, f"{reason}. This machine could not do it; nothing else is wrong."
+    if is_out_of_memory(error):
+        return FAILED, (
+            f"there is not enough memory{f' ({error})' if str(error) else ''}. "
+            "Give a smaller batch or image size, or use a machine with more."
+        )
+    if is_environment(error):
+        return FAILED, f"{error}. This machine could not do it; nothing else is wrong."
     return FAILED, (
         f"{type(error).__name__}: {error}. This is a fault in deploykit, not in what you asked for: "
         "run the same command with --debug and report what it prints."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 
 import pytest
+import torch
 
 from deploykit.cli import main as main_module
 from deploykit.errors import (
@@ -120,7 +121,9 @@ def test_a_traceback_comes_before_the_message_and_the_code(call):
 def test_an_error_of_the_machine_is_told_from_a_fault_of_deploykit(call, monkeypatch):
     """Python's own MemoryError says nothing by itself."""
     told = {}
-    for error in (MemoryError(), OSError(errno.ENOSPC, "No space left on device")):
+    with pytest.raises(RuntimeError) as of_torch:
+        torch.empty(1 << 60)
+    for error in (MemoryError(), of_torch.value, OSError(errno.ENOSPC, "No space left on device")):
 
         def fail(folder, error=error):
             raise error
@@ -130,7 +133,26 @@ def test_an_error_of_the_machine_is_told_from_a_fault_of_deploykit(call, monkeyp
         assert done.code == 6
         told[type(error)] = done.err
     end = ". This machine could not do it; nothing else is wrong.\n"
+    smaller = ". Give a smaller batch or image size, or use a machine with more.\n"
+    assert told.pop(RuntimeError).startswith("error: there is not enough memory (")
     assert told == {
-        MemoryError: f"error: there is not enough memory{end}",
+        MemoryError: f"error: there is not enough memory{smaller}",
         OSError: f"error: [Errno 28] No space left on device{end}",
     }
+
+
+@pytest.mark.parametrize(
+    ("words", "before"),
+    [
+        (["run", "bundle", ""], "deploykit run bundle"),
+        (["export", "resnet18", "--calibration="], "deploykit export resnet18"),
+        (["sensitivity", "resnet18", "--calibration", "", "--json"], "deploykit sensitivity resnet18 --calibration"),
+        (["", "bundle"], "deploykit"),
+    ],
+)
+def test_an_empty_argument_is_no_folder(call, words, before):
+    """As a path it would be the folder that the command is called in, whose images were calibrated with."""
+    done = call(*words)
+    assert done.code == 2
+    assert f"the argument after `{before}` is empty" in done.err
+    assert "--json" not in words or done.json()["error"] == "SpecError"
