@@ -14,6 +14,9 @@ from deploykit.errors import BundleError, SpecError
 LABELS_FILE = "labels.txt"
 """The class names in a bundle, one a line."""
 
+MOST_BYTES = 1 << 26
+"""How large a label file may be: a million classes with long names."""
+
 LABEL_FILES: dict[str, str] = {"imagenet-1k": "imagenet_labels.txt"}
 """Label set to its file in deploykit/data: one name a line, in the order of the class index."""
 
@@ -112,8 +115,12 @@ def folder_labels(folder: Path, files: Iterable[Path], num_classes: int) -> tupl
 
 def _read(path: Path) -> object:
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
+        with path.open("rb") as file:  # also a pipe, as a shell makes of <(command)
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise SpecError(f"the label file {path} has more than {MOST_BYTES} bytes. Give a file of class names.")
+        text = content.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
         reason = "it is not UTF-8 text" if isinstance(error, ValueError) else error.strerror
         raise SpecError(
             f"the label file {path} cannot be read: {reason}. Give a text file with one class name a line, or JSON."

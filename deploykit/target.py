@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 import re
 from collections.abc import Iterator, Mapping
@@ -12,8 +13,9 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from deploykit.errors import SpecError, nearest
+from deploykit.plain_files import FileTooLarge, NotPlainFile, read_plain
 from deploykit.processor import INT8_ARM, INT8_X86, PROCESSOR_TARGETS
-from deploykit.spec import Int8, parse_batch
+from deploykit.spec import Int8, parse_batch, parse_precision
 
 FOLDER = Path(__file__).parent / "export" / "targets"
 SUFFIX = ".toml"
@@ -144,11 +146,14 @@ def read_target(path: Path) -> Target:
 
 def _content(path: Path) -> bytes:
     try:
-        if path.is_file() and path.stat().st_size > MOST_BYTES:
-            raise SpecError(f"{path} has more than {MOST_BYTES} bytes; a target has a few lines. Give another file.")
-        return path.read_bytes()
-    except OSError as error:
-        raise SpecError(f"{path} cannot be read ({error.strerror}). Give a target's name or its TOML file.") from error
+        return read_plain(path, MOST_BYTES, follow=True).removeprefix(codecs.BOM_UTF8)
+    except FileTooLarge as error:
+        raise SpecError(
+            f"{path} has more than {MOST_BYTES} bytes; a target has a few lines. Give another file."
+        ) from error
+    except (NotPlainFile, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SpecError(f"{path} cannot be read ({reason}). Give a target's name or its TOML file.") from error
 
 
 def _check_keys(path: Path, where: str, raw: Mapping[str, Any], kind: type[Any]) -> None:
@@ -166,6 +171,8 @@ def _problems(target: Target) -> Iterator[str]:
             yield f"unknown instructions {name!r} of {target.machine}. {nearest(name, instructions)}"
     if target.processor not in PROCESSOR_TARGETS:
         yield f"unknown processor {target.processor!r}. {nearest(target.processor, PROCESSOR_TARGETS)}"
+    elif (target.machine == "x86_64") != target.processor.startswith("x86"):
+        yield f"processor {target.processor!r} is none of {target.machine}. Give one that goes with machine."
     if not target.runtime:
         yield "it has no [[runtime]]. Give at least one."
     doubled = [name for name in target.runtimes if target.runtimes.count(name) > 1]
@@ -181,10 +188,19 @@ def _problems(target: Target) -> Iterator[str]:
         parse_batch(target.batch)
     except SpecError as error:
         yield str(error)
-    settings = [each.name for each in fields(Int8)]
     for choice in target.runtime:
-        for key in choice.int8:
-            if key not in settings:
-                yield f"unknown int8 setting {key!r} of {choice.name}. {nearest(key, settings)}"
-        if choice.version is not None and not re.fullmatch(r"\d+(\.\d+)*", choice.version):
-            yield f"version is {choice.version!r} of {choice.name}; expected numbers with points, such as '1.23'."
+        yield from _choice_problems(choice)
+
+
+def _choice_problems(choice: RuntimeChoice) -> Iterator[str]:
+    """Yield what is wrong with one runtime of a target."""
+    settings = [each.name for each in fields(Int8)]
+    unknown = [key for key in choice.int8 if key not in settings]
+    for key in unknown:
+        yield f"unknown int8 setting {key!r} of {choice.name}. {nearest(key, settings)}"
+    try:
+        parse_precision("int8", {} if unknown else choice.int8)
+    except SpecError as error:
+        yield f"int8 of {choice.name}: {error}"
+    if choice.version is not None and not re.fullmatch(r"\d+(\.\d+)*", choice.version):
+        yield f"version is {choice.version!r} of {choice.name}; expected numbers with points, such as '1.23'."

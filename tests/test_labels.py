@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -28,6 +29,19 @@ def test_a_file_gives_its_names_in_index_order(tmp_path, name, text):
     (tmp_path / name).write_text(text, encoding="utf-8")
     assert parse_labels(tmp_path / name) == NAMES
     assert parse_labels(str(tmp_path / name)) == NAMES
+
+
+def test_a_file_without_end_is_refused():
+    with pytest.raises(SpecError, match=r"/dev/zero has more than \d+ bytes"):
+        parse_labels("/dev/zero")
+
+
+def test_names_may_come_through_a_pipe():
+    reader, writer = os.pipe()
+    os.write(writer, "\n".join(NAMES).encode())
+    os.close(writer)
+    assert parse_labels(f"/dev/fd/{reader}") == NAMES
+    os.close(reader)
 
 
 def test_text_that_only_begins_like_json_is_text(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import replace
 
@@ -89,6 +90,8 @@ def test_a_mistake_in_a_file_of_ones_own_is_named(changed, message, tmp_path):
     [
         ("devise = 'gpu'\n", r"unknown key \[\[runtime\]\] 'devise'\. Did you mean 'device'"),
         ("int8 = { calibrater = 'mse' }\n", r"unknown int8 setting 'calibrater' of onnxruntime\. Did you mean 'calib"),
+        ("int8 = { calibrator = 'msee' }\n", r"int8 of onnxruntime: calibrator is 'msee'\. Did you mean 'mse'"),
+        ("int8 = { percentile = nan }\n", "int8 of onnxruntime: percentile is nan"),
         ("[[runtime]]\nname = 'onnxruntime'\n", "'onnxruntime' stands there twice"),
         ("version = '1.x'\n", r"version is '1\.x' of onnxruntime; expected numbers with points, such as '1\.23'"),
     ],
@@ -105,6 +108,7 @@ def test_a_mistake_in_a_runtime_is_named(last, message, tmp_path):
     [
         ("onnxruntime", "onnxruntim", r"unknown runtime 'onnxruntim'\. Did you mean 'onnxruntime'"),
         ('"x86-vnni"', '"x86-vni"', r"unknown processor 'x86-vni'\. Did you mean 'x86-vnni'"),
+        ('"x86-vnni"', '"arm64"', "processor 'arm64' is none of x86_64"),
         ('[[runtime]]\nname = "onnxruntime"', "runtime = []", r"it has no \[\[runtime\]\]\. Give at least one"),
         ('[[runtime]]\nname = "onnxruntime"', "runtime = ['onnxruntime']", "does not describe a target: Expected"),
         ('"onnxruntime"', '"torch"', "names torch, which has no engines"),
@@ -117,6 +121,18 @@ def test_a_file_that_names_what_is_not_there_is_refused(old, new, message, tmp_p
     path.write_text(MINIMAL.replace(old, new))
     with pytest.raises(SpecError, match=message):
         export_options(str(path))
+
+
+def test_a_byte_order_mark_is_left_out(tmp_path):
+    path = tmp_path / "board.toml"
+    path.write_text(MINIMAL.replace("\n", "\r\n"), encoding="utf-8-sig")
+    assert read_target(path).processor == "x86-vnni"
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "board.toml")
+    with pytest.raises(SpecError, match=r"board\.toml cannot be read \(a named pipe; expected a plain file\)"):
+        read_target(tmp_path / "board.toml")
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
