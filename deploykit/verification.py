@@ -39,6 +39,7 @@ def verify_bundle(
     device: str = "auto",
     record: bool = False,
     images: CalibrationSource | None = None,
+    skip_corrupt: bool = False,
     reference: str | os.PathLike[str] | None = None,
     budget: Budget | None = None,
     threads: int | None = None,
@@ -61,6 +62,7 @@ def verify_bundle(
         record: see above.
         images: images that the bundle does not carry, as for ``calibration``; with ``reference`` both engines are
             compared on them, and without it answers are looked for that do not follow the images.
+        skip_corrupt: leave unreadable files of ``images`` out with a warning.
         reference: another bundle of the same network, such as its FP32 one, to compare with; on the bundle's own
             images where none are given.
         budget: other limits than those that the bundle was exported with; ``record`` keeps to the bundle's.
@@ -86,7 +88,7 @@ def verify_bundle(
         report = verification.report()
         held = report if budget is None else budget.hold(report, verification.exported())
         within = report.passed
-        own = None if images is None else verification.user_images(images)
+        own = None if images is None else verification.user_images(images, skip_corrupt=skip_corrupt)
         if reference is not None:
             options: dict[str, Any] = {"device": device, "threads": threads, "trust": trust, "signed_by": signed_by}
             with load_bundle(reference, **options) as other:
@@ -208,7 +210,7 @@ class Verification:
         """Measure what the engine gives here, for a bundle that does not carry it."""
         return measure_baseline(self.run, self.images, self.machine)
 
-    def user_images(self, source: CalibrationSource) -> ImageArray:
+    def user_images(self, source: CalibrationSource, *, skip_corrupt: bool) -> ImageArray:
         """Read images of the user's own as the engine takes them.
 
         Raises:
@@ -218,7 +220,7 @@ class Verification:
         from deploykit.images.preprocess import denormalize
 
         spec = self.model.input_spec
-        images = calibration_set(source, spec).sample(MOST_IMAGES)
+        images = calibration_set(source, spec, skip_corrupt=skip_corrupt).sample(MOST_IMAGES)
         return denormalize(images, spec.preprocessing) if spec.embeds_preprocessing else images
 
     def run(self, images: ImageArray) -> dict[str, FloatArray]:

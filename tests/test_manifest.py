@@ -10,6 +10,7 @@ import pytest
 from deploykit.bundle import MANIFEST, MANIFEST_DIGEST, open_bundle, read_manifest
 from deploykit.bundle_files import digest_line
 from deploykit.errors import BundleError
+from deploykit.loading import load_bundle
 from tests.test_bundle import make
 
 HUGE = 10**30
@@ -140,3 +141,9 @@ def test_file_names_that_act_on_a_terminal_are_not_repeated_raw(bundle):
         open_bundle(bundle)
     assert "\\x1b[31mred" in str(caught.value)
     assert "\x1b" not in str(caught.value)
+
+
+def test_a_runtime_without_engines_is_refused(bundle):
+    put(bundle, "runtime", '"torch"')
+    with pytest.raises(BundleError, match="names the runtime torch, which is the module itself"):
+        load_bundle(bundle)

@@ -6,7 +6,7 @@ import functools
 from typing import TYPE_CHECKING
 
 from deploykit.backends.backend import Backend, resolve
-from deploykit.errors import DeployKitError, SpecError, nearest
+from deploykit.errors import BundleError, DeployKitError, SpecError, nearest
 
 if TYPE_CHECKING:
     import importlib.metadata
@@ -87,8 +87,14 @@ def backend_of(manifest: Manifest) -> Backend:
 
     Raises:
         SpecError: no such runtime.
+        BundleError: the runtime has no engines.
     """
     backend = load_backend(manifest.runtime)
+    if backend.adapter is None:
+        raise BundleError(
+            f"the manifest names the runtime {backend.name}, which is the module itself and has no engines. "
+            "Do not open this bundle: it was not written by deploykit."
+        )
     return backend if manifest.made_for is None else backend.on_device(manifest.made_for.device)
 
 

@@ -53,6 +53,11 @@ ImagesOption = Annotated[
 ]
 
 
+SkipCorruptFlag = Annotated[
+    bool, typer.Option("--skip-corrupt", help="Leave out unreadable files of --images, with a warning.")
+]
+
+
 ReferenceOption = Annotated[
     str | None,
     typer.Option(
@@ -147,6 +152,7 @@ def verify(
     signed_by: SignedByOption = None,
     record: RecordFlag = False,
     images: ImagesOption = None,
+    skip_corrupt: SkipCorruptFlag = False,
     reference: ReferenceOption = None,
     min_sqnr_db: MinSqnrOption = None,
     min_top1_agreement: MinAgreementOption = None,
@@ -181,6 +187,7 @@ def verify(
         "device": device,
         "record": record,
         "images": images or None,
+        "skip_corrupt": skip_corrupt,
         "reference": reference,
         "budget": budget,
         "threads": threads,
@@ -205,6 +212,7 @@ class VerifyOptions(TypedDict):
     device: str
     record: bool
     images: list[str] | None
+    skip_corrupt: bool
     reference: str | None
     budget: Budget
     threads: int | None

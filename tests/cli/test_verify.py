@@ -25,6 +25,15 @@ def test_a_good_bundle_gives_0(call, classifier):
     assert told.json()["report"]["levels"][0]["sqnr_db"] > 80
 
 
+def test_unreadable_images_are_left_out_where_that_is_asked_for(call, classifier, photos, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"none")
+    images = ("--images", photos, "--images", tmp_path / "broken.png")
+    refused, passed = call("verify", classifier, *images), call("verify", classifier, *images, "--skip-corrupt")
+    assert (refused.code, passed.code) == (2, 0)
+    assert "pass --skip-corrupt" in refused.err
+    assert "broken.png" in passed.err
+
+
 def test_numbers_outside_the_budget_give_1(call, copy):
     manifest = read_manifest(copy)
     for name in ("manifest.json", "manifest.sha256"):
