@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import random
 import warnings
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -36,6 +38,32 @@ def engine_cache(tmp_path_factory):
 gc.set_threshold(100_000, 20, 100)
 # torch writes a record of each step of an export for whoever listens, and pytest listens to everything.
 logging.getLogger("torch.__trace").propagate = False
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> None:
+    """Give a fixture the same random weights on every run, and others than the test that asks for it."""
+    _seed(fixturedef.argname)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """Give a test the same random weights on every run."""
+    _seed(item.name)
+
+
+def _seed(name: str) -> None:
+    """Start the global generators, of what is installed, from a number of this name."""
+    seed = zlib.crc32(name.encode())
+    random.seed(seed)
+    with suppress(ImportError):
+        import numpy as np
+
+        np.random.seed(seed)
+    with suppress(ImportError):
+        import torch
+
+        torch.manual_seed(seed)
 
 
 @pytest.fixture(scope="session", autouse=True)
