@@ -23,7 +23,7 @@ from deploykit.loading import load_bundle
 from deploykit.names import TIMM, is_bare, path_of
 from deploykit.options import ExportOptions
 from deploykit.progress import Progress, quiet
-from deploykit.qat import check_alone, is_qat, trained_job
+from deploykit.qat import check_alone, is_qat, qat_inside, trained_job
 from deploykit.spec import (
     DEFAULT_BUILD,
     BatchRange,
@@ -258,6 +258,7 @@ def export_backbone(
         DeployKitError: see `deploykit.errors`; nothing is left at ``output`` then.
     """
     check_arguments(export_backbone, locals())
+    name = qat_inside(name)
     if is_qat(name):
         precision = "int8" if precision is UNSET else precision
         runtime = name.source.runtime or UNSET if runtime is UNSET and target is None else runtime

@@ -89,6 +89,18 @@ def is_qat(model: object) -> TypeGuard[QatNetwork]:
     return module is not None and isinstance(model, module.QatNetwork)
 
 
+def qat_inside(model: Any) -> Any:
+    """Return the network of `prepare_qat` that torch.compile or data parallelism wraps; every other model as it is."""
+    if "deploykit.export.qat" not in sys.modules:
+        return model
+    from torch import nn
+
+    from deploykit.backbones.module_copy import unwrapped
+
+    inner = unwrapped(model) if isinstance(model, nn.Module) else model
+    return inner if is_qat(inner) else model
+
+
 def check_alone(options: Mapping[str, object], calibration: object) -> None:
     """Refuse what was settled when the network was prepared.
 

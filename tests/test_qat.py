@@ -249,7 +249,16 @@ def test_what_its_export_cannot_take_is_told(case, trained, tmp_path):
         export_backbone(coarse, tmp_path / "engine", runtime="onnxruntime", target="x86-avx2")
     with pytest.raises(SpecError, match=r"export_backbone\(network, FOLDER"):
         create_backbone(network, runtime="onnxruntime")
+    with pytest.raises(SpecError, match=r"its submodule '0' is what prepare_qat gave"):
+        export_backbone(nn.Sequential(network), tmp_path / "engine", runtime="onnxruntime", **OPTIONS)
     assert not (tmp_path / "engine").exists()
+
+
+def test_a_wrapped_network_is_exported_as_the_network_inside(case, trained, bundle, tmp_path):
+    wrapped = nn.DataParallel(trained[0])
+    result = export_backbone(wrapped, tmp_path / "engine", precision=PLAIN)
+    assert result.manifest.precision == "int8"
+    assert (tmp_path / "engine" / "model.onnx").read_bytes() == (bundle / "model.onnx").read_bytes()
 
 
 class Fixed(nn.Module):

@@ -57,11 +57,6 @@ def _build(name: Any, asked: BackboneRequest) -> BaseBackbone:
             f"{name!r} embeds its preprocessing already; expected the backbone inside it. "
             "Give model.backbone, and embed_preprocessing=True."
         )
-    if type(name).__name__ == "QatNetwork":
-        raise SpecError(
-            "the network is prepared for quantization-aware training; expected a backbone or a module in FP32. "
-            "Fix: export_backbone(network, FOLDER, runtime=...) makes its engine."
-        )
     if isinstance(name, BaseBackbone) and name.is_described:
         return _as_built(name, asked)
     if is_module(name):

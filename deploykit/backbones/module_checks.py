@@ -31,6 +31,12 @@ def check_module(module: nn.Module, name: str) -> None:
     for path, tensor in (*module.named_parameters(), *module.named_buffers()):
         _check_tensor(path, tensor, name)
     for path, part in module.named_modules():
+        if type(part).__name__ == "QatNetwork":
+            raise SpecError(
+                f"{name} is prepared for quantization-aware training: {_at(path)} is what prepare_qat gave; expected a "
+                "backbone or a module in FP32. Fix: export_backbone(network, FOLDER, runtime=...) of that network "
+                "alone makes its engine."
+            )
         if type(part).__module__.startswith(_QUANTIZED):
             raise SpecError(
                 f"{name} is quantized or prepared for it: {_at(path)} is a {type(part).__name__}; expected a module in "
