@@ -7,7 +7,9 @@ import itertools
 import mmap
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,14 +19,15 @@ import numpy as np
 
 from deploykit.arrays import Array, FloatArray, ImageArray
 from deploykit.backends.input_checks import check_images
+from deploykit.calibration.spooled_batches import spool, to_array
 from deploykit.errors import CalibrationError, SpecError
 from deploykit.images.decode import open_image, shown
 from deploykit.images.find import IMAGE_SUFFIXES, FoundImages, LeftOut, describe_left_out, find_images
 from deploykit.images.preprocess import PathLike, normalize, read_image
-from deploykit.places import scratch_folder
 from deploykit.plain_files import digest_of
 from deploykit.spec import InputSpec
 
+ARRAY_SUFFIXES = (".npy", ".npz")
 ROWS_MAPPED = 16
 """How many images of a mapped file are in memory at most."""
 
@@ -152,7 +155,7 @@ def calibration_set(source: CalibrationSource, spec: InputSpec, *, skip_corrupt:
     Args:
         source: a folder (searched recursively), an image file, a list of files, a ``.npy`` or
             ``.npz`` file, an array ``(N, C, H, W)``, an iterable of such arrays or torch tensors
-            (or of tuples that start with one, as a DataLoader gives), or a `CalibrationSet`.
+            (or of tuples that start with one, as a DataLoader gives) or of paths, or a `CalibrationSet`.
         spec: the model's input; a range of sizes is calibrated at its best size. Where it embeds the preprocessing,
             arrays may also be pixels ``(N, H, W, C)`` uint8, which are normalised on the way in.
         skip_corrupt: leave unreadable image files out with a warning instead of raising.
@@ -164,19 +167,45 @@ def calibration_set(source: CalibrationSource, spec: InputSpec, *, skip_corrupt:
     if isinstance(source, CalibrationSet):
         return _made_for(source, spec)
     if isinstance(source, (str, os.PathLike)):
+        if not os.fspath(source):
+            raise CalibrationError("calibration is an empty text; expected the path of a folder or a file.")
         path = Path(source)
-        if path.suffix in (".npy", ".npz"):
+        if path.suffix.lower() in ARRAY_SUFFIXES:
             return _from_arrays(_load_array(path), spec, shown(path))
         return _from_files([path], spec, skip_corrupt=skip_corrupt)
-    if isinstance(source, np.ndarray) or hasattr(source, "detach"):
-        return _from_arrays(_to_array(source), spec, "the array")
-    if not isinstance(source, Iterable):
+    if (isinstance(source, np.ndarray) and source.dtype.kind not in "OU") or hasattr(source, "detach"):
+        return _from_arrays(to_array(source, "calibration"), spec, "the array")
+    if not isinstance(source, Iterable) or isinstance(source, (bytes, Mapping)):
         raise CalibrationError(
             f"calibration is a {type(source).__name__}; expected a folder, files, an array or an iterable of batches."
         )
-    if isinstance(source, Sequence) and source and all(isinstance(item, (str, os.PathLike)) for item in source):
-        return _from_files([Path(item) for item in source], spec, skip_corrupt=skip_corrupt)
-    return _from_arrays(_spool(source, spec), spec, "the iterable")
+    items = iter(sorted(source, key=str) if isinstance(source, (set, frozenset)) else source)
+    head = list(itertools.islice(items, 1))
+    if head and isinstance(head[0], (str, os.PathLike)):
+        return _from_files(_paths([*head, *items]), spec, skip_corrupt=skip_corrupt)
+    dtypes = ("float32", "uint8") if spec.embeds_preprocessing else ("float32",)
+    return _from_arrays(spool(itertools.chain(head, items), dtypes), spec, "the iterable")
+
+
+def _paths(items: list[object]) -> list[Path]:
+    """Return the paths of image files and folders.
+
+    Raises:
+        CalibrationError: one is no path, an empty one, or that of arrays.
+    """
+    paths = [Path(item) for item in items if isinstance(item, (str, os.PathLike)) and os.fspath(item)]
+    if len(paths) < len(items):
+        other = next(item for item in items if not isinstance(item, (str, os.PathLike)) or not os.fspath(item))
+        raise CalibrationError(
+            f"calibration has paths and a {type(other).__name__} ({str(other)[:40]!r}); expected paths alone, or "
+            "batches alone."
+        )
+    if arrays := [path for path in paths if path.suffix.lower() in ARRAY_SUFFIXES]:
+        raise CalibrationError(
+            f"{shown(arrays[0])} is a file of arrays in a list; expected image files and folders there. Fix: give the "
+            "file by itself, or (numpy.load(path) for path in paths)."
+        )
+    return paths
 
 
 def _made_for(source: CalibrationSet, spec: InputSpec) -> CalibrationSet:
@@ -222,16 +251,17 @@ def _images_at(path: Path) -> FoundImages:
 def _load_array(path: Path) -> Array:
     open_image(path).close()
     try:
-        if path.suffix == ".npy":
+        if path.suffix.lower() == ".npy":
             loaded: Array = np.load(path, mmap_mode="r", allow_pickle=False)
             return loaded
-        with np.load(path, allow_pickle=False) as archive:
+        # NumPy leaves a file open that it opened itself and cannot read.
+        with open_image(path) as file, np.load(file, allow_pickle=False) as archive:
             names = list(archive.files)
             if len(names) != 1:
                 raise CalibrationError(f"{path}: holds the arrays {names}; expected exactly one.")
             array: Array = archive[names[0]]
             return array
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise CalibrationError(f"{path}: not a readable NumPy file without pickles ({error}).") from error
 
 
@@ -275,39 +305,6 @@ def _rows(arrays: ImageArray, skip: int = 0) -> Iterator[ImageArray]:
         yield np.array(arrays[position]) if mapped is not None else np.asarray(arrays[position])
         if mapped is not None and position % ROWS_MAPPED == ROWS_MAPPED - 1:
             mapped.madvise(mmap.MADV_DONTNEED)
-
-
-def _to_array(batch: object) -> Array:
-    if isinstance(batch, (tuple, list)) and batch:
-        batch = batch[0]
-    if hasattr(batch, "detach"):
-        batch = batch.detach().cpu().numpy()
-    return np.asarray(batch)
-
-
-def _spool(batches: Iterable[object], spec: InputSpec) -> ImageArray:
-    """Return an iterable that can be read once, as an array on disk: every pass and the digest read it again."""
-    dtypes = ("float32", "uint8") if spec.embeds_preprocessing else ("float32",)
-    shape: tuple[int, ...] | None = None
-    dtype: np.dtype[np.generic] | None = None
-    count = 0
-    with scratch_folder("calibration") as folder, (folder / "images").open("wb") as spool:
-        for batch in batches:
-            array = _to_array(batch)
-            alike = shape is None or (array.shape[1:] == shape and array.dtype == dtype)
-            if array.ndim != 4 or array.dtype not in dtypes or not alike:
-                layouts = "(N, H, W, C) uint8 or (N, C, H, W) float32" if len(dtypes) > 1 else "(N, C, H, W) float32"
-                raise CalibrationError(
-                    f"a batch of the iterable is {array.shape} {array.dtype}; expected {layouts}, all of one size."
-                )
-            shape, dtype = array.shape[1:], array.dtype
-            count += len(array)
-            spool.write(np.ascontiguousarray(array).tobytes())
-        if shape is None or dtype is None:
-            raise CalibrationError("the iterable gave no batches; expected at least one.")
-        spool.flush()
-        # The mapping keeps the unlinked file alive until the array is dropped.
-        return np.memmap(spool.name, dtype, "r", shape=(count, *shape))
 
 
 def _file_digest(path: Path) -> str:

@@ -104,6 +104,8 @@ def open_dataset(source: DatasetSource) -> Dataset:
             f"the images are a {type(source).__name__}; expected a folder, a .csv or .npz file, an array, or a pair "
             "(images, labels)."
         )
+    if not os.fspath(source):
+        raise SpecError("the images are an empty text; expected the path of a folder or a file.")
     path = Path(source)
     if not os.path.exists(path):  # noqa: PTH110  (pathlib raises for a name that no file can have)
         raise SpecError(f"{shown(path)}: no such file or folder. Give a folder of images, or a .csv or .npz file.")
@@ -156,6 +158,12 @@ def _from_csv(path: Path) -> Dataset:
         )
     if label_column is None:
         return Dataset(name=name, files=files, unlabelled=f"{name} has no column of labels")
+    blank = [shown(file) for file, row in zip(files, rows, strict=True) if not row[label_column]]
+    if blank:
+        raise SpecError(
+            f"{name}: {len(blank)} of its {len(rows)} images have an empty label, such as {', '.join(blank[:NAMED])}; "
+            "expected one in each row. Fix: fill it in, or take the row out."
+        )
     return Dataset(name=name, files=files, labels=_typed([row[label_column] for row in rows]))
 
 

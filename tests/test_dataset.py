@@ -67,6 +67,7 @@ def test_a_csv_without_labels_has_none(folder):
         ("path,label\nnowhere.png,1\n", "1 files that are not there"),
         ("a,b,c\n1,2,3\n", "has to name them"),
         (b"\xff\xfe\x00", "cannot be read as CSV"),
+        ("path,label\nimages/cat/a.png,1\nimages/cat/b.png,\n", "1 of its 2 images have an empty label, .*b.png"),
     ],
 )
 def test_a_csv_that_cannot_be_used_says_why(folder, text, message):
@@ -74,6 +75,11 @@ def test_a_csv_that_cannot_be_used_says_why(folder, text, message):
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(SpecError, match=message):
         open_dataset(file)
+
+
+def test_an_empty_path_is_not_the_working_directory():
+    with pytest.raises(SpecError, match="empty text"):
+        open_dataset("")
 
 
 def test_arrays_come_from_npz(tmp_path):

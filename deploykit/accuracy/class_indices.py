@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -64,13 +64,13 @@ def _table(
 ) -> dict[Label, int]:
     if given is not None:
         check_count(given, classes)
-        by_text = {name: index for index, name in enumerate(given)}
-        return {label: by_text[str(label)] for label in different if str(label) in by_text}
+        return _named(dataset, different, _by_text(given, str), str)
     if all(isinstance(label, int) for label in different):
         return {label: label for label in range(classes)}
-    by_name = {_plain(name): index for index, name in enumerate(names or ())}
-    if by_name and all(_plain(label) in by_name for label in different):
-        return {label: by_name[_plain(label)] for label in different}
+    for spelling in (_exact, _plain):
+        by_name = _by_text(names or (), spelling)
+        if by_name and all(spelling(label) in by_name for label in different):
+            return _named(dataset, different, by_name, spelling)
     if not dataset.in_folders or len(different) != classes:
         return {}
     numbers = all(str(label).isdecimal() for label in different)
@@ -82,8 +82,34 @@ def _table(
     return {label: index for index, label in enumerate(different)}  # as torchvision's ImageFolder
 
 
+def _by_text(names: Sequence[str], spelling: Callable[[Label], str]) -> dict[str, list[int]]:
+    """Return the classes of each name: two may have one, as ImageNet's Cardigan and cardigan but for the case."""
+    by_text: dict[str, list[int]] = {}
+    for index, name in enumerate(names):
+        by_text.setdefault(spelling(name), []).append(index)
+    return by_text
+
+
+def _named(
+    dataset: Dataset, different: Sequence[Label], by_text: Mapping[str, list[int]], spelling: Callable[[Label], str]
+) -> dict[Label, int]:
+    """Return the class of each label that is the name of one; raises SpecError for the name of several."""
+    found = {label: by_text[spelling(label)] for label in different if spelling(label) in by_text}
+    for label, indices in found.items():
+        if len(indices) > 1:
+            raise SpecError(
+                f"{dataset.name}: the label {label!r} is the name of {len(indices)} classes, {_listed(indices)}; "
+                "expected one. Fix: label the images by class index, or give these classes names of their own."
+            )
+    return {label: indices[0] for label, indices in found.items()}
+
+
+def _exact(label: Label) -> str:
+    return str(label).strip().replace("_", " ")
+
+
 def _plain(label: Label) -> str:
-    return str(label).strip().replace("_", " ").casefold()
+    return _exact(label).casefold()
 
 
 def _listed(labels: Sequence[Label]) -> str:

@@ -195,7 +195,10 @@ def _undecodable(name: str, error: Exception) -> ImageError:
 
 def _not_an_image(file: IO[bytes]) -> str:
     file.seek(0)
-    kind, _ = kind_of_content(file.read(32))
+    prefix = file.read(32)
+    if not prefix:
+        return f"not an image: it is empty. {REMEDY}"
+    kind, _ = kind_of_content(prefix)
     seen = f"not an image that is read here: it is {kind}" if kind else "not an image that Pillow can read"
     known = ", ".join(each for each in _installed_formats() if each != "DIB")
     return f"{seen}. Expected {known}. Fix: convert, remove or replace the file."

@@ -23,6 +23,8 @@ COMPANION_SUFFIXES = frozenset(
     | {".xml", ".yaml", ".yml"}
 )
 """Files that lie beside images and are none: their number is logged, and nobody is warned of them."""
+RESOURCE_FORK = "._"
+"""How macOS names what it keeps beside a file on other disks and in archives: ``._cat.jpg`` is no image."""
 NAMED = 20
 """How many files a message names; it counts the others."""
 
@@ -128,7 +130,7 @@ def _why_not(path: Path) -> str | None:
     kind = kind_of(mode)
     if kind is not None:
         return kind
-    if path.suffix.lower() in IMAGE_SUFFIXES:
+    if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(RESOURCE_FORK):
         return None
     if path.suffix.lower() in COMPANION_SUFFIXES:
         return "not an image"

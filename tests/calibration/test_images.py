@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +192,60 @@ def test_a_list_of_arrays_is_an_iterable_of_batches():
 def test_other_iterables_are_refused(source, message):
     with pytest.raises(CalibrationError, match=message):
         calibration_set(source, SPEC)
+
+
+@pytest.mark.parametrize("kind", [iter, set, tuple, np.array, lambda paths: map(str, paths)])
+def test_paths_may_come_in_any_iterable(folder, kind):
+    paths = sorted(folder.glob("*.jpg")) + sorted(folder.glob("*.bmp"))
+    if kind is np.array:
+        paths = list(map(str, paths))
+    assert [path.name for path in calibration_set(kind(paths), SPEC).files] == ["b.jpg", "d.bmp"]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("", "empty text"),
+        (["photo.jpg", ""], "has paths and a str"),
+        (["photo.jpg", arrays()], "has paths and a ndarray"),
+        ([arrays(), Path("photo.jpg")], "is a PosixPath; expected an array"),
+        (["images.npy"], "images.npy is a file of arrays in a list"),
+        (b"photos", "calibration is a bytes"),
+        ({"images": arrays()}, "calibration is a dict"),
+        ([{"label": 1, "pixel_values": arrays()}], r"keys label, pixel_values; .* \(batch\['pixel_values'\] for batch"),
+        (torch.zeros(2, 3, 32, 32, dtype=torch.bfloat16), r"calibration is of bfloat16.*tensor.float\(\)"),
+        ([torch.zeros(2, 3, 32, 32, dtype=torch.bfloat16)], r"a batch of the iterable is of bfloat16"),
+    ],
+)
+def test_what_else_people_pass_is_named(source, message):
+    with pytest.raises(CalibrationError, match=message):
+        calibration_set(source, SPEC)
+
+
+def test_an_iterable_without_an_end_is_refused(monkeypatch):
+    monkeypatch.setattr("deploykit.calibration.spooled_batches.MOST_IMAGES", 50)
+    with pytest.raises(CalibrationError, match="more than 50 images; expected one with an end"):
+        calibration_set(itertools.repeat(arrays()), SPEC)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_told(monkeypatch, tmp_path):
+    (tmp_path / "images").symlink_to("/dev/full")
+    monkeypatch.setattr("deploykit.calibration.spooled_batches.scratch_folder", lambda _: nullcontext(tmp_path))
+    with pytest.raises(CalibrationError, match=r"5 images of the iterable cannot be kept in .* Fix: give fewer"):
+        calibration_set([arrays()], SPEC)
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-100], lambda content: content.replace(b"abcd", b"abce")])
+def test_a_damaged_archive_of_arrays_is_refused(damage, tmp_path):
+    images = arrays()
+    images.reshape(-1).view("S4")[100] = b"abcd"
+    np.savez(tmp_path / "images.NPZ.npz", images)
+    file = (tmp_path / "images.NPZ.npz").rename(tmp_path / "images.NPZ")
+    np.testing.assert_array_equal(np.stack(list(calibration_set(file, SPEC).images())), images)
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(CalibrationError, match="not a readable NumPy file"):
+        calibration_set(file, SPEC)
 
 
 def test_a_set_made_for_another_input_is_refused():

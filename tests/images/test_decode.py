@@ -231,6 +231,11 @@ def test_other_formats_are_named(content, kind):
         decode_bytes(content, "image 3")
 
 
+def test_an_empty_file_is_called_that():
+    with pytest.raises(ImageError, match="image 3: not an image: it is empty"):
+        decode_bytes(b"", "image 3")
+
+
 def test_the_content_says_what_a_file_is_and_not_its_suffix(tmp_path):
     (tmp_path / "photo.jpg").write_bytes(saved(PICTURE, "PNG"))
     (tmp_path / "photo").write_bytes(saved(PICTURE, "BMP"))

@@ -30,6 +30,16 @@ def names(folder: Path) -> list[str]:
     return [str(path.relative_to(folder)) for path in find_images(folder).files]
 
 
+# ---- what macOS lays beside images
+
+
+def test_resource_forks_are_left_out_without_a_warning_and_images_of_such_a_name_are_not(tmp_path):
+    write(tmp_path, "a.png", "._b.png")
+    (tmp_path / "._a.png").write_bytes(b"\0\x05\x16\x07" + bytes(60))
+    assert names(tmp_path) == ["._b.png", "a.png"]
+    assert not calibration_set(tmp_path, SPEC).surprises()
+
+
 # ---- links
 
 
