@@ -21,7 +21,7 @@ from deploykit.bundle import Manifest
 from deploykit.calibration.images import CalibrationSet
 from deploykit.calibration.torch_half import cast_to_half
 from deploykit.calibration.torch_integers import copy_of
-from deploykit.errors import DeviceUnavailable
+from deploykit.errors import DeviceUnavailable, ExportError
 from deploykit.graph import Graph, OnnxGraph, TorchProgram
 from deploykit.images.preprocess import denormalize
 from deploykit.onnx_session import graph_batch, onnx_session
@@ -59,12 +59,24 @@ def synthetic_images(spec: InputSpec) -> FloatArray:
 
 
 def torch_outputs(backbone: BaseBackbone, images: FloatArray) -> dict[str, FloatArray]:
-    """Return every level and the head of a backbone in eval mode and FP32 on the CPU, one image at a time."""
+    """Return every level and the head of a backbone in eval mode and FP32 on the CPU, one image at a time.
+
+    Raises:
+        ExportError: an output's shape follows the values of the image.
+    """
     parts: list[dict[str, Tensor]] = []
     with kept_random_states(), torch.no_grad():
         twin = inference_copy(backbone)
         # torch.tensor copies: a module may work in place on its input.
         parts.extend(twin.forward_everything(torch.tensor(image[None])) for image in images)
+    for part in parts:
+        for name, output in part.items():
+            if output.shape != parts[0][name].shape:
+                raise ExportError(
+                    f"output {name!r} of {backbone.name} has shape {tuple(parts[0][name].shape)} for one image and "
+                    f"{tuple(output.shape)} for another; expected one shape. Fix: leave out of forward what selects by "
+                    "values (boolean masks, nonzero, unique)."
+                )
     return {name: np.concatenate([part[name].numpy() for part in parts]) for name in parts[0]}
 
 

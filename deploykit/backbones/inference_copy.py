@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from deploykit.backbones.base import BaseBackbone, computes_in
+from deploykit.backbones.base import BaseBackbone
 from deploykit.backbones.module_checks import check_traceable
 from deploykit.backbones.module_copy import copy_module, detached
 from deploykit.errors import SpecError, plain_reason
@@ -48,14 +48,15 @@ def example_images(backbone: BaseBackbone, count: int = 1) -> Tensor:
 
 def _check_runs(backbone: BaseBackbone, twin: BaseBackbone) -> None:
     """Refuse a backbone that computes in another type than float32 by its own code."""
-    given = computes_in(backbone)
-    if given.dtype == torch.float32 and given.device.type == "cpu":
+    tensors = (*backbone.parameters(), *backbone.buffers())
+    kinds = {f"{tensor.dtype} on {tensor.device}" for tensor in tensors if tensor.is_floating_point()}
+    if kinds <= {"torch.float32 on cpu"}:
         return  # it ran so when it was built
     try:
         _outputs(twin)
     except Exception as error:  # the user's own code
         raise SpecError(
-            f"{backbone.name} computes in {given.dtype} on {given.device}, and its copy in float32 on the CPU, which "
+            f"{backbone.name} computes in {' and '.join(sorted(kinds))}, and its copy in float32 on the CPU, which "
             f"every export starts from, fails: {plain_reason(error)}. Fix: give the module in float32 on the CPU "
             "(module.float().cpu()), and leave casts such as x.half() out of its forward."
         ) from error

@@ -57,6 +57,8 @@ class ModuleBackbone(BaseBackbone):
         """See `BaseBackbone.forward_levels`; the whole module runs, and its logits are the state."""
         # A copy of the images: the module may work in place on its input, which is the caller's.
         outputs = list(named_outputs(self.module(images.clone())).values())
+        if computes_in(self).dtype == torch.float32:  # the type of every engine's outputs
+            outputs = [output if output.dtype == torch.float32 else output.float() for output in outputs]
         if not self.all_levels:
             return [], outputs[0]
         maps = [outputs[position] for position in self._order[:depth]]

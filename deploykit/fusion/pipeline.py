@@ -12,7 +12,7 @@ import torch
 from torch.func import functional_call
 from torch.fx import GraphModule
 
-from deploykit.errors import FusionError
+from deploykit.errors import ExportError, FusionError, plain_reason
 from deploykit.fusion.cut_unread_rows import cut_unread_rows
 from deploykit.fusion.drop_identities import drop_identities
 from deploykit.fusion.fold_attention_scale import fold_attention_scale
@@ -143,9 +143,16 @@ def run_passes(
     Raises:
         FusionError: a pass raised, or changed the numbers by more than it promises; the message
             names it and the passes already run.
+        ExportError: the graph does not run.
     """
     records: list[FusionRecord] = []
-    before = _outputs(module, example)
+    try:
+        before = _outputs(module, example)
+    except Exception as error:  # what torch traced, it need not be able to run
+        raise ExportError(
+            f"the traced backbone does not run: {plain_reason(error)}. The usual cause is torch.vmap or another "
+            "function transform in its forward. Fix: write that part without it."
+        ) from error
     in_fp32 = _outputs(module, example, torch.float)
     rounding_db = _worst_db(before, in_fp32)
     for step in passes:

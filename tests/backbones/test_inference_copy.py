@@ -84,3 +84,17 @@ def test_a_cast_inside_forward_is_refused_by_name():
 
     with pytest.raises(SpecError, match=r"casting computes in torch.float16.*leave casts such as x\.half\(\) out"):
         inference_copy(wrap_module(Casting(3, 4, 1).half(), 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_a_part_in_another_type_is_refused_by_that(dtype):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1).to(dtype)
+
+        def forward(self, images):
+            return self.second(self.first(images).to(dtype)).float()
+
+    with pytest.raises(SpecError, match=f"mixed computes in .*{dtype} on cpu.*leave casts"):
+        inference_copy(wrap_module(Mixed(), 8))

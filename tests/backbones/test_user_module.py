@@ -32,6 +32,15 @@ class Tiny(nn.Module):
         return self.give(maps)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_outputs_of_another_type_are_float32_as_those_of_an_engine(dtype):
+    images = torch.randn(2, 1, 32, 32)
+    backbone = wrap_module(Tiny(lambda maps: maps[-1].mean((2, 3)).to(dtype)), 32, in_channels=1)
+    assert backbone(images).dtype == backbone.forward_everything(images)["logits"].dtype == torch.float32
+    engine = create_backbone(backbone, runtime="onnxruntime", cache=False)
+    torch.testing.assert_close(engine(images[:1]), backbone(images[:1]), rtol=0.02, atol=0.02)
+
+
 def test_module_with_logits_is_a_classifier():
     backbone = wrap_module(Tiny(lambda maps: maps[-1].mean((2, 3))), 32, in_channels=1, name="mine")
     images = torch.randn(2, 1, 32, 32)

@@ -6,11 +6,14 @@ from functools import partial
 import numpy as np
 import onnxruntime
 import pytest
+import torch
+from torch import nn
 
 from deploykit import create_backbone
+from deploykit.backbones.user_module import wrap_module
 from deploykit.backends.runtime import machine
 from deploykit.calibration.images import calibration_set
-from deploykit.errors import DeviceUnavailable
+from deploykit.errors import DeviceUnavailable, ExportError
 from deploykit.export.measure import PARITY_IMAGES, PROXY, measure, parity_images, torch_outputs
 from deploykit.images.preprocess import normalize
 from deploykit.spec import Fp32, InputSpec
@@ -57,6 +60,19 @@ def test_torch_outputs_are_every_level_and_the_head():
         "logits": (2, 5),
     }
     np.testing.assert_allclose(outputs["logits"], backbone(images), rtol=1e-3, atol=1e-4)
+
+
+def test_an_output_whose_shape_follows_the_values_is_named():
+    class Selecting(nn.Conv2d):
+        def forward(self, images):
+            maps = super().forward(images)
+            return maps[:, maps.mean((0, 2, 3)) > 0]
+
+    torch.manual_seed(0)
+    backbone = wrap_module(Selecting(3, 16, 3), 16, in_channels=3)
+    images = np.random.default_rng(0).standard_normal((4, 3, 16, 16)).astype(np.float32)
+    with pytest.raises(ExportError, match=r"output '.*' of selecting has shape .* for one image and .* for another"):
+        torch_outputs(backbone, images)
 
 
 def measured(manifest, folder, whole, precision=None, **changes):

@@ -55,6 +55,15 @@ def test_a_pass_that_raises_is_named_with_those_before_it():
         )
 
 
+def test_a_graph_that_does_not_run_is_an_export_error():
+    class Mapped(nn.Conv2d):
+        def forward(self, images):
+            return (torch.vmap(lambda image: image * 2)(super().forward(images)),)
+
+    with pytest.raises(ExportError, match=r"traced backbone does not run: .*torch\.vmap"):
+        run_passes(export_program(Mapped(4, 8, 3).eval(), SPEC).module(), images(), ())
+
+
 def test_a_small_change_within_the_promise_is_recorded():
     step = FusionPass(name="scale-weights", rewrite=scale_weights, min_sqnr_db=20)
     (record,) = run_passes(export_program(small(), SPEC).module(), images(), (step,))
