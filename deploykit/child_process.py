@@ -54,5 +54,9 @@ def drop_working_folder() -> None:
     """Take the working directory, which ``python -m`` puts first, off the path; unless deploykit itself lies there."""
     first = sys.path[0] if sys.path else ""
     safe = getattr(sys.flags, "safe_path", False)
-    if not safe and first in ("", str(Path.cwd())) and not Path(__file__).is_relative_to(Path.cwd()):
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # it was removed, and holds no module
+        return
+    if not safe and first in ("", str(here)) and not Path(__file__).is_relative_to(here):
         del sys.path[0]

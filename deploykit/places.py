@@ -58,6 +58,21 @@ def is_environment(error: BaseException | None) -> bool:
     return isinstance(error, OSError) and error.errno in _ENVIRONMENT
 
 
+def check_working_folder() -> None:
+    """Refuse to begin in a folder that was removed: relative paths lead nowhere, and MKL ends the process.
+
+    Raises:
+        StorageError: it was.
+    """
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise StorageError(
+            "the folder that the command was called in was removed. Fix: change to one that exists (cd ~), and run it "
+            "again."
+        ) from error
+
+
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether an error says that memory ran out: Python's own, or what torch raises in its place."""
     if isinstance(error, MemoryError):

@@ -45,7 +45,7 @@ from deploykit.cli.streams import PIPE_CLOSED, OutputLost, standard_streams
 from deploykit.errors import DeployKitError, SpecError
 from deploykit.interruption import INTERRUPTED, interruptible
 from deploykit.optional import PACKAGES
-from deploykit.places import is_environment, is_out_of_memory
+from deploykit.places import check_working_folder, is_environment, is_out_of_memory
 
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 
@@ -138,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words += ["--debug"] if debug and words[:1] == ["verify"] else []
     try:
         with standard_streams(), shown_warnings(), told_tunings(), interruptible():
+            check_working_folder()
             _check_words(words)
             code = _command().main(words, "deploykit", standalone_mode=False)
     except BrokenPipeError:

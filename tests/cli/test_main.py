@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import errno
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import deploykit
 from deploykit.cli import main as main_module
 from deploykit.errors import (
     DeviceUnavailable,
@@ -139,6 +146,19 @@ def test_an_error_of_the_machine_is_told_from_a_fault_of_deploykit(call, monkeyp
         MemoryError: f"error: there is not enough memory{smaller}",
         OSError: f"error: [Errno 28] No space left on device{end}",
     }
+
+
+def test_a_working_folder_that_was_removed_is_told(tmp_path):
+    """The entry point ended with a traceback and exit code 1, which means drift."""
+    words = [sys.executable, "-m", "deploykit", "list", "--json"]
+    gone = f"cd {tmp_path} && rmdir {tmp_path} && exec {shlex.join(words)}"
+    paths = {"PYTHONPATH": str(Path(deploykit.__file__).parent.parent)}
+    done = subprocess.run(
+        ["sh", "-c", gone], capture_output=True, text=True, check=False, timeout=60, env=os.environ | paths
+    )
+    assert done.returncode == 6
+    assert done.stderr.startswith("error: the folder that the command was called in was removed. Fix: ")
+    assert json.loads(done.stdout)["error"] == "StorageError"
 
 
 @pytest.mark.parametrize(
