@@ -171,8 +171,8 @@ def engine_of(runtime: str, *, features_only: bool = True, dynamic: bool = True)
     return made_once(f"{runtime}-{features_only}-{dynamic}", make)
 
 
-def open_engine(manifest: Manifest, folder: Path, device: str = "auto") -> Runtime:
-    return load_backend(manifest.runtime).load_adapter()(manifest, folder, device=device)
+def open_engine(manifest: Manifest, folder: Path, device: str = "auto", threads: int | None = None) -> Runtime:
+    return load_backend(manifest.runtime).load_adapter()(manifest, folder, device=device, threads=threads)
 
 
 def photographs(count: int, seed: int = 0) -> np.ndarray:

@@ -84,7 +84,7 @@ class LiteRTRuntime(Runtime):
                 f"litert runs here on cpu, and {device!r} was asked for. Open the bundle with device='cpu'. GPUs and "
                 "NPUs are for apps, which give the same model.tflite to LiteRT's own interfaces."
             )
-        interpreter = _interpreter(engine, self.threads)
+        interpreter = _interpreter(engine, self._cores())  # given no number, LiteRT computes in one thread
         runner = interpreter.get_signature_runner(_only_signature(interpreter, engine))
         inputs = _ports(runner.get_input_details())
         outputs = _ports(runner.get_output_details())
@@ -124,7 +124,7 @@ class LiteRTRuntime(Runtime):
         return ("cpu",)
 
 
-def _interpreter(engine: EngineFile, threads: int | None) -> Interpreter:
+def _interpreter(engine: EngineFile, threads: int) -> Interpreter:
     """Return an interpreter with its memory allocated.
 
     Raises:

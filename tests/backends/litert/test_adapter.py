@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from deploykit.backends import runtime
+from deploykit.backends.litert import adapter
 from deploykit.backends.litert.adapter import Port
+from deploykit.backends.litert.package import load_interpreter
 from deploykit.errors import BundleError, DeviceUnavailable
 from tests.conftest_graphs import engine_of, open_engine, photographs
 
@@ -43,6 +47,23 @@ def test_a_dynamic_batch_runs_image_by_image():
         together = model(images)["stage1"]
         for index in range(3):
             np.testing.assert_array_equal(model(images[index : index + 1])["stage1"][0], together[index])
+
+
+@pytest.mark.parametrize(("asked", "computing"), [(None, 3), (2, 2)])
+def test_an_engine_computes_in_every_thread_that_the_process_may_use(monkeypatch, asked, computing):
+    """LiteRT itself takes one where no number is given."""
+    library, numbers = load_interpreter(), []
+
+    def interpreter(**settings):
+        numbers.append(settings["num_threads"])
+        return library.Interpreter(**settings)
+
+    monkeypatch.setattr(adapter, "load_interpreter", lambda: SimpleNamespace(Interpreter=interpreter))
+    monkeypatch.setattr(runtime, "count_cores", lambda processors: 3)
+    monkeypatch.setattr(runtime, "thread_limit", lambda: None)
+    with open_engine(*engine_of("litert"), threads=asked) as model:
+        assert model(photographs(1))["stage1"].size
+    assert numbers == [computing]
 
 
 def test_gpus_and_npus_are_left_to_apps():
