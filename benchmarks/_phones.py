@@ -20,6 +20,7 @@ from deploykit.backends.runtime import Runtime
 from deploykit.backends.table import load_backend
 from deploykit.calibration.dialect import Dialect
 from deploykit.calibration.precision_plan import PrecisionPlan
+from deploykit.export.graphs import select
 from deploykit.graph import Master
 from deploykit.manifest import MANIFEST, Manifest, decode_manifest
 from deploykit.spec import Int8
@@ -35,7 +36,7 @@ SETTINGS = Int8(recipe="fast")
 
 @dataclass(kw_only=True, eq=False)
 class PhoneEngines:
-    """The engines of a backbone with random weights at one image size, kept in a folder.
+    """The engines of a backbone with random weights at one image size, kept in a folder; they give the logits alone.
 
     Norms have the statistics of the calibration images, as training leaves them.
     """
@@ -71,17 +72,18 @@ class PhoneEngines:
             staging.rename(folder)
         return folder
 
-    def opened(self, runtime: str, precision: str) -> Runtime:
-        """Open an engine in one thread."""
+    def opened(self, runtime: str, precision: str, *, threads: int | None = 1) -> Runtime:
+        """Open an engine; without a number of threads, in as many as an engine takes by default."""
         folder = self.engine(runtime, precision)
         manifest = decode_manifest((folder / MANIFEST).read_bytes(), folder / MANIFEST)
-        return load_backend(runtime).load_adapter()(manifest, folder, threads=1)
+        return load_backend(runtime).load_adapter()(manifest, folder, threads=threads)
 
     def _write(self, runtime: str, precision: str, folder: Path) -> None:
         master, plan = self._planned(precision)
         backend, dialect = load_backend(runtime), _dialect(runtime)
         part = dialect.keep_float(master.onnx.model, plan) if plan is not None else None
-        graph = dialect.render(master.form(backend.source), part, self.network.calibrated).graph
+        rendered = dialect.render(master.form(backend.source), part, self.network.calibrated).graph
+        graph = select(rendered, self.network.backbone.spec.output_names)
         engine = resolve(str(backend.lower))(graph, folder, LowerOptions())
         manifest = Manifest(
             backbone=self.network.backbone.spec,

@@ -11,8 +11,10 @@ runtime's profiler, which names every kernel. Of an engine's time
 - call is what is left: waking threads, moving between kernels, the runtime's own call,
 - float, a part of the above, are kernels of an INT8 engine that compute in float.
 
-Weights of EfficientNet-Lite0 are trained, those of the others random, which changes no time. Engines are kept in
-``--work FOLDER``, where other benchmarks find them.
+LiteRT, which has no profile of its delegate's kernels in Python, has its share alone, of the ceilings of the others.
+
+Weights of EfficientNet-Lite0 and MobileNetV2 are trained, those of the others and of LiteRT's engines random, which
+changes no time. Engines are kept in ``--work FOLDER``, where other benchmarks find them.
 """
 
 from __future__ import annotations
@@ -25,10 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import _ceilings
+import numpy as np
 import onnx
 from _ceilings import Ceilings
 from _engines import QUICK_TIMED, engines_of
 from _layers import KINDS, layers_of, macs_by_kind
+from _phones import PhoneEngines
 from _planned import NETWORKS
 from _profiles import Kernel, profiled
 from _results import SERIES, THEMES, check_plot, machine_line, parser, save, silence, themed, write_picture
@@ -38,6 +42,8 @@ from deploykit.arrays import FloatArray
 
 QUICK = ("mobilenetv3_large_100", "resnet50")
 PRECISIONS = ("fp32", "int8")
+SIDE = 224
+"""The side of the images, in pixels, of LiteRT's engines; the others have the networks' own, which is the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +66,10 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Limit:
-    """One engine: milliseconds of a call, in a loop of its own, and its parts; ``share`` is that of the ceiling."""
+    """One engine: milliseconds of a call, in a loop of its own; ``share`` is that of the ceiling.
+
+    ``total`` and ``parts`` are of the runtime's profile; None and empty where it has none.
+    """
 
     network: str
     runtime: str
@@ -68,13 +77,8 @@ class Limit:
     call_ms: float
     macs: int
     share: float
-    total: Part
+    total: Part | None
     parts: tuple[Part, ...]
-
-    @property
-    def overhead_ms(self) -> float:
-        """What a call takes beyond its kernels; below 0 where the profiler slowed them down."""
-        return self.call_ms - self.total.milliseconds
 
 
 def split(kind: str, kernels: Sequence[Kernel], ceilings: Ceilings, precision: str) -> Part:
@@ -123,6 +127,28 @@ def measure(name: str, work: Path, ceilings: Ceilings, rounds: int) -> list[Limi
     return found
 
 
+def measure_litert(name: str, work: Path, ceilings: Ceilings, macs: int, rounds: int) -> list[Limit]:
+    """Measure a network's LiteRT engines, with random weights, each in a loop of its own."""
+    engines, found = PhoneEngines(name=name, side=SIDE, folder=work / f"{name}-{SIDE}", images=QUICK_TIMED), []
+    image = np.random.default_rng(0).normal(size=(1, 3, SIDE, SIDE)).astype(np.float32)
+    for precision in PRECISIONS:
+        with engines.opened("litert", precision, threads=None) as model:
+            call_ms = _loop(model._run, image, rounds)
+        found.append(
+            Limit(
+                network=name,
+                runtime="litert",
+                precision=precision,
+                call_ms=call_ms,
+                macs=macs,
+                share=macs / ceilings.macs_per_ms(precision) / call_ms,
+                total=None,
+                parts=(),
+            )
+        )
+    return found
+
+
 def _macs(engine: Path) -> int:
     """The multiply-adds of the fused FP32 graph, which every engine of the network has to do."""
     return sum(macs_by_kind(layers_of(onnx.load(engine))).values())
@@ -151,19 +177,24 @@ def report(rows: Iterable[Limit]) -> None:
     shares = ("arith.", "memory", "kernels", "call", "float")
     print(f"\n{'network':<29}{'runtime':<12}{'':<5}" + "".join(f"{head:>9}" for head in heads + shares))
     for row in rows:
-        total, rest = row.total, row.total.milliseconds - row.total.arithmetic_ms - row.total.memory_ms
-        parts = (total.arithmetic_ms, total.memory_ms, rest, row.overhead_ms, total.float_ms)
         figures = f"{row.call_ms:9.2f}{row.macs / 1e6:9.0f}{row.macs / row.call_ms / 1e6:9.1f}{row.share:9.0%}"
-        print(
-            f"{row.network:<29}{row.runtime:<12}{row.precision:<5}{figures}"
-            + "".join(f"{part / row.call_ms:9.0%}" for part in parts)
-        )
+        print(f"{row.network:<29}{row.runtime:<12}{row.precision:<5}{figures}{_where(row, len(shares))}")
+
+
+def _where(row: Limit, columns: int) -> str:
+    """Where a call's time goes; its overhead is below 0 where the profiler slowed the kernels down."""
+    total = row.total
+    if total is None:
+        return f"{'-':>9}" * columns
+    rest = total.milliseconds - total.arithmetic_ms - total.memory_ms
+    parts = (total.arithmetic_ms, total.memory_ms, rest, row.call_ms - total.milliseconds, total.float_ms)
+    return "".join(f"{part / row.call_ms:9.0%}" for part in parts)
 
 
 def report_layers(rows: Iterable[Limit], ceilings: Ceilings) -> None:
     """Print a row a layer type of each engine."""
     heads = ("ms", "of call", "GMAC/s", "ceiling", "MACs/byte", "float ms")
-    for row in rows:
+    for row in (row for row in rows if row.parts):
         print(f"\n{row.network} in {row.runtime}, {row.precision}")
         print(f"{'layers':<13}" + "".join(f"{head:>10}" for head in heads))
         for part in row.parts:
@@ -221,9 +252,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(machine_line())
     print_ceilings(ceilings)
     rows: list[Limit] = []
+    rounds = asked.rounds or (30 if asked.quick else 100)
     with tempfile.TemporaryDirectory(prefix="deploykit-limit-") as scratch:
+        work = asked.work or Path(scratch)
         for name in asked.networks or (QUICK if asked.quick else NETWORKS):
-            rows += measure(name, asked.work or Path(scratch), ceilings, asked.rounds or (30 if asked.quick else 100))
+            rows += measure(name, work, ceilings, rounds)
+            rows += measure_litert(name, work, ceilings, rows[-1].macs, rounds)
     report(rows)
     if asked.layers or asked.quick:
         report_layers(rows if asked.layers else [row for row in rows if row.precision == "int8"], ceilings)
