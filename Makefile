@@ -19,7 +19,7 @@ REFERENCE := deploykit deploykit.errors deploykit.spec deploykit.progress deploy
 	deploykit.fusion.pipeline deploykit.fusion.program deploykit.backends.backend deploykit.backends.runtime
 
 # The quick set, and where its results go; peers prints the figures of the README.
-QUICK := peers limit facade_overhead startup end_to_end pipeline
+QUICK := peers limit adapter_options facade_overhead startup end_to_end pipeline
 BENCH := build/bench
 
 .PHONY: help demo test test-fast test-all test-matrix wheel lint format docs bench bench-all clean

@@ -20,8 +20,10 @@ WARM_UP = 3
 Call = Callable[[FloatArray], list[FloatArray]]
 
 
-def in_onnxruntime(model: onnx.ModelProto | ir.Model | Path) -> Call:
+def in_onnxruntime(model: onnx.ModelProto | ir.Model | Path, *, without: str | None = None) -> Call:
     """A graph, or its file, as a call in ONNX Runtime, on the CPU, with the settings of deploykit's adapter.
+
+    ``without`` is a setting that is left to the default.
 
     Its threads sleep between calls. By default they spin for some 50 ms more, and those of one session take a
     core from the next: on 2 cores that doubled the time of EfficientNet-Lite0, in some turns and not in others.
@@ -31,17 +33,31 @@ def in_onnxruntime(model: onnx.ModelProto | ir.Model | Path) -> Call:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     for key, value in SESSION_SETTINGS.items():
-        options.add_session_config_entry(key, value)
+        if key != without:
+            options.add_session_config_entry(key, value)
     session = onnxruntime.InferenceSession(_readable(model), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda images: session.run(None, {name: images})
 
 
-def in_openvino(model: onnx.ModelProto | ir.Model | Path, precision: str = "f32") -> Call:
-    """A graph, or its file, as a call in OpenVINO, on the CPU, ``precision`` pinned where there are no integers."""
+def in_openvino(
+    model: onnx.ModelProto | ir.Model | Path,
+    precision: str = "f32",
+    *,
+    without: str | None = None,
+    threads: int | None = None,
+    pinned: bool = False,
+) -> Call:
+    """A graph, or its file, as a call in OpenVINO, on the CPU, ``precision`` pinned where there are no integers.
+
+    ``without`` is a setting that is left to the default; a number of threads is tied to processors if ``pinned``.
+    """
     import openvino
 
-    settings = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+    settings: dict[str, object] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+    if threads is not None:
+        settings |= {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": pinned}
+    settings.pop(without or "", None)
     core = openvino.Core()
     request = core.compile_model(core.read_model(_readable(model)), "CPU", settings).create_infer_request()
 

@@ -94,6 +94,23 @@ def test_the_facade_stands_beside_both_raw_calls(script, work, tmp_path, capsys)
 
 
 @pytest.mark.slow
+def test_options_are_compared_with_the_defaults(script, work, tmp_path):
+    results = tmp_path / "options.json"
+    arguments = ["--networks", SMALL, "--rounds", "3", "--work", str(work), "--json", str(results)]
+    script("adapter_options").main(arguments)
+    rows = json.loads(results.read_text())["rows"]
+    assert {(row["runtime"], row["how"]) for row in rows} == {
+        *((runtime, how) for runtime in ("onnxruntime", "openvino") for how in ("alone", "in turn")),
+        ("openvino", "two processes"),
+        ("litert", "alone"),
+    }
+    assert all(row["with_ms"] > 0 and row["without_ms"] > 0 and row["ratio"] > 0 for row in rows)
+    with_db = {(row["option"], row["precision"]): row["with_db"] for row in rows if row["with_db"] is not None}
+    assert with_db["pinned precision", "fp32"] > 80
+    assert {precision for _, precision in with_db} == {"fp32", "int8"}
+
+
+@pytest.mark.slow
 def test_phones_stand_beside_the_same_plan(script, tmp_path, capsys):
     results = tmp_path / "phones.json"
     arguments = ["--networks", SMALL, "--runtimes", "litert", "--work", str(tmp_path / "engines")]
