@@ -148,6 +148,10 @@ def _what_is_wrong(path: Path, error: Exception) -> str:
     """Tell from its first bytes what is wrong with a file that does not read."""
     with path.open("rb") as file:
         start = file.read(16)
+    if start.startswith(b"version https://"):
+        return "it is the pointer of Git LFS to the file; run `git lfs pull`"
+    if start.lstrip().startswith(b"<"):
+        return "it is a web page, and torch.save did not write it"
     named_safetensors = path.name.lower().endswith(SAFETENSORS)
     if start[:2] == b"PK":
         return "it is a zip archive; rename it to .pth" if named_safetensors else _wrong_archive(path, error)

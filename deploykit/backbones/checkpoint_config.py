@@ -80,7 +80,7 @@ def _of_file(path: Path) -> CheckpointConfig | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise WeightsError(
             f"{path}, beside the checkpoint, is not readable JSON ({error}). Repair it, or move it away."
@@ -134,7 +134,8 @@ def _checked(preprocessing: Mapping[str, Any], source: str) -> dict[str, Any]:
         Preprocessing(**values)
     except (SpecError, TypeError, ValueError) as error:
         raise WeightsError(
-            f"{source} does not say how images are prepared: {error}. Fix: say it yourself with preprocessing=."
+            f"{source} does not say how images are prepared: {str(error).rstrip('.')}. "
+            "Fix: correct it, or take it away and give preprocessing=."
         ) from error
     return values
 

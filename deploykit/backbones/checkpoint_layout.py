@@ -86,7 +86,21 @@ def find_state(content: Content, wanted: Collection[str], *, source: str, key: s
         raise _nothing_found(content, wanted, source)
     best = max(place.matched for place in places)
     rivals = [place for place in places if place.matched >= _NEARLY * best]
+    if key is None and len(rivals) > 1 and best < _NEARLY * len(wanted):
+        raise WeightsError(
+            f"{source} holds no state dict of this network: at most {best} of its {len(wanted)} tensors have their "
+            f"names under one prefix ({_named_all(rivals[:3])}, ...). Give the checkpoint of this variant, in timm's "
+            "parameter names; a network whose layers stand in another module (nn.Sequential) can be given as it is."
+        )
     place = _choose(content, rivals, source) if key is None else _named(content, rivals, key, source)
+    if key is None and not place.is_average and (unnamed := _unnamed_averages(content)):
+        warnings.warn(
+            f"{source} holds averaged weights (EMA) in {unnamed[0]} without names, which cannot be loaded; took the "
+            f"raw ones in {_shown(place)}. To take the averages, copy them into the model in training and save its "
+            "state dict.",
+            WeightsWarning,
+            stacklevel=2,
+        )
     return _take(content, place, rivals)
 
 
@@ -141,6 +155,18 @@ def _choose(content: Content, rivals: list[Place], source: str) -> Place:
             stacklevel=2,
         )
     return chosen[0]
+
+
+def _unnamed_averages(content: Content) -> list[str]:
+    """Return where lists of averaged tensors lie, as torch_ema keeps them (``ema.shadow_params``)."""
+    return [
+        name
+        for keys, mapping in _mappings(content)
+        for key, value in mapping.items()
+        if _AVERAGE.search(name := ".".join((*keys, str(key))))
+        and isinstance(value, (list, tuple))
+        and any(isinstance(each, Tensor) and each.dim() > 1 for each in value)
+    ]
 
 
 def _different(content: Content, places: list[Place]) -> list[Place]:

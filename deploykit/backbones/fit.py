@@ -246,7 +246,8 @@ def check_state(
     """Compare a checkpoint's names, shapes and values with a model's state dict.
 
     Raises:
-        WeightsError: lists missing, unexpected, misshapen, non-finite and non-float tensors, ten of each.
+        WeightsError: lists missing, unexpected, misshapen, non-finite and non-float tensors and negative variances,
+            ten of each.
     """
     both = [(key, value, model[key]) for key, value in state.items() if key in model]
     faults = {
@@ -264,6 +265,11 @@ def check_state(
         ],
         "with NaN or infinity": [
             key for key, value, expected in both if _readable(value, expected) and not _finite(value, expected)
+        ],
+        "with a negative variance": [
+            key
+            for key, value, expected in both
+            if key.endswith("running_var") and _readable(value, expected) and bool((value < 0).any())
         ],
     }
     found = [f"{len(keys)} {fault}: {_listed(keys)}" for fault, keys in faults.items() if keys]

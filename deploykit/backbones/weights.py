@@ -72,6 +72,8 @@ def resolve_source(
     """
     if pretrained is False:
         return None
+    if isinstance(pretrained, str) and "://" in pretrained:
+        raise WeightsError(f"{pretrained} is an address; expected a file on this machine. Fix: download it first.")
     if isinstance(pretrained, Path) or (isinstance(pretrained, str) and is_path(pretrained)):
         return _from_file(Path(pretrained))
     if not isinstance(pretrained, (str, bool)):

@@ -170,6 +170,8 @@ def broken(tmp_path):
     (tmp_path / "cut.pth").write_bytes(whole[:-40])
     (tmp_path / "cut.safetensors").write_bytes(tensors[:-4])
     (tmp_path / "text.pth").write_bytes(b"<html>not found</html>")
+    for name in ("pointer.pth", "pointer.safetensors"):
+        (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     (tmp_path / "tensors.pth").write_bytes(tensors)
     (tmp_path / "zip.safetensors").write_bytes(whole)
     zip_of(tmp_path / "arrays.pth", a=b"1")
@@ -190,6 +192,9 @@ def broken(tmp_path):
         ("cut.pth", "its end is missing"),
         ("cut.safetensors", "its header is damaged, or its end is missing"),
         ("text.pth", "torch.save did not write it"),
+        ("text.pth", "it is a web page"),
+        ("pointer.pth", "run `git lfs pull`"),
+        ("pointer.safetensors", "run `git lfs pull`"),
         ("tensors.pth", "rename it to .safetensors"),
         ("zip.safetensors", "rename it to .pth"),
         ("arrays.pth", "a zip archive that torch.save did not write"),

@@ -129,6 +129,10 @@ def test_a_configuration_of_something_else_is_passed_over(tmp_path):
     assert read(tmp_path, config=[1, 2]) == CheckpointConfig()
 
 
+def test_a_mark_of_the_byte_order_is_passed_over(tmp_path):
+    assert read(tmp_path, config="\ufeff" + json.dumps(TIMM)) == read(tmp_path, config=TIMM)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -175,6 +175,26 @@ def test_a_file_without_the_network_says_what_it_has(content, message):
         find(content)
 
 
+def test_parts_that_share_a_few_names_are_not_offered_as_state_dicts():
+    content = {f"{number}.conv.weight": torch.ones(1) for number in range(5)}
+    with pytest.raises(WeightsError, match=r"no state dict of this network: at most 1 of its 6 tensors .*\(0, 1, 2, "):
+        find_state(content, (*NAMES, "conv.weight"), source="c.pth", key=None)
+
+
+@pytest.mark.parametrize(
+    ("average", "place"),
+    [
+        ([*EMA.values()], "ema"),
+        ({"decay": 0.99, "shadow_params": [*EMA.values()], "collected_params": None}, "ema.shadow_params"),
+    ],
+)
+def test_averages_without_names_are_not_passed_over_silently(average, place):
+    with pytest.warns(WeightsWarning, match=rf"\(EMA\) in {place} without names, .* took the raw ones in model"):
+        found = find({"model": RAW, "ema": average})
+    assert same(found.tensors, RAW)
+    assert same(quietly({"model": RAW, "ema": average}, "model").tensors, RAW)
+
+
 def test_the_best_match_is_taken_where_none_is_whole():
     content = {"model": {name: RAW[name] for name in NAMES[:-1]}, "loss": {"norm.weight": torch.ones(1)}}
     assert quietly(content).place.name == "model"

@@ -194,6 +194,12 @@ def test_values_that_a_float_network_cannot_have_are_refused(save, trained, valu
         create_backbone(NAME, pretrained=save({**trained.state_dict(), "classifier.weight": value}))
 
 
+def test_a_negative_variance_is_refused(save, trained):
+    state = {**trained.state_dict(), "bn1.running_var": -torch.ones_like(trained.bn1.running_var)}
+    with pytest.raises(WeightsError, match=r"1 with a negative variance: bn1\.running_var"):
+        create_backbone(NAME, pretrained=save(state))
+
+
 def test_counters_of_a_profiler_are_no_fault(save, trained):
     profiled = {"total_ops": torch.zeros(1, dtype=torch.float64), "conv_stem.total_params": torch.zeros(1)}
     assert same_weights(create_backbone(NAME, pretrained=save({**trained.state_dict(), **profiled})), trained)

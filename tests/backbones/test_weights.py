@@ -371,6 +371,7 @@ def test_a_file_without_a_state_dict_is_a_weights_error(tmp_path, content):
     ("source", "message"),
     [
         ("absent/weights.pth", "there is no file"),
+        ("https://models.example.org/weights.pth", "is an address; expected a file"),
         (Path("absent.safetensors"), "there is no file"),
         (".", "is a folder"),
         ("no tag!", "expected True, a tag"),
