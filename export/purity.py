@@ -88,6 +88,28 @@ def check_repeatable(backbone: BaseBackbone) -> None:
             )
 
 
+def check_images_apart(backbone: BaseBackbone, batch: int) -> None:
+    """Run images together and alone, and refuse a backbone that gives an image something else beside others.
+
+    Args:
+        backbone: from `inference_copy`; only its own state may change.
+        batch: how many images run together, at least 2.
+
+    Raises:
+        ExportError: the outputs differ.
+    """
+    images = example_images(backbone, batch)
+    together, _ = _run(backbone, images, seed=0)
+    for position in (0, batch - 1):
+        alone, _ = _run(backbone, images[position : position + 1], seed=0)
+        if not _agree(alone, [output[position : position + 1] for output in together]):
+            raise ExportError(
+                f"what {backbone.name} gives for an image depends on the others of its batch: image {position} of "
+                f"{batch} has other outputs than alone. Fix: compute each image by itself in forward (no mean, sort or "
+                "index over dimension 0, and nothing by the batch's size), or ask for batch_size=1."
+            )
+
+
 def _nodes_of_outputs(module: GraphModule) -> Iterator[Node]:
     """Yield every call that an output depends on, those of subgraphs included."""
     needed: set[Node] = set()

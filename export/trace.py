@@ -9,7 +9,12 @@ from deploykit.backbones.base import BaseBackbone
 from deploykit.backbones.inference_copy import inference_copy
 from deploykit.backbones.random_state import kept_random_states
 from deploykit.errors import ExportError
-from deploykit.export.purity import check_no_batch_statistics, check_no_random_operators, check_repeatable
+from deploykit.export.purity import (
+    check_images_apart,
+    check_no_batch_statistics,
+    check_no_random_operators,
+    check_repeatable,
+)
 from deploykit.fusion.functional_form import functional_form
 from deploykit.fusion.program import export_program
 from deploykit.spec import InputSpec
@@ -40,8 +45,9 @@ def trace(backbone: BaseBackbone, spec: InputSpec) -> torch.export.ExportedProgr
 
     Raises:
         SpecError: part of the backbone is TorchScript, or it does not run in float32 on the CPU.
-        ExportError: torch cannot trace it (the message carries torch's reason), or it does not give the same
-            numbers twice; the message names the operator or the submodule.
+        ExportError: torch cannot trace it (the message carries torch's reason), it does not give the same
+            numbers twice (the message names the operator or the submodule), or an image's numbers depend on the
+            others of its batch.
     """
     with kept_random_states():
         twin = inference_copy(backbone)
@@ -53,4 +59,6 @@ def trace(backbone: BaseBackbone, spec: InputSpec) -> torch.export.ExportedProgr
     check_no_random_operators(program.graph_module)
     check_no_batch_statistics(program)
     check_repeatable(twin)
+    if spec.batch != 1:
+        check_images_apart(twin, spec.batch if isinstance(spec.batch, int) else 2)
     return functional_form(program, spec)

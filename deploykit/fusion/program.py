@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from deploykit.fusion.constants import remove_unread
 from deploykit.fusion.locate import describe_error
 from deploykit.fusion.quiet import quiet_torch
 from deploykit.spec import BATCH_DIM, HEIGHT_DIM, WIDTH_DIM, InputSpec
+
+_FIXED = re.compile(r"Constraints violated \(([^)]*)\).*?\n\s*- (.+?)(?:\. |\n|$)", re.DOTALL)
+"""How torch says that a dynamic size is one that the code fixes or bounds: which size, and what it is held to."""
 
 
 def export_program(module: nn.Module, spec: InputSpec) -> torch.export.ExportedProgram:
@@ -31,6 +35,12 @@ def export_program(module: nn.Module, spec: InputSpec) -> torch.export.ExportedP
             program = torch.export.export(module, (example,), dynamic_shapes=shapes)
     except Exception as error:  # torch.export raises dozens of internal types
         where = describe_error(error, module)
+        if fixed := _FIXED.search(str(error)):
+            raise ExportError(
+                f"torch.export cannot trace the backbone at {spec.shape}: its forward works for some sizes of "
+                f"{fixed[1]} alone ({fixed[2]}). Fix: leave out of forward what loops, branches or slices by that "
+                "size; or ask for one batch_size, or image_size."
+            ) from error
         raise ExportError(
             f"torch.export cannot trace the backbone at {spec.shape}{f' ({where})' if where else ''}: "
             f"{plain_reason(error)}. The usual cause is data-dependent control flow. Fix: in forward, branch on shapes "

@@ -11,7 +11,7 @@ from torch import nn
 from deploykit.backbones.user_module import wrap_module
 from deploykit.errors import ExportError
 from deploykit.export.trace import trace
-from deploykit.spec import InputSpec
+from deploykit.spec import BatchRange, InputSpec
 
 SPEC = InputSpec(height=16, width=16)
 
@@ -108,6 +108,23 @@ def test_statistics_of_the_batch_are_named_with_their_place():
     module = network(lambda part, features: part.norm(features), norm=nn.BatchNorm2d(8, track_running_stats=False))
     with pytest.raises(ExportError, match=r"statistics of each batch.*aten\.batch_norm at '1\.norm' \(BatchNorm2d\)"):
         trace(wrap_module(module, 16), SPEC)
+
+
+@pytest.mark.parametrize("batch", [3, BatchRange()])
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda part, features: features - 0.05 * features.mean(0, keepdim=True),
+        lambda part, features: features - features[:1] + 1,
+        lambda part, features: features + torch.arange(features.shape[0])[:, None, None, None],
+        lambda part, features: features * features.shape[0],
+    ],
+    ids=["mean", "first", "position", "count"],
+)
+def test_what_mixes_the_images_of_a_batch_is_refused(act, batch):
+    with pytest.raises(ExportError, match=r"depends on the others of its batch: image \d of \d has other outputs"):
+        trace(wrap_module(network(act), 16), InputSpec(height=16, width=16, batch=batch))
+    trace(wrap_module(network(act), 16), InputSpec(height=16, width=16, batch=1))
 
 
 class StandardizedConv(nn.Conv2d):

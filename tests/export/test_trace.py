@@ -3,8 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from deploykit import create_backbone
+from deploykit.backbones.user_module import wrap_module
 from deploykit.errors import ExportError
 from deploykit.export.trace import output_names, trace
 from deploykit.spec import BatchRange, InputSpec
@@ -42,3 +44,21 @@ def test_what_cannot_be_traced_is_an_export_error():
     backbone.forward_head = lambda trunk: trunk.sum().item() and trunk
     with pytest.raises(ExportError, match=r"cannot trace the backbone at \(1, 3, 64, 64\)"):
         trace(backbone, SPEC)
+
+
+@pytest.mark.parametrize(
+    ("forward", "held"),
+    [
+        (lambda images: torch.cat([image * 2 for image in images.split(1)]), "specialized it to be a constant"),
+        (lambda images: images + torch.zeros(4, 1, 1, 1)[: images.shape[0]], "<= 4"),
+    ],
+    ids=["loop", "slice"],
+)
+def test_a_forward_that_fixes_the_batch_says_so(forward, held):
+    class Net(nn.Conv2d):
+        def forward(self, images):
+            return forward(super().forward(images))
+
+    spec = InputSpec(height=8, width=8, batch=BatchRange())
+    with pytest.raises(ExportError, match=rf"some sizes of batch alone \(.*{held}.*ask for one batch_size"):
+        trace(wrap_module(Net(3, 4, 1), 8), spec)
