@@ -39,7 +39,8 @@ class Placement:
     integer kernels. ``writes`` are written by them (after the Relu or Clip that the kernel fuses).
     ``between`` are what stands between them, gated maps (hard-swish, SiLU, squeeze-and-excitation), global
     average pools and residual adds of these, which some runtimes compute in integers and others fuse in float.
-    ``same_range`` maps the output of a max-pooling to its input, whose range it shares.
+    ``same_range`` maps the output of a max-pooling, or of several in a row, to what the first one reads, whose range it
+    shares.
     ``float_nodes`` maps each weighted node that stays in float to the reason.
     """
 
@@ -101,7 +102,7 @@ def place(model: ir.Model, keep_float: Mapping[str, str] | None = None) -> Place
             source, pooled = _text(node.inputs[0]), _text(node.outputs[0])
             reads[source] = None
             writes[pooled] = None
-            same_range[pooled] = source
+            same_range[pooled] = same_range.get(source, source)
         elif (is_pooled(node) or is_gated(node)) and any(
             _text(value) in writes or _text(value) in between for value in node.inputs
         ):

@@ -100,6 +100,34 @@ def test_a_max_pool_shares_the_range_of_its_input(residual):
     assert residual.plan.range_of(pooled) is residual.plan.ranges[source]
 
 
+class Pooled(nn.Module):
+    """Max-poolings in a row, as behind the stem of GoogLeNet and in the SPPF of a detector, with a reader of each."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3)
+        self.readers = nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in range(3))
+
+    def forward(self, images):
+        maps = [self.first(images).relu()]
+        for _ in range(3):
+            maps.append(nn.functional.max_pool2d(maps[-1], 3, 1, 1))
+        return (torch.cat([reader(each) for reader, each in zip(self.readers, maps[1:], strict=True)], 1),)
+
+
+@pytest.mark.parametrize("runtime", [onnxruntime, openvino, tensorrt])
+def test_max_pools_in_a_row_share_the_range_of_the_first_ones_input(runtime):
+    graph = master_graph(Pooled(), ("maps",), IMAGES)
+    plan = plan_of(graph, IMAGES)
+    assert len(plan.placement.same_range) == 3
+    (source,) = set(plan.placement.same_range.values())
+    assert source in plan.ranges
+    session = onnx_session(written(runtime.DIALECT, graph, plan))
+    (expected,) = onnx_session(graph.model).run(None, {"images": IMAGES[:1]})
+    (found,) = session.run(None, {"images": IMAGES[:1]})
+    assert sqnr_db(expected, found) > 30
+
+
 def test_both_readers_of_a_shared_weight_run_in_integers():
     class Twice(nn.Module):
         def __init__(self):
