@@ -74,7 +74,7 @@ ENTRY_POINTS = {"deploykit.parity.pytest_plugin"}
 
 RUNTIME_SIDE = re.compile(
     r"deploykit\.backends(\.(backend|table|runtime|input_checks|engine_file|onnx_external|onnx_header|protobuf|"
-    r"run_queue|stream|tuning)|"
+    r"run_queue|stream|tuning|fork_guard)|"
     r"(\.\w+){1,2}\.(backend|adapter|package|archive|session|targets|needs|api|protocols|cuda_\w+|build|builder|mil_program|"
     r"plan_file|context_file|portable|read_error|request_queue|thread_pool))?"
 )

@@ -7,12 +7,16 @@ from functools import partial
 
 from deploykit.arrays import FloatArray, ImageArray
 from deploykit.backends.engine_file import EngineFile
+from deploykit.backends.fork_guard import ForkGuard
 from deploykit.backends.openvino.package import load_openvino
 from deploykit.backends.openvino.protocols import CompiledModel, InferRequest, Model, OVCore
 from deploykit.backends.openvino.read_error import REFUSALS, read_error
 from deploykit.backends.openvino.request_queue import RequestQueue
 from deploykit.backends.runtime import RUNS_AHEAD, Runtime
 from deploykit.errors import BundleError, DeviceUnavailable, IncompatibleEngine
+
+_RUNS = ForkGuard()
+"""Forks wait for runs: in a child that was forked while a thread entered TBB's pool, opening an engine would hang."""
 
 
 class OpenVINORuntime(Runtime):
@@ -69,7 +73,8 @@ class OpenVINORuntime(Runtime):
         except IndexError:
             request = compiled.create_infer_request()
         # OpenVINO wraps only writeable memory; it does not write to an input.
-        results = request.infer([images], share_inputs=images.flags.writeable)
+        with _RUNS:
+            results = request.infer([images], share_inputs=images.flags.writeable)
         outputs = [results[position] for position in self._outputs]
         self._idle.append(request)
         return outputs
