@@ -23,7 +23,7 @@ from deploykit.locks import locked_folder
 from deploykit.manifest import FileRecord, is_inside
 from deploykit.output_places import check_outside_bundles
 from deploykit.places import is_environment, read_error, storage_error
-from deploykit.plain_files import NotPlainFile, digest_of, open_plain, read_plain
+from deploykit.plain_files import FileTooLarge, NotPlainFile, digest_of, open_plain, read_plain
 from deploykit.shipping.address import OciAddress
 from deploykit.shipping.shipment import OWN, Shipment, damaged, file_problem
 
@@ -191,7 +191,7 @@ def _checked_manifest(path: Path, descriptor: Descriptor, address: OciAddress) -
         text = read_plain(_blob(path, descriptor.digest, address), _MOST_JSON_BYTES, follow=True)
     except FileNotFoundError as error:
         raise damaged(str(address), [f"its manifest {descriptor.digest}: missing"]) from error
-    except NotPlainFile as error:
+    except (NotPlainFile, FileTooLarge) as error:
         raise damaged(str(address), [f"its manifest {descriptor.digest}: {error}"]) from error
     if digest_name(text) != descriptor.digest or len(text) != descriptor.size:
         raise damaged(str(address), [f"its manifest does not have the digest {descriptor.digest}"])

@@ -20,7 +20,7 @@ from deploykit.manifest import (
     Manifest,
     decode_manifest,
 )
-from deploykit.plain_files import NotPlainFile, digest_of, open_plain, read_plain
+from deploykit.plain_files import FileTooLarge, NotPlainFile, digest_of, open_plain, read_plain
 
 OWN = (MANIFEST, MANIFEST_DIGEST, SIGNATURE)
 """The files of a bundle that its manifest does not record."""
@@ -76,8 +76,13 @@ def arrived_manifest(files: Mapping[str, Path], origin: str) -> Manifest:
     absent = [name for name in (MANIFEST, MANIFEST_DIGEST) if name not in files]
     if absent:
         raise BundleError(f"{origin} is not a bundle: {' and '.join(absent)} missing. Give the address of a bundle.")
-    text = read_plain(files[MANIFEST], MOST_MANIFEST_BYTES, follow=True)
-    if read_plain(files[MANIFEST_DIGEST], MOST_MANIFEST_BYTES, follow=True) != digest_line(text):
+    try:
+        text, digest = (
+            read_plain(files[name], MOST_MANIFEST_BYTES, follow=True) for name in (MANIFEST, MANIFEST_DIGEST)
+        )
+    except (NotPlainFile, FileTooLarge) as error:
+        raise damaged(origin, [f"{MANIFEST} and {MANIFEST_DIGEST}: {error}"]) from error
+    if digest != digest_line(text):
         raise damaged(origin, [f"{MANIFEST}: does not match {MANIFEST_DIGEST}"])
     return decode_manifest(text, Path(f"{origin}/{MANIFEST}"))
 

@@ -11,6 +11,7 @@ import pytest
 
 from deploykit.errors import BundleError, SpecError, StorageError
 from deploykit.shipping import oci_layout
+from deploykit.shipping.shipment import arrived_manifest
 from deploykit.shipping.transfer import pull_bundle, push_bundle
 
 
@@ -113,3 +114,18 @@ def test_a_file_that_is_replaced_while_it_is_pushed_is_refused(bundle, tmp_path,
     with pytest.raises(BundleError, match=r"was replaced while it was pushed\. Fix: push the bundle again"):
         push_bundle(bundle, f"oci:{tmp_path}/models")
     assert not (tmp_path / "models").exists()
+
+
+def test_an_image_manifest_without_end_is_damage(layout):
+    digest = json.loads((layout / "index.json").read_text())["manifests"][0]["digest"].removeprefix("sha256:")
+    with (layout / "blobs" / "sha256" / digest).open("ab") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(BundleError, match=r"(?s)damaged.*its manifest sha256:\S+: .*expected at most"):
+        pull(layout)
+
+
+def test_a_bundles_manifest_without_end_is_damage(bundle):
+    with (bundle / "manifest.json").open("ab") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(BundleError, match=r"(?s)damaged.*manifest\.json.*expected at most"):
+        arrived_manifest({name: bundle / name for name in ("manifest.json", "manifest.sha256")}, "oci:models")
