@@ -199,7 +199,15 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'deploykit' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"deploykit.{_PUBLIC[name]}"), name)
+    try:
+        value = getattr(importlib.import_module(f"deploykit.{_PUBLIC[name]}"), name)
+    except ModuleNotFoundError as error:
+        from deploykit.optional import PACKAGES
+
+        package = PACKAGES.get(error.name or "")
+        if package is None:
+            raise
+        raise package.missing() from error
     globals()[name] = value
     return value
 

@@ -21,6 +21,7 @@ from deploykit.jobs import make_job
 from deploykit.labels import LabelSource
 from deploykit.loading import load_bundle
 from deploykit.names import TIMM, is_bare, path_of
+from deploykit.optional import require
 from deploykit.options import ExportOptions
 from deploykit.progress import Progress, quiet
 from deploykit.qat import check_alone, is_qat, qat_inside, trained_job
@@ -181,6 +182,7 @@ def create_backbone(
         preprocessing=preprocessing,
         **{option: value for option, value in shape.items() if value is not UNSET},
     )
+    require("torch")
     from deploykit.backbones.build import build_any
 
     backbone = build_any(name, asked)
@@ -311,6 +313,7 @@ def export_asked(
         overwrite: replace an existing bundle, once the new one is whole.
         progress: called with each event.
     """
+    require("torch")
     from deploykit.backbones.build import build_any
     from deploykit.export.pipeline import export
 

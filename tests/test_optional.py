@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -120,3 +121,35 @@ def test_a_package_that_another_imports_is_named_with_its_own_command(site):
         MissingDependency, match=r"imports 'its_own_need', which is not\. Install it: pip install its_own"
     ):
         require("some_engine", PACKAGE)
+
+
+WITHOUT_TORCH = """
+import sys
+
+sys.modules["torch"] = None  # as if absent, to whoever imports or looks for it
+import deploykit
+
+try:
+    {call}
+except deploykit.MissingDependency as error:
+    sys.exit(error.package != "torch" or "pip install torch" not in str(error))
+sys.exit(2)
+"""
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "deploykit.create_backbone('resnet18')",
+        "deploykit.create_backbone('resnet18', runtime='onnxruntime')",
+        "deploykit.export_backbone('resnet18', 'bundle', runtime='onnxruntime')",
+        "deploykit.import_quantized('model.onnx', 'bundle', runtime='onnxruntime')",
+        "from deploykit import build_fpn",
+        "deploykit.BaseBackbone",
+        "deploykit.backbone_names()",
+    ],
+)
+def test_without_torch_what_needs_it_is_a_missing_dependency(call, tmp_path):
+    code = WITHOUT_TORCH.format(call=call)
+    done = subprocess.run([sys.executable, "-c", code], check=False, cwd=tmp_path, timeout=60, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
