@@ -92,7 +92,8 @@ def write_whole(path: Path, text: str, *, what: str) -> None:
         staging.write_text(text, encoding="utf-8", newline="\n")
         staging.replace(path)
     except OSError as error:
-        staging.unlink(missing_ok=True)
+        with suppress(OSError):  # which may be what cannot be written at all
+            staging.unlink()
         raise storage_error(f"the {what} {path} cannot be written", error, "choose another file") from error
 
 

@@ -82,6 +82,13 @@ def test_a_file_in_no_folder_is_refused_before_any_work(bundle, command):
     assert "lies in none that exists" in called.err
 
 
+def test_a_name_that_is_too_long_is_told(bundle):
+    called = call("report", bundle, "-o", bundle.parent / f"{'x' * 250}.md")
+    assert called.code == 6
+    assert "cannot be written" in called.err
+    assert "fault in deploykit" not in called.err
+
+
 def test_a_repository_that_is_a_file_is_told(bundle, photo):
     called = call("repository", bundle, "--layout", "triton", "-o", photo)
     assert called.code == 2
