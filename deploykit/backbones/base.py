@@ -394,7 +394,8 @@ class BaseBackbone(nn.Module):
         absent = [index for index in indices if index not in have]
         if absent or not indices:
             levels = ", ".join(f"{level.index} ({level.name}, stride {level.stride})" for level in self.all_levels)
-            raise SpecError(f"{self.name} has no levels {absent or list(indices)}. It has {levels}.")
+            has = f"It has {levels}." if levels else "It gives no feature maps. Fix: leave output_indices out."
+            raise SpecError(f"{self.name} has no levels {absent or list(indices)}. {has}")
         return tuple(have[index] for index in sorted(set(indices)))
 
     def _spec_for(self, shape: tuple[int, ...]) -> InputSpec:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from deploykit.backbones.base import BaseBackbone
+from deploykit.backbones.checkpoint_names import is_checkpoint_name
 from deploykit.backbones.image_sizes import set_image_sizes
 from deploykit.backbones.module_copy import copy_module, share
 from deploykit.backbones.necks import FeaturePyramid
@@ -52,6 +53,8 @@ def _with_sizes(backbone: BaseBackbone, sizes: SizeRange, *, shared: bool) -> Ba
 
 def _build(name: Any, asked: BackboneRequest) -> BaseBackbone:
     """Return a backbone for one image size; see `build_any`."""
+    if isinstance(name, type):
+        raise SpecError(f"{name.__name__} is a class; expected a module made of it. Fix: give {name.__name__}(...).")
     if hasattr(name, "input_spec") and name.input_spec.embeds_preprocessing:
         raise SpecError(
             f"{name!r} embeds its preprocessing already; expected the backbone inside it. "
@@ -64,6 +67,11 @@ def _build(name: Any, asked: BackboneRequest) -> BaseBackbone:
     path, text = path_of(name), os.fsdecode(name)
     if isinstance(name, str) and text.startswith(TIMM):
         return build_requested_timm(text, asked)
+    if is_checkpoint_name(text):
+        raise BundleError(
+            f"{text} is the name of a checkpoint; expected a backbone's name, a module or a bundle. "
+            f"Fix: name the backbone whose weights they are, and give pretrained={text!r}."
+        )
     if not is_bare(name) or (os.path.lexists(path) and not is_known(text)):
         raise BundleError(
             f"{text} is a path, but not a bundle: {why_no_bundle(path)} `deploykit export` makes a bundle, and "

@@ -7,7 +7,7 @@ from torch import nn
 from deploykit import create_backbone
 from deploykit.backbones.necks import FeaturePyramid
 from deploykit.backbones.user_module import wrap_module
-from deploykit.errors import SpecError
+from deploykit.errors import BundleError, SpecError
 
 PYRAMID = [(0, "stem", 2), (1, "stage1", 4), (2, "stage2", 8), (3, "stage3", 16), (4, "stage4", 32)]
 
@@ -39,6 +39,25 @@ def test_outputs_of_another_type_are_float32_as_those_of_an_engine(dtype):
     assert backbone(images).dtype == backbone.forward_everything(images)["logits"].dtype == torch.float32
     engine = create_backbone(backbone, runtime="onnxruntime", cache=False)
     torch.testing.assert_close(engine(images[:1]), backbone(images[:1]), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        (nn.Conv2d, {}, SpecError, r"Conv2d is a class; .* Fix: give Conv2d\(\.\.\.\)"),
+        ("runs/best.pth", {}, BundleError, r"name of a checkpoint; .*pretrained='runs/best\.pth'"),
+        ("model.safetensors", {}, BundleError, "name of a checkpoint"),
+        (
+            Tiny(lambda maps: maps[-1].mean((2, 3))),
+            {"output_indices": (1,), "in_channels": 1, "image_size": 32},
+            SpecError,
+            r"no levels \[1\]\. It gives no feature maps",
+        ),
+    ],
+)
+def test_what_is_given_in_place_of_a_module_is_named(name, options, error, message):
+    with pytest.raises(error, match=message):
+        create_backbone(name, **options)
 
 
 def test_module_with_logits_is_a_classifier():
