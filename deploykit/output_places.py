@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from deploykit.bundle_files import is_litter, is_manifest
-from deploykit.errors import SpecError
+from deploykit.errors import SpecError, StorageError
 from deploykit.manifest import MANIFEST, MANIFEST_DIGEST
 
 
@@ -31,8 +31,11 @@ def check_result_file(path: Path, what: str) -> None:
     """Refuse, before any work, a file that cannot be written; ``what`` it holds goes into the message.
 
     Raises:
-        SpecError: it is a folder, or lies in none that exists, or in a bundle.
+        StorageError: it is a folder, or lies in none that exists.
+        SpecError: it lies in a bundle.
     """
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise SpecError(f"the {what} {path}: is a folder, or lies in none that exists. Give a file in a folder.")
+        raise StorageError(
+            f"the {what} {path} cannot be written: it is a folder, or lies in none that exists. Choose another file."
+        )
     check_outside_bundles(path)

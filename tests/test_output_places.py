@@ -78,7 +78,7 @@ def test_a_bundle_is_not_written_into_another(bundle):
 @pytest.mark.parametrize("command", ["compare {bundle} {bundle} -o {place}.json", "report {bundle} -o {place}.md"])
 def test_a_file_in_no_folder_is_refused_before_any_work(bundle, command):
     called = call(*command.format(bundle=bundle, place=bundle.parent / "absent" / "result").split())
-    assert called.code == 2
+    assert called.code == 6
     assert "lies in none that exists" in called.err
 
 

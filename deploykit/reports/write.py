@@ -45,7 +45,7 @@ def write_report(
         What the page says, bundle by bundle.
 
     Raises:
-        SpecError: no bundles, another kind of file, or one that lies in no folder or in a bundle.
+        SpecError: no bundles, or another kind of file, or one that lies in a bundle.
         BundleError: one is no bundle, or is damaged.
         StorageError: the file cannot be written.
         MissingDependency: matplotlib is not installed, for ``.html``; or the extra export, for the layers.
