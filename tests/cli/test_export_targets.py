@@ -14,7 +14,7 @@ BOARD = """
 title = "{title}"
 machine = "{machine}"
 instructions = []
-processor = "x86-vnni"
+processor = "{processor}"
 precision = "fp32"
 [[runtime]]
 name = "onnxruntime"
@@ -28,7 +28,9 @@ def boards(tmp_path_factory):
     here = platform.machine()
     other = "aarch64" if here == "x86_64" else "x86_64"
     for name, machine in (("here", here), ("elsewhere", other)):
-        (folder / f"{name}.toml").write_text(BOARD.format(title=f"A board {name}", machine=machine))
+        processor = "x86-vnni" if machine == "x86_64" else "arm64"
+        text = BOARD.format(title=f"A board {name}", machine=machine, processor=processor)
+        (folder / f"{name}.toml").write_text(text)
     return folder
 
 
