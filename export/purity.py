@@ -25,7 +25,7 @@ _REMEDY = "An engine could only freeze one draw. Fix: switch it off in eval mode
 _DRAWS = 16
 """How many seeds are tried where the network draws random numbers outside the graph: a rare branch needs luck."""
 _TOGETHER = 4
-"""How many images are compared with each of them alone, at most: a batch of 256 takes minutes."""
+"""How many images are compared with each of them alone, at most: a large batch takes long."""
 
 _DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from deploykit.backends.openvino.convolve_average_pool import convolve_average_pool
 from deploykit.backends.openvino.flatten_layernorm import flatten_layernorm
 from deploykit.backends.openvino.flatten_spatial import flatten_spatial
 from deploykit.backends.openvino.linear_to_conv import linear_to_conv
@@ -40,6 +41,7 @@ DIALECT = OnnxDialect(
         quantize_activations(UINT8),
         drop_activations(),
         quantize_before_rolls,
+        convolve_average_pool,
         linear_to_conv,
         tidy_graph,
     ),
