@@ -85,16 +85,20 @@ def alternate(calls: Mapping[str, Call], images: FloatArray, rounds: int) -> dic
     return {name: statistics.median(values) for name, values in turns(calls, images, rounds).items()}
 
 
-def turns(calls: Mapping[str, Call], images: FloatArray, rounds: int) -> dict[str, list[float]]:
+def turns(
+    calls: Mapping[str, Call], images: FloatArray, rounds: int, *, pause_s: float = 0.0
+) -> dict[str, list[float]]:
     """Milliseconds of each call in each of ``rounds`` in which all take turns, in another order in each.
 
     Each turn makes two calls and times the second, which finds its weights in the caches. Threads of torch spin on
-    after its call: in a fixed order that cost the same successor half its time in every round.
+    after its call: in a fixed order that cost the same successor half its time in every round. A pause before each turn
+    lets them come to rest.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     order = random.Random(0)  # noqa: S311  (no secret)
     for _ in range(rounds + WARM_UP):
         for name in order.sample(list(calls), len(calls)):
+            time.sleep(pause_s)
             calls[name](images)
             start = time.perf_counter()
             calls[name](images)

@@ -43,6 +43,8 @@ THREADED = ("onnxruntime", "openvino", "litert")
 PRECISIONS = ("fp32", "int8")
 OPEN_S, FRAMES_S = 120.0, 3.0
 """How long one of two processes waits for the other at most, and for how long they run."""
+REST_S = 0.1
+"""Before each turn: longer than threads spin, which would take the other engine's cores."""
 WITH, WITHOUT = "with", "without"
 
 
@@ -96,7 +98,7 @@ def measure(engines: Engines, option: Option, rounds: int) -> list[Row]:
             others = _both_ways(engines, option, "fp32")
             hows["in turn"] = {way: _both(others[way], call) for way, call in calls.items()}
         for how, timed in hows.items():
-            times = turns(timed, engines.network.calibrated[:1], rounds)
+            times = turns(timed, engines.network.calibrated[:1], rounds, pause_s=REST_S)
             rows.append(Row(**of, precision=precision, how=how, **_figures(times), **kept))
     return rows
 
