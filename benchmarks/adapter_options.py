@@ -7,7 +7,7 @@ default. ``ratio`` is the median over the turns of the time with it to that with
 - ``in turn`` call it and an FP32 engine of the same network, opened in the same way, whose threads may still be busy
   when the next is called: milliseconds of both;
 - ``two processes`` run the same engine in one thread each at the same time: milliseconds for a frame of either;
-- ``one thread`` compare all threads, ``without``, with ``threads=1``, ``with``: small maps are faster in one, which
+- ``one thread`` compare all threads, ``without``, with ``threads=1``, ``with``: small maps may be faster in one, which
   ``deploykit tune`` finds out and remembers.
 
 An option that changes numbers has the SQNR in dB against torch too. `benchmarks/streams.py` has those of
