@@ -42,7 +42,8 @@ from deploykit.cli.exit_codes import BAD_USAGE, FAILED, exit_code_of, failure
 from deploykit.cli.output import show, show_error, show_json, shown_warnings, told_tunings
 from deploykit.cli.spellings import as_options
 from deploykit.cli.streams import PIPE_CLOSED, OutputLost, standard_streams
-from deploykit.errors import DeployKitError, SpecError
+from deploykit.cli.words import check_given_once, check_not_empty
+from deploykit.errors import DeployKitError
 from deploykit.interruption import INTERRUPTED, interruptible
 from deploykit.optional import PACKAGES
 from deploykit.places import check_working_folder, is_environment, is_out_of_memory
@@ -139,7 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with standard_streams(), shown_warnings(), told_tunings(), interruptible():
             check_working_folder()
-            _check_words(words)
+            check_not_empty(words)
+            check_given_once(words, _command())
             code = _command().main(words, "deploykit", standalone_mode=False)
     except BrokenPipeError:
         return PIPE_CLOSED
@@ -156,21 +158,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with suppress(OSError):  # a terminal that is gone, which is what SIGHUP says
             show_error("interrupted; nothing was left half-written.")
     return code if isinstance(code, int) else 0
-
-
-def _check_words(words: Sequence[str]) -> None:
-    """Refuse an empty argument, which as a path would be the folder that the command is called in.
-
-    Raises:
-        SpecError: there is one.
-    """
-    for place, word in enumerate(words):
-        if not word or (word.startswith("--") and word.endswith("=")):
-            before = " ".join(["deploykit", *words[:place]])
-            raise SpecError(
-                f"the argument after `{before}` is empty{f' ({word})' if word else ''}, as a shell's variable is that "
-                "is not set. Give a value, or leave it out."
-            )
 
 
 def _report(error: Exception, *, json: bool) -> int:

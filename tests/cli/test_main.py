@@ -176,3 +176,24 @@ def test_an_empty_argument_is_no_folder(call, words, before):
     assert done.code == 2
     assert f"the argument after `{before}` is empty" in done.err
     assert "--json" not in words or done.json()["error"] == "SpecError"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["export", "resnet18", "--runtime", "onnxruntime", "--runtime", "openvino"], "--runtime was given 2 times"),
+        (["export", "resnet18", "--runtime=onnxruntime", "--runtime", "openvino"], "(openvino, onnxruntime)"),
+        (["cache", "prune", "--limit", "1GB", "--limit", "2GB"], "--limit was given 2 times (1GB, 2GB)"),
+    ],
+)
+def test_an_option_of_one_value_is_given_once(call, words, said):
+    done = call(*words)
+    assert done.code == 2
+    assert said in done.err and "call the command once for each" in done.err
+
+
+def test_options_of_many_values_and_words_behind_the_options_may_repeat(call, tmp_path):
+    done = call("targets", "--json", "--json")
+    assert done.code == 0, done.err
+    done = call("export", "resnet18", "--target", "rpi5", "--target", "nowhere", "-o", tmp_path / "engines")
+    assert "nowhere" in done.err and "times" not in done.err
