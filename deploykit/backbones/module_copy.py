@@ -13,6 +13,7 @@ import random
 import types
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -29,6 +30,7 @@ _WRAPPERS = {
 }
 """Wrappers that compute what their one submodule computes, and where they keep it."""
 
+_CONTAINERS = (dict, list, set, deque)
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 
 
@@ -64,7 +66,11 @@ def copy_module(module: nn.Module, convert: Convert) -> nn.Module:
         module: copied with everything below it, also where one submodule or tensor is used twice.
         convert: maps each parameter, buffer and plain tensor to that of the copy.
     """
-    copied: nn.Module = _Copier(convert).copy(module)
+    copier = _Copier(convert)
+    for kind in {base for each in module.modules() for base in type(each).__mro__}:
+        for function in vars(kind).values():
+            copier.share(function)
+    copied: nn.Module = copier.copy(module)
     return copied
 
 
@@ -74,6 +80,13 @@ class _Copier:
     def __init__(self, convert: Convert) -> None:
         self._convert = convert
         self._memo: dict[int, tuple[object, object]] = {}
+
+    def share(self, function: object) -> None:
+        """Let copies share the containers that a class's function reaches by its closure, as they share the class."""
+        for cell in getattr(function, "__closure__", None) or ():
+            with suppress(ValueError):  # a variable without a value yet
+                if isinstance(cell.cell_contents, _CONTAINERS):
+                    self._keep(cell.cell_contents, cell.cell_contents)
 
     def copy(self, value: Any) -> Any:
         """Copy a value, or return it itself where it is one that copies share."""

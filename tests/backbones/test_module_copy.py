@@ -229,3 +229,21 @@ def test_functions_that_reach_nothing_are_shared():
     assert twin.plain is net.plain
     assert twin.recursive is not net.recursive
     assert twin.recursive(3) == 2
+
+
+def test_a_hook_and_the_forward_of_a_class_share_what_both_reach():
+    seen = []
+
+    class Hooked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+            self.first.register_forward_hook(lambda module, inputs, output: seen.append(output))
+
+        def forward(self, images):
+            self.last(self.first(images))
+            return seen.pop()
+
+    images, net = torch.randn(1, 3, 8, 8), Hooked().eval()
+    torch.testing.assert_close(copy_module(net, detached())(images), net(images))
+    assert not seen
