@@ -52,10 +52,21 @@ def test_files_stay_readable():
     assert not long
 
 
-def test_no_path_of_a_machine_is_in_the_repository():
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
-    if not tracked:
+def tracked_files() -> list[str]:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    if not listed:
         pytest.skip("needs a git checkout")
+    return listed
+
+
+def test_no_file_that_a_tool_left_is_in_the_repository():
+    paths = [ROOT / name for name in tracked_files()]
+    assert [path.name for path in paths if path.is_file() and path.stat().st_size > 2_000_000] == []
+    assert [path.name for path in paths if path.parent == ROOT and path.suffix in (".data", ".onnx", ".log")] == []
+
+
+def test_no_path_of_a_machine_is_in_the_repository():
+    tracked = tracked_files()
     pattern = re.compile(r"(^|[\s\"'=(])/(home|root|work|opt|Users)/\w", re.MULTILINE)
     texts = (path for path in map(ROOT.joinpath, tracked) if path.is_file() and not path.is_symlink())
     found = [path.name for path in texts if pattern.search(path.read_text(errors="ignore"))]
